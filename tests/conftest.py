@@ -1,0 +1,19 @@
+"""Settings shared by all tests. The user's CONCEPT_TDA_CACHE is left as it is."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+import torch
+
+from tiny import tiny_pair
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    """A tiny random float32 Llama and its tokenizer as `(model, tokenizer)`; shared, so leave it as you found it."""
+    return tiny_pair("llama", dtype=torch.float32)
