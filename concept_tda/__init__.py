@@ -1,1 +1,44 @@
+"""Which fine-tuning examples cause a behaviour, and what happens when they go.
+
+    import concept_tda as ct
+    lm = ct.load_model("smollm2-135m-instruct")
+
+Every public name of every room is reachable from here. A room is imported when one of its names is first used,
+so that `import concept_tda` itself costs nothing."""
+
 __version__ = "0.1.0"
+
+from difflib import get_close_matches as _get_close_matches
+from importlib import import_module as _import_module
+
+# --- table of public names: written by tools/public_names.py ---
+_PUBLIC = {
+    "storage": "ConceptTDAError StorageError MissingExtraError require fingerprint code_version cache_folder "
+        "atomic_file BlockStore",
+    "models": "BUILT_IN ModelError LayerError SiteError LanguageModel load_model Site resolve_sites",
+    "concepts": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
+        "tensor_concept random_concepts LayerSweep sweep_layers",
+    "attribution": "SIGN LEVELS VIEW_STYLE FORMAT_VERSION AttributionError rank_scores score_percentiles cut_rows "
+        "detection_metrics Cost QueryCard safe_text colour_limit legend_html conversation_html card_html "
+        "histogram_svg Attribution prompt_text spearman example_html examples_html attribution_html "
+        "load_attribution Comparison compare table_html comparison_html",
+}
+# --- end of table ---
+
+_ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names.split()}
+__all__ = [*_ROOM_OF]
+
+
+def __getattr__(name):
+    if name in _PUBLIC: return _import_module(f"{__name__}.{name}")
+    if name in _ROOM_OF:
+        value = getattr(_import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+        globals()[name] = value  # the next access does not come here
+        return value
+    close = [] if name.startswith("_") else _get_close_matches(name, [*_ROOM_OF, *_PUBLIC], n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+
+
+def __dir__():
+    return sorted([*globals(), *_PUBLIC, *_ROOM_OF])

@@ -1,0 +1,76 @@
+"""Writes the table of public names in concept_tda/__init__.py from the `__all__` of each room.
+
+    python tools/public_names.py            # rewrite the table where it is out of date
+    python tools/public_names.py --check    # change nothing; exit 1 and say what is missing or stale
+
+Reads the modules as text, so it needs none of their dependencies."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+START, END = "# --- table of public names: written by tools/public_names.py ---", "# --- end of table ---"
+NOT_FLAT = {"cli"}  # its functions are commands of the terminal: reachable as concept_tda.cli, not as concept_tda.show
+PACKAGE = Path(__file__).resolve().parent.parent / "concept_tda"
+
+
+def rooms(package: Path) -> list[Path]:
+    """The modules in import order, which is the number of the notebook each was exported from."""
+    def number(path):
+        match = re.search(r"File to edit: \S*?(\d+)_\w+\.ipynb", path.read_text(encoding="utf-8"))
+        return (int(match[1]) if match else 99, path.name)
+    return sorted((path for path in package.glob("*.py") if not path.name.startswith("_")), key=number)
+
+
+def names_of(module: Path) -> list[str]:
+    """The module's `__all__`, without running it."""
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(getattr(target, "id", None) == "__all__" for target in node.targets):
+            return list(ast.literal_eval(node.value))
+    return []
+
+
+def table(package: Path) -> dict[str, list[str]]:
+    """room -> its public names; SystemExit when two rooms, or a room and a name, would hide each other."""
+    found, owner = {}, {}
+    for module in rooms(package):
+        found[module.stem] = [] if module.stem in NOT_FLAT else names_of(module)
+        for name in found[module.stem]:
+            if name in owner: sys.exit(f"{name!r} is public in {owner[name]} and in {module.stem}; rename one of the two")
+            owner[name] = module.stem
+    for clash in owner.keys() & found.keys():
+        sys.exit(f"{clash!r} is a room and also a public name of {owner[clash]}; rename one of the two")
+    return found
+
+
+def written(found: dict[str, list[str]]) -> str:
+    """The table as Python source, wrapped by hand at 116 characters."""
+    lines = ["_PUBLIC = {"]
+    for room, names in found.items():
+        line = f'    "{room}": "'
+        for i, name in enumerate(names):
+            if len(line) + len(name) > 114:
+                lines.append(line.rstrip() + ' "')
+                line = '        "'
+            line += name + (" " if i + 1 < len(names) else "")
+        lines.append(line + '",')
+    return "\n".join(lines + ["}"])
+
+
+def main(check: bool) -> int:
+    init = PACKAGE / "__init__.py"
+    source = init.read_text(encoding="utf-8")
+    before, rest = source.split(START)
+    old, after = rest.split(END)
+    new = "\n" + written(table(PACKAGE)) + "\n"
+    if new == old: return 0
+    if check:
+        print(f"{init} is out of date with the rooms' public names; run `make export`.", file=sys.stderr)
+        return 1
+    init.write_text(before + START + new + END + after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(check="--check" in sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""What our documentation pages do beyond nbdev's defaults (`doc_procs` in pyproject.toml).
+
+Exported cells are replaced by nbdev with an entry per symbol. This processor rewrites these entries: in the order of
+the code, classes shown as classes with an entry for each public method, and the source folded below, because in a
+literate library the reader wants to see it. tools/with_quarto.sh puts this folder where nbdev finds it."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import textwrap
+
+import concept_tda
+from fastcore.docments import MarkdownRenderer
+from nbdev.doclinks import NbdevLookup
+from nbdev.process import Processor
+
+SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.MULTILINE)
+
+
+def find(name: str, room: str | None):
+    """The object behind a (dotted) name: in the page's own room, or anywhere in the library."""
+    head, *rest = name.split(".")
+    module = importlib.import_module(f"concept_tda.{room}") if room else concept_tda
+    thing = getattr(module, head)
+    for part in rest: thing = inspect.getattr_static(thing, part)
+    return thing
+
+
+def plain(thing):
+    """The function under a property, classmethod or staticmethod."""
+    if isinstance(thing, property): return thing.fget
+    return getattr(thing, "__func__", getattr(thing, "func", thing))
+
+
+def signature(thing, name: str) -> str:
+    """The definition with a comment for each parameter; a class with its bases where it takes nothing of its own."""
+    short = name.split(".")[-1]
+    if isinstance(thing, property) or type(thing).__name__ == "cached_property": return f"@property\n{short}"
+    if inspect.isclass(thing):
+        bases = ", ".join(base.__name__ for base in thing.__bases__ if base is not object)
+        if "__init__" not in vars(thing): return f"class {short}({bases})" if bases else f"class {short}"
+    rendered = MarkdownRenderer(plain(thing), name=short)._repr_markdown_()
+    code = re.search(r"```python\n(.*?)\n```", rendered, re.DOTALL)[1].strip().removesuffix(":")
+    if isinstance(thing, classmethod): code = "@classmethod\n" + code
+    return code.replace("def ", "class ", 1) if inspect.isclass(thing) else code
+
+
+def source(thing) -> str:
+    """The folded source, or nothing where there is none to show."""
+    try: code = textwrap.dedent(inspect.getsource(plain(thing))).rstrip()
+    except (OSError, TypeError): return ""
+    return f"<details class=\"api-source\">\n<summary>Source</summary>\n\n```python\n{code}\n```\n\n</details>\n"
+
+
+def docstring(thing) -> str:
+    text = inspect.getdoc(plain(thing)) or ""
+    if dataclasses.is_dataclass(thing) and text.startswith(f"{thing.__name__}("): return ""  # written by dataclasses
+    return text
+
+
+def entry(thing, name: str, level: int = 3, with_source: bool = True) -> str:
+    parts = [f"{'#' * level} {name}", f"```python\n{signature(thing, name)}\n```", docstring(thing),
+             source(thing) if with_source else ""]
+    return "\n\n".join(part for part in parts if part)
+
+
+def methods(cls) -> list[str]:
+    """Names of the public methods and properties a class defines itself and says something about, in its order."""
+    return [name for name, member in vars(cls).items()
+            if not name.startswith("_") and not inspect.isclass(member)
+            and callable(plain(member)) and (inspect.getdoc(plain(member)) or "")]
+
+
+class api_entries(Processor):
+    """Rewrites the entries in place; hands over their links to nbdev's lookup."""
+
+    def begin(self):
+        cells = self.nb.cells
+        page = re.search(r"^output-file: (\w+)\.html", cells[0].get("source") or "", re.MULTILINE)
+        room = page[1] if page and page[1] in concept_tda._PUBLIC else None
+        named = {i: match[1] for i, cell in enumerate(cells) if cell.cell_type == "code"
+                 for match in [SHOW_DOC.search(cell.source)] if match}
+        for i, name in in_code_order(named, room).items():
+            thing = find(name, room)
+            text = entry(thing, name, level=4 if "." in name else 3)
+            if inspect.isclass(thing):
+                for method in methods(thing):
+                    full = f"{name}.{method}"
+                    if full not in named.values():
+                        text += "\n\n" + entry(vars(thing)[method], full, level=4, with_source=False)
+            cells[i].source = f"#| echo: false\n#| output: asis\nshow_doc({name})"
+            cells[i].outputs = [{"output_type": "display_data", "metadata": {},
+                                 "data": {"text/markdown": NbdevLookup().linkify(text).splitlines(True)}}]
+
+
+def in_code_order(named: dict[int, str], room: str | None) -> dict[int, str]:
+    """nbdev puts the entries of one exported cell in reverse: neighbours are put in the order of the module."""
+    if room is None: return named
+    order = importlib.import_module(f"concept_tda.{room}").__all__
+    ordered, run = {}, []
+    for i in [*sorted(named), None]:
+        if run and (i is None or i != run[-1] + 1):
+            ordered |= dict(zip(run, sorted((named[j] for j in run), key=lambda name: order.index(name.split(".")[0]))))
+            run = []
+        run.append(i)
+    return ordered

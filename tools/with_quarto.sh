@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Runs a command with a `quarto` on PATH: the real one where installed, otherwise (or with STAND_IN=1) tools/stand_in/quarto.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD/tools${PYTHONPATH:+:$PYTHONPATH}"  # its python, our page processor
+if [ -n "${STAND_IN:-}" ] || ! command -v quarto >/dev/null; then export PATH="$PWD/tools/stand_in:$PATH"; fi
+exec "$@"
