@@ -34,7 +34,7 @@ test: $(STAMP)
 test-all: $(STAMP)
 	@$(BIN)/python -m pytest
 
-# A real quarto on PATH is used; otherwise tools/quarto stands in for it (see its head).
+# A real quarto on PATH is used; otherwise tools/stand_in/quarto stands in for it (see its head).
 docs: $(STAMP)
 	@rm -rf _proc  # nbdev would keep pages whose code has changed under them
 	@bash tools/with_quarto.sh $(BIN)/nbdev-docs --n-workers 1

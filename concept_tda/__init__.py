@@ -15,6 +15,8 @@ from importlib import import_module as _import_module
 _PUBLIC = {
     "storage": "ConceptTDAError StorageError MissingExtraError require fingerprint code_version cache_folder "
         "atomic_file BlockStore",
+    "conversations": "ConversationError Conversation Conversations load_conversations bundled "
+        "TokenizedConversation readable_tokens TokenizedConversations tokenize tokenize_prompts Batch batches",
     "models": "BUILT_IN ModelError LayerError SiteError LanguageModel load_model Site resolve_sites",
     "concepts": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
         "tensor_concept random_concepts LayerSweep sweep_layers",
@@ -22,6 +24,9 @@ _PUBLIC = {
         "detection_metrics Cost QueryCard safe_text colour_limit legend_html conversation_html card_html "
         "histogram_svg Attribution prompt_text spearman example_html examples_html attribution_html "
         "load_attribution Comparison compare table_html comparison_html",
+    "gradients": "GradientError response_logits token_losses loss_weights site_flows SiteGradients watch_layers "
+        "hidden_states",
+    "curvature": "CurvatureError Identity Factors EKFAC",
 }
 # --- end of table ---
 

@@ -1,0 +1,98 @@
+"""The documentation site: every notebook has its place, every public name its entry, every internal link its target."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import check_links
+import concept_tda
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def places(contents) -> set[str]:
+    """The notebooks a sidebar's `contents` names, globs read."""
+    if isinstance(contents, str):
+        return {str(path.relative_to(ROOT / "nbs")) for path in (ROOT / "nbs").glob(contents)} if "*" in contents else {contents}
+    if isinstance(contents, dict): return places(contents.get("contents", [])) | ({contents["href"]} if "href" in contents else set())
+    return set().union(*map(places, contents))
+
+
+def test_every_notebook_is_in_the_sidebar():
+    sidebar = yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]
+    there = {str(path.relative_to(ROOT / "nbs")) for path in (ROOT / "nbs").rglob("*.ipynb")
+             if ".ipynb_checkpoints" not in path.parts}
+    assert places(sidebar["contents"]) == there
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
+def test_links_of_documents(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in link: assert ((ROOT / document).parent / link).exists(), f"{document}: {link} is not there"
+
+
+def test_contributing_names_every_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = [path.stem.split("_", 1) for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
+    for number, room in rooms: assert f"| {number} | `{room}` |" in text, f"CONTRIBUTING.md has no row for {number}_{room}"
+
+
+def test_link_checker_finds_what_is_broken(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "index.html").write_text(
+        '<a href="sub/page.html#here">good</a><a href="sub/">no index there</a><a href="gone.html">bad</a>'
+        '<a href="sub/page.html#nowhere">bad</a><a href="https://elsewhere.example/x">not followed</a>'
+        '<a href="#top">bad</a><img src="no.png"><a href="../outside.html">bad</a>')
+    (tmp_path / "sub" / "page.html").write_text('<h2 id="here">x</h2><a href="../index.html">good</a><a href="/index.html">good</a>')
+    broken = check_links.broken_links(tmp_path)
+    assert [problem.split(": ")[1] for problem in broken] == \
+        ["sub/", "gone.html", "sub/page.html#nowhere", "#top", "no.png", "../outside.html"]
+    assert check_links.main(str(tmp_path)) == 1
+    (tmp_path / "index.html").write_text('<a href="sub/page.html">good</a>')
+    assert check_links.main(str(tmp_path)) == 0
+    assert check_links.main(str(tmp_path / "sub" / "nothing")) == 1
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The whole site, built by the stand-in for quarto in a copy of the working tree."""
+    folder = tmp_path_factory.mktemp("site") / "concept_tda"
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if not (ROOT / name).exists(): continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "tools")]),
+        "PATH": os.pathsep.join([str(folder / "tools" / "stand_in"), str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    environment.pop("IN_TEST", None)
+    command = [Path(sys.executable).parent / "nbdev-docs", "--n-workers", "1"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "_docs"
+
+
+@pytest.mark.slow
+def test_site_has_no_broken_link(site):
+    assert not check_links.broken_links(site)
+
+
+@pytest.mark.slow
+def test_site_has_an_entry_for_every_public_function_and_class(site):
+    missing = []
+    for room, names in concept_tda._PUBLIC.items():
+        page = check_links.Page(site / f"{room}.html")
+        module = getattr(concept_tda, room)
+        for name in (names.split() or module.__all__):
+            thing = getattr(module, name)
+            if not callable(thing) or getattr(thing, "__module__", None) != module.__name__: continue  # a constant
+            if name.lower() not in page.anchors: missing.append(f"{room}.{name}")
+    assert not missing
