@@ -106,8 +106,7 @@ def _label_column(conversations, column, positive) -> np.ndarray:
     "True [N] where the metadata column equals `positive`."
     without = [c.id for c in conversations if c.metadata.get(column) is None]
     if len(without) == len(conversations) > 0:
-        columns = sorted({key for c in conversations for key in c.metadata})
-        raise ConversationError(f"{conversations.name!r} has no column {column!r}; its metadata columns are: {', '.join(columns) or 'none'}")
+        raise ConversationError(f"{conversations.name!r} has no column {column!r}; its metadata columns are: {', '.join(_metadata_columns(conversations)) or 'none'}")
     if without: raise ConversationError(f"{len(without)} conversations have no value in column {column!r}: {_listing(without)}. Fill it in or filter them out first.")
     values = [c.metadata[column] for c in conversations]
     found = np.array([value == positive for value in values], dtype=bool)
@@ -134,65 +133,23 @@ def _conversations_html(conversations, n=4) -> str:
     return f"<div><b>{escape(repr(conversations))}</b><table><tr>{head}</tr>{body}</table>{rest}</div>"
 
 # %% ../nbs/01_conversations.ipynb #0013
-class Conversations(Sequence):
-    "Chats in file order. Selecting gives `Conversations` again; `to_json` writes the records back as they were read."
-    def __init__(self,
-        conversations: Sequence[Conversation], # The chats, in order
-        name: str = "conversations",           # Shown in reports and query cards
-        layout: dict | None = None,            # Of the JSONL file they came from: prefix (byte order mark), newline, final_newline
-    ):
-        self._items, self.name, self.layout = list(conversations), name, dict(layout or _PLAIN_LAYOUT)
-
+class _Rows(Sequence):
+    "A sequence of items with ids. An int gives an item, an id gives the first item that has it, everything else a selection."
     def __len__(self): return len(self._items)
     def __iter__(self): return iter(self._items)
     def __getitem__(self, key):
         if isinstance(key, (int, np.integer)): return self._items[key]
-        if isinstance(key, str):
-            if key in self.ids: return self._items[self.ids.index(key)]
-            raise ConversationError(f"no conversation in {self.name!r} has the id {key!r}")
-        return self.select(key)
-
+        if not isinstance(key, str): return self.select(key)
+        if key not in self.ids: raise ConversationError(f"no conversation of {len(self)} has the id {key!r}")
+        return self._items[self.ids.index(key)]
     @property
     def ids(self) -> list[str]:
         "Content ids in order; a chat that occurs twice has its id twice."
-        return [c.id for c in self._items]
-    @property
-    def fingerprint(self) -> str:
-        "16 hexadecimal digits over the ids in order; metadata does not enter."
-        return fingerprint(self.ids)
-    @property
-    def duplicates(self) -> pd.DataFrame:
-        "Chats that occur more than once: columns `id` and `rows` (list of row numbers)."
-        rows = {}
-        for row, id in enumerate(self.ids): rows.setdefault(id, []).append(row)
-        repeated = {id: where for id, where in rows.items() if len(where) > 1}
-        return pd.DataFrame({"id": list(repeated), "rows": list(repeated.values())})
-    @property
-    def metadata(self) -> pd.DataFrame:
-        "All metadata columns, one row per conversation; None where a record lacks one."
-        columns = dict.fromkeys(key for c in self._items for key in c.metadata)
-        return pd.DataFrame({key: pd.Series([c.metadata.get(key) for c in self._items], dtype=None if self._items else object) for key in columns},
-                            index=range(len(self)))
+        return [item.id for item in self._items]
 
-    def select(self,
-        rows, # Slice, list of row numbers, or boolean mask [N]
-    ) -> "Conversations":
-        "The chosen conversations, in the order asked for."
-        return Conversations([self._items[row] for row in _row_numbers(rows, len(self))], self.name, self.layout)
-
-    def filter(self,
-        keep: Callable[[Conversation], bool], # Called with each conversation
-    ) -> "Conversations":
-        "The conversations for which `keep` is true, in file order."
-        return self.select([row for row, c in enumerate(self._items) if keep(c)])
-
-    def labels(self,
-        column: str,     # Metadata column
-        positive=True,   # The value that counts as positive
-    ) -> np.ndarray:     # Boolean [N]
-        "Where a metadata column equals `positive`. Raises `ConversationError` for an absent or incomplete column."
-        return _label_column(self, column, positive)
-
+# %% ../nbs/01_conversations.ipynb #0015
+class _Exports:
+    "Ways out of the library, and the way back in from `to_columns`."
     def to_json(self,
         path: str | Path, # File to write; replaced completely or not at all
     ) -> Path:
@@ -207,30 +164,78 @@ class Conversations(Sequence):
         return frame.join(self.metadata.rename(columns=lambda name: f"metadata.{name}" if name in frame else name))
 
     def to_columns(self) -> dict[str, list]:
-        "Everything needed to build the same `Conversations` again, as columns of text and bytes (id, messages, metadata, raw, ending)."
+        "Everything needed to build the same `Conversations` again, as columns of text and bytes: id, messages, metadata, raw, ending."
         return {"id": self.ids, "messages": [json.dumps(c.messages, ensure_ascii=False) for c in self],
                 "metadata": [json.dumps(c.metadata, ensure_ascii=False, default=str) for c in self],
                 "raw": [c.raw for c in self], "ending": [c.ending for c in self]}
 
     @classmethod
     def from_columns(cls,
-        columns: dict[str, list],               # As `to_columns` gave them
-        name: str = "conversations",            # Shown in reports and query cards
-        layout: dict | None = None,             # `.layout` of the original
+        columns: dict[str, list],    # As `to_columns` gave them
+        name: str = "conversations", # Shown in reports and query cards
+        layout: dict | None = None,  # `.layout` of the original
     ) -> "Conversations":
         "The inverse of `to_columns`: the same messages, metadata and exact export."
-        names = ("id", "messages", "metadata", "raw", "ending")
-        rows = zip(*(columns[key] for key in names), strict=True)
+        rows = zip(*(columns[key] for key in ("id", "messages", "metadata", "raw", "ending")), strict=True)
         return cls([Conversation(tuple(json.loads(messages)), id, json.loads(metadata), raw, ending)
                     for id, messages, metadata, raw, ending in rows], name, layout)
 
+# %% ../nbs/01_conversations.ipynb #0017
+class Conversations(_Rows, _Exports):
+    "Chats in file order. Selecting gives `Conversations` again; `to_json` writes the records back as they were read."
+    def __init__(self,
+        conversations: Sequence[Conversation], # The chats, in order
+        name: str = "conversations",           # Shown in reports and query cards
+        layout: dict | None = None,            # Of the JSONL file they came from: prefix (byte order mark), newline, final_newline
+    ):
+        self._items, self.name, self.layout = list(conversations), name, dict(layout or _PLAIN_LAYOUT)
+
+    def select(self,
+        rows, # Slice, list of row numbers, or boolean mask [N]
+    ) -> "Conversations":
+        "The chosen conversations, in the order asked for."
+        return Conversations([self._items[row] for row in _row_numbers(rows, len(self))], self.name, self.layout)
+
+    def filter(self,
+        keep: Callable[[Conversation], bool], # Called with each conversation
+    ) -> "Conversations":
+        "The conversations for which `keep` is true, in file order."
+        return self.select([row for row, c in enumerate(self._items) if keep(c)])
+
+    def labels(self,
+        column: str,    # Metadata column
+        positive=True,  # The value that counts as positive
+    ) -> np.ndarray:    # Boolean [N]
+        "Where a metadata column equals `positive`. Raises `ConversationError` for an absent or incomplete column."
+        return _label_column(self, column, positive)
+
+    @property
+    def fingerprint(self) -> str:
+        "16 hexadecimal digits over the ids in order; metadata does not enter."
+        return fingerprint(self.ids)
+    @property
+    def duplicates(self) -> pd.DataFrame:
+        "Chats that occur more than once: columns `id` and `rows` (list of row numbers)."
+        rows = {}
+        for row, id in enumerate(self.ids): rows.setdefault(id, []).append(row)
+        repeated = {id: where for id, where in rows.items() if len(where) > 1}
+        return pd.DataFrame({"id": list(repeated), "rows": list(repeated.values())})
+    @property
+    def metadata(self) -> pd.DataFrame:
+        "All metadata columns, one row per conversation; missing where a record lacks one."
+        return pd.DataFrame({key: [c.metadata.get(key) for c in self._items] for key in _metadata_columns(self)}, index=range(len(self)))
+
     def __repr__(self):
-        twice, columns = len(self.duplicates), list(dict.fromkeys(key for c in self._items for key in c.metadata))
+        twice, columns = len(self.duplicates), _metadata_columns(self)
         return (f"Conversations {self.name!r}: {len(self)} conversations" + (f", metadata {_listing(columns)}" if columns else "")
                 + (f"; {twice} of them occur more than once" if twice else ""))
     def _repr_html_(self): return _conversations_html(self)
 
-# %% ../nbs/01_conversations.ipynb #0017
+def _metadata_columns(conversations) -> list[str]:
+    "Names of all metadata columns, in the order in which they first occur."
+    return list(dict.fromkeys(key for c in conversations for key in c.metadata))
+
+# %% ../nbs/01_conversations.ipynb #001b
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _ACCEPTED = "messages; conversations; prompt with response (or completion); instruction (and input) with output"
 
@@ -260,7 +265,7 @@ def _kind(value) -> str:
     names = {type(None): "null", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text", bytes: "bytes"}
     return names.get(type(value), type(value).__name__)
 
-# %% ../nbs/01_conversations.ipynb #0018
+# %% ../nbs/01_conversations.ipynb #001c
 def _turns(record) -> tuple[list, set]:
     "Turns of one record in any dialect, and the names of the fields they were made of."
     has = {key for key, value in record.items() if value is not None}
@@ -287,7 +292,7 @@ def _turns(record) -> tuple[list, set]:
         turns, used = [("system", system, "system"), *turns], used | {"system"}
     return turns, used
 
-# %% ../nbs/01_conversations.ipynb #001a
+# %% ../nbs/01_conversations.ipynb #001e
 def _check_turns(turns):
     "Raise `ConversationError` naming the field where roles or contents break the rules."
     previous = None
@@ -313,7 +318,7 @@ def _conversation(record, raw=None, ending=None) -> Conversation:
     messages = tuple({"role": role, "content": content} for role, content, _ in turns)
     return Conversation(messages, metadata={key: value for key, value in record.items() if key not in used}, raw=raw, ending=ending)
 
-# %% ../nbs/01_conversations.ipynb #001e
+# %% ../nbs/01_conversations.ipynb #0022
 @dataclass
 class _Record:
     "One record as read from a source."
@@ -348,7 +353,7 @@ def _read_text(path) -> str:
         raise ConversationError(f"{path}, line {line}: the file is not UTF-8 ({guess}). Save it as UTF-8, "
                                 "for instance with: iconv -f LATIN1 -t UTF-8 old > new") from None
 
-# %% ../nbs/01_conversations.ipynb #0020
+# %% ../nbs/01_conversations.ipynb #0024
 def _read_jsonl(path) -> tuple[list[_Record], dict]:
     "Records with their bytes, and the layout of the file."
     _read_text(path)  # for its errors
@@ -369,7 +374,7 @@ def _read_jsonl(path) -> tuple[list[_Record], dict]:
     newline = "\r\n" if records and records[0].ending.startswith(b"\r\n") else "\n"
     return records, {"prefix": prefix.decode(), "newline": newline, "final_newline": bool(records and records[-1].ending)}
 
-# %% ../nbs/01_conversations.ipynb #0021
+# %% ../nbs/01_conversations.ipynb #0025
 def _read_json(path) -> list[_Record]:
     "Records of a file that holds one JSON list."
     text = _read_text(path)
@@ -380,15 +385,15 @@ def _read_json(path) -> list[_Record]:
     if not isinstance(value, list): raise ConversationError(f"{path}, line 1: the file holds {_kind(value)}, expected a list of records: [{{…}}, {{…}}]")
     return [_Record(f"{path}, record {number}", record) for number, record in enumerate(value, 1)]
 
-# %% ../nbs/01_conversations.ipynb #0023
+# %% ../nbs/01_conversations.ipynb #0027
 _CHAT_COLUMNS = ("messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output", "system")
 
+_CELL_KINDS = ((r"-?(0|[1-9]\d*)", int), (r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", float), (r"(?i:true|false)", lambda text: text.lower() == "true"), (r"(?s:.*)", str))
+
 def _typed(texts) -> list:
-    "A metadata column with numbers and true/false recognised; empty becomes None."
-    def convert(kind): return [kind(text) if text else None for text in texts]
-    for kind in (int, float, lambda text: {"true": True, "false": False}[text.lower()], str):
-        try: return convert(kind)
-        except (ValueError, KeyError): pass
+    "A metadata column as whole numbers, numbers, true/false or text, whichever fits every cell; empty becomes None."
+    kind = next(kind for pattern, kind in _CELL_KINDS if all(re.fullmatch(pattern, text) for text in texts if text))
+    return [kind(text) if text else None for text in texts]
 
 def _read_csv(path) -> list[_Record]:
     "Records of a CSV file with a header line."
@@ -400,6 +405,7 @@ def _read_csv(path) -> list[_Record]:
     except csv.Error as err: raise ConversationError(f"{path}, line {reader.line_num}: broken CSV: {err}") from None
     finally: csv.field_size_limit(limit)
     header, rows = rows[0][1], rows[1:]
+    if len(set(header)) < len(header): raise ConversationError(f"{path}, line 1: two columns have the same name ({_listing(header)}); rename one")
     records = [_Record(f"{path}, line {line}", {}, problem=None if len(cells) == len(header) else
                        f"has {len(cells)} cells where the header has {len(header)} ({_listing(header)}); quote texts that hold commas or line breaks")
                for line, cells in rows]
@@ -410,14 +416,15 @@ def _read_csv(path) -> list[_Record]:
         for (record, _), value in zip(complete, values): record.value[column] = value
     return records
 
-# %% ../nbs/01_conversations.ipynb #0025
+# %% ../nbs/01_conversations.ipynb #0029
 def _plain(value):
     "Python's own types for numpy's and pandas' (NaN becomes None)."
     if isinstance(value, np.ndarray): return [_plain(item) for item in value]
     if isinstance(value, (list, tuple)): return [_plain(item) for item in value]
     if isinstance(value, dict): return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, np.generic): value = value.item()
-    return None if value is None or value is pd.NaT or value is pd.NA or value != value else value
+    missing = value is pd.NaT or value is pd.NA or (isinstance(value, float) and value != value)
+    return None if missing else value
 
 def _table_records(rows, name) -> list[_Record]:
     "Records from an iterable of dicts."
@@ -431,7 +438,7 @@ def _read_parquet(path) -> list[_Record]:
     except pyarrow.ArrowException as err: raise ConversationError(f"{path}: not a readable Parquet file ({_short(err, 100)}); it may be truncated, fetch or write it again") from None
     return _table_records(table.to_pylist(), path)
 
-# %% ../nbs/01_conversations.ipynb #0027
+# %% ../nbs/01_conversations.ipynb #002b
 def _read_hub(name, split):
     "Rows of a data set on the hub (or in its local cache)."
     datasets = require("datasets", "all")
@@ -457,7 +464,7 @@ def _load_file(path, name) -> Conversations:
     if not records: raise ConversationError(f"{path}: holds no records; add some or pass another file")
     return _checked(records, name, layout)
 
-# %% ../nbs/01_conversations.ipynb #0028
+# %% ../nbs/01_conversations.ipynb #002c
 def load_conversations(
     source,                   # Path (.jsonl, .json, .csv, .parquet), hub id, DataFrame, datasets.Dataset, list of records, message lists or `Conversation`s
     *,
@@ -483,7 +490,7 @@ def load_conversations(
     if not records: raise ConversationError(f"{name}: holds no records")
     return _checked(records, name)
 
-# %% ../nbs/01_conversations.ipynb #002e
+# %% ../nbs/01_conversations.ipynb #0032
 def bundled(
     name: str = "sycophancy", # Name of the data set
     split: str = "train",     # One of its splits
@@ -496,7 +503,7 @@ def bundled(
     if split not in there[name]: raise ConversationError(f"the bundled data set {name!r} has no split {split!r}; it has: {_listing(there[name])}")
     with importlib.resources.as_file(root/name/f"{split}.jsonl") as path: return load_conversations(path, name=f"{name}/{split}")
 
-# %% ../nbs/01_conversations.ipynb #0031
+# %% ../nbs/01_conversations.ipynb #0035
 def _messages(conversation, sentinel=None) -> list[dict]:
     "Messages as fresh dicts, the k-th answer replaced by the k-th sentinel if asked."
     answers = iter(range(len(conversation.messages)))
@@ -523,7 +530,7 @@ def _render(tokenizer, chats, ids, add_generation_prompt=False) -> list[str]:
 
 def _model_name(tokenizer) -> str: return repr(getattr(tokenizer, "name_or_path", "") or "this model")
 
-# %% ../nbs/01_conversations.ipynb #0033
+# %% ../nbs/01_conversations.ipynb #0037
 def _end_of_turn(tokenizer) -> str:
     "The text between the end of an answer and the end of its turn's last special token, such as `<|im_end|>`; empty if the template has none."
     tail = _render(tokenizer, [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Zqprobe"}]], ["(probe)"])[0].rpartition("Zqprobe")[2]
@@ -549,7 +556,7 @@ def _answer_spans(rendered, with_sentinels, sentinels, answers, end_of_turn):
         return spans
     return None
 
-# %% ../nbs/01_conversations.ipynb #0035
+# %% ../nbs/01_conversations.ipynb #0039
 def _spans_by_prefix(tokenizer, conversation, rendered, end_of_turn):
     "Characters [start, end) of each answer, from renderings of the messages before it; None where those are no prefixes."
     spans = []
@@ -580,7 +587,7 @@ def _rendered_spans(conversations, tokenizer) -> tuple[list[str], list[list[tupl
                                        f"Put it at the start of the first user message instead. Ids: {_listing(silent)}")
     return texts, spans
 
-# %% ../nbs/01_conversations.ipynb #0037
+# %% ../nbs/01_conversations.ipynb #003b
 def _response_mask(offsets, spans) -> np.ndarray:
     "Boolean [T]: which tokens cover a character of a span. `offsets` [T, 2] are the characters of each token."
     offsets = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
@@ -608,7 +615,7 @@ def _token_ids(tokenizer, texts, spans) -> Iterator[tuple[list[int], np.ndarray]
             if bos is not None and ids[:1] != [bos]: ids, mask = [bos, *ids], np.concatenate([[False], mask])
             yield ids, mask
 
-# %% ../nbs/01_conversations.ipynb #0039
+# %% ../nbs/01_conversations.ipynb #003d
 @dataclass(frozen=True, eq=False)
 class TokenizedConversation:
     "Tokens of one conversation in a model's chat template."
@@ -641,14 +648,14 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTES = _byte_alphabet()
 
-# %% ../nbs/01_conversations.ipynb #003a
+# %% ../nbs/01_conversations.ipynb #003e
 def _tokens_html(texts, mask, n=160) -> str:
     "Tokens in a row, those of the response on a coloured ground."
     shown = "".join(f"<span style='border-radius:3px;margin-right:1px;{'background:#f2a65a55;' if on else 'opacity:.6;'}'>{escape(text).replace(chr(10), '⏎<br>')}</span>"
                     for text, on in zip(texts[:n], mask[:n].tolist()))
     return f"<div style='max-width:50em;white-space:pre-wrap;font-family:monospace;font-size:90%'>{shown}{'…' if len(texts) > n else ''}</div>"
 
-class TokenizedConversations(Sequence):
+class TokenizedConversations(_Rows):
     "Conversations with their tokens and response masks, in the same order."
     def __init__(self,
         conversations: Conversations,        # The conversations, one per item
@@ -662,14 +669,6 @@ class TokenizedConversations(Sequence):
         ids = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0]
         self.pad_token_id = next(i for i in ids if i is not None)
 
-    def __len__(self): return len(self._items)
-    def __iter__(self): return iter(self._items)
-    def __getitem__(self, key): return self._items[key] if isinstance(key, (int, np.integer)) else self.select(key)
-
-    @property
-    def ids(self) -> list[str]:
-        "Content ids in order."
-        return [item.id for item in self._items]
     @property
     def lengths(self) -> np.ndarray:
         "Tokens of each example, int64 [N]."
@@ -713,7 +712,7 @@ def _cut_table(items) -> pd.DataFrame:
     rows = [(item.id, row, len(item.input_ids) + item.n_cut, item.n_cut) for row, item in enumerate(items) if item.n_cut]
     return pd.DataFrame(rows, columns=["id", "row", "tokens", "cut"])
 
-# %% ../nbs/01_conversations.ipynb #003b
+# %% ../nbs/01_conversations.ipynb #003f
 def tokenize(
     conversations,                  # `Conversations`, or anything `load_conversations` reads
     tokenizer,                      # A fast tokenizer with a chat template
@@ -728,7 +727,7 @@ def tokenize(
     conversations = load_conversations(conversations)
     unanswered = [c.id for c in conversations if not any(m["role"] == "assistant" for m in c.messages)]
     if unanswered: raise ConversationError(f"{len(unanswered)} conversations have no response tokens, because they hold no answer. "
-                                           f"Generate answers first or leave them out: {_listing(unanswered)}")
+                                           f"Generate answers first, leave them out, or name the column that holds the answer 'response': {_listing(unanswered)}")
     texts, spans = _rendered_spans(conversations, tokenizer)
     limit, items = max_tokens or float("inf"), []
     for conversation, (ids, mask) in zip(conversations, _token_ids(tokenizer, texts, spans)):
@@ -748,7 +747,7 @@ def tokenize(
                                f"{'dropped' if overlong == 'drop' else 'cut'}; see .cut", stacklevel=2)
     return TokenizedConversations(conversations, items, tokenizer, max_tokens, cut)
 
-# %% ../nbs/01_conversations.ipynb #0045
+# %% ../nbs/01_conversations.ipynb #004c
 def tokenize_prompts(
     conversations,  # `Conversations`, or anything `load_conversations` reads; a final answer is left off
     tokenizer,      # A fast tokenizer with a chat template
@@ -758,7 +757,7 @@ def tokenize_prompts(
     texts = _render(tokenizer, [list(c.prompt) for c in conversations], conversations.ids, add_generation_prompt=True)
     return [torch.tensor(ids) for ids, _ in _token_ids(tokenizer, texts, [[] for _ in texts])]
 
-# %% ../nbs/01_conversations.ipynb #0048
+# %% ../nbs/01_conversations.ipynb #004f
 @dataclass
 class Batch:
     "A rectangle of examples, padded on the right."
@@ -785,7 +784,7 @@ def _batch(tokenized, rows) -> Batch:
         ids_BT[b, :T], attention_BT[b, :T], response_BT[b, :T] = item.input_ids, 1, item.response_mask
     return Batch(torch.tensor(rows), ids_BT, attention_BT, response_BT)
 
-# %% ../nbs/01_conversations.ipynb #0049
+# %% ../nbs/01_conversations.ipynb #0050
 def batches(
     tokenized: TokenizedConversations, # What to batch
     *,
