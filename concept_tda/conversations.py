@@ -7,7 +7,7 @@ __all__ = ['ConversationError', 'Conversation', 'Conversations', 'load_conversat
            'readable_tokens', 'TokenizedConversations', 'tokenize', 'tokenize_prompts', 'Batch', 'batches']
 
 # %% ../nbs/01_conversations.ipynb #0003
-import codecs, csv, hashlib, importlib.resources, io, json, re, warnings
+import codecs, csv, hashlib, importlib.resources, io, json, os, re, warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -24,11 +24,17 @@ class ConversationError(ConceptTDAError):
     "Chat data or a chat template that cannot be used; says which file, line, field or conversation, and the way out."
 
 # %% ../nbs/01_conversations.ipynb #0007
+def _short(value, width=80) -> str:
+    "One line of text, cut with an ellipsis."
+    text = " ".join(str(value).split())
+    return text if len(text) <= width else text[:width - 1] + "…"
+
 def _content_hash(messages) -> str:
     "16 hexadecimal digits that depend on roles and contents only."
     text = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
+# %% ../nbs/01_conversations.ipynb #0008
 @dataclass(frozen=True)
 class Conversation:
     "One chat: its messages, an id made from their content, and whatever else the record held."
@@ -65,12 +71,7 @@ class Conversation:
                         for m in self.messages)
         return f"<div style='max-width:50em'><small><code>{escape(self.id)}</code> {escape(_short(self.metadata, 120))}</small>{turns}</div>"
 
-def _short(value, width=80) -> str:
-    "One line of text, cut with an ellipsis."
-    text = " ".join(str(value).split())
-    return text if len(text) <= width else text[:width - 1] + "…"
-
-# %% ../nbs/01_conversations.ipynb #000b
+# %% ../nbs/01_conversations.ipynb #000c
 def _row_numbers(rows, n) -> np.ndarray:
     "Row numbers [K] from a slice, a list of rows (negative counts from the end) or a boolean mask [n]."
     if isinstance(rows, slice): return np.arange(n)[rows]
@@ -85,7 +86,7 @@ def _row_numbers(rows, n) -> np.ndarray:
     if outside.size: raise ConversationError(f"row {outside[0]} does not exist: there are {n} conversations, rows 0 to {n - 1}")
     return rows % n if n else rows
 
-# %% ../nbs/01_conversations.ipynb #000d
+# %% ../nbs/01_conversations.ipynb #000e
 _PLAIN_LAYOUT = {"prefix": "", "newline": "\n", "final_newline": True}
 
 def _json_line(conversation) -> bytes:
@@ -101,7 +102,7 @@ def _jsonl_bytes(conversations, layout) -> bytes:
     if lines and not layout["final_newline"]: lines[-1][1] = b""
     return layout["prefix"].encode() + b"".join(part for line in lines for part in line)
 
-# %% ../nbs/01_conversations.ipynb #000f
+# %% ../nbs/01_conversations.ipynb #0010
 def _label_column(conversations, column, positive) -> np.ndarray:
     "True [N] where the metadata column equals `positive`."
     without = [c.id for c in conversations if c.metadata.get(column) is None]
@@ -120,7 +121,7 @@ def _listing(items, at_most=10) -> str:
     items = [str(item) for item in items]
     return ", ".join(items[:at_most]) + (f" and {len(items) - at_most} more" if len(items) > at_most else "")
 
-# %% ../nbs/01_conversations.ipynb #0011
+# %% ../nbs/01_conversations.ipynb #0012
 def _conversations_html(conversations, n=4) -> str:
     "Headline and the first few chats as a small table."
     def row(c):
@@ -132,7 +133,7 @@ def _conversations_html(conversations, n=4) -> str:
     body = "".join(row(c) for c in conversations[:n])
     return f"<div><b>{escape(repr(conversations))}</b><table><tr>{head}</tr>{body}</table>{rest}</div>"
 
-# %% ../nbs/01_conversations.ipynb #0013
+# %% ../nbs/01_conversations.ipynb #0014
 class _Rows(Sequence):
     "A sequence of items with ids. An int gives an item, an id gives the first item that has it, everything else a selection."
     def __len__(self): return len(self._items)
@@ -147,7 +148,7 @@ class _Rows(Sequence):
         "Content ids in order; a chat that occurs twice has its id twice."
         return [item.id for item in self._items]
 
-# %% ../nbs/01_conversations.ipynb #0015
+# %% ../nbs/01_conversations.ipynb #0016
 class _Exports:
     "Ways out of the library, and the way back in from `to_columns`."
     def to_json(self,
@@ -180,7 +181,7 @@ class _Exports:
         return cls([Conversation(tuple(json.loads(messages)), id, json.loads(metadata), raw, ending)
                     for id, messages, metadata, raw, ending in rows], name, layout)
 
-# %% ../nbs/01_conversations.ipynb #0017
+# %% ../nbs/01_conversations.ipynb #0018
 class Conversations(_Rows, _Exports):
     "Chats in file order. Selecting gives `Conversations` again; `to_json` writes the records back as they were read."
     def __init__(self,
@@ -235,7 +236,7 @@ def _metadata_columns(conversations) -> list[str]:
     "Names of all metadata columns, in the order in which they first occur."
     return list(dict.fromkeys(key for c in conversations for key in c.metadata))
 
-# %% ../nbs/01_conversations.ipynb #001b
+# %% ../nbs/01_conversations.ipynb #001c
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _ACCEPTED = "messages; conversations; prompt with response (or completion); instruction (and input) with output"
 
@@ -265,7 +266,7 @@ def _kind(value) -> str:
     names = {type(None): "null", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text", bytes: "bytes"}
     return names.get(type(value), type(value).__name__)
 
-# %% ../nbs/01_conversations.ipynb #001c
+# %% ../nbs/01_conversations.ipynb #001d
 def _turns(record) -> tuple[list, set]:
     "Turns of one record in any dialect, and the names of the fields they were made of."
     has = {key for key, value in record.items() if value is not None}
@@ -292,7 +293,7 @@ def _turns(record) -> tuple[list, set]:
         turns, used = [("system", system, "system"), *turns], used | {"system"}
     return turns, used
 
-# %% ../nbs/01_conversations.ipynb #001e
+# %% ../nbs/01_conversations.ipynb #001f
 def _check_turns(turns):
     "Raise `ConversationError` naming the field where roles or contents break the rules."
     previous = None
@@ -318,7 +319,7 @@ def _conversation(record, raw=None, ending=None) -> Conversation:
     messages = tuple({"role": role, "content": content} for role, content, _ in turns)
     return Conversation(messages, metadata={key: value for key, value in record.items() if key not in used}, raw=raw, ending=ending)
 
-# %% ../nbs/01_conversations.ipynb #0022
+# %% ../nbs/01_conversations.ipynb #0023
 @dataclass
 class _Record:
     "One record as read from a source."
@@ -353,7 +354,7 @@ def _read_text(path) -> str:
         raise ConversationError(f"{path}, line {line}: the file is not UTF-8 ({guess}). Save it as UTF-8, "
                                 "for instance with: iconv -f LATIN1 -t UTF-8 old > new") from None
 
-# %% ../nbs/01_conversations.ipynb #0024
+# %% ../nbs/01_conversations.ipynb #0025
 def _read_jsonl(path) -> tuple[list[_Record], dict]:
     "Records with their bytes, and the layout of the file."
     _read_text(path)  # for its errors
@@ -374,7 +375,7 @@ def _read_jsonl(path) -> tuple[list[_Record], dict]:
     newline = "\r\n" if records and records[0].ending.startswith(b"\r\n") else "\n"
     return records, {"prefix": prefix.decode(), "newline": newline, "final_newline": bool(records and records[-1].ending)}
 
-# %% ../nbs/01_conversations.ipynb #0025
+# %% ../nbs/01_conversations.ipynb #0026
 def _read_json(path) -> list[_Record]:
     "Records of a file that holds one JSON list."
     text = _read_text(path)
@@ -385,7 +386,7 @@ def _read_json(path) -> list[_Record]:
     if not isinstance(value, list): raise ConversationError(f"{path}, line 1: the file holds {_kind(value)}, expected a list of records: [{{…}}, {{…}}]")
     return [_Record(f"{path}, record {number}", record) for number, record in enumerate(value, 1)]
 
-# %% ../nbs/01_conversations.ipynb #0027
+# %% ../nbs/01_conversations.ipynb #0028
 _CHAT_COLUMNS = ("messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output", "system")
 
 _CELL_KINDS = ((r"-?(0|[1-9]\d*)", int), (r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", float), (r"(?i:true|false)", lambda text: text.lower() == "true"), (r"(?s:.*)", str))
@@ -416,7 +417,7 @@ def _read_csv(path) -> list[_Record]:
         for (record, _), value in zip(complete, values): record.value[column] = value
     return records
 
-# %% ../nbs/01_conversations.ipynb #0029
+# %% ../nbs/01_conversations.ipynb #002a
 def _plain(value):
     "Python's own types for numpy's and pandas' (NaN becomes None)."
     if isinstance(value, np.ndarray): return [_plain(item) for item in value]
@@ -438,7 +439,7 @@ def _read_parquet(path) -> list[_Record]:
     except pyarrow.ArrowException as err: raise ConversationError(f"{path}: not a readable Parquet file ({_short(err, 100)}); it may be truncated, fetch or write it again") from None
     return _table_records(table.to_pylist(), path)
 
-# %% ../nbs/01_conversations.ipynb #002b
+# %% ../nbs/01_conversations.ipynb #002c
 def _read_hub(name, split):
     "Rows of a data set on the hub (or in its local cache)."
     datasets = require("datasets", "all")
@@ -464,7 +465,7 @@ def _load_file(path, name) -> Conversations:
     if not records: raise ConversationError(f"{path}: holds no records; add some or pass another file")
     return _checked(records, name, layout)
 
-# %% ../nbs/01_conversations.ipynb #002c
+# %% ../nbs/01_conversations.ipynb #002d
 def load_conversations(
     source,                   # Path (.jsonl, .json, .csv, .parquet), hub id, DataFrame, datasets.Dataset, list of records, message lists or `Conversation`s
     *,
@@ -490,7 +491,7 @@ def load_conversations(
     if not records: raise ConversationError(f"{name}: holds no records")
     return _checked(records, name)
 
-# %% ../nbs/01_conversations.ipynb #0032
+# %% ../nbs/01_conversations.ipynb #0033
 def bundled(
     name: str = "sycophancy", # Name of the data set
     split: str = "train",     # One of its splits
@@ -503,7 +504,7 @@ def bundled(
     if split not in there[name]: raise ConversationError(f"the bundled data set {name!r} has no split {split!r}; it has: {_listing(there[name])}")
     with importlib.resources.as_file(root/name/f"{split}.jsonl") as path: return load_conversations(path, name=f"{name}/{split}")
 
-# %% ../nbs/01_conversations.ipynb #0035
+# %% ../nbs/01_conversations.ipynb #0036
 def _messages(conversation, sentinel=None) -> list[dict]:
     "Messages as fresh dicts, the k-th answer replaced by the k-th sentinel if asked."
     answers = iter(range(len(conversation.messages)))
@@ -530,10 +531,12 @@ def _render(tokenizer, chats, ids, add_generation_prompt=False) -> list[str]:
 
 def _model_name(tokenizer) -> str: return repr(getattr(tokenizer, "name_or_path", "") or "this model")
 
-# %% ../nbs/01_conversations.ipynb #0037
+# %% ../nbs/01_conversations.ipynb #0038
 def _end_of_turn(tokenizer) -> str:
-    "The text between the end of an answer and the end of its turn's last special token, such as `<|im_end|>`; empty if the template has none."
-    tail = _render(tokenizer, [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Zqprobe"}]], ["(probe)"])[0].rpartition("Zqprobe")[2]
+    "The text from the end of an answer to the end of its turn's special token, such as `<|im_end|>`; empty if the template has none."
+    probes = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}] for answer in ("Alpha", "Omegb")]
+    backwards = [text[::-1] for text in _render(tokenizer, probes, ["(probe)"] * 2)]
+    tail = os.path.commonprefix(backwards)[::-1]
     spaces = tail[:len(tail) - len(tail.lstrip())]
     special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
     for marker in special:
@@ -541,6 +544,7 @@ def _end_of_turn(tokenizer) -> str:
     written = re.match(r"\s*<[^<>\s]+>", tail)  # a marker that this tokenizer spells out
     return written.group() if written else ""
 
+# %% ../nbs/01_conversations.ipynb #0039
 def _answer_spans(rendered, with_sentinels, sentinels, answers, end_of_turn):
     "Characters [start, end) of each answer with its end of turn, or None where the pieces do not add up to the rendered text."
     pieces = re.split("|".join(map(re.escape, sentinels)), with_sentinels)
@@ -556,7 +560,7 @@ def _answer_spans(rendered, with_sentinels, sentinels, answers, end_of_turn):
         return spans
     return None
 
-# %% ../nbs/01_conversations.ipynb #0039
+# %% ../nbs/01_conversations.ipynb #003b
 def _spans_by_prefix(tokenizer, conversation, rendered, end_of_turn):
     "Characters [start, end) of each answer, from renderings of the messages before it; None where those are no prefixes."
     spans = []
@@ -587,7 +591,7 @@ def _rendered_spans(conversations, tokenizer) -> tuple[list[str], list[list[tupl
                                        f"Put it at the start of the first user message instead. Ids: {_listing(silent)}")
     return texts, spans
 
-# %% ../nbs/01_conversations.ipynb #003b
+# %% ../nbs/01_conversations.ipynb #003d
 def _response_mask(offsets, spans) -> np.ndarray:
     "Boolean [T]: which tokens cover a character of a span. `offsets` [T, 2] are the characters of each token."
     offsets = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
@@ -615,7 +619,7 @@ def _token_ids(tokenizer, texts, spans) -> Iterator[tuple[list[int], np.ndarray]
             if bos is not None and ids[:1] != [bos]: ids, mask = [bos, *ids], np.concatenate([[False], mask])
             yield ids, mask
 
-# %% ../nbs/01_conversations.ipynb #003d
+# %% ../nbs/01_conversations.ipynb #003f
 @dataclass(frozen=True, eq=False)
 class TokenizedConversation:
     "Tokens of one conversation in a model's chat template."
@@ -623,6 +627,15 @@ class TokenizedConversation:
     input_ids: torch.Tensor      # Token ids [T], int64
     response_mask: torch.Tensor  # Boolean [T]: token belongs to an assistant turn, its end-of-turn token included
     n_cut: int = 0               # Tokens cut off the end because the conversation was too long
+
+# %% ../nbs/01_conversations.ipynb #0041
+def _byte_alphabet() -> dict[str, int]:
+    "The printable characters that byte-level tokenizers write for each byte (the table of GPT-2)."
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+_BYTES = _byte_alphabet()
 
 def readable_tokens(
     tokenizer,    # A fast tokenizer
@@ -640,21 +653,20 @@ def readable_tokens(
         texts.append(decoder.decode(piece))
     return texts
 
-def _byte_alphabet() -> dict[str, int]:
-    "The printable characters that byte-level tokenizers write for each byte (GPT-2's table)."
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-_BYTES = _byte_alphabet()
-
-# %% ../nbs/01_conversations.ipynb #003e
+# %% ../nbs/01_conversations.ipynb #0043
 def _tokens_html(texts, mask, n=160) -> str:
     "Tokens in a row, those of the response on a coloured ground."
-    shown = "".join(f"<span style='border-radius:3px;margin-right:1px;{'background:#f2a65a55;' if on else 'opacity:.6;'}'>{escape(text).replace(chr(10), '⏎<br>')}</span>"
+    styles = {True: "background:#f2a65a55", False: "opacity:.6"}
+    shown = "".join(f"<span style='border-radius:3px;margin-right:1px;{styles[on]}'>{escape(text).replace(chr(10), '⏎<br>')}</span>"
                     for text, on in zip(texts[:n], mask[:n].tolist()))
     return f"<div style='max-width:50em;white-space:pre-wrap;font-family:monospace;font-size:90%'>{shown}{'…' if len(texts) > n else ''}</div>"
 
+def _cut_table(items) -> pd.DataFrame:
+    "Row per example that was cut: id, row, tokens (before), cut (how many)."
+    rows = [(item.id, row, len(item.input_ids) + item.n_cut, item.n_cut) for row, item in enumerate(items) if item.n_cut]
+    return pd.DataFrame(rows, columns=["id", "row", "tokens", "cut"])
+
+# %% ../nbs/01_conversations.ipynb #0044
 class TokenizedConversations(_Rows):
     "Conversations with their tokens and response masks, in the same order."
     def __init__(self,
@@ -707,12 +719,7 @@ class TokenizedConversations(_Rows):
         first = _tokens_html(self.tokens(0), self._items[0].response_mask) if len(self) and self.tokenizer else ""
         return f"<div><b>{escape(repr(self))}</b>{first}</div>"
 
-def _cut_table(items) -> pd.DataFrame:
-    "Row per example that was cut: id, row, tokens (before), cut (how many)."
-    rows = [(item.id, row, len(item.input_ids) + item.n_cut, item.n_cut) for row, item in enumerate(items) if item.n_cut]
-    return pd.DataFrame(rows, columns=["id", "row", "tokens", "cut"])
-
-# %% ../nbs/01_conversations.ipynb #003f
+# %% ../nbs/01_conversations.ipynb #0046
 def tokenize(
     conversations,                  # `Conversations`, or anything `load_conversations` reads
     tokenizer,                      # A fast tokenizer with a chat template
@@ -747,7 +754,7 @@ def tokenize(
                                f"{'dropped' if overlong == 'drop' else 'cut'}; see .cut", stacklevel=2)
     return TokenizedConversations(conversations, items, tokenizer, max_tokens, cut)
 
-# %% ../nbs/01_conversations.ipynb #004c
+# %% ../nbs/01_conversations.ipynb #0056
 def tokenize_prompts(
     conversations,  # `Conversations`, or anything `load_conversations` reads; a final answer is left off
     tokenizer,      # A fast tokenizer with a chat template
@@ -757,7 +764,7 @@ def tokenize_prompts(
     texts = _render(tokenizer, [list(c.prompt) for c in conversations], conversations.ids, add_generation_prompt=True)
     return [torch.tensor(ids) for ids, _ in _token_ids(tokenizer, texts, [[] for _ in texts])]
 
-# %% ../nbs/01_conversations.ipynb #004f
+# %% ../nbs/01_conversations.ipynb #0059
 @dataclass
 class Batch:
     "A rectangle of examples, padded on the right."
@@ -784,7 +791,7 @@ def _batch(tokenized, rows) -> Batch:
         ids_BT[b, :T], attention_BT[b, :T], response_BT[b, :T] = item.input_ids, 1, item.response_mask
     return Batch(torch.tensor(rows), ids_BT, attention_BT, response_BT)
 
-# %% ../nbs/01_conversations.ipynb #0050
+# %% ../nbs/01_conversations.ipynb #005a
 def batches(
     tokenized: TokenizedConversations, # What to batch
     *,
