@@ -300,7 +300,7 @@ def conversation_html(
         pieces, mask = _token_pieces(tokens, token_scores, limit), np.asarray(response_mask, bool)
         edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
         turns = [("response" if mask[a] else "prompt", mask[a], pieces[a:b]) for a, b in zip(edges, edges[1:])]
-    return "".join(f"<div class='turn{' response' if answer else ''}' dir='auto'><span class='role' dir='ltr'>{safe_text(role)}</span>"
+    return "".join(f"<div class='turn{' response' if answer else ''}' dir='auto'><span class='role'><bdi>{safe_text(role)}</bdi></span>"
                    f"{_folded(parts, visible if answer else visible // 2, most)}</div>" for role, answer, parts in turns)
 
 # %% ../nbs/05_attribution.ipynb #002d
@@ -536,7 +536,7 @@ def example_html(
 ) -> str:
     "One example of a single-query result: score, rank, percentile, metadata, and the text with its token scores."
     conversation, score = result.conversations[int(position)], result.scores[position]
-    pairs = [(k, v) for k, v in ((facts or {}) | conversation.metadata).items() if isinstance(v, (str, int, float, np.generic))][:8]
+    pairs = [(k, v) for k, v in ((facts or {}) | conversation.metadata).items() if isinstance(v, (str, int, float, np.generic))][:12]
     details = "".join(f" · <bdi>{safe_text(_one_line(f'{key}: {value}', 80))}</bdi>" for key, value in pairs)
     tokens = () if result.token_scores is None else (result.tokens[position], result.token_scores[position], result.response_masks[position])
     return (f"<article class='example'><div class='facts'><span class='score'>{score:+.4g}</span><span>rank {result.ranks[position]:,} of {result.n_total:,}</span>"
