@@ -175,7 +175,7 @@ def _is_whole(folder):
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     return end > 0 and (folder/"model.safetensors").stat().st_size == 8 + length + end
 
-def _read_gguf(path, dtype, attention=None, **options):
+def _read_gguf(path, dtype, attention, **options):
     "A GGUF file unpacked to ordinary weights: (model, tokenizer)."
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, attn_implementation=attention,
@@ -188,7 +188,7 @@ def _convert_once(gguf, folder):
     print(f"Unpacking {gguf.name} into {folder} (once; under a minute) ...", flush=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        model, tokenizer = _read_gguf(gguf, torch.float32)
+        model, tokenizer = _from_pretrained(gguf, torch.float32, None, None)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         if folder.exists() and not _is_whole(folder): shutil.rmtree(folder)
@@ -247,7 +247,6 @@ def _find_source(name):
 def _from_pretrained(source, dtype, attention, device_map):
     "(model, tokenizer) from a folder, GGUF file or hub id."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from safetensors import SafetensorError
     placed = {} if device_map is None else {"device_map": device_map}
     try:
         if isinstance(source, Path) and source.suffix == ".gguf": return _read_gguf(source, dtype, attention, **placed)
@@ -257,7 +256,7 @@ def _from_pretrained(source, dtype, attention, device_map):
             attention = "eager"
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=attention, **placed)
         return model, AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as err:
+    except Exception as err:  # a damaged file makes readers fail in any way, from struct.error to KeyError
         if isinstance(source, Path): raise ModelError(f"cannot open the model in {source}: {_first_line(err)}") from err
         raise ModelError(f"cannot open the model {source!r}: {_first_line(err)}\n{_how_to_get(source)}") from err
 
@@ -290,9 +289,8 @@ def _tokenizer_of(adapter):
 def _attach(model, adapter, merge):
     "`model` with the LoRA weights in `adapter` on it, or merged into it."
     from peft import PeftModel
-    from safetensors import SafetensorError
     try: adapted = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as err:
+    except Exception as err:
         raise ModelError(f"cannot put the adapter {adapter} on {type(model).__name__}: {_first_line(err)}") from err
     return adapted.merge_and_unload() if merge else adapted
 
