@@ -18,15 +18,24 @@ _PUBLIC = {
     "conversations": "ConversationError Conversation Conversations load_conversations bundled "
         "TokenizedConversation readable_tokens TokenizedConversations tokenize tokenize_prompts Batch batches",
     "models": "BUILT_IN ModelError LayerError SiteError LanguageModel load_model Site resolve_sites",
+    "tracing": "POOLINGS TracingError pooling_weights pooled_activations token_activations generate",
     "concepts": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
         "tensor_concept random_concepts LayerSweep sweep_layers",
-    "attribution": "SIGN LEVELS VIEW_STYLE FORMAT_VERSION AttributionError rank_scores score_percentiles cut_rows "
-        "detection_metrics Cost QueryCard safe_text colour_limit legend_html conversation_html card_html "
-        "histogram_svg Attribution prompt_text spearman example_html examples_html attribution_html "
-        "load_attribution Comparison compare table_html comparison_html",
+    "attribution": "SIGN LEVELS VIEW_STYLE FORMAT_VERSION AttributionError rank_scores score_percentiles spearman "
+        "cut_rows detection_metrics Cost QueryCard safe_text colour_limit legend_html conversation_html card_html "
+        "histogram_svg Attribution prompt_text example_html examples_html attribution_html load_attribution "
+        "table_html Comparison comparison_html compare",
     "gradients": "GradientError response_logits token_losses loss_weights site_flows SiteGradients watch_layers "
         "hidden_states",
     "curvature": "CurvatureError Identity Factors EKFAC",
+    "queries": "Query ConceptQuery LossQuery",
+    "directional": "Readout ActivationReadout ActivationGradientReadout DirectionReadout LossReadout Pass "
+        "shared_pass",
+    "scorers": "ScorerError Scorer score_together VectorFilter ActivationGradient Influence ConceptInfluence "
+        "InfluenceFunction GradDot",
+    "baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
+    "finetuning": "FinetuneError finetune training_record",
+    "reports": "write_report",
 }
 # --- end of table ---
 

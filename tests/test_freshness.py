@@ -40,7 +40,7 @@ def copy(tmp_path_factory) -> Path:
 def nbdev(command: str, folder: Path) -> None:
     """One of nbdev's commands, in `folder`, with its package and the stand-in for quarto first."""
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "tools")]),
+        **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (folder, folder / "tools", folder / "tests"))),
         "PATH": os.pathsep.join([str(folder / "tools" / "stand_in"), str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     environment.pop("IN_TEST", None)  # nbdev skips its index while a notebook is tested

@@ -5,6 +5,7 @@ the code, classes shown as classes with an entry for each public method, and the
 literate library the reader wants to see it. tools/with_quarto.sh puts this folder where nbdev finds it."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
@@ -15,6 +16,8 @@ from fastcore.docments import MarkdownRenderer
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 
+PRIVATE_LINK = re.compile(r"\[(`(?:\w+\.)*_\w*(?:\(\))?`)\]\([^)]*\)")
+MODULE_PREFIX = re.compile(r"\b(?:torch\.nn\.modules\.\w+|pandas(?:\.\w+)*|pathlib|collections\.abc|transformers(?:\.\w+)*|concept_tda\.\w+)\.(?=[A-Z])")
 SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.MULTILINE)
 
 
@@ -36,14 +39,14 @@ def plain(thing):
 def signature(thing, name: str) -> str:
     """The definition with a comment for each parameter; a class with its bases where it takes nothing of its own."""
     short = name.split(".")[-1]
-    if isinstance(thing, property) or type(thing).__name__ == "cached_property": return f"@property\n{short}"
     if inspect.isclass(thing):
         bases = ", ".join(base.__name__ for base in thing.__bases__ if base is not object)
         if "__init__" not in vars(thing): return f"class {short}({bases})" if bases else f"class {short}"
     rendered = MarkdownRenderer(plain(thing), name=short)._repr_markdown_()
     code = re.search(r"```python\n(.*?)\n```", rendered, re.DOTALL)[1].strip().removesuffix(":")
+    code = MODULE_PREFIX.sub("", code)
     if isinstance(thing, classmethod): code = "@classmethod\n" + code
-    return code.replace("def ", "class ", 1) if inspect.isclass(thing) else code
+    return code.replace("def ", "class ", 1).removesuffix("->None") if inspect.isclass(thing) else code
 
 
 def source(thing) -> str:
@@ -65,11 +68,26 @@ def entry(thing, name: str, level: int = 3, with_source: bool = True) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def methods(cls) -> list[str]:
-    """Names of the public methods and properties a class defines itself and says something about, in its order."""
-    return [name for name, member in vars(cls).items()
+def is_property(member) -> bool:
+    return isinstance(member, (property, functools.cached_property))
+
+
+def members(cls) -> dict[str, object]:
+    """The public methods and properties a class defines itself and says something about, in its order."""
+    return {name: member for name, member in vars(cls).items()
             if not name.startswith("_") and not inspect.isclass(member)
-            and callable(plain(member)) and (inspect.getdoc(plain(member)) or "")]
+            and callable(plain(member)) and (inspect.getdoc(plain(member)) or "")}
+
+
+def class_entry(cls, name: str, elsewhere: set[str]) -> str:
+    """A class with its properties as a list and an entry for each method not shown elsewhere on the page."""
+    found = {key: member for key, member in members(cls).items() if f"{name}.{key}" not in elsewhere}
+    properties = [f"* [`{key}`]{{#{name.lower()}.{key.lower()}}}: {' '.join(docstring(member).split())}"
+                  for key, member in found.items() if is_property(member)]
+    parts = [entry(cls, name), "\n".join(properties)]
+    parts += [entry(member, f"{name}.{key}", level=4, with_source=False)
+              for key, member in found.items() if not is_property(member)]
+    return "\n\n".join(part for part in parts if part)
 
 
 class api_entries(Processor):
@@ -83,15 +101,18 @@ class api_entries(Processor):
                  for match in [SHOW_DOC.search(cell.source)] if match}
         for i, name in in_code_order(named, room).items():
             thing = find(name, room)
-            text = entry(thing, name, level=4 if "." in name else 3)
-            if inspect.isclass(thing):
-                for method in methods(thing):
-                    full = f"{name}.{method}"
-                    if full not in named.values():
-                        text += "\n\n" + entry(vars(thing)[method], full, level=4, with_source=False)
+            shown = set(named.values())
+            text = class_entry(thing, name, shown) if inspect.isclass(thing) else entry(thing, name, level=4 if "." in name else 3)
             cells[i].source = f"#| echo: false\n#| output: asis\nshow_doc({name})"
             cells[i].outputs = [{"output_type": "display_data", "metadata": {},
-                                 "data": {"text/markdown": NbdevLookup().linkify(text).splitlines(True)}}]
+                                 "data": {"text/markdown": unlink_private(NbdevLookup().linkify(text)).splitlines(True)}}]
+        for cell in cells:
+            if cell.cell_type == "markdown": cell.source = unlink_private(cell.source)
+
+
+def unlink_private(text: str) -> str:
+    """nbdev links every name it knows; private ones have no entry to lead to."""
+    return PRIVATE_LINK.sub(r"\1", text)
 
 
 def in_code_order(named: dict[int, str], room: str | None) -> dict[int, str]:
