@@ -52,15 +52,15 @@ class Factors:
         return self.Q_out @ coordinates @ self.Q_in.T
 
 # %% ../nbs/07_curvature.ipynb #000b
-def _flows_of(lm, sites, batch, labels_R, receive):
+def _flows_of(lm, data, sites, batch, labels_R, receive):
     "One forward and backward pass of the summed response loss with the given labels (or a function from logits to labels)."
     with torch.enable_grad(), site_flows(sites, receive):
         logits_RV = response_logits(lm, batch)
         logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+        if not torch.isfinite(logits_RV).all():
+            raise CurvatureError(f"the model's logits for {', '.join(data[row].id for row in batch.rows.tolist()[:5])} are not finite: look at these examples, or load the model in float32")
         if callable(labels_R): labels_R = labels_R(logits_RV.detach())
-        loss = F.cross_entropy(logits_RV, labels_R, reduction="sum")
-        if not torch.isfinite(loss): raise CurvatureError(f"the loss of the examples in rows {batch.rows.tolist()} is {loss.item()}: look at these examples, or load the model in float32")
-        loss.backward()
+        F.cross_entropy(logits_RV, labels_R, reduction="sum").backward()
     return labels_R
 
 def _labeller(batch, labels, generator):
@@ -134,7 +134,7 @@ def _fit_streaming(lm, data, sites, labels, generator, token_budget, memory_budg
     for batch in batches(data, token_budget=token_budget):
         batch = batch.to(lm.device)
         statistics.begin(batch)
-        drawn.append(_flows_of(lm, sites, batch, _labeller(batch, labels, generator), statistics.receive))
+        drawn.append(_flows_of(lm, data, sites, batch, _labeller(batch, labels, generator), statistics.receive))
         statistics.add_kronecker()
         kept = statistics.keep()
         bar.update(batch.n_tokens)
@@ -147,7 +147,7 @@ def _fit_streaming(lm, data, sites, labels, generator, token_budget, memory_budg
         for batch, labels_R in zip(batches(data, token_budget=token_budget), drawn):
             batch = batch.to(lm.device)
             statistics.begin(batch)
-            _flows_of(lm, sites, batch, labels_R, statistics.receive)
+            _flows_of(lm, data, sites, batch, labels_R, statistics.receive)
             statistics.add_eigenvalues(statistics.flows)
             bar.update(batch.n_tokens)
         bar.close()
