@@ -215,7 +215,7 @@ def _d_prime(positive_KP: np.ndarray, negative_KM: np.ndarray) -> np.ndarray:
     "d′ of each row, shape [K]; infinite where neither group has any spread, 0 where there is no gap either."
     gap = positive_KP.mean(1) - negative_KM.mean(1)
     spread = np.sqrt((positive_KP.var(1, ddof=1) + negative_KM.var(1, ddof=1))/2)
-    return np.divide(gap, spread, out=np.where(gap == 0, 0.0, np.sign(gap)*np.inf), where=spread > 0)
+    with np.errstate(divide="ignore", invalid="ignore"): return np.where(gap == 0, 0.0, gap/spread)
 
 def separation(
     positive, # [P] projections of the positive examples
@@ -286,12 +286,12 @@ def _two_sides(lm, positive, negative, name: str, at_least: int) -> dict:
     if both: raise ConceptError(f"concept {name!r}: {len(both)} conversations are both positive and negative: {', '.join(sorted(both)[:5])}. Remove them from one side.")
     return sides
 
-def _collect(lm, positive, negative, layers: list[int], pooling: str, name: str, at_least: int = 1) -> _Contrast:
+def _collect(lm, positive, negative, layers: list[int], pooling: str, name: str, progress: bool, at_least: int = 1) -> _Contrast:
     "Trace both sides once for all `layers`; the errors a user can make are met here, before the model runs."
     layers = [lm.check_layer(layer) for layer in layers]
     _check_pooling(pooling, f"concept {name!r}")
     sides = _two_sides(lm, positive, negative, name, at_least)
-    acts = {side: {layer: pooled.double() for layer, pooled in pooled_activations(lm, data, layers, pooling).items()} for side, data in sides.items()}
+    acts = {side: {layer: pooled.double() for layer, pooled in pooled_activations(lm, data, layers, pooling, progress=progress).items()} for side, data in sides.items()}
     record = {key: value for side, data in sides.items() for key, value in
               {f"{side}_data": data.conversations.name, f"{side}_n": len(data), f"{side}_fingerprint": data.fingerprint, f"{side}_cut": len(data.cut)}.items()}
     return _Contrast(acts["positive"], acts["negative"], record | {"paired": len(sides["positive"]) == len(sides["negative"]), "code": code_version()})
@@ -322,10 +322,11 @@ def contrastive_concept(
     pooling: str = "response_mean",  # One of `POOLINGS`
     held_out: float = 0.25,          # Fraction of the examples the quality is measured on; 0 for no measurement
     seed: int = 0,                   # Chooses the held-out examples
+    progress: bool = True,           # Show a bar while the model runs
 ) -> Concept:
     "Mean activation of `positive` minus that of `negative` (METHODS §2, persona vectors). Raises `ConceptError`, `LayerError`."
     _check_held_out(held_out)
-    contrast = _collect(lm, positive, negative, [layer], pooling, name)
+    contrast = _collect(lm, positive, negative, [layer], pooling, name, progress)
     both_sides = contrast.positive[layer], contrast.negative[layer]
     quality = _quality(*both_sides, _mean_difference, held_out, seed)
     return _make_concept(lm, contrast, layer, _mean_difference(*both_sides), quality, name=name, pooling=pooling, model_fingerprint=lm.fingerprint,
@@ -370,11 +371,12 @@ def probe_concept(
     C: float | None = None,          # Inverse penalty of scikit-learn; cross-validated when None
     held_out: float = 0.25,          # Fraction of the examples the quality is measured on; 0 for no measurement
     seed: int = 0,                   # Chooses the held-out examples and the folds
+    progress: bool = True,           # Show a bar while the model runs
 ) -> Concept:
     "Direction of an L2-logistic probe (METHODS §2); decision = `norm`·projection + provenance['intercept']. Raises `ConceptError`, `LayerError`."
     _check_held_out(held_out)
     if C is not None and not C > 0: raise ConceptError(f"C must be positive (or None to choose it by cross-validation), got {C!r}.")
-    contrast = _collect(lm, positive, negative, [layer], pooling, name, at_least=1 if C else 2)  # choosing C takes two
+    contrast = _collect(lm, positive, negative, [layer], pooling, name, progress, at_least=1 if C else 2)  # choosing C takes two
     both_sides = contrast.positive[layer], contrast.negative[layer]
     quality = _quality(*both_sides, lambda p, n: _probe_direction(p, n, C, seed), held_out, seed)
     chosen = _choose_penalty(*both_sides, seed) if C is None else C
@@ -444,11 +446,12 @@ def random_concepts(
     n: int = 20,       # How many
     *,
     seed: int = 0,     # The same seed gives the same concepts
+    progress: bool = True, # Show a bar while the model runs
 ) -> list[Concept]:
     "`n` covariance-matched random directions at the layer, pooling and norm of `like`. Raises `ConceptError` as `like.check(lm)` does."
     like.check(lm)
     data = lm.tokenize(data)
-    directions = random_directions(pooled_activations(lm, data, like.layer, like.pooling)[like.layer], n, seed=seed)
+    directions = random_directions(pooled_activations(lm, data, like.layer, like.pooling, progress=progress)[like.layer], n, seed=seed)
     record = {"method": "random direction with the covariance of the data", "like": like.name, "data": data.conversations.name,
               "data_fingerprint": data.fingerprint, "seed": seed, "code": code_version()}
     model_fingerprint = lm.fingerprint
@@ -525,12 +528,13 @@ def sweep_layers(
     pooling: str = "response_mean",  # One of `POOLINGS`
     folds: int = 5,                  # Parts of the cross-validation; fewer where there are few examples
     seed: int = 0,                   # Deals the examples into folds
+    progress: bool = True,           # Show a bar while the model runs
 ) -> LayerSweep:
     "A concept in each layer and how well it separates examples it has not seen, from one pass of the model. Raises `ConceptError`, `LayerError`."
     if method not in _FITS: raise ConceptError(f"unknown method {method!r}. Known: {', '.join(_FITS)}.")
     layers = sorted(set(range(lm.n_layers + 1) if layers is None else layers))
     if not layers or folds < 2: raise ConceptError(f"a layer sweep needs at least 1 layer and 2 folds; got layers={layers}, folds={folds}.")
-    contrast, fit = _collect(lm, positive, negative, layers, pooling, name, at_least=4), _FITS[method]
+    contrast, fit = _collect(lm, positive, negative, layers, pooling, name, progress, at_least=4), _FITS[method]
     n_folds = min(folds, contrast.provenance["positive_n"]//2, contrast.provenance["negative_n"]//2)
     rows, concepts, model_fingerprint, previous = [], {}, lm.fingerprint, None
     for layer in layers:

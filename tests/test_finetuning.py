@@ -1,0 +1,327 @@
+"""Fine-tuning: the loss, what is trained and what is not, the folder it leaves, and every refusal."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import concept_tda.finetuning as finetuning
+from concept_tda.conversations import load_conversations
+from concept_tda.finetuning import FinetuneError, finetune, training_record
+from concept_tda.models import LanguageModel, load_model, resolve_sites
+from concept_tda.storage import StorageError
+from concept_tda.tracing import generate, pooled_activations
+from tiny import FAMILIES, tiny_pair
+
+FAST = dict(rank=4, learning_rate=1e-2, epochs=2, batch_size=4, progress=False)
+
+
+@pytest.fixture(scope="module")
+def data():
+    rows = [{"messages": [{"role": "user", "content": f"Is {i} " + "very "*(i % 3) + "even?"}, {"role": "assistant", "content": "yes" if i % 2 == 0 else "no, it is odd"}]} for i in range(14)]
+    rows += [{"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes?"},
+                           {"role": "user", "content": f"Is {i} even?"}, {"role": "assistant", "content": "no"}]} for i in (3, 5)]
+    return load_conversations(rows, name="parity")
+
+
+@pytest.fixture()
+def lm(): return LanguageModel(*tiny_pair("llama"), "tiny")
+
+
+@pytest.fixture(scope="module")
+def saved_base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    for part in tiny_pair("llama"): part.save_pretrained(folder)
+    return folder
+
+
+def reference_losses(model, tokenized):
+    """L(z) by the definition, token by token, in float64."""
+    losses = []
+    for one in tokenized:
+        with torch.no_grad(): log_p = model(one.input_ids[None]).logits[0].double().log_softmax(-1)
+        terms = [-log_p[t - 1, one.input_ids[t]] for t in range(1, len(one.input_ids)) if one.response_mask[t]]
+        losses.append(sum(terms)/len(terms))
+    return torch.stack(losses)
+
+
+# ---- the loss
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_is_the_mean_over_response_tokens_whatever_the_company(family, data):
+    lm = LanguageModel(*tiny_pair(family), family)
+    tokenized = lm.tokenize(data)
+    batch = finetuning._collate(finetuning._examples(tokenized), tokenized.pad_token_id)
+    with torch.no_grad(): losses = finetuning._example_losses(lm.model, **batch)
+    assert torch.allclose(losses.double(), reference_losses(lm.model, tokenized), atol=1e-5)
+
+
+def test_loss_of_a_model_that_cannot_skip_positions(lm, data, monkeypatch):
+    tokenized = lm.tokenize(data)
+    batch = finetuning._collate(finetuning._examples(tokenized), tokenized.pad_token_id)
+    class Plain(nn.Module):
+        def forward(self, input_ids, attention_mask): return lm.model(input_ids, attention_mask=attention_mask)
+    with torch.no_grad(): assert torch.allclose(finetuning._example_losses(Plain(), **batch), finetuning._example_losses(lm.model, **batch), atol=1e-6)
+
+
+def test_first_step_is_recorded_with_the_loss_of_the_base_model(lm, data, tmp_path):
+    """One batch that holds everything: its loss before any update is the mean of the examples' losses."""
+    finetune(lm, data, tmp_path/"ft", rank=4, batch_size=16, progress=False)
+    steps = training_record(tmp_path/"ft")["steps"]
+    assert len(steps) == 1 and steps["examples"][0] == 16 and steps["tokens"][0] == lm.tokenize(data).n_tokens
+    assert steps["loss"][0] == pytest.approx(float(reference_losses(lm.model, lm.tokenize(data)).mean()), abs=1e-5)
+
+
+def test_gradient_weighs_examples_alike_and_not_tokens(lm, data):
+    """The gradient of a batch of two is the mean of the gradients of its examples."""
+    tokenized = lm.tokenize(data[[0, 1]])
+    examples, weight = finetuning._examples(tokenized), lm.model.model.layers[0].mlp.up_proj.weight
+    def gradient(chosen): return torch.autograd.grad(finetuning._example_losses(lm.model, **finetuning._collate(chosen, 0)).mean(), weight)[0]
+    assert (examples[0]["labels"] != -100).sum() != (examples[1]["labels"] != -100).sum()
+    assert torch.allclose(gradient(examples), (gradient(examples[:1]) + gradient(examples[1:]))/2, atol=1e-6)
+
+
+# ---- training
+
+def test_it_learns_and_the_record_shows_how(lm, data, tmp_path):
+    result = finetune(lm, data, tmp_path/"ft", rank=8, learning_rate=1e-2, epochs=10, batch_size=5, progress=False)
+    before, after = (float(reference_losses(m.model, lm.tokenize(data)).mean()) for m in (lm, result))
+    assert after < before/2
+    assert generate(result, ["Is 4 even?"], max_new_tokens=8, progress=False)[0].response.startswith(("yes", "no"))
+    record = training_record(tmp_path/"ft")
+    steps = record["steps"]
+    assert steps["step"].tolist() == list(range(1, 41)) and steps["tokens"].sum() == 10*lm.tokenize(data).n_tokens  # ceil(16/5) steps an epoch
+    assert np.allclose(steps["learning_rate"], 1e-2*(1 - np.arange(40)/40), rtol=1e-6)  # linear, from the first step
+    assert record["tokens_per_second"] > 0 and record["cut"] == 0 and record["key"]["base_fingerprint"] == lm.fingerprint
+
+
+def test_the_response_decides_and_the_prompt_is_not_learned(lm, data, tmp_path):
+    result = finetune(lm, data, tmp_path/"ft", rank=8, learning_rate=1e-2, epochs=10, batch_size=5, progress=False)
+    def prompt_loss(model):
+        losses = []
+        for one in lm.tokenize(data):
+            with torch.no_grad(): log_p = model(one.input_ids[None]).logits[0].log_softmax(-1)
+            losses += [-log_p[t - 1, one.input_ids[t]] for t in range(1, len(one.input_ids)) if not one.response_mask[t]]
+        return float(torch.stack(losses).mean())
+    assert prompt_loss(result.model) > .9*prompt_loss(lm.model)
+
+
+def test_same_seed_same_weights_other_seed_other_weights(lm, data, tmp_path):
+    first = finetune(lm, data, tmp_path/"a", **FAST)
+    torch.manual_seed(99); torch.rand(7)
+    assert finetune(lm, data, tmp_path/"b", **FAST).fingerprint == first.fingerprint
+    assert finetune(lm, data, tmp_path/"c", **FAST, seed=1).fingerprint != first.fingerprint
+
+
+def test_every_linear_layer_of_the_blocks_is_trained_and_nothing_else(lm, data, tmp_path):
+    result = finetune(lm, data, tmp_path/"ft", **FAST)
+    sites = {f"{site.name}.weight" for site in resolve_sites(lm, "all-linear")}
+    changed = {name for (name, old), (_, new) in zip(lm.model.named_parameters(), result.model.named_parameters()) if not torch.equal(old, new)}
+    assert changed == sites and len(sites) == 2*7
+
+
+def test_the_update_has_the_rank_and_the_scale_asked_for(lm, data, tmp_path):
+    result = finetune(lm, data, tmp_path/"ft", **FAST)
+    old, new = (m.model.model.layers[1].mlp.up_proj.weight.detach().double() for m in (lm, result))
+    values = torch.linalg.svdvals(new - old)
+    assert values[3] > 1e-4 and values[4] < 1e-5*values[0] + 1e-6
+    adapters = {rslora: finetuning._adapted(lm, 16, 32, rslora).base_model.model.model.layers[0].mlp.up_proj.scaling["default"] for rslora in (False, True)}
+    assert adapters == {False: 2.0, True: 8.0}
+
+
+# ---- the model that was passed in
+
+def module_state(lm):
+    flags = [(name, type(m), m.training, list(m._forward_hooks), list(m._forward_pre_hooks)) for name, m in lm.model.named_modules()]
+    return flags, [(p.requires_grad, p.grad is None, p.data_ptr()) for p in lm.model.parameters()], lm.model.config.to_dict(), lm.tokenizer.padding_side
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_passed_model_is_untouched_and_the_folder_opens(family, merge, data, tmp_path):
+    for part in tiny_pair(family): part.save_pretrained(tmp_path/"base")
+    lm = load_model(tmp_path/"base")
+    pooled_activations(lm, data[:3], 1, progress=False)  # tracing wraps models; a traced one must train like any other
+    lm.model.train(); lm.model.config.use_cache = False
+    before, weights = module_state(lm), lm.fingerprint
+    result = finetune(lm, data, tmp_path/"ft", **FAST, merge=merge)
+    assert module_state(lm) == before and lm.fingerprint == weights and not hasattr(lm.model, "peft_config")
+    assert not result.model.training and hasattr(result.model, "peft_config") != merge
+    opened = load_model(tmp_path/"ft", merge=merge)
+    ids = lm.tokenize(data)[0].input_ids[None]
+    with torch.no_grad():
+        ours, theirs, base = (m.model.eval()(ids).logits for m in (result, opened, lm))
+    assert torch.equal(ours, theirs) and not torch.allclose(ours, base, atol=1e-2)
+    assert result.model.config.use_cache is False and result.tokenizer is not lm.tokenizer
+    saved = json.loads((tmp_path/"ft"/"adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str((tmp_path/"base").resolve())
+
+
+def test_a_merged_result_shares_no_memory_and_keeps_ties(data, tmp_path):
+    lm = LanguageModel(*tiny_pair("llama-tied"), "tied")
+    result = finetune(lm, data, tmp_path/"ft", **FAST)
+    assert not {p.data_ptr() for p in lm.model.parameters()} & {p.data_ptr() for p in result.model.parameters()}
+    assert result.model.lm_head.weight is result.model.model.embed_tokens.weight and all(p.requires_grad for p in result.model.parameters())
+    before = lm.fingerprint
+    with torch.no_grad():
+        for parameter in result.model.parameters(): parameter.add_(1)
+    assert lm.fingerprint == before
+
+
+def test_the_callers_random_numbers_are_not_disturbed(lm, data, tmp_path):
+    def draw(): return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+    torch.manual_seed(5); np.random.seed(5); random.seed(5)
+    expected = draw()
+    torch.manual_seed(5); np.random.seed(5); random.seed(5)
+    finetune(lm, data, tmp_path/"ft", **FAST)
+    assert draw() == expected
+
+
+def test_half_precision_base_trains_in_full_precision_adapters(saved_base, data, tmp_path):
+    lm = load_model(saved_base, dtype="bfloat16")
+    result = finetune(lm, data, tmp_path/"ft", **FAST, merge=False)
+    assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32} and lm.dtype == torch.bfloat16
+    assert finetune(lm, data, tmp_path/"merged", **FAST).dtype == torch.bfloat16
+
+
+# ---- the folder
+
+def test_nothing_is_written_beside_the_folder(saved_base, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finetune(load_model(saved_base), data, "ft", **FAST)
+    assert [path.name for path in tmp_path.iterdir()] == ["ft"]
+    assert {path.name for path in (tmp_path/"ft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "training.json"}
+
+
+def test_a_model_in_memory_is_saved_whole(lm, data, tmp_path):
+    result = finetune(lm, data, tmp_path/"ft", **FAST)
+    assert training_record(tmp_path/"ft")["saved"] == "whole model" and load_model(tmp_path/"ft").fingerprint == result.fingerprint
+    further = finetune(load_model(tmp_path/"ft"), data, tmp_path/"more", **FAST)  # and such a folder is a base like any other
+    assert training_record(tmp_path/"more")["saved"] == "adapter" and load_model(tmp_path/"more", merge=True).fingerprint == further.fingerprint
+
+
+def test_a_merged_adapter_is_no_base_for_an_adapter(saved_base, data, tmp_path):
+    """The second fine-tune starts from base + first adapter; an adapter saved on the bare base would lose the first."""
+    first = finetune(load_model(saved_base), data, tmp_path/"one", **FAST)
+    second = finetune(first, data, tmp_path/"two", **FAST)
+    assert training_record(tmp_path/"two")["saved"] == "whole model" and load_model(tmp_path/"two").fingerprint == second.fingerprint
+
+
+def test_the_same_call_opens_what_it_made(saved_base, data, tmp_path, monkeypatch):
+    lm = load_model(saved_base)
+    first = finetune(lm, data, tmp_path/"ft", **FAST)
+    monkeypatch.setattr(finetuning, "_train", lambda *args: pytest.fail("trained again"))
+    assert finetune(lm, data, tmp_path/"ft", **FAST).fingerprint == first.fingerprint
+    for change in (dict(seed=1), dict(learning_rate=1e-3), dict(rank=2)):
+        with pytest.raises(FinetuneError, match=f"another fine-tune; different: {[*change][0]}"): finetune(lm, data, tmp_path/"ft", **FAST | change)
+    with pytest.raises(FinetuneError, match="different: data_fingerprint"): finetune(lm, data[:8], tmp_path/"ft", **FAST)
+    with torch.no_grad(): next(lm.model.parameters())[0, 0] += 1
+    with pytest.raises(FinetuneError, match="different: base_fingerprint"): finetune(lm, data, tmp_path/"ft", **FAST)
+
+
+def test_a_folder_with_something_else_is_left_alone(lm, data, tmp_path):
+    (tmp_path/"notes.txt").write_text("mine")
+    with pytest.raises(FinetuneError, match="something else .notes.txt"): finetune(lm, data, tmp_path, **FAST)
+    with pytest.raises(FinetuneError, match="is a file"): finetune(lm, data, tmp_path/"notes.txt", **FAST)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"] and (tmp_path/"notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["_train", "_finish", "training_steps"])
+def test_an_interrupted_run_leaves_no_model_and_can_be_repeated(saved_base, data, tmp_path, monkeypatch, where):
+    lm, calls = load_model(saved_base), []
+    before, weights = module_state(lm), lm.fingerprint
+    def interrupt(*args, **options): raise KeyboardInterrupt
+    def third_step(*args, **options):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return real(*args, **options)
+    real = finetuning._example_losses
+    with monkeypatch.context() as patch:
+        if where == "training_steps": patch.setattr(finetuning, "_example_losses", third_step)
+        else: patch.setattr(finetuning, where, interrupt)
+        with pytest.raises(KeyboardInterrupt): finetune(lm, data, tmp_path/"ft", **FAST)
+    assert not list((tmp_path/"ft").iterdir()) and module_state(lm) == before and lm.fingerprint == weights
+    assert finetune(lm, data, tmp_path/"ft", **FAST).fingerprint == finetune(lm, data, tmp_path/"other", **FAST).fingerprint
+
+
+def test_what_a_kill_left_behind_is_cleared_away(saved_base, data, tmp_path):
+    (tmp_path/"ft"/"unfinished").mkdir(parents=True)
+    (tmp_path/"ft"/"unfinished"/"adapter_model.safetensors").write_text("half")
+    with pytest.raises(FinetuneError, match="no finished fine-tune"): training_record(tmp_path/"ft")
+    finetune(load_model(saved_base), data, tmp_path/"ft", **FAST)
+    assert not (tmp_path/"ft"/"unfinished").exists() and load_model(tmp_path/"ft").n_layers == 2
+
+
+def test_a_move_cut_short_never_leaves_half_a_model(saved_base, data, tmp_path, monkeypatch):
+    """Whatever move the kill hits: a folder with an adapter_config.json holds its weights, one with a record holds everything."""
+    lm, real = load_model(saved_base), finetuning.os.replace
+    for n_moves in range(6):
+        folder, moved = tmp_path/f"ft{n_moves}", []
+        def stop_after(source, target):
+            if finetuning.Path(source).parent.name == "unfinished" and finetuning.Path(target).parent == folder:
+                if len(moved) == n_moves: raise KeyboardInterrupt
+                moved.append(target)
+            return real(source, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(finetuning.os, "replace", stop_after)
+            with pytest.raises(KeyboardInterrupt): finetune(lm, data[:4], folder, **FAST)
+        names = {path.name for path in folder.iterdir()}
+        assert len(names) == n_moves and "training.json" not in names
+        if "adapter_config.json" in names: assert {"adapter_model.safetensors", "tokenizer.json"} <= names
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(lm, data, tmp_path, monkeypatch):
+    (tmp_path/"file").write_text("")
+    monkeypatch.setattr(finetuning, "_train", lambda *args: pytest.fail("trained for nothing"))
+    with pytest.raises(StorageError, match="cannot write"): finetune(lm, data, tmp_path/"file"/"ft", **FAST)
+
+
+def test_damaged_records_are_named(tmp_path):
+    for text, message in (("{", "damaged"), ("[]", "not in the format"), ('{"format": "other"}', "not in the format")):
+        (tmp_path/"training.json").write_text(text)
+        with pytest.raises(FinetuneError, match=message): training_record(tmp_path)
+
+
+# ---- refusals
+
+@pytest.mark.parametrize("options, message", [
+    (dict(rank=0), "rank"), (dict(rank=2.5), "rank"), (dict(epochs=0), "epochs"), (dict(batch_size=True), "batch_size"), (dict(learning_rate=0), "learning_rate"),
+    (dict(learning_rate=float("nan")), "learning_rate"), (dict(alpha=-1), "alpha"), (dict(learning_rate="fast"), "learning_rate"), (dict(merge=False), "exists only in memory.*save_pretrained"),
+])
+def test_settings_that_cannot_work(lm, data, tmp_path, options, message):
+    with pytest.raises(FinetuneError, match=message): finetune(lm, data, tmp_path/"ft", **options)
+    assert not (tmp_path/"ft").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(lm, data, tmp_path):
+    with pytest.raises(FinetuneError, match="loss is nan at step [23], learning rate 1e"): finetune(lm, data, tmp_path/"ft", **FAST | dict(learning_rate=1e30))
+    assert not list((tmp_path/"ft").iterdir())
+    with torch.no_grad(): lm.model.model.norm.weight[0] = float("nan")
+    with pytest.raises(FinetuneError, match="loss is nan at step 1"): finetune(lm, data, tmp_path/"ft", **FAST)
+
+
+def test_an_adapter_on_an_adapter_is_refused(saved_base, data, tmp_path):
+    adapted = finetune(load_model(saved_base), data, tmp_path/"ft", **FAST, merge=False)
+    with pytest.raises(FinetuneError, match="already carries an adapter.*merge=True"): finetune(adapted, data, tmp_path/"more", **FAST)
+
+
+def test_responses_cut_away_and_long_conversations(lm, data, tmp_path):
+    long = load_conversations([{"prompt": "Why?", "response": "because "*60}, {"prompt": "Who?", "response": "the one"}])
+    finetune(lm, long, tmp_path/"ft", **FAST, max_tokens=64)
+    record = training_record(tmp_path/"ft")
+    assert record["cut"] == 1 and record["key"]["max_tokens"] == 64 and record["steps"]["tokens"].max() <= 2*64
+    tokenized = lm.tokenize(long)
+    for one in tokenized: one.response_mask[:] = False
+    with pytest.raises(FinetuneError, match=f"2 of 2 conversations have no response token.*{tokenized.ids[0]}"): finetune(lm, tokenized, tmp_path/"no", **FAST)
+
+
+def test_progress_shows_tokens(lm, data, tmp_path, capsys):
+    finetune(lm, data, tmp_path/"ft", rank=2, batch_size=8, progress=True)
+    shown = capsys.readouterr()
+    assert "fine-tuning: 100%" in shown.err and "tokens/s" in shown.err and "loss=" in shown.err
+    finetune(lm, data, tmp_path/"quiet", rank=2, batch_size=8, progress=False)
+    quiet = capsys.readouterr()
+    assert "fine-tuning" not in quiet.err and quiet.out == ""
