@@ -1,7 +1,5 @@
 """The documentation site: every notebook has its place, every public name its entry, every internal link its target."""
 
-import ast
-import json
 import os
 import re
 import shutil
@@ -31,21 +29,6 @@ def test_every_notebook_is_in_the_sidebar():
     there = {str(path.relative_to(ROOT / "nbs")) for path in (ROOT / "nbs").rglob("*.ipynb")
              if ".ipynb_checkpoints" not in path.parts}
     assert places(sidebar["contents"]) == there
-
-
-@pytest.mark.parametrize("notebook", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda path: path.stem)
-def test_cells_with_imports_hold_nothing_else(notebook):
-    """Building the site runs every cell in which an import occurs, and no other example: one that also uses what an
-    earlier cell made would fail there."""
-    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
-        source = "".join(cell["source"])
-        if cell["cell_type"] != "code" or re.search(r"^#\|\s*(export|hide|eval: *false)", source, re.MULTILINE): continue
-        try: statements = ast.parse(source).body
-        except SyntaxError: continue  # a magic command
-        imports = (ast.Import, ast.ImportFrom)
-        if any(isinstance(node, imports) for statement in statements for node in ast.walk(statement)):
-            assert all(isinstance(statement, imports) for statement in statements), \
-                f"{notebook.name}, cell {number}: put the import in a cell of its own:\n{source}"
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
@@ -97,12 +80,10 @@ def site(tmp_path_factory) -> Path:
     return folder / "_docs"
 
 
-@pytest.mark.slow
 def test_site_has_no_broken_link(site):
     assert not check_links.broken_links(site)
 
 
-@pytest.mark.slow
 def test_site_has_an_entry_for_every_public_function_and_class(site):
     missing = []
     for room, names in concept_tda._PUBLIC.items():

@@ -2,7 +2,8 @@
 
 Exported cells are replaced by nbdev with an entry per symbol. This processor rewrites these entries: in the order of
 the code, classes shown as classes with an entry for each public method, and the source folded below, because in a
-literate library the reader wants to see it. tools/with_quarto.sh puts this folder where nbdev finds it."""
+literate library the reader wants to see it. Everything is read from the modules, so that no cell has to run while the
+site is built (`skip_procs`). tools/with_quarto.sh puts this folder where nbdev finds it."""
 
 import dataclasses
 import functools
@@ -82,7 +83,7 @@ def members(cls) -> dict[str, object]:
 def class_entry(cls, name: str, elsewhere: set[str]) -> str:
     """A class with its properties as a list and an entry for each method not shown elsewhere on the page."""
     found = {key: member for key, member in members(cls).items() if f"{name}.{key}" not in elsewhere}
-    properties = [f"* [`{key}`]{{#{name.lower()}.{key.lower()}}}: {' '.join(docstring(member).split())}"
+    properties = [f'* <code id="{name.lower()}.{key.lower()}">{key}</code>: {" ".join(docstring(member).split())}'
                   for key, member in found.items() if is_property(member)]
     parts = [entry(cls, name), "\n".join(properties)]
     parts += [entry(member, f"{name}.{key}", level=4, with_source=False)
