@@ -21,13 +21,17 @@ from .tracing import pooling_weights
 
 # %% ../nbs/09_directional.ipynb #0007
 class Readout:
-    "Listens to a pass and collects token contributions [Q, B, T]; an example's score is their sum."
+    "Listens to a pass and collects token contributions [Q, B, T]; an example's score is their sum. `fingerprint` covers all that determines the scores."
     layer, sites = None, ()                       # where hidden states and flows are wanted
     wants_hidden = wants_gradient = wants_losses = False
     n_queries = 1
 
     def begin(self, batch, dtype):
         self.batch, self.tokens_QBT = batch, torch.zeros(self.n_queries, *batch.input_ids.shape, dtype=dtype, device=batch.input_ids.device)
+
+    def collect(self):
+        "Scores [B, Q] in float64 and token contributions [Q, B, T] (None if the scores do not come apart over tokens)."
+        return self.tokens_QBT.double().sum(2).T.cpu().numpy(), self.tokens_QBT.float().cpu().numpy()
 
     def hidden(self, hidden_BTd): "Hidden states at `layer`."
     def hidden_gradient(self, gradient_BTd): "Gradient of each example's loss at `layer`."
@@ -157,7 +161,7 @@ def _run_batch(lm, batch, readouts, watch):
 class Pass:
     "What one readout collected over a whole data set."
     scores: np.ndarray           # [N, Q] float64, in the order of the data
-    token_scores: list | None    # N arrays [Q, T_n] float32 whose sums are the scores
+    token_scores: list | None    # N arrays [Q, T_n] float32 whose sums are the scores; None if not kept, or if the method has none
     seconds: float               # what this readout would have cost alone, measured within the shared pass
     peak_memory: int             # bytes, of the process (CPU) or the device
     resumed: int                 # examples that were read from an earlier, interrupted run
@@ -166,12 +170,11 @@ def _finish_batch(readouts, batch, watch, spent, data, keep_tokens):
     "The arrays of one finished block; a score that is not finite names its example."
     arrays = {}
     for name, r in readouts.items():
-        tokens_QBT = r.tokens_QBT.cpu()
-        scores_BQ = tokens_QBT.double().sum(2).T.numpy()
+        scores_BQ, tokens_QBT = r.collect()
         bad = [data.conversations.ids[row] for row, scores in zip(batch.rows.tolist(), scores_BQ) if not np.isfinite(scores).all()]
-        if bad: raise GradientError(f"the {name} scores of these examples are not finite: {', '.join(bad[:5])}. Look at them, or load the model in float32 (their activations may overflow {r.tokens_QBT.dtype})")
+        if bad: raise GradientError(f"the {name} scores of these examples are not finite: {', '.join(bad[:5])}. Look at them, or load the model in float32 (their activations may overflow its precision)")
         arrays[f"{name}|scores"], arrays[f"{name}|seconds"] = scores_BQ, np.array([watch.seconds(name) - spent[name]])
-        if keep_tokens: arrays[f"{name}|tokens"] = tokens_QBT.float().numpy()
+        if keep_tokens and tokens_QBT is not None: arrays[f"{name}|tokens"] = tokens_QBT
     return arrays
 
 def _peak_memory(device):
@@ -207,13 +210,14 @@ def shared_pass(
                     raise GradientError(f"out of memory on a batch of {len(batch.rows)} examples × {batch.input_ids.shape[1]} tokens: lower token_budget (now {token_budget}) or max_tokens; finished blocks are kept, run again to go on") from err
                 store.write(block, _finish_batch(readouts, batch, watch, spent, data, tokens))
             bar.update(batch.n_tokens)
-    collected = {name: Pass(np.zeros((len(data), r.n_queries)), [None]*len(data) if tokens else None, 0., _peak_memory(lm.device), resumed) for name, r in readouts.items()}
+    collected = {name: Pass(np.zeros((len(data), r.n_queries)), None, 0., _peak_memory(lm.device), resumed) for name, r in readouts.items()}
     for block, batch in plan.items():
         arrays = store.read(block)
         for name, result in collected.items():
             result.scores[batch.rows.numpy()] = arrays[f"{name}|scores"]
             result.seconds += float(arrays[f"{name}|seconds"][0])
-            if tokens:
-                for position, row in enumerate(batch.rows.tolist()): result.token_scores[row] = arrays[f"{name}|tokens"][:, position, :data.lengths[row]]
+            if f"{name}|tokens" not in arrays: continue
+            result.token_scores = result.token_scores or [None]*len(data)
+            for position, row in enumerate(batch.rows.tolist()): result.token_scores[row] = arrays[f"{name}|tokens"][:, position, :data.lengths[row]]
     store.clear()
     return collected

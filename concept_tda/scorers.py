@@ -90,7 +90,7 @@ def score_together(
         if scorer.method in passed:
             result = passed[scorer.method]
             card = _card(scorer, data, result.seconds, preparation[scorer.method], result.peak_memory, result.resumed, settings)
-            token_options = dict(token_scores=[t[0] for t in result.token_scores], tokens=texts, response_masks=masks) if tokens else {}
+            token_options = dict(token_scores=[t[0] for t in result.token_scores], tokens=texts, response_masks=masks) if result.token_scores else {}
             results[scorer.method] = Attribution(data.conversations, result.scores[:, 0], card, **token_options)
         else:
             scores, seconds = direct[scorer.method]
