@@ -29,8 +29,9 @@ _PUBLIC = {
         "hidden_states",
     "curvature": "CurvatureError Identity Factors EKFAC",
     "queries": "Query ConceptQuery LossQuery",
-    "directional": "Readout ActivationReadout ActivationGradientReadout DirectionReadout LossReadout Pass "
-        "shared_pass",
+    "directional": "Readout ActivationReadout ActivationGradientReadout LossReadout DirectionReadout "
+        "StackedReadout ForwardReadout difference_scale DifferenceReadout EngineError direction_readout "
+        "difference_adapters Pass shared_pass",
     "scorers": "ScorerError Scorer score_together VectorFilter ActivationGradient Influence ConceptInfluence "
         "InfluenceFunction GradDot",
     "baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
