@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from .attribution import Attribution, Cost, QueryCard
 from .curvature import EKFAC, CurvatureError, Identity
-from .directional import ActivationGradientReadout, ActivationReadout, DirectionReadout, shared_pass
+from .directional import ActivationGradientReadout, ActivationReadout, direction_readout, shared_pass
 from .models import resolve_sites
 from .queries import ConceptQuery, LossQuery
 from .storage import ConceptTDAError, code_version
@@ -132,10 +132,11 @@ class Influence(Scorer):
         *,
         sites = "attention",   # As in `resolve_sites`
         curvature = "ekfac",   # "ekfac" (fitted on the scored data), "identity", or a fitted curvature
+        engine: str = "auto",  # How the inner products are computed, see `direction_readout`
         method: str = None,    # Name in tables; the class's own if None
     ):
         if isinstance(curvature, str) and curvature not in ("ekfac", "identity"): raise CurvatureError(f"unknown curvature {curvature!r}: 'ekfac', 'identity', or a fitted object such as EKFAC.fit(...)")
-        self.lm, self.query, self.method = lm, query, method or self.method
+        self.lm, self.query, self.engine, self.method = lm, query, engine, method or self.method
         self.site_pattern, self.sites = sites, resolve_sites(lm, sites, layer=query.layer)
         self.unreachable = len(resolve_sites(lm, sites)) - len(self.sites)
         self.curvature = Identity() if isinstance(curvature, str) and curvature == "identity" else curvature
@@ -144,10 +145,13 @@ class Influence(Scorer):
         if isinstance(self.curvature, str): self.curvature = EKFAC.fit(self.lm, data, self.sites)
         if (fitted_on := self.curvature.record.get("model_fingerprint")) and fitted_on != self.lm.fingerprint:
             raise CurvatureError(f"the curvature was fitted on {self.curvature.record['model']}, whose weights differ from those of {self.lm.name}: fit it on this model")
-        return DirectionReadout(self.sites, self.curvature.precondition(self.query.gradients(self.lm, self.sites)))
+        readout = direction_readout(self.sites, self.curvature.precondition(self.query.gradients(self.lm, self.sites)), self.engine)
+        self.why = readout.why
+        return readout
 
     def describe(self):
         notes = [f"{self.unreachable} sites at or above layer {self.query.layer} cannot influence the query and are left out"] if self.unreachable else []
+        notes.append(self.why)
         sites = self.site_pattern if isinstance(self.site_pattern, str) else "chosen by name"
         settings = {"query_examples": len(self.query.examples), "query_data": self.query.examples.name} | ({"curvature_labels": record["labels"], "curvature_examples": record["n_examples"]} if (record := self.curvature.record) else {})
         return dict(behaviour=self.query.name, layer=self.query.layer, pooling=getattr(getattr(self.query, "concept", None), "pooling", None), reduction="mean",
@@ -165,10 +169,10 @@ class ConceptInfluence(Influence):
         *,
         sites = "attention", # As in `resolve_sites`; those at or above the concept's layer are left out, and the card says how many
         curvature = "ekfac", # "ekfac" (fitted on the scored data), "identity", or a fitted curvature
-        method: str = None,  # Name in tables
+        **options,           # `engine` and `method`, as in `Influence`
     ):
         concept.check(lm)
-        super().__init__(lm, ConceptQuery(concept, queries), sites=sites, curvature=curvature, method=method)
+        super().__init__(lm, ConceptQuery(concept, queries), sites=sites, curvature=curvature, **options)
 
 class InfluenceFunction(Influence):
     "Classical influence on the likelihood of the query responses: ∇L(q)ᵀ H⁻¹ ∇L(z) (Koh & Liang 2017; METHODS §1, Eq. 1)."
@@ -180,8 +184,8 @@ class InfluenceFunction(Influence):
         *,
         sites = "attention", # As in `resolve_sites`
         curvature = "ekfac", # "ekfac" (fitted on the scored data), "identity", or a fitted curvature
-        method: str = None,  # Name in tables
-    ): super().__init__(lm, LossQuery(queries), sites=sites, curvature=curvature, method=method)
+        **options,           # `engine` and `method`, as in `Influence`
+    ): super().__init__(lm, LossQuery(queries), sites=sites, curvature=curvature, **options)
 
 class GradDot(InfluenceFunction):
     "∇L(q)ᵀ ∇L(z): the influence function without curvature."
@@ -192,5 +196,5 @@ class GradDot(InfluenceFunction):
         queries,             # `Conversations` whose responses show the behaviour
         *,
         sites = "attention", # As in `resolve_sites`
-        method: str = None,  # Name in tables
-    ): super().__init__(lm, queries, sites=sites, curvature="identity", method=method)
+        **options,           # `engine` and `method`, as in `Influence`
+    ): super().__init__(lm, queries, sites=sites, curvature="identity", **options)
