@@ -92,12 +92,12 @@ def _checked_count(n, fraction, count):
 def detection_metrics(
     scores,                           # Numbers [N]
     labels,                           # Booleans [N], True for the examples to be found
-    k: tuple[int, ...] | None = None, # Cuts for precision and recall; None takes those of 10, 20, 50, 100 below N
+    k: tuple[int, ...] | None = None, # Cuts for precision and recall; None takes those of 10, 20, 50 below N
 ) -> dict:                            # n, positives, base rate, AUROC, AUPRC, precision@k, recall@k
     "How well high scores pick out the labelled examples. Raises `AttributionError` where the labels do not fit or are all equal."
     from sklearn.metrics import average_precision_score, roc_auc_score
     scores, labels = np.asarray(scores, float), _checked_labels(labels, len(scores))
-    cuts = [c for c in (10, 20, 50, 100) if c < len(scores)] if k is None else np.atleast_1d(k).tolist()
+    cuts = [c for c in (10, 20, 50) if c < len(scores)] if k is None else np.atleast_1d(k).tolist()
     if wrong := [c for c in cuts if not 1 <= c <= len(scores)]: raise AttributionError(f"k={wrong[0]}: there are {len(scores)} examples")
     metrics = {"n": len(scores), "positives": int(labels.sum()), "base rate": float(labels.mean()),
                "AUROC": float(roc_auc_score(labels, scores)), "AUPRC": float(average_precision_score(labels, scores))}
@@ -201,7 +201,7 @@ font:14px/1.5 system-ui,sans-serif; max-width:64rem; overflow-wrap:anywhere;
 & .turn{white-space:pre-wrap;border-inline-start:3px solid rgba(128,128,128,.35);padding-inline-start:.7em;margin:.45em 0;text-align:start}
 & .response{border-color:currentColor}
 & .role{display:block;font-size:.78em;opacity:.75;letter-spacing:.03em}
-& .special{opacity:.5}
+& .special{opacity:.65}
 & .turn span{border-radius:2px}
 & summary{cursor:pointer}
 & .turn summary{opacity:.75;font-size:.88em;white-space:normal}
@@ -212,7 +212,8 @@ font:14px/1.5 system-ui,sans-serif; max-width:64rem; overflow-wrap:anywhere;
 & :is(th,td){padding:.2em .7em;text-align:right;border-bottom:1px solid rgba(128,128,128,.25)}
 & .card th{white-space:nowrap;vertical-align:top}
 & .card td, & .words{text-align:start}
-& .wide{overflow-x:auto}
+& .wide{overflow-x:auto;overflow-wrap:normal}
+& .wide :is(th,td:not(.words)){white-space:nowrap}
 & .legend span{display:inline-block;width:1.1em;height:.9em;vertical-align:-.1em}
 & h4{margin:.9em 0 .2em}"""
 
@@ -339,7 +340,7 @@ def histogram_svg(
 # %% ../nbs/05_attribution.ipynb #0031
 def _checked_scores(scores, conversations, method):
     "Scores as read-only float64 [N, Q], or the reason why they can't be a result."
-    values = np.array(scores.detach().cpu() if hasattr(scores, "detach") else scores, dtype=np.float64)
+    values = np.array(scores.detach().cpu().double() if hasattr(scores, "detach") else scores, dtype=np.float64)
     if values.ndim == 1: values = values[:, None]
     if values.ndim != 2 or len(values) != len(conversations) or values.size == 0:
         raise AttributionError(f"{method}: scores of shape {list(values.shape)} for {len(conversations)} conversations; expected [N] or [N, Q] with at least one example")
@@ -367,7 +368,7 @@ def _checked_tokens(token_scores, tokens, masks, shape):
         if tokens is not None or masks is not None: raise AttributionError("tokens and response_masks describe token_scores: give them together")
         return None, None, None
     if tokens is None: raise AttributionError("token_scores need the tokens they belong to: pass tokens=, or TokenizedConversations instead of Conversations")
-    token_scores = [np.asarray(s.detach().cpu() if hasattr(s, "detach") else s, dtype=np.float32) for s in token_scores]
+    token_scores = [np.asarray(s.detach().cpu().float() if hasattr(s, "detach") else s, dtype=np.float32) for s in token_scores]
     tokens = [list(texts) for texts in tokens]
     masks = [np.ones(len(texts), bool) for texts in tokens] if masks is None else [np.asarray(mask, bool) for mask in masks]
     if not len(token_scores) == len(tokens) == len(masks) == shape[0]:
@@ -508,10 +509,14 @@ def _one_line(text, width):
     line = " ".join(safe.split())
     return line if len(line) <= width and len(text) <= 4 * width else line[:width - 1] + "…"
 
+def _percent(percentile): return f"{np.floor(10 * percentile) / 10:.1f} %"   # rounded down: nothing is higher than 100.0 % of its file
+
+def _in_file_order(result): return np.array_equal(result.rows, np.arange(result.n_total))   # so it is not an end of a list
+
 def _as_text(result):
     "The terminal view: a headline, then the two ends of the list, aligned."
-    n, whole = len(result), len(result) == result.n_total
-    headline = (result.label, result.card.behaviour, result.card.model, f"{n} examples" if whole else f"{n} of {result.n_total} examples")
+    n, whole = len(result), _in_file_order(result)
+    headline = (result.label, result.card.behaviour, result.card.model, f"{n} examples" if n == result.n_total else f"{n} of {result.n_total} examples")
     lines = [" · ".join(str(part) for part in headline if part)]
     if len(result.queries) > 1: return "\n".join(lines + [f"  {len(result.queries)} queries: {', '.join(result.queries)}; choose one with .query(name)"])
     order = list(np.argsort(-result.scores, kind="stable")) if whole else list(range(n))
@@ -522,7 +527,7 @@ def _text_row(result, i):
     "One line of the terminal view; None is a gap."
     if i is None: return f"{'…':>6}"
     conversation = result.conversations[int(i)]
-    return (f"{result.ranks[i]:>6} {result.scores[i]:>+11.4g} {result.percentiles[i]:>10.1f} %  "
+    return (f"{result.ranks[i]:>6} {result.scores[i]:>+11.4g} {_percent(result.percentiles[i]):>12}  "
             f"{_one_line(prompt_text(conversation), 40)} → {_one_line(conversation.response, 60)}")
 
 # %% ../nbs/05_attribution.ipynb #0044
@@ -540,7 +545,7 @@ def example_html(
     details = "".join(f" · <bdi>{safe_text(_one_line(f'{key}: {value}', 80))}</bdi>" for key, value in pairs)
     tokens = () if result.token_scores is None else (result.tokens[position], result.token_scores[position], result.response_masks[position])
     return (f"<article class='example'><div class='facts'><span class='score'>{score:+.4g}</span><span>rank {result.ranks[position]:,} of {result.n_total:,}</span>"
-            f"<span>higher than {result.percentiles[position]:.1f} %</span><span class='quiet'>row {result.rows[position]} · <code>{safe_text(conversation.id)}</code>{details}</span></div>"
+            f"<span>higher than {_percent(result.percentiles[position])}</span><span class='quiet'>row {result.rows[position]} · <code>{safe_text(conversation.id)}</code>{details}</span></div>"
             f"{conversation_html(conversation, *tokens, limit=limit, most=most)}</article>")
 
 def examples_html(
@@ -562,13 +567,13 @@ def attribution_html(
     card = card_html(result.card)
     if len(result.queries) > 1:
         return f"{card}<p>{len(result.queries)} queries; choose one with <code>.query(name)</code>: {', '.join(map(safe_text, result.queries))}</p>"
-    if len(result) == result.n_total:
+    if _in_file_order(result):
         card += histogram_svg(result.scores, label=f"scores of {result.label}")
         ends = {"Highest: training more on these raises the behaviour": result.top(n), "Lowest: training more on these lowers it": result.bottom(n)}
     else: ends = {f"{len(result)} of {result.n_total} examples": _part(result, np.arange(min(50, len(result))))}
     limit = colour_limit([scores for end in ends.values() for scores in end.token_scores or []])
     parts = "".join(f"<h4>{title}</h4>{examples_html(end, limit=limit)}" for title, end in ends.items())
-    hidden = f"<p class='quiet'>{len(result) - 50} more are not drawn here; .to_pandas() has them all.</p>" if 50 < len(result) < result.n_total else ""
+    hidden = f"<p class='quiet'>{len(result) - 50} more are not drawn here; .to_pandas() has them all.</p>" if len(result) > 50 and not _in_file_order(result) else ""
     return card + (legend_html(limit) if limit else "") + parts + hidden
 
 # %% ../nbs/05_attribution.ipynb #004e
@@ -644,10 +649,10 @@ def keep(self: Attribution,
 
 # %% ../nbs/05_attribution.ipynb #0056
 def _whole(result, verb):
-    "The result, if it covers the whole file: a share of a part would be a share of something else."
+    "The result in file order, if it covers the whole file: a share of a part would be a share of something else."
     if len(result) < result.n_total:
         raise AttributionError(f"this is a part, {len(result)} of {result.n_total} examples: {verb} the whole result; the examples of a part are in .conversations")
-    return result
+    return result if _in_file_order(result) else _part(result, np.argsort(result.rows))
 
 def _without(result, rows, record):
     "The conversations without `rows`, under a name that says so, and that admits when the file's order decided about a tie."
@@ -660,7 +665,7 @@ def _without(result, rows, record):
 @patch
 def detection(self: Attribution,
     labels,                           # Booleans [N], or the name of a metadata column
-    k: tuple[int, ...] | None = None, # Cuts for precision and recall; None takes those of 10, 20, 50, 100 below N
+    k: tuple[int, ...] | None = None, # Cuts for precision and recall; None takes those of 10, 20, 50 below N
     *,
     positive=True,                    # With a column name: the value that marks the examples to be found
 ) -> pd.DataFrame:                    # One row for each query; the columns of `detection_metrics`
@@ -735,6 +740,14 @@ def _checksum(table, header):
     return digest.hexdigest()
 
 # %% ../nbs/05_attribution.ipynb #0064
+def _schema(names):
+    "The columns of a saved result, in this order; the last three only where there are token scores."
+    import pyarrow as pa
+    kinds = dict(row=pa.int64(), id=pa.string(), messages=pa.string(), metadata=pa.string(), raw=pa.binary(), ending=pa.binary(),
+                 scores=pa.list_(pa.float64()), ranks=pa.list_(pa.int64()), percentiles=pa.list_(pa.float64()),
+                 token_scores=pa.list_(pa.float32()), tokens=pa.list_(pa.string()), response_mask=pa.list_(pa.bool_()))
+    return pa.schema([(name, kinds[name]) for name in kinds if name in names])
+
 @patch
 def save(self: Attribution,
     path: str | Path, # Such as "scores.parquet"
@@ -743,10 +756,7 @@ def save(self: Attribution,
     import pyarrow as pa
     import pyarrow.parquet as pq
     columns, header = _content(self)
-    kinds = dict(row=pa.int64(), id=pa.string(), messages=pa.string(), metadata=pa.string(), raw=pa.binary(), ending=pa.binary(),
-                 scores=pa.list_(pa.float64()), ranks=pa.list_(pa.int64()), percentiles=pa.list_(pa.float64()),
-                 token_scores=pa.list_(pa.float32()), tokens=pa.list_(pa.string()), response_mask=pa.list_(pa.bool_()))
-    table = pa.table({name: pa.array(values, kinds[name]) for name, values in columns.items()})
+    table = pa.table(columns, schema=_schema(columns))
     header["checksum"] = _checksum(table, header)
     with atomic_file(path) as part:
         pq.write_table(table.replace_schema_metadata({"concept_tda": json.dumps(header)}), part, compression="zstd")
@@ -761,12 +771,13 @@ def _read_table(path):
     data, again = path.read_bytes(), "Copy it again, or score again"
     if data[:4] != b"PAR1": raise AttributionError(f"{path}: not a Parquet file ({len(data):,} bytes); results are written by Attribution.save")
     if data[-4:] != b"PAR1" or len(data) < 12: raise AttributionError(f"{path}: the file ends too early ({len(data):,} bytes), a copy or download broke off. {again}")
-    try: table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError, ValueError) as err: raise AttributionError(f"{path}: damaged, it cannot be read ({str(err).splitlines()[0]}). {again}") from None
-    header = (table.schema.metadata or {}).get(b"concept_tda")
-    if header is None: raise AttributionError(f"{path}: a Parquet file, but not a saved result (columns: {', '.join(table.column_names[:8])}). Training data is read with load_conversations")
-    try: return table, json.loads(header)
-    except ValueError: raise AttributionError(f"{path}: damaged, its header cannot be read. {again}") from None
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        names, header = table.column_names, (table.schema.metadata or {}).get(b"concept_tda")
+        if header is not None: return table.cast(_schema(names)), json.loads(header)
+    except (pa.ArrowException, OSError, ValueError) as err:
+        raise AttributionError(f"{path}: damaged, it cannot be read ({str(err).splitlines()[0]}). {again}") from None
+    raise AttributionError(f"{path}: a Parquet file, but not a saved result (columns: {', '.join(names[:8])}). Training data is read with load_conversations")
 
 def _checked_file(path):
     "Table and header of a file in the format of this version whose content matches its checksum."
@@ -859,7 +870,7 @@ def compare(
     top: int = 20,   # Size of the tops to compare; where the file is smaller, half of it
     labels=None,     # Booleans [N] in the order of the first result, or the name of a metadata column
     positive=True,   # With a column name: the value that marks the examples to be found
-    k: tuple[int, ...] | None = None, # Cuts for precision and recall; None takes those of 10, 20, 50, 100 below N
+    k: tuple[int, ...] | None = None, # Cuts for precision and recall; None takes those of 10, 20, 50 below N
 ) -> Comparison:
     "Agreement, detection and cost of several results. Raises `AttributionError` where they were scored on different examples."
     results = _by_name(attributions)
