@@ -17,7 +17,7 @@ from transformers import (
 
 from concept_tda import models
 from concept_tda.models import BUILT_IN, LanguageModel, LayerError, ModelError, SiteError, load_model, resolve_sites
-from tiny import FAMILIES, tiny_model, tiny_pair, tiny_tokenizer
+from tiny import FAMILIES, tiny_pair, tiny_tokenizer
 
 torch.set_num_threads(1)
 MORE = ("qwen3", "gemma2", "gemma3")
