@@ -34,6 +34,22 @@ def response_logits(
     try: return lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits[0]
     finally: hook.remove()
 
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy [R] of logits [R, vocabulary] that uses the memory of the logits for their gradient. With a vocabulary of 49,152 the
+    logits are by far the largest tensor of a pass, and every copy of them costs time; autograd's own version makes three."""
+    @staticmethod
+    def forward(ctx, logits_RV, targets_R):
+        log_norms_R = logits_RV.logsumexp(1)
+        ctx.save_for_backward(logits_RV, targets_R, log_norms_R)
+        return log_norms_R - logits_RV.gather(1, targets_R[:, None])[:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient_R):
+        logits_RV, targets_R, log_norms_R = ctx.saved_tensors
+        gradient_RV = logits_RV.sub_(log_norms_R[:, None]).exp_().mul_(gradient_R[:, None])  # softmax, in place
+        return gradient_RV.scatter_add_(1, targets_R[:, None], -gradient_R[:, None]), None
+
 def token_losses(
     lm,              # `LanguageModel`
     batch,           # `Batch` of B conversations padded to T tokens
@@ -41,7 +57,9 @@ def token_losses(
     "Cross-entropy of every response token."
     predicted_BT, logits_RV = _predicted(batch), response_logits(lm, batch)
     targets_R = batch.input_ids[predicted_BT].to(logits_RV.device)
-    losses_R = F.cross_entropy(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)), targets_R, reduction="none")
+    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    # the in-place version has no forward mode and one backward pass; whoever needs more has no graph, or asks for tangents
+    losses_R = _CrossEntropy.apply(logits_RV, targets_R) if logits_RV.requires_grad else F.cross_entropy(logits_RV, targets_R, reduction="none")
     return losses_R.new_zeros(predicted_BT.shape).masked_scatter(predicted_BT.to(losses_R.device), losses_R)
 
 def loss_weights(

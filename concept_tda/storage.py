@@ -74,7 +74,7 @@ def fingerprint(
 def code_version() -> str: # Such as `0.1.0+3f9c…`
     "Version of the library followed by a hash of its source files."
     import concept_tda
-    sources = sorted(Path(concept_tda.__file__).parent.glob("*.py"))
+    sources = sorted(Path(concept_tda.__file__).parent.glob("[a-z]*.py"))
     return f"{concept_tda.__version__}+{fingerprint([source.read_bytes() for source in sources])[:8]}"
 
 # %% ../nbs/00_storage.ipynb #0010
