@@ -21,11 +21,11 @@ import pandas as pd
 from .conversations import Conversations
 from .storage import ConceptTDAError, atomic_file, code_version
 
-# %% ../nbs/05_attribution.ipynb #0004
+# %% ../nbs/05_attribution.ipynb #0005
 class AttributionError(ConceptTDAError):
     "A result that cannot be right, a question it cannot answer, or a result file that cannot be believed."
 
-# %% ../nbs/05_attribution.ipynb #0007
+# %% ../nbs/05_attribution.ipynb #0008
 def rank_scores(
     scores,      # Numbers [N] or [N, Q], larger is more
 ) -> np.ndarray: # Same shape, int64: 1 is the highest of its column, ties share the best rank
@@ -41,7 +41,7 @@ def score_percentiles(
     scores = np.asarray(scores, float)
     return 100 * (rankdata(scores, method="average", axis=0) - .5) / len(scores)
 
-# %% ../nbs/05_attribution.ipynb #000b
+# %% ../nbs/05_attribution.ipynb #000c
 def spearman(
     first,  # Numbers [N]
     second, # Numbers [N]
@@ -52,7 +52,7 @@ def spearman(
     scale = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / scale) if scale > 0 else float("nan")
 
-# %% ../nbs/05_attribution.ipynb #000f
+# %% ../nbs/05_attribution.ipynb #0011
 def cut_rows(
     scores,                         # Numbers [N]
     *,
@@ -71,7 +71,7 @@ def cut_rows(
     count = _checked_count(n, fraction, count)
     return np.sort(np.argsort(scores if lowest else -scores, kind="stable")[:count])
 
-# %% ../nbs/05_attribution.ipynb #0010
+# %% ../nbs/05_attribution.ipynb #0013
 def _one_criterion(fraction, count, threshold):
     "Refuse no criterion, and more than one."
     given = [name for name, value in dict(fraction=fraction, count=count, threshold=threshold).items() if value is not None]
@@ -88,7 +88,7 @@ def _checked_count(n, fraction, count):
         raise AttributionError(f"count={count!r}: a whole number from 1 to {n - 1}, fewer than all {n} examples")
     return count
 
-# %% ../nbs/05_attribution.ipynb #0015
+# %% ../nbs/05_attribution.ipynb #0019
 def detection_metrics(
     scores,                           # Numbers [N]
     labels,                           # Booleans [N], True for the examples to be found
@@ -111,7 +111,7 @@ def _expected_hits(scores, labels, k):
     above, tied = scores > cut, scores == cut
     return float(labels[above].sum() + (k - above.sum()) * labels[tied].mean())
 
-# %% ../nbs/05_attribution.ipynb #0016
+# %% ../nbs/05_attribution.ipynb #001b
 def _checked_labels(labels, n):
     "Labels as booleans [N] with both kinds present."
     given = np.asarray(labels)
@@ -122,7 +122,7 @@ def _checked_labels(labels, n):
     if labels.all() or not labels.any(): raise AttributionError(f"all {n} labels are {bool(labels[0])}: detection needs examples of both kinds")
     return labels
 
-# %% ../nbs/05_attribution.ipynb #001a
+# %% ../nbs/05_attribution.ipynb #0021
 @dataclass
 class Cost:
     "The price of a result."
@@ -141,7 +141,7 @@ class Cost:
         if self.peak_memory: parts.append(f"peak {self.peak_memory / 2**30:.2f} GiB")
         return " · ".join(parts)
 
-# %% ../nbs/05_attribution.ipynb #001c
+# %% ../nbs/05_attribution.ipynb #0024
 SIGN = "score > 0: training more on the example raises the behaviour"
 
 @dataclass
@@ -187,7 +187,7 @@ class QueryCard:
     def __str__(self): return "\n".join(f"{name:>17}  {value}" for name, value in self.items())
     def _repr_html_(self): return _page_part(card_html(self, open=True))
 
-# %% ../nbs/05_attribution.ipynb #0020
+# %% ../nbs/05_attribution.ipynb #0029
 LEVELS = 9                                    # Steps of colour on either side of zero
 _ORANGE, _BLUE = "238,112,20", "42,120,220"   # Positive and negative
 
@@ -213,7 +213,8 @@ font:14px/1.5 system-ui,sans-serif; max-width:64rem; overflow-wrap:anywhere;
 & .card th{white-space:nowrap;vertical-align:top}
 & .card td, & .words{text-align:start}
 & .wide{overflow-x:auto;overflow-wrap:normal}
-& .wide :is(th,td:not(.words)){white-space:nowrap}
+& .wide :is(tbody th,td:not(.words)){white-space:nowrap}
+& thead th{vertical-align:bottom}
 & .legend span{display:inline-block;width:1.1em;height:.9em;vertical-align:-.1em}
 & h4{margin:.9em 0 .2em}"""
 
@@ -227,7 +228,7 @@ VIEW_STYLE = _view_style()
 
 def _page_part(markup): return f"<div class='ctda'>{VIEW_STYLE}{markup}</div>"
 
-# %% ../nbs/05_attribution.ipynb #0022
+# %% ../nbs/05_attribution.ipynb #002b
 def safe_text(
     text, # Anything; shown as its `str`
 ) -> str: # HTML in which nothing of the text is markup
@@ -235,7 +236,7 @@ def safe_text(
     shown = "".join(c if (c >= " " or c in "\n\t") and not "\ud800" <= c <= "\udfff" else "\ufffd" for c in str(text))
     return html.escape(shown, quote=True)
 
-# %% ../nbs/05_attribution.ipynb #0026
+# %% ../nbs/05_attribution.ipynb #002f
 def colour_limit(
     token_scores, # List of arrays: the token scores of all examples in one view
 ) -> float:       # The |score| that gets the full colour; 0 where there is nothing to colour
@@ -258,7 +259,7 @@ def legend_html(
     return (f"<div class='legend quiet'>token scores: {-limit:.2g} or less {swatches} {limit:+.2g} or more; "
             "one scale for all examples here, hover for the exact value</div>")
 
-# %% ../nbs/05_attribution.ipynb #002a
+# %% ../nbs/05_attribution.ipynb #0033
 _SPECIAL = re.compile(r"(<\|.*\|>|</?s>|<(bos|eos|pad|(start|end)_of_turn)>|\[/?INST\])\s*")   # Template tokens, drawn pale
 
 def _token_pieces(tokens, scores, limit):
@@ -284,7 +285,7 @@ def _folded(pieces, visible, most):
     if n_kept <= n_open: return join(0, n_open) + missing
     return f"{join(0, n_open)}<details><summary>{starts[n_kept] - starts[n_open]:,} more characters</summary>{join(n_open, n_kept)}{missing}</details>"
 
-# %% ../nbs/05_attribution.ipynb #002b
+# %% ../nbs/05_attribution.ipynb #0034
 def conversation_html(
     conversation,       # The example
     tokens=None,        # Its tokens as readable text [T]
@@ -304,7 +305,7 @@ def conversation_html(
     return "".join(f"<div class='turn{' response' if answer else ''}' dir='auto'><span class='role'><bdi>{safe_text(role)}</bdi></span>"
                    f"{_folded(parts, visible if answer else visible // 2, most)}</div>" for role, answer, parts in turns)
 
-# %% ../nbs/05_attribution.ipynb #002d
+# %% ../nbs/05_attribution.ipynb #0036
 def card_html(
     card: QueryCard,
     open: bool = False, # Unfold the table
@@ -316,7 +317,7 @@ def card_html(
     return (f"<details class='card'{' open' if open else ''}><summary><b>{headline}</b> <span class='quiet'>query card</span></summary>"
             f"<table>{rows}</table></details>")
 
-# %% ../nbs/05_attribution.ipynb #002e
+# %% ../nbs/05_attribution.ipynb #0037
 def histogram_svg(
     scores,                # Numbers [N]
     *,
@@ -337,7 +338,7 @@ def histogram_svg(
     return (f"<svg viewBox='0 0 640 100' width='640' role='img' aria-label='Histogram of {len(scores)} {safe_text(label)} from {low:.3g} to {edges[-1]:.3g}'>"
             f"<path d='M10 78.5H630' stroke='currentColor' opacity='.4'/>{bars}{zero}{texts}</svg>")
 
-# %% ../nbs/05_attribution.ipynb #0031
+# %% ../nbs/05_attribution.ipynb #003a
 def _checked_scores(scores, conversations, method):
     "Scores as read-only float64 [N, Q], or the reason why they can't be a result."
     values = np.array(scores.detach().cpu().double() if hasattr(scores, "detach") else scores, dtype=np.float64)
@@ -361,7 +362,7 @@ def _checked_names(queries, n_queries, card):
         raise AttributionError(f"{card.method}: {n_queries} columns of scores need {n_queries} different names in queries=, got {list(queries)}")
     return list(queries)
 
-# %% ../nbs/05_attribution.ipynb #0032
+# %% ../nbs/05_attribution.ipynb #003c
 def _checked_tokens(token_scores, tokens, masks, shape):
     "Token scores (float32), texts and masks, one of each for every token of every example; three times None where there are none."
     if token_scores is None:
@@ -380,7 +381,7 @@ def _checked_tokens(token_scores, tokens, masks, shape):
         if not np.isfinite(scores).all(): raise AttributionError(f"row {row}: a token score is not finite")
     return token_scores, tokens, masks
 
-# %% ../nbs/05_attribution.ipynb #0034
+# %% ../nbs/05_attribution.ipynb #003e
 def patch(method):
     "Make a function a method of the class that its `self` is annotated with, so that a class can grow one idea at a time."
     cls = method.__annotations__["self"]
@@ -390,7 +391,7 @@ def patch(method):
 
 def _squeezed(values): return values[:, 0] if values.shape[1] == 1 else values
 
-# %% ../nbs/05_attribution.ipynb #0035
+# %% ../nbs/05_attribution.ipynb #003f
 class Attribution:
     "One score (or Q scores) for each training example, with the examples and the card that says what was computed."
     def __init__(self,
@@ -451,7 +452,7 @@ class Attribution:
         copy.__dict__ = self.__dict__ | changes
         return copy
 
-# %% ../nbs/05_attribution.ipynb #003d
+# %% ../nbs/05_attribution.ipynb #004a
 @patch
 def query(self: Attribution,
     name: str | None = None, # Which query; may be left out when there is only one
@@ -466,7 +467,7 @@ def query(self: Attribution,
     return self._with(queries=[name], values=self.values[:, column], _ranks=self._ranks[:, column],
                       _percentiles=self._percentiles[:, column], token_scores=token_scores)
 
-# %% ../nbs/05_attribution.ipynb #003e
+# %% ../nbs/05_attribution.ipynb #004b
 @patch
 def top(self: Attribution,
     n: int = 10,              # How many; fewer come back where there are fewer
@@ -495,7 +496,7 @@ def _part(result, order):
                         _ranks=result._ranks[order], _percentiles=result._percentiles[order],
                         token_scores=pick(result.token_scores), tokens=pick(result.tokens), response_masks=pick(result.response_masks))
 
-# %% ../nbs/05_attribution.ipynb #0040
+# %% ../nbs/05_attribution.ipynb #004d
 def prompt_text(
     conversation, # The example
 ) -> str:
@@ -530,7 +531,7 @@ def _text_row(result, i):
     return (f"{result.ranks[i]:>6} {result.scores[i]:>+11.4g} {_percent(result.percentiles[i]):>12}  "
             f"{_one_line(prompt_text(conversation), 40)} → {_one_line(conversation.response, 60)}")
 
-# %% ../nbs/05_attribution.ipynb #0044
+# %% ../nbs/05_attribution.ipynb #0052
 def example_html(
     result: Attribution,
     position: int,             # Which example of the result
@@ -558,7 +559,7 @@ def examples_html(
     limit = colour_limit(result.token_scores or []) if limit is None else limit
     return "".join(example_html(result, position, limit=limit, **options) for position in range(len(result)))
 
-# %% ../nbs/05_attribution.ipynb #0045
+# %% ../nbs/05_attribution.ipynb #0053
 def attribution_html(
     result: Attribution,
     n: int = 5, # Examples shown at each end of a whole result
@@ -576,7 +577,7 @@ def attribution_html(
     hidden = f"<p class='quiet'>{len(result) - 50} more are not drawn here; .to_pandas() has them all.</p>" if len(result) > 50 and not _in_file_order(result) else ""
     return card + (legend_html(limit) if limit else "") + parts + hidden
 
-# %% ../nbs/05_attribution.ipynb #004e
+# %% ../nbs/05_attribution.ipynb #005c
 @patch
 def to_pandas(self: Attribution) -> pd.DataFrame:
     "One row for each example: score, rank and percentile (of each query), id, prompt, response and metadata; the index is the row in the file."
@@ -589,7 +590,7 @@ def to_pandas(self: Attribution) -> pd.DataFrame:
     columns |= {(name if name not in columns else f"metadata.{name}"): metadata[name].to_numpy() for name in metadata}
     return pd.DataFrame(columns, index=pd.Index(self.rows, name="row"))
 
-# %% ../nbs/05_attribution.ipynb #0052
+# %% ../nbs/05_attribution.ipynb #0060
 @patch
 def plot(self: Attribution,
     *,
@@ -614,7 +615,7 @@ def plot(self: Attribution,
 
 def _share(count, total): return f"{count:,} ({100 * count / total:.3g}%)"
 
-# %% ../nbs/05_attribution.ipynb #0055
+# %% ../nbs/05_attribution.ipynb #0063
 @patch
 def drop(self: Attribution,
     fraction: float | None = None,  # Share of the examples to drop, such as 0.1
@@ -647,7 +648,7 @@ def keep(self: Attribution,
     which = ("highest" if highest else "lowest") if threshold is None else f"{'from' if highest else 'up to'} {threshold:g}"
     return _without(result, rows, f"only {_share(n - len(rows), n)} {which} by {result.label}")
 
-# %% ../nbs/05_attribution.ipynb #0056
+# %% ../nbs/05_attribution.ipynb #0064
 def _whole(result, verb):
     "The result in file order, if it covers the whole file: a share of a part would be a share of something else."
     if len(result) < result.n_total:
@@ -661,7 +662,7 @@ def _without(result, rows, record):
     kept, source = result.conversations.select(~gone), result.conversations
     return Conversations(list(kept), f"{source.name} {record}{', ties at the cut by file order' if tied else ''}", source.layout)
 
-# %% ../nbs/05_attribution.ipynb #005b
+# %% ../nbs/05_attribution.ipynb #0069
 @patch
 def detection(self: Attribution,
     labels,                           # Booleans [N], or the name of a metadata column
@@ -674,7 +675,7 @@ def detection(self: Attribution,
     if isinstance(labels, str): labels = self.conversations.labels(labels, positive)
     return pd.DataFrame([detection_metrics(column, labels, k) for column in self.values.T], index=pd.Index(self.queries, name=self.card.method))
 
-# %% ../nbs/05_attribution.ipynb #005d
+# %% ../nbs/05_attribution.ipynb #006c
 @patch
 def correlate(self: Attribution,
     other: Attribution,       # Another result on the same examples, in any order
@@ -695,7 +696,7 @@ def _aligned(other, base):
                                f"the {len(other)} of the former. Compare results on the same file, and whole results rather than .top()")
     return _part(other, np.array(order))
 
-# %% ../nbs/05_attribution.ipynb #0061
+# %% ../nbs/05_attribution.ipynb #0071
 FORMAT_VERSION = 1
 
 def _content(result):
@@ -718,7 +719,7 @@ def __eq__(self: Attribution, other):
 
 Attribution.__hash__ = None   # a result is compared by content, like a list
 
-# %% ../nbs/05_attribution.ipynb #0063
+# %% ../nbs/05_attribution.ipynb #0073
 def _checksum(table, header):
     "Hash of every value of an Arrow table and of the header."
     import pyarrow as pa
@@ -739,7 +740,7 @@ def _checksum(table, header):
         else: digest.update(column.to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/05_attribution.ipynb #0064
+# %% ../nbs/05_attribution.ipynb #0074
 def _schema(names):
     "The columns of a saved result, in this order; the last three only where there are token scores."
     import pyarrow as pa
@@ -762,7 +763,7 @@ def save(self: Attribution,
         pq.write_table(table.replace_schema_metadata({"concept_tda": json.dumps(header)}), part, compression="zstd")
     return Path(path)
 
-# %% ../nbs/05_attribution.ipynb #0066
+# %% ../nbs/05_attribution.ipynb #0076
 def _read_table(path):
     "The Arrow table and our header, or the reason why this file is not a result."
     import pyarrow as pa
@@ -790,7 +791,7 @@ def _checked_file(path):
         raise AttributionError(f"{path}: the content does not match its checksum, so it was changed after it was written. Copy it again, or score again")
     return table, header
 
-# %% ../nbs/05_attribution.ipynb #0067
+# %% ../nbs/05_attribution.ipynb #0077
 def load_attribution(
     path: str | Path, # A file written by `Attribution.save`
 ) -> Attribution:
@@ -812,7 +813,7 @@ def load_attribution(
 
 Attribution.load = staticmethod(load_attribution)
 
-# %% ../nbs/05_attribution.ipynb #006c
+# %% ../nbs/05_attribution.ipynb #007d
 @patch
 def report(self: Attribution,
     path: str | Path, # Such as "report.html"
@@ -822,7 +823,7 @@ def report(self: Attribution,
     from concept_tda.reports import write_report
     return write_report(self, path, **options)
 
-# %% ../nbs/05_attribution.ipynb #0071
+# %% ../nbs/05_attribution.ipynb #0082
 def table_html(
     table: pd.DataFrame,
     formats: dict | None = None, # Format of a column such as "{:.2f}"; the others get three decimals
@@ -839,7 +840,7 @@ def table_html(
                    for name, row in zip(table.index, table.to_numpy(dtype=object)))
     return f"<div class='wide'><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
-# %% ../nbs/05_attribution.ipynb #0072
+# %% ../nbs/05_attribution.ipynb #0083
 @dataclass(repr=False, eq=False)
 class Comparison:
     "Several results on the same examples, side by side."
@@ -863,7 +864,7 @@ def comparison_html(
             f"<h4>Agreement of the rankings (Spearman)</h4>{table_html(comparison.spearman, two, heat=1)}"
             f"<h4>Share of the top {comparison.top} in common</h4>{table_html(comparison.overlap, two, heat=1)}")
 
-# %% ../nbs/05_attribution.ipynb #0073
+# %% ../nbs/05_attribution.ipynb #0084
 def compare(
     attributions,    # List of results, or dict of results by the name to show
     *,
@@ -883,7 +884,7 @@ def compare(
     return Comparison(results, top, square(lambda a, b: spearman(results[a].scores, results[b].scores)),
                       square(lambda a, b: len(heads[a] & heads[b]) / top), _method_table(results, labels, k))
 
-# %% ../nbs/05_attribution.ipynb #0074
+# %% ../nbs/05_attribution.ipynb #0085
 def _by_name(attributions):
     "Single-query results under names that tell them apart."
     if isinstance(attributions, Attribution): attributions = [attributions]
@@ -906,7 +907,7 @@ def _method_table(results, labels, k):
     if labels is not None: rows["guessing (base rate)"] = detection_metrics(np.ones(len(labels)), labels, k)
     return pd.DataFrame.from_dict(rows, orient="index").drop(columns=["n", "positives", "base rate"], errors="ignore").rename_axis("method")
 
-# %% ../nbs/05_attribution.ipynb #0079
+# %% ../nbs/05_attribution.ipynb #008b
 @patch
 def plot(self: Comparison):
     "Both agreement matrices as heat maps; returns the matplotlib figure."
@@ -926,7 +927,7 @@ def plot(self: Comparison):
     plt.close(figure)   # the figure is returned; a notebook would otherwise draw it twice
     return figure
 
-# %% ../nbs/05_attribution.ipynb #007c
+# %% ../nbs/05_attribution.ipynb #008e
 @patch
 def disagreements(self: Comparison,
     high: str,   # The method that ranks the examples high

@@ -16,7 +16,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from .attribution import (VIEW_STYLE, Attribution, AttributionError, Comparison, card_html, colour_limit, compare, example_html,
-                                     histogram_svg, legend_html, prompt_text, table_html)
+                                     histogram_svg, legend_html, table_html)
 from .storage import atomic_file, code_version
 
 # %% ../nbs/20_reports.ipynb #0005
@@ -54,7 +54,7 @@ The last line is what guessing gets. Ties count by their average.</p>{% endif %}
 <div class="wide"><table class="tops"><thead><tr><th>rank</th>{% for m in methods %}<th scope="col"><a href="#{{ m.anchor }}">{{ m.name }}</a></th>{% endfor %}</tr></thead>
 <tbody>{% for i in range(tops[0]|length) %}<tr><th scope="row">{{ i + 1 }}</th>{% for top in tops %}<td dir="auto"{% if top[i].labelled %} class="labelled"{% endif %}>{{ top[i].text }}
 <span class="quiet" dir="ltr">row {{ top[i].row }}{{ top[i].mark }}</span></td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
-<div class="pair"><div><h3>Agreement of the rankings</h3><p class="quiet">Spearman correlation of all scores: 1 is the same order, 0 unrelated, -1 reversed.</p>{{ spearman }}</div>
+<div{% if methods|length < 6 %} class="pair"{% endif %}><div><h3>Agreement of the rankings</h3><p class="quiet">Spearman correlation of all scores: 1 is the same order, 0 unrelated, -1 reversed.</p>{{ spearman }}</div>
 <div><h3>Share of the top {{ top }} in common</h3><p class="quiet">Two random rankings share {{ '%.2f'|format(by_chance) }}.</p>{{ overlap }}</div></div>{% endif %}</section>
 """
 
@@ -97,9 +97,9 @@ body.ctda{margin:0 auto;padding:1rem clamp(.8rem,3vw,2.5rem) 4rem;max-width:78re
 & .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr));gap:0 1.5rem} & .pair>div{min-width:0}
 & .example{background:var(--panel)} & .ends>summary{font-weight:600;margin:.8rem 0 .2rem}
 & .tall{max-height:34rem;overflow:auto;border:1px solid var(--line);border-radius:6px} & .tall thead th{position:sticky;top:0;background:var(--panel)}
-& table{font-size:.92em} & .tops :is(td,th){text-align:start;vertical-align:top} & .tops td{min-width:11rem;max-width:18rem} & .tops td span{display:block}
+& table{font-size:.92em} & .tops :is(td,th){text-align:start;vertical-align:top} & .tops td{min-width:9.5rem;max-width:18rem;white-space:normal!important;overflow-wrap:anywhere} & .tops td span{display:block}
 & .tops .labelled{border-inline-start:3px solid rgb(238,112,20)}
-& .examples td.words{min-width:18rem} & th.sorts{cursor:pointer}
+& .examples :is(td,th).words{min-width:18rem;overflow-wrap:anywhere} & th.sorts{cursor:pointer}
 & input{font:inherit;padding:.25em .5em;width:min(22rem,60vw);background:var(--page);color:inherit;border:1px solid var(--line);border-radius:4px}
 & pre{background:var(--panel);padding:.7rem .9rem;border-radius:6px;font-size:.85em;white-space:pre-wrap}}
 @media print{body.ctda{& .tall{max-height:none} & :is(nav,.tools){display:none}}}
@@ -135,7 +135,10 @@ def _shortened(text, width):
     text = " ".join(text[:4 * width].split())
     return text if len(text) <= width else text[:width - 1] + "…"
 
-def _snippet(conversation, width): return f"{_shortened(prompt_text(conversation), width // 3)} → {_shortened(conversation.response, width - width // 3)}"
+def _snippet(conversation, width):
+    "The last question and its answer on one line."
+    question = conversation.prompt[-1]["content"] if conversation.prompt else ""
+    return f"{_shortened(question, width // 3)} → {_shortened(conversation.response, width - width // 3)}"
 
 # %% ../nbs/20_reports.ipynb #0010
 def _method_part(name, number, comparison, labels, n, most):
