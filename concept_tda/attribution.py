@@ -408,7 +408,8 @@ class Attribution:
             tokenized, conversations = conversations, conversations.conversations
             if token_scores is not None and tokens is None: tokens = [tokenized.tokens(row) for row in range(len(tokenized))]
             if token_scores is not None and response_masks is None: response_masks = [item.response_mask for item in tokenized]
-        if not isinstance(conversations, Conversations): raise AttributionError(f"conversations are Conversations, not a {type(conversations).__name__}: use load_conversations")
+        if not isinstance(conversations, Conversations):
+            raise AttributionError(f"conversations are Conversations, not a {type(conversations).__name__}: use load_conversations")
         self.conversations, self.card = conversations, card
         self.values = _checked_scores(scores, conversations, card.method)   # [N, Q]
         self.queries = _checked_names(queries, self.values.shape[1], card)
@@ -546,7 +547,8 @@ def example_html(
     details = "".join(f" · <bdi>{safe_text(_one_line(f'{key}: {value}', 80))}</bdi>" for key, value in pairs)
     tokens = () if result.token_scores is None else (result.tokens[position], result.token_scores[position], result.response_masks[position])
     return (f"<article class='example'><div class='facts'><span class='score'>{score:+.4g}</span><span>rank {result.ranks[position]:,} of {result.n_total:,}</span>"
-            f"<span>higher than {_percent(result.percentiles[position])}</span><span class='quiet'>row {result.rows[position]} · <code>{safe_text(conversation.id)}</code>{details}</span></div>"
+            f"<span>higher than {_percent(result.percentiles[position])}</span>"
+            f"<span class='quiet'>row {result.rows[position]} · <code>{safe_text(conversation.id)}</code>{details}</span></div>"
             f"{conversation_html(conversation, *tokens, limit=limit, most=most)}</article>")
 
 def examples_html(

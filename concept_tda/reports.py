@@ -156,8 +156,9 @@ def _method_part(name, number, comparison, labels, n, most):
             parts.append(example_html(end, i, limit=limit, most=most, facts=label | others))
         return Markup("".join(parts))
 
-    return dict(name=name, anchor=f"method-{number}", open=number == 1, n=len(highest), card=Markup(card_html(result.card)), histogram=Markup(histogram_svg(result.scores, label=f"scores of {name}")),
-                legend=Markup(legend_html(limit)) if limit else "", highest=drawn(highest), lowest=drawn(lowest), json=json.dumps(result.card.to_dict(), indent=1, ensure_ascii=False, default=str))
+    return dict(name=name, anchor=f"method-{number}", open=number == 1, n=len(highest), card=Markup(card_html(result.card)),
+                histogram=Markup(histogram_svg(result.scores, label=f"scores of {name}")), legend=Markup(legend_html(limit)) if limit else "",
+                highest=drawn(highest), lowest=drawn(lowest), json=json.dumps(result.card.to_dict(), indent=1, ensure_ascii=False, default=str))
 
 # %% ../nbs/20_reports.ipynb #0011
 def _tops(comparison, labels, n=5):
@@ -201,17 +202,12 @@ def write_report(
 ) -> Path:
     "Write one self-contained HTML file. Raises `AttributionError` for results on different examples, `StorageError` where the folder cannot be written."
     if isinstance(attributions, Comparison): attributions, comparison = attributions.attributions, attributions
-    if isinstance(labels, str): labels = _first(attributions).conversations.labels(labels, positive)
-    comparison = comparison or compare(attributions, labels=labels)
+    comparison = comparison or compare(attributions, labels=labels, positive=positive)
+    if isinstance(labels, str): labels = next(iter(comparison.attributions.values())).conversations.labels(labels, positive)
     labels = None if labels is None else np.asarray(labels, bool)
     page = _page(comparison, title, labels, examples, rows)
     with atomic_file(path) as part: part.write_text(page, encoding="utf-8")
     return Path(path)
-
-def _first(attributions):
-    "The first of the results."
-    if isinstance(attributions, Attribution): return attributions
-    return next(iter(attributions.values() if isinstance(attributions, dict) else attributions))
 
 # %% ../nbs/20_reports.ipynb #0013
 def _page(comparison, title, labels, n, rows):
@@ -223,9 +219,12 @@ def _page(comparison, title, labels, n, rows):
     environment = Environment(loader=DictLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.get_template("page").render(
         title=title or f"Which training examples raise {', '.join(behaviours)}?", data=first.conversations.name, n_examples=f"{len(first):,}",
-        models=list(dict.fromkeys(result.card.model for result in results.values() if result.card.model)), written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"),
-        signs=list(dict.fromkeys(result.card.sign for result in results.values())), several=len(results) > 1, labelled=0 if labels is None else int(labels.sum()),
-        method_table=Markup(table_html(comparison.table, {"seconds": "{:,.1f}", "tokens/s": "{:,.0f}"})), tops=_tops(comparison, labels), top=comparison.top,
-        by_chance=comparison.top / len(first), spearman=Markup(table_html(comparison.spearman, two, heat=1)), overlap=Markup(table_html(comparison.overlap, two, heat=1)),
-        methods=[_method_part(name, number, comparison, labels, n, most) for number, name in enumerate(results, 1)], table=_example_rows(comparison, labels, rows),
-        versions=_versions(), style=Markup(_STYLE), view_style=Markup(VIEW_STYLE), script=Markup(_SCRIPT), script_hash=base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode())
+        models=list(dict.fromkeys(result.card.model for result in results.values() if result.card.model)),
+        signs=list(dict.fromkeys(result.card.sign for result in results.values())),
+        several=len(results) > 1, labelled=0 if labels is None else int(labels.sum()),
+        method_table=Markup(table_html(comparison.table, {"seconds": "{:,.1f}", "tokens/s": "{:,.0f}"})), tops=_tops(comparison, labels),
+        top=comparison.top, by_chance=comparison.top / len(first), spearman=Markup(table_html(comparison.spearman, two, heat=1)),
+        overlap=Markup(table_html(comparison.overlap, two, heat=1)), table=_example_rows(comparison, labels, rows),
+        methods=[_method_part(name, number, comparison, labels, n, most) for number, name in enumerate(results, 1)],
+        written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"), versions=_versions(), style=Markup(_STYLE), view_style=Markup(VIEW_STYLE),
+        script=Markup(_SCRIPT), script_hash=base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode())

@@ -127,6 +127,7 @@ def test_results_that_cannot_share_a_report_leave_no_file(tmp_path):
     first = several()[0]
     for wrong, words in (([first, several(41)[1]], "different examples"), (first.top(3), "part, 3 of 40"), ([], "at least one")):
         with pytest.raises(AttributionError, match=words): write_report(wrong, tmp_path / "wrong.html")
+    with pytest.raises(AttributionError, match="at least one"): write_report([], tmp_path / "wrong.html", labels="bad")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot write"): write_report(first, tmp_path / "file" / "report.html")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
