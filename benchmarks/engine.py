@@ -1,0 +1,315 @@
+"""What exact attribution costs, measured side by side in one process on the same tokens.
+
+    python benchmarks/engine.py --model smollm2-135m-instruct --examples 64 --out engine.json
+    python benchmarks/engine.py --only scoring fits --examples 16 --out quick.json
+
+Every timing is one of several rounds in which the competitors take turns, and every ratio is a median of the ratios within a
+round, so that a machine whose speed drifts drifts for all of them. Ratios say how many times the *second* name fits into the
+first: `ci_vs_vector_filter` 4.0 means Concept Influence takes four times a Vector Filter. Concept, query and EK-FAC factors
+are made before the clock starts unless they are what is measured.
+
+What would make a number wrong: another process on the machine; fewer than three rounds; a first round without the warm-up.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from scipy.stats import spearmanr
+
+import concept_tda as ct
+from concept_tda.conversations import batches
+from concept_tda.directional import ActivationReadout, shared_pass
+from concept_tda.gradients import loss_weights, token_losses
+from concept_tda.tracing import pooling_weights
+
+SECTIONS = ("scoring", "bf16", "fits", "kronfluence", "paper", "queries", "atlas", "cascade")
+
+
+class Peak:
+    "Largest resident memory of this process while the context is open, above what it was at its start."
+    def __enter__(self):
+        self.process, self.running, self.start = psutil.Process(), True, psutil.Process().memory_info().rss
+        self.peak = self.start
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self):
+        while self.running:
+            self.peak = max(self.peak, self.process.memory_info().rss)
+            time.sleep(0.01)
+
+    def __exit__(self, *error):
+        self.running = False
+        self.thread.join()
+        self.gigabytes = (self.peak - self.start) / 2**30
+
+
+def sync():
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+
+
+def take_turns(rounds, **competitors):
+    "Seconds of every competitor in every round, after one warm-up of each: {name: [seconds]}."
+    seconds = {name: [] for name in competitors}
+    for turn in range(rounds + 1):
+        for name, run in competitors.items():
+            sync()
+            start = time.perf_counter()
+            run()
+            sync()
+            if turn: seconds[name].append(time.perf_counter() - start)
+            print(f"    {name:28} {'warm-up' if not turn else f'{seconds[name][-1]:8.2f} s'}", flush=True)
+    return seconds
+
+
+def ratio(seconds, slow, fast): return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast]))
+
+
+def matmul_peak(dtype=torch.float32, device="cpu"):
+    "FLOP/s of a large matrix product, the best of a few."
+    a, b = torch.randn(1536, 1536, dtype=dtype, device=device), torch.randn(1536, 1536, dtype=dtype, device=device)
+    best = 0
+    for _ in range(12):
+        sync()
+        start = time.perf_counter()
+        for _ in range(4): a @ b
+        sync()
+        best = max(best, 4 * 2 * 1536**3 / (time.perf_counter() - start))
+    return best
+
+
+def flops(lm, data, layer, sites):
+    "FLOPs that cannot be avoided over `data`: {pass: FLOPs}, two for each multiply-add; norms, softmax and loss are not counted."
+    per_block = [0] * lm.n_layers
+    for site in ct.resolve_sites(lm, "all-linear"): per_block[site.block] += 2 * site.in_features * site.out_features
+    head = 2 * lm.width * lm.vocab_size
+    totals = dict(vector_filter=0, forward=0, concept_influence=0)
+    unneeded = sum(2 * s.in_features * s.out_features for s in sites if s.block == 0 and not s.name.endswith("o_proj"))
+    for example in data:
+        tokens, rows = len(example.input_ids), int(example.response_mask[1:].sum())
+        attention = 2 * tokens**2 * lm.width  # q·k and weights·v over the causal half
+        below = sum(per_block[:layer]) * tokens + attention * layer
+        forward = sum(per_block) * tokens + attention * lm.n_layers + head * rows
+        backward = forward - unneeded * tokens + attention * lm.n_layers  # input gradients of every layer; attention twice
+        totals["vector_filter"] += below
+        totals["forward"] += forward
+        totals["concept_influence"] += forward + backward + sum(2 * s.in_features * s.out_features for s in sites) * tokens
+    return totals
+
+
+class Bench:
+    def __init__(self, args):
+        self.args, self.result = args, dict(ratios={}, agreement={}, memory={}, floor={}, seconds={}, notes=[])
+        self.lm = ct.load_model(args.model, device=args.device)
+        self.layer = args.layer
+        self.train = ct.bundled("sycophancy").select(range(args.examples))
+        held_out = ct.bundled("sycophancy", "heldout")
+        flattering, honest = (held_out.filter(lambda c, kind=kind: c.metadata["label"] == kind) for kind in ("sycophantic", "honest"))
+        self.concept = ct.contrastive_concept(self.lm, flattering[:20], honest[:20], layer=self.layer, name="sycophancy", progress=False)
+        self.queries = flattering[20:21]
+        self.data = self.lm.tokenize(self.train)
+        self.sites = ct.resolve_sites(self.lm, "attention", layer=self.layer)
+        self.fit_data = self.data.select(range(args.fit_examples))
+        self.curvature = ct.EKFAC.fit(self.lm, self.fit_data, self.sites, labels="empirical", progress=False)
+
+    def influence(self, lm=None, concept=None, curvature=None, **options):
+        return ct.ConceptInfluence(lm or self.lm, concept or self.concept, self.queries, curvature=curvature or self.curvature, **options)
+
+    def pass_seconds(self, scorer):
+        "A function that runs the scoring pass of a scorer whose query is ready."
+        readout = scorer.prepare(self.data)
+        return lambda: shared_pass(scorer.lm, self.data, {"s": readout}, progress=False, token_budget=self.args.token_budget)["s"].scores
+
+    def scoring(self):
+        "Vector Filter, activation gradient, Concept Influence and a plain forward pass with loss."
+        passes = dict(vector_filter=self.pass_seconds(ct.VectorFilter(self.lm, self.concept)), forward_with_loss=self.pass_seconds(ct.MeanLoss(self.lm)),
+                      activation_gradient=self.pass_seconds(ct.ActivationGradient(self.lm, self.concept)), concept_influence=self.pass_seconds(self.influence()),
+                      concept_influence_forward=self.pass_seconds(self.influence(engine="forward")), concept_influence_difference=self.pass_seconds(self.influence(engine="difference")))
+        self.exact = passes["concept_influence"]()[:, 0]
+        for engine in ("forward", "difference"):
+            scores = passes[f"concept_influence_{engine}"]()[:, 0]
+            self.result["agreement"][f"{engine}_vs_reverse"] = dict(spearman=spearmanr(scores, self.exact).statistic, relative_error=float(np.abs(scores - self.exact).max() / np.abs(self.exact).max()))
+        seconds = take_turns(self.args.rounds, **passes)
+        counted = flops(self.lm, self.data, self.layer, self.sites)
+        peak = matmul_peak(self.lm.dtype, self.lm.device)
+        ratios = self.result["ratios"]
+        ratios["ci_vs_vector_filter"] = ratio(seconds, "concept_influence", "vector_filter")
+        ratios["activation_gradient_vs_vector_filter"] = ratio(seconds, "activation_gradient", "vector_filter")
+        ratios["forward_with_loss_vs_vector_filter"] = ratio(seconds, "forward_with_loss", "vector_filter")
+        ratios["ci_forward_vs_vector_filter"] = ratio(seconds, "concept_influence_forward", "vector_filter")
+        ratios["ci_difference_vs_vector_filter"] = ratio(seconds, "concept_influence_difference", "vector_filter")
+        floor = counted["concept_influence"] / counted["vector_filter"]
+        ratios["ci_over_flop_floor"] = ratios["ci_vs_vector_filter"] / floor
+        self.result["floor"] = dict(flops=counted, ci_vs_vector_filter=floor, matmul_peak_gflops=peak / 1e9,
+            fraction_of_peak={name: counted[key] / statistics.median(seconds[name]) / peak for name, key in (("vector_filter", "vector_filter"), ("forward_with_loss", "forward"), ("concept_influence", "concept_influence"))})
+        self.result["seconds"]["scoring"] = seconds
+
+    def bf16(self):
+        "The same scoring pass with the model in bfloat16, against the float32 Vector Filter."
+        half = ct.load_model(self.args.model, dtype=torch.bfloat16, device=self.args.device)
+        concept = ct.tensor_concept(self.concept.direction, self.layer, lm=half, name="sycophancy")
+        curvature = ct.EKFAC(self.curvature.factors, damping=self.curvature.damping, relative=self.curvature.relative)
+        query = {name: g for name, g in curvature.precondition(ct.ConceptQuery(self.concept, self.queries).gradients(self.lm, self.sites)).items()}  # float32 query, bfloat16 pass
+        readout = ct.DirectionReadout(ct.resolve_sites(half, "attention", layer=self.layer), query)
+        run = lambda: shared_pass(half, self.data, {"s": readout}, progress=False, token_budget=self.args.token_budget)["s"].scores
+        exact = self.pass_seconds(self.influence())()[:, 0]
+        scores = run()[:, 0]
+        self.result["agreement"]["bf16_vs_fp32"] = dict(spearman=spearmanr(scores, exact).statistic, relative_error=float(np.abs(scores - exact).max() / np.abs(exact).max()))
+        seconds = take_turns(self.args.rounds, vector_filter_fp32=self.pass_seconds(ct.VectorFilter(self.lm, self.concept)), concept_influence_bf16=run)
+        self.result["ratios"]["ci_bf16_vs_vector_filter_fp32"] = ratio(seconds, "concept_influence_bf16", "vector_filter_fp32")
+        self.result["seconds"]["bf16"] = seconds
+
+    def kronfluence_analyzer(self, folder):
+        from kronfluence.analyzer import Analyzer, prepare_model
+        from kronfluence.task import Task
+        bench = self
+
+        class LanguageTask(Task):
+            reduction = "sum"
+
+            def compute_train_loss(self, batch, model, sample=False):
+                logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0, :-1].float()
+                mask = batch["response_mask"][0, 1:]
+                targets = batch["input_ids"][0, 1:][mask]
+                if sample:
+                    with torch.no_grad(): targets = torch.multinomial(logits[mask].softmax(-1), 1).flatten()
+                return torch.nn.functional.cross_entropy(logits[mask], targets, reduction=self.reduction)
+
+            def compute_measurement(self, batch, model):
+                hidden = model(input_ids=batch["input_ids"], output_hidden_states=True, use_cache=False).hidden_states[bench.layer][0]
+                return hidden[batch["response_mask"][0]].mean(0) @ bench.concept.direction.to(hidden)
+
+            def get_influence_tracked_modules(self): return [site.name for site in bench.sites]
+
+        task = LanguageTask()
+        model = prepare_model(copy.deepcopy(self.lm.model), task)
+        return task, Analyzer("bench", model, task, output_dir=folder, disable_tqdm=True, disable_model_save=True, cpu=self.lm.device.type == "cpu")
+
+    def _as_dataset(self, tokenized): return [dict(input_ids=example.input_ids, response_mask=example.response_mask) for example in tokenized]
+
+    def fits(self):
+        "EK-FAC: ours, curvlinops, kronfluence; seconds and memory."
+        folder = tempfile.mkdtemp()
+        competitors = {name: (lambda backend=name: ct.EKFAC.fit(self.lm, self.fit_data, self.sites, backend=backend, cache=False, progress=False)) for name in ("streaming", "curvlinops")}
+        try:
+            from kronfluence.arguments import FactorArguments
+            task, analyzer = self.kronfluence_analyzer(folder)
+            competitors["kronfluence"] = lambda: analyzer.fit_all_factors("fit", self._as_dataset(self.fit_data), per_device_batch_size=1, factor_args=FactorArguments("ekfac"), overwrite_output_dir=True)
+        except ImportError as err: self.result["notes"].append(f"kronfluence is not installed ({err})")
+        for name, run in competitors.items():
+            with Peak() as peak: run()
+            self.result["memory"][f"fit_{name}_gb"] = peak.gigabytes
+        seconds = take_turns(self.args.rounds, **competitors)
+        self.result["ratios"]["curvlinops_fit_vs_ours"] = ratio(seconds, "curvlinops", "streaming")
+        if "kronfluence" in seconds: self.result["ratios"]["kronfluence_fit_vs_ours"] = ratio(seconds, "kronfluence", "streaming")
+        gradients = ct.ConceptQuery(self.concept, self.queries).gradients(self.lm, self.sites)
+        flat = {name: torch.cat([g.flatten() for g in ct.EKFAC.fit(self.lm, self.fit_data, self.sites, backend=name, progress=False).precondition(gradients).values()]) for name in ("streaming", "curvlinops")}
+        self.result["agreement"]["ekfac_query_cosine_to_curvlinops"] = torch.nn.functional.cosine_similarity(flat["streaming"].double(), flat["curvlinops"].double(), dim=0).item()
+        self.result["seconds"]["fits"] = seconds
+        self.result["fit_tokens"] = int(self.fit_data.n_tokens)
+
+    def kronfluence(self):
+        "One query scored against all examples, its gradient and preconditioning included, by kronfluence and by us."
+        try: from kronfluence.arguments import FactorArguments, ScoreArguments
+        except ImportError as err: return self.result["notes"].append(f"kronfluence is not installed ({err})")
+        task, analyzer = self.kronfluence_analyzer(tempfile.mkdtemp())
+        analyzer.fit_all_factors("f", self._as_dataset(self.fit_data), per_device_batch_size=1, factor_args=FactorArguments("ekfac", use_empirical_fisher=True), overwrite_output_dir=True)
+        task.reduction = "mean"
+        train, query = self._as_dataset(self.data), self._as_dataset(self.lm.tokenize(self.queries))
+        theirs = lambda: analyzer.compute_pairwise_scores("s", factors_name="f", query_dataset=query, train_dataset=train, per_device_query_batch_size=1, per_device_train_batch_size=1,
+                                                          score_args=ScoreArguments(damping_factor=None), overwrite_output_dir=True)["all_modules"][0]
+        ours = lambda: self.influence().score(self.data, token_budget=self.args.token_budget, progress=False).scores
+        self.result["agreement"]["kronfluence_spearman"] = spearmanr(-theirs().float().numpy(), ours()).statistic
+        seconds = take_turns(self.args.rounds, kronfluence=theirs, ours=ours)
+        self.result["ratios"]["kronfluence_score_vs_ours"] = ratio(seconds, "kronfluence", "ours")
+        self.result["seconds"]["kronfluence"] = seconds
+        try: import bergson  # noqa: F401
+        except ImportError as err: self.result["notes"].append(f"bergson is not installed here ({err}), so bergson_score_vs_ours is not measured")
+
+    def paper(self):
+        "The paper's recipe: one example at a time, each padded to 1,536 tokens, weight gradients built, inner product; a few examples, per example."
+        few = self.data.select(range(min(3, len(self.data))))
+        query = self.curvature.precondition(ct.ConceptQuery(self.concept, self.queries).gradients(self.lm, self.sites))
+        weights = {site.name: site.module.weight for site in self.sites}
+
+        def recipe():
+            for example in few:
+                pad = 1536 - len(example.input_ids)
+                ids = torch.nn.functional.pad(example.input_ids, (0, pad), value=self.data.pad_token_id)[None].to(self.lm.device)
+                mask = torch.nn.functional.pad(example.response_mask, (0, pad)).to(self.lm.device)
+                for weight in weights.values(): weight.requires_grad_(True)
+                logits = self.lm.model(input_ids=ids, attention_mask=(torch.arange(1536) < len(example.input_ids))[None].long().to(self.lm.device), use_cache=False).logits[0]
+                loss = torch.nn.functional.cross_entropy(logits[:-1][mask[1:]].float(), ids[0, 1:][mask[1:]])
+                for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values()))): (gradient * query[name]).sum().item()
+                for weight in weights.values(): weight.requires_grad_(False)
+
+        readout = ct.DirectionReadout(self.sites, query)
+        ours = lambda: shared_pass(self.lm, few, {"s": readout}, progress=False, token_budget=self.args.token_budget)
+        with self.lm.undisturbed(): seconds = take_turns(self.args.rounds, paper_recipe=recipe, ours=ours)
+        self.result["ratios"]["paper_recipe_vs_ours"] = ratio(seconds, "paper_recipe", "ours")
+        self.result["seconds"]["paper"] = seconds
+
+    def many_directions(self, n, seed=0):
+        "Covariance-matched random directions at the layer [n, width]."
+        acts = ct.pooled_activations(self.lm, self.train, self.layer, progress=False)[self.layer]
+        return ct.random_directions(acts, n, seed=seed)
+
+    def run(self):
+        chosen = self.args.only or SECTIONS
+        for name in chosen:
+            print(f"\n{name}: {getattr(self, name).__doc__}", flush=True)
+            start = time.perf_counter()
+            getattr(self, name)()
+            print(f"    ({time.perf_counter() - start:.0f} s)", flush=True)
+            self.save()
+
+    def save(self):
+        machine = dict(cpu=next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor(),
+                       cores=os.cpu_count(), threads=torch.get_num_threads(), memory_gb=round(psutil.virtual_memory().total / 2**30), load=os.getloadavg()[0],
+                       gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+        self.result["setting"] = dict(model=self.args.model, model_fingerprint=self.lm.fingerprint, dtype=str(self.lm.dtype), layer=self.layer, n_layers=self.lm.n_layers, sites="attention", n_sites=len(self.sites), examples=len(self.data),
+                                      tokens=int(self.data.n_tokens), data=self.train.name, data_fingerprint=self.data.fingerprint, rounds=self.args.rounds, token_budget=self.args.token_budget,
+                                      torch=torch.__version__, concept_tda=ct.code_version(), machine=machine, date=time.strftime("%Y-%m-%d"))
+        if self.args.out:
+            with ct.atomic_file(self.args.out) as part: part.write_text(json.dumps(self.result, indent=1, default=float))
+
+    def table(self):
+        print("\n| number | value |\n|---|---|")
+        for group in ("ratios", "agreement", "memory"):
+            for name, value in self.result[group].items():
+                values = value.items() if isinstance(value, dict) else [("", value)]
+                for key, number in values: print(f"| {name}{' ' + key if key else ''} | {number:.4g} |")
+        print(f"| FLOP floor of ci_vs_vector_filter | {self.result['floor'].get('ci_vs_vector_filter', float('nan')):.3g} |")
+        for name, value in self.result["floor"].get("fraction_of_peak", {}).items(): print(f"| fraction of matmul peak, {name} | {value:.2f} |")
+        for note in self.result["notes"]: print(f"* {note}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="anything load_model opens")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--layer", type=int, default=20)
+    parser.add_argument("--examples", type=int, default=64, help="examples of the bundled data to score")
+    parser.add_argument("--fit-examples", type=int, default=12, help="examples EK-FAC is fitted on")
+    parser.add_argument("--token-budget", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS)
+    parser.add_argument("--out", type=Path)
+    bench = Bench(parser.parse_args())
+    bench.run()
+    bench.table()
+
+
+if __name__ == "__main__": main()
