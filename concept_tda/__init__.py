@@ -37,6 +37,7 @@ _PUBLIC = {
     "baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
     "finetuning": "FinetuneError finetune training_record",
     "reports": "write_report",
+    "cli": "",
 }
 # --- end of table ---
 

@@ -251,9 +251,10 @@ def show(
 ):
     "Show a saved result: the query card, the highest and the lowest examples."
     with _plain_errors(debug):
-        for one in _read_results([result]):
+        results = [one if query is None else one.query(query) for one in _read_results([result])]
+        for one in results:
             typer.echo(str(one.card))
-            _print_ends(one if query is None else one.query(query), n, bottom=True, note=False)
+            _print_ends(one, n, bottom=True, note=False)
 
 # %% ../nbs/21_cli.ipynb #002b
 @app.command("filter", epilog=_example("concept-tda filter scores.parquet --drop-fraction 0.1 --out kept.jsonl"))
@@ -396,7 +397,7 @@ def _run_notebook(source, folder):
     try: client.execute()
     except Exception as err: failure = err
     screen.end_section()
-    if failure and screen.interrupted: raise KeyboardInterrupt
+    if failure and (screen.interrupted or hasattr(client, "_async_cleanup_kernel_future")): raise KeyboardInterrupt  # the latter: nbclient was stopped while the kernel started
     _tidy_outputs(notebook.cells)
     whole, partial = folder/source.name, folder/f"{source.stem}.failed.ipynb"
     with atomic_file(partial if failure else whole) as part: nbformat.write(notebook, str(part))
