@@ -8,7 +8,7 @@ __all__ = ['ConceptError', 'Concept', 'random_directions', 'separation', 'contra
 
 # %% ../nbs/04_concepts.ipynb #0003
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 
@@ -156,7 +156,7 @@ def _transfer_concept(concept: Concept, lm) -> Concept:
     return replace(concept, model=lm.name, model_fingerprint=lm.fingerprint,
                    provenance=concept.provenance | {"transferred_from": origin})
 
-# %% ../nbs/04_concepts.ipynb #001b
+# %% ../nbs/04_concepts.ipynb #001d
 _FORMAT, _FORMAT_VERSION = "concept_tda.concept", "1"
 
 def _save_concept(concept: Concept, path: str | Path) -> Path:
@@ -187,7 +187,7 @@ def _load_concept(path: str | Path) -> Concept:
         raise ConceptError(f"{path} is damaged: its direction does not match its checksum. Make the concept again.")
     return Concept(direction=tensors["direction"], **json.loads(metadata["concept"]))
 
-# %% ../nbs/04_concepts.ipynb #001f
+# %% ../nbs/04_concepts.ipynb #0021
 def random_directions(
     acts_ND: Tensor, # [N, d] activations whose covariance the directions share
     n: int,          # How many
@@ -204,7 +204,7 @@ def random_directions(
     weights_nN = torch.randn(n, len(acts_ND), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.nn.functional.normalize(weights_nN @ centred_ND, dim=1).float()
 
-# %% ../nbs/04_concepts.ipynb #0023
+# %% ../nbs/04_concepts.ipynb #0025
 def _auc(positive_KP: np.ndarray, negative_KM: np.ndarray) -> np.ndarray:
     "AUC of each row by the rank sum (Mann-Whitney), shape [K]; ties count half."
     n_positive, n_negative = positive_KP.shape[1], negative_KM.shape[1]
@@ -225,63 +225,84 @@ def separation(
     sides = [np.asarray(side, dtype=float)[None] for side in (positive, negative)]
     return {"auc": float(_auc(*sides)[0]), "d_prime": float(_d_prime(*sides)[0])}
 
-# %% ../nbs/04_concepts.ipynb #0026
-def _deal(
-    n_positive: int, # Examples on the positive side
-    n_negative: int, # Examples on the negative side
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]: # Shuffled rows of either side; the same order where the sides are paired
-    "Shuffle both sides; sides of equal length are pairs and stay together."
-    positive = np.random.default_rng(seed).permutation(n_positive)
-    return positive, positive if n_positive == n_negative else np.random.default_rng(seed + 1).permutation(n_negative)
-
-def _folds(n_positive: int, n_negative: int, n_folds: int, seed: int):
-    "Yield (fit rows +, fit rows -, held-out rows +, held-out rows -) for each fold of a cross-validation."
-    positive, negative = _deal(n_positive, n_negative, seed)
-    for held_positive, held_negative in zip(np.array_split(positive, n_folds), np.array_split(negative, n_folds)):
-        yield np.setdiff1d(positive, held_positive), np.setdiff1d(negative, held_negative), held_positive, held_negative
-
-def _one_split(n_positive: int, n_negative: int, held_out: float, seed: int):
-    "The same four sets of rows for a single split; at least two of a side are held out and two remain."
-    positive, negative = _deal(n_positive, n_negative, seed)
-    n_held = [int(np.clip(round(held_out*n), 2, n - 2)) for n in (n_positive, n_negative)]
-    return positive[n_held[0]:], negative[n_held[1]:], positive[:n_held[0]], negative[:n_held[1]]
-
 # %% ../nbs/04_concepts.ipynb #0028
-_N_NULL = 200  # random directions behind `random_auc_95`; an AUC percentile steady to about 0.01
+@dataclass
+class _Side:
+    "The examples of one side at one layer."
+    acts_ND: Tensor       # [N, d] float64
+    questions: np.ndarray # [N] the question each example answers; examples that share one are never separated
 
-def _measure(positive_ND, negative_ND, rows, fit, seed: int) -> dict:
-    "Fit on some rows, measure on the others: AUC, d′ and the 95th percentile of both for random directions."
-    fit_positive, fit_negative, held_positive, held_negative = rows
-    direction = fit(positive_ND[fit_positive], negative_ND[fit_negative])
-    null_dn = random_directions(torch.cat([positive_ND[fit_positive], negative_ND[fit_negative]]), _N_NULL, seed=seed).double().T
-    held = positive_ND[held_positive], negative_ND[held_negative]
-    null = (held[0] @ null_dn).T.numpy(), (held[1] @ null_dn).T.numpy()
-    auc, d_prime = _auc(*null), _d_prime(*null)
-    return separation(held[0] @ direction, held[1] @ direction) | {"random_auc_95": float(np.quantile(np.maximum(auc, 1 - auc), .95)),
-                                                                   "random_d_prime_95": float(np.quantile(np.abs(d_prime), .95))}
+    def of(self, questions) -> "_Side":
+        "The examples that answer one of `questions`."
+        rows = np.isin(self.questions, questions)
+        return _Side(self.acts_ND[torch.from_numpy(rows)], self.questions[rows])
 
-def _quality(positive_ND, negative_ND, fit, held_out: float, seed: int) -> dict:
-    "Quality of a way to fit a direction, on one held-out split; a reason instead of numbers where that is impossible."
-    counts = len(positive_ND), len(negative_ND)
-    if held_out == 0: return {"note": "not measured: held_out=0"}
-    if min(counts) < 4: return {"note": f"not measured: {counts[0]} positive and {counts[1]} negative examples; a held-out estimate needs 4 of each"}
-    rows = _one_split(*counts, held_out, seed)
-    return _measure(positive_ND, negative_ND, rows, fit, seed) | {"held_out_positive": len(rows[2]), "held_out_negative": len(rows[3])}
+def _question(conversation) -> str:
+    "The last user turn before the final answer; the id where there is none."
+    turns = [message["content"] for message in conversation.prompt if message["role"] == "user"]
+    return turns[-1] if turns else conversation.id
+
+def _n_questions(positive: _Side, negative: _Side) -> int:
+    "Different questions on the side that has fewer of them."
+    return min(len(np.unique(side.questions)) for side in (positive, negative))
 
 # %% ../nbs/04_concepts.ipynb #002a
+def _in_a_row(positive: _Side, negative: _Side, seed: int) -> np.ndarray:
+    "All questions, shuffled within: only positive, both, only negative."
+    ours, theirs = np.unique(positive.questions), np.unique(negative.questions)
+    kinds = np.setdiff1d(ours, theirs), np.intersect1d(ours, theirs), np.setdiff1d(theirs, ours)
+    return np.concatenate([np.random.default_rng([seed, i]).permutation(kind) for i, kind in enumerate(kinds)])
+
+def _parted(positive: _Side, negative: _Side, row: np.ndarray, held: np.ndarray) -> tuple[_Side, _Side, _Side, _Side]:
+    "(positive to fit on, negative to fit on, positive held out, negative held out); `held` marks the questions of `row` that are held out."
+    return positive.of(row[~held]), negative.of(row[~held]), positive.of(row[held]), negative.of(row[held])
+
+def _folds(positive: _Side, negative: _Side, n_folds: int, seed: int):
+    "Yield the four parts for each fold of a cross-validation; every example is held out once."
+    row = _in_a_row(positive, negative, seed)
+    for fold in range(n_folds): yield _parted(positive, negative, row, np.arange(len(row)) % n_folds == fold)
+
+def _one_split(positive: _Side, negative: _Side, held_out: float, seed: int):
+    "The four parts for one split; at least two questions of either side are held out, and two remain."
+    row, fewest = _in_a_row(positive, negative, seed), _n_questions(positive, negative)
+    share = np.clip(held_out, 2/fewest, 1 - 2/fewest) + 1e-9
+    return _parted(positive, negative, row, np.diff(np.floor(np.arange(len(row) + 1)*share)) > 0)
+
+# %% ../nbs/04_concepts.ipynb #002c
+_N_NULL = 200  # random directions behind `random_auc_95`; an AUC percentile steady to about 0.01
+
+def _measure(parts, fit, seed: int) -> dict:
+    "Fit on some questions, measure on the others: AUC, d′ and the 95th percentile of both for random directions."
+    fit_positive, fit_negative, *held = parts
+    direction = fit(fit_positive, fit_negative)
+    null_dn = random_directions(torch.cat([fit_positive.acts_ND, fit_negative.acts_ND]), _N_NULL, seed=seed).double().T
+    null = [(side.acts_ND @ null_dn).T.numpy() for side in held]
+    auc, d_prime = _auc(*null), _d_prime(*null)
+    return separation(*(side.acts_ND @ direction for side in held)) | {"random_auc_95": float(np.quantile(np.maximum(auc, 1 - auc), .95)),
+                                                                       "random_d_prime_95": float(np.quantile(np.abs(d_prime), .95))}
+
+def _quality(positive: _Side, negative: _Side, fit, held_out: float, seed: int) -> dict:
+    "Quality of a way to fit a direction, on one held-out split; a reason instead of numbers where that is impossible."
+    if held_out == 0: return {"note": "not measured: held_out=0"}
+    n_questions = _n_questions(positive, negative)
+    if n_questions < 4: return {"note": f"not measured: {n_questions} different questions on one side; a held-out estimate needs 4"}
+    parts = _one_split(positive, negative, held_out, seed)
+    return _measure(parts, fit, seed) | {"held_out_positive": len(parts[2].questions), "held_out_negative": len(parts[3].questions)}
+
+# %% ../nbs/04_concepts.ipynb #002e
 @dataclass
 class _Contrast:
     "Pooled activations of both sides, and the record of where they came from."
-    positive: dict[int, Tensor] # layer -> [P, d] float64
-    negative: dict[int, Tensor] # layer -> [M, d] float64
+    positive: dict[int, _Side] # By layer
+    negative: dict[int, _Side] # By layer
     provenance: dict
 
 def _two_sides(lm, positive, negative, name: str, at_least: int) -> dict:
     "Both sides tokenized; too few examples, or one that stands on both sides, is a `ConceptError`."
     sides = {"positive": lm.tokenize(positive), "negative": lm.tokenize(negative)}
     for side, data in sides.items():
-        if len(data) < at_least: raise ConceptError(f"concept {name!r}: {len(data)} {side} examples, at least {at_least} are needed.")
+        n_questions = len({_question(conversation) for conversation in data.conversations})
+        if n_questions < at_least: raise ConceptError(f"concept {name!r}: {len(data)} {side} examples with {n_questions} different questions, at least {at_least} are needed.")
     both = set(sides["positive"].ids) & set(sides["negative"].ids)
     if both: raise ConceptError(f"concept {name!r}: {len(both)} conversations are both positive and negative: {', '.join(sorted(both)[:5])}. Remove them from one side.")
     return sides
@@ -291,12 +312,14 @@ def _collect(lm, positive, negative, layers: list[int], pooling: str, name: str,
     layers = [lm.check_layer(layer) for layer in layers]
     _check_pooling(pooling, f"concept {name!r}")
     sides = _two_sides(lm, positive, negative, name, at_least)
-    acts = {side: {layer: pooled.double() for layer, pooled in pooled_activations(lm, data, layers, pooling, progress=progress).items()} for side, data in sides.items()}
+    questions = {side: np.array([_question(conversation) for conversation in data.conversations]) for side, data in sides.items()}
+    acts = {side: {layer: _Side(pooled.double(), questions[side]) for layer, pooled in pooled_activations(lm, data, layers, pooling, progress=progress).items()}
+            for side, data in sides.items()}
     record = {key: value for side, data in sides.items() for key, value in
               {f"{side}_data": data.conversations.name, f"{side}_n": len(data), f"{side}_fingerprint": data.fingerprint, f"{side}_cut": len(data.cut)}.items()}
-    return _Contrast(acts["positive"], acts["negative"], record | {"paired": len(sides["positive"]) == len(sides["negative"]), "code": code_version()})
+    return _Contrast(acts["positive"], acts["negative"], record | {"questions_on_both_sides": len(np.intersect1d(*questions.values())), "code": code_version()})
 
-# %% ../nbs/04_concepts.ipynb #002b
+# %% ../nbs/04_concepts.ipynb #002f
 def _make_concept(lm, contrast: _Contrast, layer: int, direction: Tensor, quality: dict, *, name: str, pooling: str, model_fingerprint: str, **settings) -> Concept:
     "Wrap a fitted direction up with everything known about it."
     return Concept(name, direction, layer, pooling=pooling, quality=quality, provenance=settings | contrast.provenance, model=lm.name, model_fingerprint=model_fingerprint, model_width=lm.width)
@@ -305,23 +328,23 @@ def _check_held_out(held_out: float):
     "Refuse a fraction that leaves nothing to fit on."
     if not 0 <= held_out < 1: raise ConceptError(f"held_out is a fraction of the examples, 0 ≤ held_out < 1, got {held_out!r}.")
 
-# %% ../nbs/04_concepts.ipynb #002d
+# %% ../nbs/04_concepts.ipynb #0031
 _REFIT = "fitted on all examples (its quality: on held-out ones, fitted without them)"
 
-def _mean_difference(positive_ND: Tensor, negative_ND: Tensor) -> Tensor:
+def _mean_difference(positive: _Side, negative: _Side) -> Tensor:
     "mean(positive) - mean(negative), shape [d]."
-    return positive_ND.mean(0) - negative_ND.mean(0)
+    return positive.acts_ND.mean(0) - negative.acts_ND.mean(0)
 
 def contrastive_concept(
     lm,                              # `LanguageModel` whose activations are used
     positive,                        # Conversations that show the behaviour
-    negative,                        # Conversations that do not; of the same length: partners, row by row
+    negative,                        # Conversations that do not show it, best to the same questions
     layer: int,                      # l of `hidden_states[l]`
     *,
     name: str,                       # What the behaviour is called
     pooling: str = "response_mean",  # One of `POOLINGS`
-    held_out: float = 0.25,          # Fraction of the examples the quality is measured on; 0 for no measurement
-    seed: int = 0,                   # Chooses the held-out examples
+    held_out: float = 0.25,          # Fraction of the questions the quality is measured on; 0 for no measurement
+    seed: int = 0,                   # Chooses the held-out questions
     progress: bool = True,           # Show a bar while the model runs
 ) -> Concept:
     "Mean activation of `positive` minus that of `negative` (METHODS §2, persona vectors). Raises `ConceptError`, `LayerError`."
@@ -332,51 +355,51 @@ def contrastive_concept(
     return _make_concept(lm, contrast, layer, _mean_difference(*both_sides), quality, name=name, pooling=pooling, model_fingerprint=lm.fingerprint,
                          method=f"difference of means, {_REFIT}", held_out=held_out, seed=seed)
 
-# %% ../nbs/04_concepts.ipynb #0032
+# %% ../nbs/04_concepts.ipynb #0036
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidate C of scikit-learn: small means strongly regularised
 
-def _logistic(positive_ND: Tensor, negative_ND: Tensor, C: float) -> tuple[Tensor, float]:
+def _logistic(positive: _Side, negative: _Side, C: float) -> tuple[Tensor, float]:
     "L2-logistic regression in standardised space, mapped back: (coefficients [d], intercept)."
     from sklearn.linear_model import LogisticRegression
-    acts_ND, labels = torch.cat([positive_ND, negative_ND]), np.repeat([1, 0], [len(positive_ND), len(negative_ND)])
+    acts_ND, labels = torch.cat([positive.acts_ND, negative.acts_ND]), np.repeat([1, 0], [len(positive.questions), len(negative.questions)])
     mean, spread = acts_ND.mean(0), acts_ND.std(0, correction=0)
     spread = torch.where(spread > 0, spread, 1.0)  # a constant coordinate cannot help and must not divide by zero
     model = LogisticRegression(C=C, max_iter=5000).fit(((acts_ND - mean)/spread).numpy(), labels)
     coefficients = torch.from_numpy(model.coef_[0]).double()/spread
     return coefficients, float(model.intercept_[0] - coefficients @ mean)
 
-def _choose_penalty(positive_ND: Tensor, negative_ND: Tensor, seed: int) -> float:
-    "The C of `_PENALTIES` with the lowest cross-validated log-loss; 3 folds, partners together."
-    counts, loss = (len(positive_ND), len(negative_ND)), dict.fromkeys(_PENALTIES, 0.0)
-    for fit_positive, fit_negative, held_positive, held_negative in _folds(*counts, min(3, *counts), seed):
+def _choose_penalty(positive: _Side, negative: _Side, seed: int) -> float:
+    "The C of `_PENALTIES` with the lowest cross-validated log-loss; at most 3 folds."
+    loss = dict.fromkeys(_PENALTIES, 0.0)
+    for fit_positive, fit_negative, held_positive, held_negative in _folds(positive, negative, min(3, _n_questions(positive, negative)), seed):
         for C in _PENALTIES:
-            coefficients, intercept = _logistic(positive_ND[fit_positive], negative_ND[fit_negative], C)
-            margins = torch.cat([positive_ND[held_positive] @ coefficients + intercept, -(negative_ND[held_negative] @ coefficients + intercept)])
+            coefficients, intercept = _logistic(fit_positive, fit_negative, C)
+            margins = torch.cat([held_positive.acts_ND @ coefficients + intercept, -(held_negative.acts_ND @ coefficients + intercept)])
             loss[C] += float(torch.nn.functional.softplus(-margins).sum())
     return min(loss, key=loss.get)
 
-# %% ../nbs/04_concepts.ipynb #0033
-def _probe_direction(positive_ND: Tensor, negative_ND: Tensor, C: float | None = None, seed: int = 0) -> Tensor:
+# %% ../nbs/04_concepts.ipynb #0037
+def _probe_direction(positive: _Side, negative: _Side, C: float | None = None, seed: int = 0) -> Tensor:
     "Coefficients of the logistic probe, shape [d]; C is chosen where not given."
-    return _logistic(positive_ND, negative_ND, _choose_penalty(positive_ND, negative_ND, seed) if C is None else C)[0]
+    return _logistic(positive, negative, _choose_penalty(positive, negative, seed) if C is None else C)[0]
 
 def probe_concept(
     lm,                              # `LanguageModel` whose activations are used
     positive,                        # Conversations that show the behaviour
-    negative,                        # Conversations that do not; of the same length: partners, row by row
+    negative,                        # Conversations that do not show it, best to the same questions
     layer: int,                      # l of `hidden_states[l]`
     *,
     name: str,                       # What the behaviour is called
     pooling: str = "response_mean",  # One of `POOLINGS`
     C: float | None = None,          # Inverse penalty of scikit-learn; cross-validated when None
-    held_out: float = 0.25,          # Fraction of the examples the quality is measured on; 0 for no measurement
-    seed: int = 0,                   # Chooses the held-out examples and the folds
+    held_out: float = 0.25,          # Fraction of the questions the quality is measured on; 0 for no measurement
+    seed: int = 0,                   # Chooses the held-out questions and the folds
     progress: bool = True,           # Show a bar while the model runs
 ) -> Concept:
     "Direction of an L2-logistic probe (METHODS §2); decision = `norm`·projection + provenance['intercept']. Raises `ConceptError`, `LayerError`."
     _check_held_out(held_out)
     if C is not None and not C > 0: raise ConceptError(f"C must be positive (or None to choose it by cross-validation), got {C!r}.")
-    contrast = _collect(lm, positive, negative, [layer], pooling, name, progress, at_least=1 if C else 2)  # choosing C takes two
+    contrast = _collect(lm, positive, negative, [layer], pooling, name, progress, at_least=1 if C else 2)  # questions; choosing C takes two
     both_sides = contrast.positive[layer], contrast.negative[layer]
     quality = _quality(*both_sides, lambda p, n: _probe_direction(p, n, C, seed), held_out, seed)
     chosen = _choose_penalty(*both_sides, seed) if C is None else C
@@ -385,7 +408,7 @@ def probe_concept(
                          method=f"logistic probe, {_REFIT}", C=chosen, C_chosen="by cross-validation" if C is None else "given",
                          intercept=intercept, held_out=held_out, seed=seed)
 
-# %% ../nbs/04_concepts.ipynb #0039
+# %% ../nbs/04_concepts.ipynb #003d
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     "The tensors of a .pt, .npy or .safetensors file by name; a lone tensor is called 'tensor'. Raises `ConceptError`."
     if not path.is_file(): raise ConceptError(f"there is no file {path}.")
@@ -415,7 +438,7 @@ def _pick_row(matrix, row: int, what: str):
         raise ConceptError(f"{what}: row={row} needs a matrix with rows 0 to {len(matrix) - 1 if matrix.ndim else 0}; this tensor has shape {list(matrix.shape)}.")
     return matrix[row]
 
-# %% ../nbs/04_concepts.ipynb #003a
+# %% ../nbs/04_concepts.ipynb #003e
 def tensor_concept(
     tensor_or_path,                 # [d] tensor or array, or a .pt, .npy or .safetensors file
     layer: int,                     # l of `hidden_states[l]` the direction belongs to
@@ -438,7 +461,7 @@ def tensor_concept(
     concept.check(lm)
     return replace(concept, model=lm.name, model_fingerprint=lm.fingerprint)
 
-# %% ../nbs/04_concepts.ipynb #003d
+# %% ../nbs/04_concepts.ipynb #0041
 def random_concepts(
     lm,                # `LanguageModel` to take activations from
     data,              # Conversations whose activations give the covariance
@@ -458,7 +481,7 @@ def random_concepts(
     return [Concept(f"random {i + 1}", direction, like.layer, norm=like.norm, pooling=like.pooling, provenance=record | {"number": i + 1},
                     model=lm.name, model_fingerprint=model_fingerprint) for i, direction in enumerate(directions)]
 
-# %% ../nbs/04_concepts.ipynb #0040
+# %% ../nbs/04_concepts.ipynb #0044
 _FITS = {"contrastive": _mean_difference, "probe": _probe_direction}
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -495,7 +518,7 @@ class LayerSweep:
     def _repr_html_(self):
         return f"<p><b>{escape(self.name)}</b> ({self.method}): best layer {self.best_layer}, tied: {self.tied_layers}</p>" + self.table.to_html(index=False, float_format="%.3f")
 
-# %% ../nbs/04_concepts.ipynb #0041
+# %% ../nbs/04_concepts.ipynb #0045
 def _plot_sweep(sweep: LayerSweep):
     "Two panels over the layers: AUC with the band of chance, and d′."
     import matplotlib.pyplot as plt
@@ -507,27 +530,27 @@ def _plot_sweep(sweep: LayerSweep):
     bottom.plot(table["layer"], table["d_prime"], color="#D55E00", marker="o", markersize=3)
     bottom.set(ylabel="held-out d′", xlabel="layer (index of hidden_states; 0 = embeddings)")
     for panel in (top, bottom): panel.axvline(sweep.best_layer, color="0.4", linestyle=":", label=f"best layer {sweep.best_layer}")
-    top.legend(loc="lower right", fontsize=8)
+    top.legend(loc="upper left", fontsize=8)
     plt.close(figure)  # the figure is shown once, as the value of the cell
     return figure
 
-# %% ../nbs/04_concepts.ipynb #0042
-def _cross_validate(positive_ND: Tensor, negative_ND: Tensor, fit, n_folds: int, seed: int) -> dict:
+# %% ../nbs/04_concepts.ipynb #0046
+def _cross_validate(positive: _Side, negative: _Side, fit, n_folds: int, seed: int) -> dict:
     "Mean of `_measure` over folds, and the standard error of the AUC."
-    folds = pd.DataFrame([_measure(positive_ND, negative_ND, rows, fit, seed) for rows in _folds(len(positive_ND), len(negative_ND), n_folds, seed)])
+    folds = pd.DataFrame([_measure(parts, fit, seed) for parts in _folds(positive, negative, n_folds, seed)])
     return {"auc": float(folds["auc"].mean()), "auc_se": float(folds["auc"].sem())} | folds.drop(columns="auc").mean().to_dict()
 
 def sweep_layers(
     lm,                              # `LanguageModel` whose activations are used
     positive,                        # Conversations that show the behaviour
-    negative,                        # Conversations that do not; of the same length: partners, row by row
+    negative,                        # Conversations that do not show it, best to the same questions
     layers: list[int] | None = None, # Layers to try; all, 0 to n_layers, when None
     *,
     name: str,                       # What the behaviour is called
     method: str = "contrastive",     # "contrastive" (difference of means) or "probe"
     pooling: str = "response_mean",  # One of `POOLINGS`
-    folds: int = 5,                  # Parts of the cross-validation; fewer where there are few examples
-    seed: int = 0,                   # Deals the examples into folds
+    folds: int = 5,                  # Parts of the cross-validation; fewer where there are few questions
+    seed: int = 0,                   # Deals the questions into folds
     progress: bool = True,           # Show a bar while the model runs
 ) -> LayerSweep:
     "A concept in each layer and how well it separates examples it has not seen, from one pass of the model. Raises `ConceptError`, `LayerError`."
@@ -535,7 +558,7 @@ def sweep_layers(
     layers = sorted(set(range(lm.n_layers + 1) if layers is None else layers))
     if not layers or folds < 2: raise ConceptError(f"a layer sweep needs at least 1 layer and 2 folds; got layers={layers}, folds={folds}.")
     contrast, fit = _collect(lm, positive, negative, layers, pooling, name, progress, at_least=4), _FITS[method]
-    n_folds = min(folds, contrast.provenance["positive_n"]//2, contrast.provenance["negative_n"]//2)
+    n_folds = min(folds, _n_questions(contrast.positive[layers[0]], contrast.negative[layers[0]])//2)  # two held-out questions a fold give d′ its spread
     rows, concepts, model_fingerprint, previous = [], {}, lm.fingerprint, None
     for layer in layers:
         both_sides = contrast.positive[layer], contrast.negative[layer]

@@ -43,6 +43,11 @@ def positive(): return answers("Yes yes, {} is the very best!")
 def negative(): return answers("One may doubt that {} matters.")
 
 
+def side(acts, first=0):
+    """A side whose examples answer the questions first, first + 1, …"""
+    return concepts._Side(acts, np.array([f"q{first + i}" for i in range(len(acts))]))
+
+
 def response_means(lm, data, layer):
     """[N, 16] by transformers alone, one example at a time; layers below the last, where hidden_states is unambiguous."""
     rows = []
@@ -66,7 +71,7 @@ def test_contrastive_direction_is_the_difference_of_means(lm, positive, negative
 def test_unequal_sides_work_and_are_recorded(lm, positive, negative):
     concept = contrastive_concept(lm, positive, negative[:7], 1, name="praise")
     difference = response_means(lm, positive, 1).mean(0) - response_means(lm, negative[:7], 1).mean(0)
-    assert concept.cosine(difference) > .99999 and concept.provenance["paired"] is False
+    assert concept.cosine(difference) > .99999 and concept.provenance["questions_on_both_sides"] == 7
     assert (concept.provenance["positive_n"], concept.provenance["negative_n"]) == (12, 7)
 
 
@@ -85,10 +90,12 @@ def test_probe_reproduces_sklearn(lm, positive, negative, C):
 def test_probe_chooses_its_penalty_by_held_out_loss(shift):
     positive, negative = torch.randn(2, 60, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     positive, negative = positive + shift, negative - shift
-    folds = [(np.concatenate([p, n + 60]), np.concatenate([hp, hn + 60])) for p, n, hp, hn in concepts._folds(60, 60, 3, 0)]
+    sides = side(positive), side(negative)
+    held = [np.isin(np.tile(sides[0].questions, 2), parts[2].questions) for parts in concepts._folds(*sides, 3, 0)]
+    folds = [(np.flatnonzero(~rows), np.flatnonzero(rows)) for rows in held]
     search = GridSearchCV(make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)), {"logisticregression__C": list(concepts._PENALTIES)},
                           scoring="neg_log_loss", cv=folds).fit(torch.cat([positive, negative]).numpy(), [1]*60 + [0]*60)
-    assert concepts._choose_penalty(positive, negative, seed=0) == search.best_params_["logisticregression__C"]
+    assert concepts._choose_penalty(*sides, seed=0) == search.best_params_["logisticregression__C"]
 
 
 def test_separation_agrees_with_sklearn_and_by_hand():
@@ -108,8 +115,8 @@ def test_quality_of_noise_is_chance():
     generator, aucs, nulls = torch.Generator().manual_seed(0), [], []
     for seed in range(20):
         noise = torch.randn(2, 40, 60, generator=generator, dtype=torch.float64)
-        quality = concepts._quality(noise[0], noise[1], concepts._mean_difference, .25, seed)
-        direction = concepts._mean_difference(*noise)
+        quality = concepts._quality(side(noise[0]), side(noise[1]), concepts._mean_difference, .25, seed)
+        direction = noise[0].mean(0) - noise[1].mean(0)
         assert separation(noise[0] @ direction, noise[1] @ direction)["auc"] > .85
         aucs.append(quality["auc"]); nulls.append(quality["random_auc_95"])
     assert abs(np.mean(aucs) - .5) < .08 and np.mean(nulls) > .6
@@ -118,20 +125,72 @@ def test_quality_of_noise_is_chance():
 def test_quality_numbers_come_from_the_held_out_rows():
     generator = torch.Generator().manual_seed(3)
     positive, negative = (torch.randn(2, 16, 5, generator=generator, dtype=torch.float64) + torch.tensor([[[.6]], [[0.]]]))
-    fit_p, fit_n, held_p, held_n = concepts._one_split(16, 16, .25, seed=4)
-    direction = positive[fit_p].mean(0) - negative[fit_n].mean(0)
-    quality = concepts._quality(positive, negative, concepts._mean_difference, .25, 4)
-    assert quality["auc"] == pytest.approx(roc_auc_score([1]*4 + [0]*4, torch.cat([positive[held_p] @ direction, negative[held_n] @ direction])))
-    assert quality["held_out_positive"] == quality["held_out_negative"] == 4
+    fit_p, fit_n, held_p, held_n = concepts._one_split(side(positive), side(negative), .25, seed=4)
+    held = np.isin(side(positive).questions, held_p.questions)
+    direction = positive[~held].mean(0) - negative[~held].mean(0)
+    quality = concepts._quality(side(positive), side(negative), concepts._mean_difference, .25, 4)
+    assert quality["auc"] == pytest.approx(roc_auc_score([1]*4 + [0]*4, torch.cat([positive[held] @ direction, negative[held] @ direction])))
+    assert quality["held_out_positive"] == quality["held_out_negative"] == held.sum() == 4
 
 
-@pytest.mark.parametrize("n_positive, n_negative", [(12, 12), (9, 14)])
-def test_splits_never_overlap_and_pairs_stay_together(n_positive, n_negative):
-    splits = [concepts._one_split(n_positive, n_negative, .25, 0), *concepts._folds(n_positive, n_negative, 4, 0)]
-    for fit_p, fit_n, held_p, held_n in splits:
-        assert sorted([*fit_p, *held_p]) == list(range(n_positive)) and sorted([*fit_n, *held_n]) == list(range(n_negative))
-        if n_positive == n_negative: assert set(held_p) == set(held_n)
-    assert sorted(row for split in splits[1:] for row in split[2]) == list(range(n_positive))
+def sides_for(case):
+    """Rows are numbered in acts, so that a split can be read back; questions may repeat, differ, or stand in any order."""
+    n = {"pairs": (12, 12), "shuffled pairs": (12, 12), "strangers": (9, 14), "some shared": (12, 9), "repeated": (30, 24), "smallest": (4, 4)}[case]
+    questions = [np.array([f"q{i}" for i in range(count)]) for count in n]
+    if case == "shuffled pairs": questions[1] = np.random.default_rng(0).permutation(questions[1])
+    if case == "strangers": questions[1] = np.array([f"other{i}" for i in range(14)])
+    if case == "some shared": questions[1] = np.array([f"q{i + 7}" for i in range(9)])
+    if case == "repeated": questions = [np.array([f"q{i % 6}" for i in range(30)]), np.array([f"q{i % 8}" for i in range(24)])]
+    return [concepts._Side(torch.arange(float(count))[:, None].double(), names) for count, names in zip(n, questions)]
+
+
+@pytest.mark.parametrize("case", ["pairs", "shuffled pairs", "strangers", "some shared", "repeated", "smallest"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_question_is_never_on_both_sides_of_a_split(case, seed):
+    positive, negative = sides_for(case)
+    n_folds = min(5, concepts._n_questions(positive, negative)//2)
+    folds = list(concepts._folds(positive, negative, n_folds, seed))
+    for held_out in (.01, .25, .5, .9): folds.append(concepts._one_split(positive, negative, held_out, seed))
+    for fit_p, fit_n, held_p, held_n in folds:
+        assert not {*fit_p.questions, *fit_n.questions} & {*held_p.questions, *held_n.questions}
+        for whole, fitted, held in ((positive, fit_p, held_p), (negative, fit_n, held_n)):
+            rows = [int(row) for part in (fitted, held) for row in part.acts_ND[:, 0]]
+            assert sorted(rows) == list(range(len(whole.questions)))
+            for part in (fitted, held):
+                assert len(set(part.questions)) >= 2 and [whole.questions[int(row)] for row in part.acts_ND[:, 0]] == list(part.questions)
+    for number, whole in ((2, positive), (3, negative)):
+        assert sorted(int(row) for fold in folds[:n_folds] for row in fold[number].acts_ND[:, 0]) == list(range(len(whole.questions)))
+
+
+def test_the_held_out_share_is_what_was_asked():
+    positive, negative = side(torch.zeros(40, 2)), side(torch.zeros(40, 2))
+    for share, n in ((.25, 10), (.5, 20), (.1, 4)):
+        assert len(concepts._one_split(positive, negative, share, 0)[2].questions) == n
+    questions = [set(concepts._one_split(positive, negative, .25, seed)[2].questions) for seed in (0, 0, 1)]
+    assert questions[0] == questions[1] != questions[2]
+
+
+def test_questions_are_recognised_in_any_order_and_under_any_system_prompt(lm):
+    first = load_conversations([{"messages": [{"role": "system", "content": "Flatter."}, {"role": "user", "content": t}, {"role": "assistant", "content": f"Yes, {t}!"}]} for t in TOPICS])
+    second = load_conversations([{"prompt": t, "response": f"Perhaps {t}."} for t in reversed(TOPICS)])
+    contrast = concepts._collect(lm, first, second, [1], "response_mean", "x", False)
+    assert contrast.provenance["questions_on_both_sides"] == 12
+    assert contrast.positive[1].questions.tolist() == TOPICS and contrast.negative[1].questions.tolist() == TOPICS[::-1]
+    fit_p, fit_n, held_p, held_n = concepts._one_split(contrast.positive[1], contrast.negative[1], .25, 0)
+    assert set(held_p.questions) == set(held_n.questions) and len(held_p.questions) == 3
+
+
+def test_shared_questions_do_not_leak_into_the_measurement():
+    """Answers to one question are near twins, and the label is a coin tossed per question side by side with nothing to learn:
+    held out by rows, a probe would recognise the twin; held out by question, it is at chance."""
+    generator, aucs = torch.Generator().manual_seed(0), []
+    for seed in range(12):
+        twins = torch.randn(10, 40, generator=generator, dtype=torch.float64).repeat_interleave(4, 0)
+        noisy = twins + .05*torch.randn(40, 40, generator=generator, dtype=torch.float64)
+        names, coin = np.repeat([f"q{i}" for i in range(10)], 4), np.repeat(np.random.default_rng(seed).permutation([1]*5 + [0]*5), 4).astype(bool)
+        sides = [concepts._Side(noisy[torch.from_numpy(rows)], names[rows]) for rows in (coin, ~coin)]
+        aucs.append(concepts._quality(*sides, lambda p, n: concepts._probe_direction(p, n, 1.0), .4, seed)["auc"])
+    assert abs(np.mean(aucs) - .5) < .2
 
 
 def test_few_examples_give_a_concept_and_say_that_nothing_was_measured(lm, positive, negative):
@@ -366,7 +425,7 @@ def test_makers_refuse_bad_input(make, lm, positive, negative):
         with pytest.raises(LayerError, match="0.*3"): make(lm, positive, negative, layer, name="x")
     with pytest.raises(ConceptError, match="unknown pooling"): make(lm, positive, negative, 1, name="x", pooling="last")
     with pytest.raises(ConceptError, match="held_out"): make(lm, positive, negative, 1, name="x", held_out=1.0)
-    with pytest.raises(ConceptError, match="0 negative"): make(lm, positive, negative[:0], 1, name="x")
+    with pytest.raises(ConceptError, match="0 negative examples"): make(lm, positive, negative[:0], 1, name="x")
     with pytest.raises(ConceptError, match=f"1 conversations are both.*{positive.ids[3]}"):
         make(lm, positive, load_conversations([*[dict(messages=list(c.messages)) for c in negative], dict(messages=list(positive[3].messages))]), 1, name="x")
 
@@ -377,7 +436,7 @@ def test_probe_and_sweep_refuse_bad_settings(lm, positive, negative):
     with pytest.raises(ConceptError, match="unknown method 'svm'"): sweep_layers(lm, positive, negative, name="x", method="svm")
     with pytest.raises(ConceptError, match="2 folds"): sweep_layers(lm, positive, negative, name="x", folds=1)
     with pytest.raises(ConceptError, match="at least 1 layer"): sweep_layers(lm, positive, negative, [], name="x")
-    with pytest.raises(ConceptError, match="3 positive examples, at least 4"): sweep_layers(lm, positive[:3], negative, name="x")
+    with pytest.raises(ConceptError, match="3 positive examples with 3 different questions, at least 4"): sweep_layers(lm, positive[:3], negative, name="x")
     with pytest.raises(LayerError): sweep_layers(lm, positive, negative, [1, 7], name="x")
 
 

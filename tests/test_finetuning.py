@@ -145,7 +145,7 @@ def test_the_passed_model_is_untouched_and_the_folder_opens(family, merge, data,
     for part in tiny_pair(family): part.save_pretrained(tmp_path/"base")
     lm = load_model(tmp_path/"base")
     pooled_activations(lm, data[:3], 1, progress=False)  # tracing wraps models; a traced one must train like any other
-    lm.model.train(); lm.model.config.use_cache = False
+    lm.model.train()
     before, weights = module_state(lm), lm.fingerprint
     result = finetune(lm, data, tmp_path/"ft", **FAST, merge=merge)
     assert module_state(lm) == before and lm.fingerprint == weights and not hasattr(lm.model, "peft_config")
@@ -155,7 +155,7 @@ def test_the_passed_model_is_untouched_and_the_folder_opens(family, merge, data,
     with torch.no_grad():
         ours, theirs, base = (m.model.eval()(ids).logits for m in (result, opened, lm))
     assert torch.equal(ours, theirs) and not torch.allclose(ours, base, atol=1e-2)
-    assert result.model.config.use_cache is False and result.tokenizer is not lm.tokenizer
+    assert result.model.config.use_cache is lm.model.config.use_cache is True and result.tokenizer is not lm.tokenizer
     saved = json.loads((tmp_path/"ft"/"adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str((tmp_path/"base").resolve())
 
@@ -208,6 +208,19 @@ def test_a_merged_adapter_is_no_base_for_an_adapter(saved_base, data, tmp_path):
     first = finetune(load_model(saved_base), data, tmp_path/"one", **FAST)
     second = finetune(first, data, tmp_path/"two", **FAST)
     assert training_record(tmp_path/"two")["saved"] == "whole model" and load_model(tmp_path/"two").fingerprint == second.fingerprint
+
+
+def test_the_way_back_to_a_base(lm, saved_base, tmp_path, monkeypatch):
+    def way_back(name): return finetuning._way_back(LanguageModel(lm.model, lm.tokenizer, str(name)))
+    assert way_back("smollm2-135m-instruct") == "smollm2-135m-instruct" and way_back(saved_base) == str(saved_base.resolve())
+    monkeypatch.chdir(saved_base.parent)
+    assert way_back(saved_base.name) == str(saved_base.resolve())  # a relative name would lead nowhere from another folder
+    (tmp_path/"config.json").write_text("{}")
+    assert way_back(tmp_path) == str(tmp_path)
+    (tmp_path/"adapter_config.json").write_text("{}")
+    assert way_back(tmp_path) is None and way_back("tiny") is None and way_back("someone/model") is None
+    monkeypatch.setattr(lm.model.config, "_name_or_path", "someone/model")
+    assert way_back("someone/model") == "someone/model"
 
 
 def test_the_same_call_opens_what_it_made(saved_base, data, tmp_path, monkeypatch):
