@@ -24,6 +24,7 @@ class ScorerError(ConceptTDAError):
 class Scorer:
     "Ranks training examples: `score(examples)` gives an `Attribution`. Subclasses say what they listen to."
     method, lm = None, None
+    own_passes = False  # True for scorers that override `score` because one pass over one model cannot give their scores
 
     def prepare(self, data):
         "The `Readout` this scorer needs for tokenised `data` (queries differentiated, curvature fitted), or None if it does not use the pass."
@@ -69,6 +70,11 @@ def score_together(
     "Run several scorers over the examples in one shared pass. Each result's cost is what its method would have cost alone, as measured within the pass."
     names = [s.method for s in scorers]
     if len(set(names)) < len(names): raise ScorerError(f"two scorers share a name, results would overwrite each other: {names}. Give one of them another `method`")
+    options = dict(tokens=tokens, max_tokens=max_tokens, token_budget=token_budget, progress=progress)
+    if alone := [s for s in scorers if s.own_passes]:
+        results = {s.method: s.score(examples, **options) for s in alone}
+        if len(alone) < len(scorers): results |= score_together([s for s in scorers if not s.own_passes], examples, **options)
+        return {name: results[name] for name in names}
     models = {id(s.lm.model): s.lm for s in scorers if s.lm}
     if len(models) != 1: raise ScorerError(f"a shared pass needs scorers of one model, these have {len(models)}: score them in separate calls")
     lm = next(iter(models.values()))
@@ -151,7 +157,7 @@ class Influence(Scorer):
 
     def describe(self):
         notes = [f"{self.unreachable} sites at or above layer {self.query.layer} cannot influence the query and are left out"] if self.unreachable else []
-        notes.append(self.why)
+        notes += [self.why, *getattr(self.curvature, "notes", ())]  # iterative curvatures tell how far they got
         sites = self.site_pattern if isinstance(self.site_pattern, str) else "chosen by name"
         settings = {"query_examples": len(self.query.examples), "query_data": self.query.examples.name} | ({"curvature_labels": record["labels"], "curvature_examples": record["n_examples"]} if (record := self.curvature.record) else {})
         return dict(behaviour=self.query.name, layer=self.query.layer, pooling=getattr(getattr(self.query, "concept", None), "pooling", None), reduction="mean",
