@@ -233,8 +233,7 @@ def _score(methods, paths, model, data, behaviour, opening, sites, curvature, se
     layer = concept.layer if concept else behaviour["layer"]
     fitted = _fit_curvature(curvature[0], methods, lm, train, sites, layer, *curvature[1:], seed)
     scorers = [_make_scorer(method, lm, concept, queries, layer, sites, fitted, seed) for method in methods]
-    if not any(scorer.lm for scorer in scorers): scorers[0].lm = lm   # somebody has to say whose tokenizer counts
-    results = score_together(scorers, train, **options)
+    results = score_together(scorers, train, lm=lm, **options)
     for result in results.values(): _record_fit(result, fitted)
     return {method: results[scorer.method] for method, scorer in zip(methods, scorers)}
 

@@ -8,7 +8,7 @@ __all__ = ['Readout', 'ActivationReadout', 'ActivationGradientReadout', 'LossRea
            'difference_adapters', 'Pass', 'shared_pass']
 
 # %% ../nbs/09_directional.ipynb #0003
-import json, resource, time
+import json, resource, sys, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,7 +317,9 @@ def _finish_batch(readouts, batch, watch, spent, data, keep_tokens):
 
 def _peak_memory(device):
     "Peak memory in bytes: of the GPU if there is one, else of this process."
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak*1024  # macOS counts bytes, Linux KiB
 
 def shared_pass(
     lm,                        # `LanguageModel`

@@ -8,9 +8,8 @@ __all__ = ['ScorerError', 'Scorer', 'score_together', 'VectorFilter', 'Activatio
 
 # %% ../nbs/10_scorers.ipynb #0003
 import time
-from dataclasses import replace
 
-from .attribution import Attribution, Cost, QueryCard
+from .attribution import Attribution, AttributionError, Cost, QueryCard
 from .curvature import EKFAC, CurvatureError, Identity
 from .directional import ActivationGradientReadout, ActivationReadout, direction_readout, shared_pass
 from .models import resolve_sites
@@ -58,6 +57,16 @@ def _card(scorer, data, seconds, preparation, peak_memory, resumed, settings):
     return QueryCard(method=scorer.method, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, code=code_version(), notes=notes, settings=settings,
                      cost=Cost(seconds=seconds, tokens=data.n_tokens, peak_memory=peak_memory), **model, **fields)
 
+def _attribution(scorer, data, passed, direct, preparation, settings):
+    "The result of one scorer."
+    if scorer.method in direct:
+        scores, seconds = direct[scorer.method]
+        return Attribution(data.conversations, scores, _card(scorer, data, seconds, preparation, None, 0, {}))
+    result = passed[scorer.method]
+    card = _card(scorer, data, result.seconds, preparation, result.peak_memory, result.resumed, settings)
+    if not result.token_scores: return Attribution(data.conversations, result.scores[:, 0], card)
+    return Attribution(data, result.scores[:, 0], card, token_scores=[tokens[0] for tokens in result.token_scores])
+
 def score_together(
     scorers: list[Scorer],    # Scorers of one model
     examples,                 # `Conversations` (or `TokenizedConversations`) to rank
@@ -66,8 +75,10 @@ def score_together(
     max_tokens: int = 1536,   # Longer examples are cut, and the card says so
     token_budget: int = 1024, # Tokens in a batch
     progress: bool = True,    # Show a progress bar
+    lm = None,                # `LanguageModel` whose tokens are counted, needed only if no scorer has a model
 ) -> dict[str, Attribution]:  # By method name
-    "Run several scorers over the examples in one shared pass. Each result's cost is what its method would have cost alone, as measured within the pass."
+    """Run several scorers over the examples in one shared pass. Each result's cost is what its method would have cost alone, as measured within the pass.
+    Raises `ScorerError` for scorers that do not go together; where only some methods fail (all scores equal to zero), its `.results` holds the others."""
     names = [s.method for s in scorers]
     if len(set(names)) < len(names): raise ScorerError(f"two scorers share a name, results would overwrite each other: {names}. Give one of them another `method`")
     options = dict(tokens=tokens, max_tokens=max_tokens, token_budget=token_budget, progress=progress)
@@ -76,9 +87,10 @@ def score_together(
         if len(alone) < len(scorers): results |= score_together([s for s in scorers if not s.own_passes], examples, **options)
         return {name: results[name] for name in names}
     models = {id(s.lm.model): s.lm for s in scorers if s.lm}
-    if len(models) != 1: raise ScorerError(f"a shared pass needs scorers of one model, these have {len(models)}: score them in separate calls")
-    lm = next(iter(models.values()))
-    data = lm.tokenize(examples, max_tokens=max_tokens) if not hasattr(examples, "conversations") else examples
+    if len(models) > 1: raise ScorerError(f"a shared pass needs scorers of one model, these have {len(models)}: score them in separate calls")
+    lm = next(iter(models.values()), lm)
+    if lm is None: raise ScorerError("none of these scorers has a model whose tokens could be counted: pass lm=")
+    data = lm.tokenize(examples, max_tokens=max_tokens)
     readouts, direct, preparation = {}, {}, {}
     for scorer in scorers:
         start = time.perf_counter()
@@ -89,18 +101,15 @@ def score_together(
         direct[scorer.method] = scorer.direct(data), time.perf_counter() - start
     passed = shared_pass(lm, data, readouts, tokens=tokens, token_budget=token_budget, progress=progress) if readouts else {}
     settings = dict(token_budget=token_budget, max_tokens=data.max_tokens)
-    texts = [data.tokens(row) for row in range(len(data))] if tokens else None
-    masks = [data[row].response_mask.numpy() for row in range(len(data))] if tokens else None
-    results = {}
+    results, failed = {}, []
     for scorer in scorers:
-        if scorer.method in passed:
-            result = passed[scorer.method]
-            card = _card(scorer, data, result.seconds, preparation[scorer.method], result.peak_memory, result.resumed, settings)
-            token_options = dict(token_scores=[t[0] for t in result.token_scores], tokens=texts, response_masks=masks) if result.token_scores else {}
-            results[scorer.method] = Attribution(data.conversations, result.scores[:, 0], card, **token_options)
-        else:
-            scores, seconds = direct[scorer.method]
-            results[scorer.method] = Attribution(data.conversations, scores, _card(scorer, data, seconds, preparation[scorer.method], None, 0, {}))
+        try: results[scorer.method] = _attribution(scorer, data, passed, direct, preparation[scorer.method], settings)
+        except AttributionError as err: failed.append(err)
+    if failed and len(scorers) == 1: raise failed[0]
+    if failed:
+        error = ScorerError("; ".join(map(str, failed)) + (f". The other {len(results)} results are in the error's .results" if results else ""))
+        error.results = results
+        raise error
     return results
 
 # %% ../nbs/10_scorers.ipynb #0009
