@@ -43,6 +43,7 @@ class _Frame:
     def inputs(self, x): return x if self.Q_in is None else x @ self.Q_in
     def outputs(self, delta): return delta if self.Q_out is None else delta @ self.Q_out
 
+# %% ../nbs/15_atlas.ipynb #000a
 def _fitted(lm, curvature, data, sites):
     "The curvature to use, fitted if need be, checked to belong to this model and to these sites."
     if isinstance(curvature, str) and curvature == "ekfac": curvature = EKFAC.fit(lm, data, sites)
@@ -69,7 +70,7 @@ def _frames(lm, curvature, sites):
 
 def _work_dtype(lm): return torch.promote_types(torch.float32, lm.dtype)
 
-# %% ../nbs/15_atlas.ipynb #000b
+# %% ../nbs/15_atlas.ipynb #000c
 class _Collector:
     "Listens to the flows of a batch and makes one row for each of its examples."
     columns, dtype = 0, "float32"
@@ -98,7 +99,7 @@ def _collect(lm, data, rows, sites, collectors, token_budget, bar):
         if bad: raise GradientError(f"the gradients of these examples are not finite: {', '.join(bad[:5])}. Look at them, or load the model in float32 (their activations may overflow its precision)")
     return np.array(order), results
 
-# %% ../nbs/15_atlas.ipynb #000d
+# %% ../nbs/15_atlas.ipynb #000e
 class _QueryGraph:
     "A batch of query examples, forward and backward, with a graph from place-holder directions to the output gradients of the sites."
     def __init__(self, lm, batch, layer, pooling, sites, frames, share, copies):
@@ -132,7 +133,7 @@ def _repeated(batch, copies):
     "The batch `copies` times below itself."
     return Batch(batch.rows.repeat(copies), *(part.repeat(copies, 1) for part in (batch.input_ids, batch.attention_mask, batch.response_mask)))
 
-# %% ../nbs/15_atlas.ipynb #000f
+# %% ../nbs/15_atlas.ipynb #0010
 class _ExactRows(_Collector):
     "c(z) = -J H⁻¹ ∇L(z) [d] for each example, exactly."
     def __init__(self, lm, queries, layer, pooling, sites, frames, token_budget):
@@ -155,7 +156,7 @@ class _ExactRows(_Collector):
 
     def rows(self): return -sum(graph.carry(moved) for graph, moved in zip(self.graphs, self.moved))
 
-# %% ../nbs/15_atlas.ipynb #0014
+# %% ../nbs/15_atlas.ipynb #0015
 @dataclass
 class _Sketch:
     "Maps of one site to a corner: `left`ᵀ G `right` for gradients, `query_left`ᵀ Q `query_right` for queries, inner products about the same."
@@ -178,7 +179,7 @@ def _sketch(frame, U_out, U_in):
     a, b = _balance(frame)
     return _Sketch(frame.Q_out @ (U_out/a[:, None]), frame.Q_in @ (U_in/b[:, None]), frame.Q_out @ (U_out*a[:, None]), frame.Q_in @ (U_in*b[:, None]))
 
-# %% ../nbs/15_atlas.ipynb #0016
+# %% ../nbs/15_atlas.ipynb #0017
 class _SketchRows(_Collector):
     "Sketched gradients [Σ r_out r_in] of each example."
     def __init__(self, lm, sites, sketches, readers):
@@ -215,7 +216,7 @@ def _readers(lm, sites, data):
         lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return readers
 
-# %% ../nbs/15_atlas.ipynb #0018
+# %% ../nbs/15_atlas.ipynb #0019
 def _direction_flows(lm, queries, layer, pooling, directions_Kd, sites, frames, receive, token_budget, bar):
     "Calls `receive(site, chosen directions, inputs [t, in], output gradients [k, t, out])` in the frames' coordinates, for every direction and every batch of query examples."
     for batch in batches(queries, token_budget=token_budget):
@@ -243,7 +244,7 @@ def _balanced_queries(frame, x_ti, delta_kto):
     a, b = _balance(frame)
     return gradients_koi.mul_(torch.outer(a, b)/frame.stiffness)
 
-# %% ../nbs/15_atlas.ipynb #0019
+# %% ../nbs/15_atlas.ipynb #001a
 def _learn_bases(lm, queries, layer, pooling, directions_Kd, sites, frames, rank, seed, token_budget, bar, probes=32):
     "Orthonormal bases {site: (U_out [out, r], U_in [in, r])} of the largest second moments of the queries of some directions."
     moments, generator = {}, torch.Generator().manual_seed(seed)
@@ -259,7 +260,7 @@ def _learn_bases(lm, queries, layer, pooling, directions_Kd, sites, frames, rank
     top = lambda moment: torch.linalg.eigh(moment)[1][:, -min(rank, len(moment)):]   # eigenvalues come in rising order
     return {name: tuple(map(top, pair)) for name, pair in moments.items()}
 
-# %% ../nbs/15_atlas.ipynb #001b
+# %% ../nbs/15_atlas.ipynb #001c
 class _BasisRows(_SketchRows):
     "c(z) [d] for each example from sketched gradients and the sketched queries of all unit directions."
     def __init__(self, lm, queries, layer, pooling, sites, frames, rank, directions_Kd, seed, token_budget, readers, bar):
@@ -279,7 +280,7 @@ def _answers_bytes(lm, sites, rank):
     "Bytes of the table of sketched queries."
     return lm.width*sum(min(rank, s.out_features)*min(rank, s.in_features) for s in sites)*_work_dtype(lm).itemsize
 
-# %% ../nbs/15_atlas.ipynb #001f
+# %% ../nbs/15_atlas.ipynb #0020
 _FORMAT, _ROWS_PER_CHECKSUM = 1, 1024
 
 def _file_checksum(path): return xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
@@ -304,7 +305,7 @@ def _write_conversations(path, conversations):
     import pyarrow as pa, pyarrow.parquet as pq
     with atomic_file(path) as part: pq.write_table(pa.table(conversations.to_columns()), part)
 
-# %% ../nbs/15_atlas.ipynb #0021
+# %% ../nbs/15_atlas.ipynb #0022
 class _Stored:
     "One row for each conversation, mapped from a folder."
     kind, maker = "rows", ""
@@ -335,23 +336,31 @@ class _Stored:
         path = self.folder/"cost.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def verify(self) -> list[str]: # What is damaged, in words; an empty list is good news
-        "Read everything and compare it with its checksums."
-        parts = [f"rows {i*_ROWS_PER_CHECKSUM} to {min(len(self), (i + 1)*_ROWS_PER_CHECKSUM) - 1}"
-                 for i, (found, expected) in enumerate(zip(_row_checksums(self.rows), self.header["row_checksums"], strict=True)) if found != expected]
-        return parts + [name for name, expected in self.header["files"].items() if not (self.folder/name).exists() or _file_checksum(self.folder/name) != expected]
+# %% ../nbs/15_atlas.ipynb #0023
+@patch
+def verify(self: _Stored) -> list[str]: # What is damaged, in words; an empty list is good news
+    "Read everything and compare it with its checksums."
+    parts = [f"rows {i*_ROWS_PER_CHECKSUM} to {min(len(self), (i + 1)*_ROWS_PER_CHECKSUM) - 1}"
+             for i, (found, expected) in enumerate(zip(_row_checksums(self.rows), self.header["row_checksums"], strict=True)) if found != expected]
+    return parts + [name for name, expected in self.header["files"].items() if not (self.folder/name).exists() or _file_checksum(self.folder/name) != expected]
 
-    def _facts(self):
-        megabytes = (self.folder/"rows.npy").stat().st_size/1e6
-        return {"data": f"{self.card['data']} ({len(self):,} examples)", "model": self.card["model"], "sites": f"{self.card['sites']} ({self.card['n_sites']})",
-                "on disk": f"{megabytes:,.1f} MB in {self.folder}", "seconds": round(sum(v for k, v in self.cost.items() if k.endswith("seconds")), 2), **({"notes": "; ".join(self.card["notes"])} if self.card["notes"] else {})}
+@patch
+def _facts(self: _Stored):
+    "What its representations show."
+    megabytes, seconds = (self.folder/"rows.npy").stat().st_size/1e6, sum(value for key, value in self.cost.items() if key.endswith("seconds"))
+    facts = {"data": f"{self.card['data']} ({len(self):,} examples)", "model": self.card["model"], "sites": f"{self.card['sites']} ({self.card['n_sites']})",
+             "on disk": f"{megabytes:,.1f} MB in {self.folder}", "built in": f"{seconds:.3g} s"}
+    return facts | ({"notes": "; ".join(self.card["notes"])} if self.card["notes"] else {})
 
-    def __repr__(self): return f"{type(self).__name__}(" + ", ".join(f"{key}: {value}" for key, value in self._facts().items()) + ")"
+@patch
+def __repr__(self: _Stored): return f"{type(self).__name__}(" + ", ".join(f"{key}: {value}" for key, value in self._facts().items()) + ")"
 
-    def _repr_html_(self):
-        return f"<table><caption><b>{type(self).__name__}</b></caption>" + "".join(f"<tr><th style='text-align:left'>{escape(key)}</th><td style='text-align:left'>{escape(str(value))}</td></tr>" for key, value in self._facts().items()) + "</table>"
+@patch
+def _repr_html_(self: _Stored):
+    rows = "".join(f"<tr><th style='text-align:left'>{escape(key)}</th><td style='text-align:left'>{escape(str(value))}</td></tr>" for key, value in self._facts().items())
+    return f"<table><caption><b>{type(self).__name__}</b></caption>{rows}</table>"
 
-# %% ../nbs/15_atlas.ipynb #0022
+# %% ../nbs/15_atlas.ipynb #0024
 def _read_header(folder, kind, maker):
     "The card of a finished folder."
     again = f"call {maker} again with this folder"
@@ -373,7 +382,7 @@ def _open_matrix(path, shape, kind):
     if list(matrix.shape) != list(shape): raise AtlasError(f"{path} has shape {matrix.shape}, this {kind} needs {tuple(shape)}: it belongs to another one")
     return matrix
 
-# %% ../nbs/15_atlas.ipynb #0024
+# %% ../nbs/15_atlas.ipynb #0026
 _BLOCK_EXAMPLES = 32
 
 def _blocks(data, token_budget):
@@ -403,7 +412,7 @@ def _packed(values, dtype):
     scales = np.maximum(abs(values).max(1, keepdims=True), np.finfo(np.float32).tiny)
     return {"values": (values/scales).astype(np.float16), "scales": scales[:, 0].astype(np.float32)}
 
-# %% ../nbs/15_atlas.ipynb #0025
+# %% ../nbs/15_atlas.ipynb #0027
 def _fill(lm, data, store, sites, prepare, dtype, token_budget, progress, what):
     "Compute the blocks that are missing; returns seconds of the preparation."
     for damaged in store.verify(): store.discard(damaged)
@@ -421,6 +430,7 @@ def _fill(lm, data, store, sites, prepare, dtype, token_budget, progress, what):
             store.write(name, {"rows": order, **_packed(values, dtype), "seconds": np.array([time.perf_counter() - start])})
     return seconds
 
+# %% ../nbs/15_atlas.ipynb #0028
 def _second_opinion(lm, data, store, sites, prepare, sample_rows, token_budget):
     "The sampled rows by another collector, kept as a block of their own."
     if not len(sample_rows) or "sample" in store.names(): return
@@ -434,7 +444,7 @@ def _out_of_memory(run, token_budget, *args):
         if "memory" not in str(err): raise
         raise AtlasError(f"out of memory: lower token_budget (now {token_budget}), rank or max_tokens; finished blocks are kept, run again to go on") from err
 
-# %% ../nbs/15_atlas.ipynb #0026
+# %% ../nbs/15_atlas.ipynb #0029
 def _finish(cls, folder, store, data, key, card, columns, dtype, sample_rows, measure, preparation, options, files=(), more=None):
     "Write the final files out of the finished blocks, the card last."
     names = sorted(store.names() - {"sample"})
@@ -458,7 +468,7 @@ def _tidy(folder):
     shutil.rmtree(folder/"unfinished", ignore_errors=True)
     for part in folder.glob(".*.part*"): part.unlink(missing_ok=True)
 
-# %% ../nbs/15_atlas.ipynb #0028
+# %% ../nbs/15_atlas.ipynb #002b
 def _unit_rows(directions, width):
     "Directions as unit rows [K, width] in float64."
     directions = torch.stack(list(directions)) if isinstance(directions, (list, tuple)) and len(directions) and isinstance(directions[0], torch.Tensor) else directions
@@ -475,6 +485,7 @@ def _product(matrix_ND, columns_DK, scales=None):
     product_NK = np.concatenate(parts) if parts else np.zeros((0, columns_DK.shape[1]))
     return product_NK if scales is None else product_NK*scales[:, None]
 
+# %% ../nbs/15_atlas.ipynb #002c
 class InfluenceAtlas(_Stored):
     "c(z) [d] for every training example, for one layer and one set of query examples: the influence on any direction v is v̂ᵀc(z). Made by `build_atlas`."
     kind, maker = "influence atlas", "build_atlas"
@@ -492,19 +503,21 @@ class InfluenceAtlas(_Stored):
     @property
     def width(self) -> int: return self.rows.shape[1]
 
-    def check(self,
-        concept, # `Concept`
-    ) -> list[str]: # What a query card should mention
-        "Raise `AtlasError` unless this atlas answers for the concept's width, model, layer and pooling."
-        card = self.card
-        if concept.model_width != self.width: raise AtlasError(f"concept {concept.name!r} has width {concept.model_width}, the atlas {self.width}: it was made with another model ({concept.model or 'unknown'}), the atlas with {card['model']}")
-        if concept.model_fingerprint not in (None, card["model_fingerprint"]):
-            raise AtlasError(f"concept {concept.name!r} was made with {concept.model!r} ({concept.model_fingerprint}), the atlas with {card['model']!r} ({card['model_fingerprint']}). If the atlas's model is a fine-tune of the concept's, use concept.transfer(lm)")
-        for what in ("layer", "pooling"):
-            if getattr(concept, what) != card[what]: raise AtlasError(f"concept {concept.name!r} has {what} {getattr(concept, what)}, this atlas answers for {what} {card[what]} only: make the concept there, or build an atlas with {what}={getattr(concept, what)!r}")
-        return [] if concept.model_fingerprint else [f"concept {concept.name!r} does not record the model it was made with"]
+# %% ../nbs/15_atlas.ipynb #002d
+@patch
+def check(self: InfluenceAtlas,
+    concept, # `Concept`
+) -> list[str]: # What a query card should mention
+    "Raise `AtlasError` unless this atlas answers for the concept's width, model, layer and pooling."
+    card, name = self.card, concept.name
+    if concept.model_width != self.width: raise AtlasError(f"concept {name!r} has width {concept.model_width}, the atlas {self.width}: it was made with another model ({concept.model or 'unknown'}), the atlas with {card['model']}")
+    if concept.model_fingerprint not in (None, card["model_fingerprint"]):
+        raise AtlasError(f"concept {name!r} was made with {concept.model!r} ({concept.model_fingerprint}), the atlas with {card['model']!r} ({card['model_fingerprint']}). If the atlas's model is a fine-tune of the concept's, use concept.transfer(lm)")
+    for what in ("layer", "pooling"):
+        if getattr(concept, what) != card[what]: raise AtlasError(f"concept {name!r} has {what} {getattr(concept, what)}, this atlas answers for {what} {card[what]} only: make the concept there, or build an atlas with {what}={getattr(concept, what)!r}")
+    return [] if concept.model_fingerprint else [f"concept {name!r} does not record the model it was made with"]
 
-# %% ../nbs/15_atlas.ipynb #002a
+# %% ../nbs/15_atlas.ipynb #002f
 @patch
 def score_many(self: InfluenceAtlas,
     directions, # [K, d] tensor or array, such as the decoder rows of a sparse autoencoder; used at unit length
@@ -533,7 +546,7 @@ def agreement(self: InfluenceAtlas,
     column = _unit_rows(direction, self.width).T
     return spearman(_product(self.sample, column)[:, 0], _product(self.rows[self.sample_rows], column)[:, 0])
 
-# %% ../nbs/15_atlas.ipynb #002c
+# %% ../nbs/15_atlas.ipynb #0031
 @patch
 def top_directions(self: InfluenceAtlas,
     example,    # Row number, or id of a conversation
@@ -548,7 +561,8 @@ def top_directions(self: InfluenceAtlas,
     step_d = np.asarray(self.rows[row], np.float64)
     scores_F = rows_Fd @ step_d
     order = np.argsort(-abs(scores_F), kind="stable")[:n]
-    ranks = 1 + (self.score_many(rows_Fd[order]) > scores_F[order]).sum(0)
+    all_NF = self.score_many(rows_Fd[order])
+    ranks = 1 + (all_NF > all_NF[row]).sum(0)
     return pd.DataFrame({"direction": [directions[i].name if concepts else int(i) for i in order], "score": scores_F[order],
                          "cosine": scores_F[order]/max(np.linalg.norm(step_d), np.finfo(float).tiny), "rank": ranks})
 
@@ -561,7 +575,7 @@ def _row(self: InfluenceAtlas, example):
     if not -len(self) <= example < len(self): raise AtlasError(f"example {example}: the atlas has rows 0 to {len(self) - 1}")
     return int(example)
 
-# %% ../nbs/15_atlas.ipynb #002d
+# %% ../nbs/15_atlas.ipynb #0032
 @patch
 def _facts(self: InfluenceAtlas):
     settings, sample = self.card["settings"], self.header["agreement"]
@@ -570,7 +584,7 @@ def _facts(self: InfluenceAtlas):
     if sample: about["agreement with exact"] = f"Spearman mean {sample['mean']:.3f}, min {sample['min']:.3f} over {sample['directions']} unseen random directions on {sample['examples']} examples"
     return about | _Stored._facts(self)
 
-# %% ../nbs/15_atlas.ipynb #002f
+# %% ../nbs/15_atlas.ipynb #0034
 def _sampled(n, sample, seed):
     "Sorted row numbers of a random sample."
     return np.sort(np.random.default_rng(seed).permutation(n)[:sample])
@@ -587,6 +601,18 @@ def _basis_directions(width, n, seed, activations):
     if activations is None: return gaussian
     return torch.cat([random_directions(activations, n//2, seed=seed)*width**.5, gaussian[n//2:]])
 
+# %% ../nbs/15_atlas.ipynb #0035
+def _check_atlas(lm, data, queries, sites, rank, sample, memory_budget):
+    "Refuse what cannot work."
+    for what, given in (("data", data), ("queries", queries)):
+        if not len(given): raise AtlasError(f"{what} is empty: an atlas needs at least one conversation there")
+    if rank is None: return
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1: raise AtlasError(f"rank={rank!r}: None for exact, or a whole number from 1 on")
+    if 0 < sample < 8: raise AtlasError(f"sample={sample}: a rank correlation of fewer than 8 examples says nothing; 0 leaves the check out")
+    if (needed := _answers_bytes(lm, sites, rank)) > memory_budget:
+        raise AtlasError(f"rank={rank} at {len(sites)} sites of width {lm.width} needs a table of {needed/2**30:.1f} GiB, memory_budget allows {memory_budget/2**30:.1f}: lower rank=, choose fewer sites, or take rank=None, which needs no table")
+
+# %% ../nbs/15_atlas.ipynb #0036
 def _atlas_card(lm, queries, data, layer, pooling, sites, chosen, curvature, mode):
     "What the atlas is, before anybody has asked it anything."
     unreachable, record = len(resolve_sites(lm, sites)) - len(chosen), curvature.record
@@ -597,7 +623,7 @@ def _atlas_card(lm, queries, data, layer, pooling, sites, chosen, curvature, mod
     return QueryCard(method="Influence Atlas", behaviour="any direction", model=lm.name, model_fingerprint=lm.fingerprint, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, layer=layer,
                      pooling=pooling, reduction="mean", sites=sites if isinstance(sites, str) else "chosen by name", n_sites=len(chosen), curvature=curvature.name, damping=curvature.damping_text, settings=settings, notes=notes)
 
-# %% ../nbs/15_atlas.ipynb #0030
+# %% ../nbs/15_atlas.ipynb #0037
 def build_atlas(
     lm,                    # `LanguageModel`
     queries,               # `Conversations`: answers of the model that show the behaviour; their activations are averaged
@@ -618,7 +644,11 @@ def build_atlas(
     memory_budget: int = 2**32, # Bytes the table of sketched queries may take
     progress: bool = True, # Show progress bars
 ) -> InfluenceAtlas:
-    "Compute c(z) = -J H⁻¹ ∇L(z) for every example (METHODS §4). Raises `AtlasError` for settings that cannot work, before any work is done."
+    """Compute c(z) = -J H⁻¹ ∇L(z) for every example (METHODS §4). An interrupted build continues where it stopped.
+
+    Price of an example beyond its forward and backward pass: exact, a tangent pass over all query tokens up to `layer` (and the graph of all query tokens in memory);
+    with `rank=r`, r·(in + out) multiplications for each token and site, after `width + n_basis` backward passes of the queries.
+    Raises `AtlasError` for settings that cannot work, before any work is done."""
     folder, layer = Path(folder), lm.check_layer(layer)
     chosen, data, queries = resolve_sites(lm, sites, layer=layer), lm.tokenize(data, max_tokens=max_tokens), lm.tokenize(queries)
     _check_atlas(lm, data, queries, chosen, rank, sample, memory_budget)
@@ -642,17 +672,7 @@ def build_atlas(
         return found
     return _finish(InfluenceAtlas, folder, store, data, key, card, lm.width, "float32", sample_rows, measure, preparation, {})
 
-def _check_atlas(lm, data, queries, sites, rank, sample, memory_budget):
-    "Refuse what cannot work."
-    for what, given in (("data", data), ("queries", queries)):
-        if not len(given): raise AtlasError(f"{what} is empty: an atlas needs at least one conversation there")
-    if rank is None: return
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1: raise AtlasError(f"rank={rank!r}: None for exact, or a whole number from 1 on")
-    if 0 < sample < 8: raise AtlasError(f"sample={sample}: a rank correlation of fewer than 8 examples says nothing; 0 leaves the check out")
-    if (needed := _answers_bytes(lm, sites, rank)) > memory_budget:
-        raise AtlasError(f"rank={rank} at {len(sites)} sites of width {lm.width} needs a table of {needed/2**30:.1f} GiB, memory_budget allows {memory_budget/2**30:.1f}: lower rank=, choose fewer sites, or take rank=None, which needs no table")
-
-# %% ../nbs/15_atlas.ipynb #003e
+# %% ../nbs/15_atlas.ipynb #0045
 def _projection(size, rank, seed, *names):
     "Orthonormal columns [size, rank], drawn on the CPU in float64 so that they are the same on every device."
     digest = int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:7])
@@ -667,6 +687,7 @@ def _random_sketches(sites, frames, rank, seed, dtype):
         found[site.name] = _sketch(frames[site.name], P_out, P_in)
     return found
 
+# %% ../nbs/15_atlas.ipynb #0046
 _MAPS = ("left", "right", "query_left", "query_right")
 
 def _write_sketches(path, pair):
@@ -684,7 +705,7 @@ def _read_sketches(path, expected, device):
         pair[int(which)][name] = _Sketch(*(tensors[f"{key}|{part}"] for part in _MAPS))
     return pair
 
-# %% ../nbs/15_atlas.ipynb #003f
+# %% ../nbs/15_atlas.ipynb #0047
 class GradientIndex(_Stored):
     "Randomly projected gradients of every training example, for queries of any kind. Made by `build_index`."
     kind, maker = "gradient index", "build_index"
@@ -716,7 +737,7 @@ def _adapters(lm):
     try: return resolve_sites(lm, "lora")
     except SiteError: return []
 
-# %% ../nbs/15_atlas.ipynb #0041
+# %% ../nbs/15_atlas.ipynb #0049
 def _sketched_query(sites, sketches, gradients, unbiased):
     "Sketched query gradients as one row [P] in float64; `unbiased` multiplies by o·i / (r_o·r_i)."
     parts = []
@@ -742,7 +763,7 @@ def _projected_fisher(self: GradientIndex, parts, damping=.1):
         start += len(part)
     return solved
 
-# %% ../nbs/15_atlas.ipynb #0042
+# %% ../nbs/15_atlas.ipynb #004a
 @patch
 def score(self: GradientIndex,
     query,                   # Any `Query`: `ConceptQuery`, `LossQuery`, ...
@@ -766,7 +787,15 @@ def score(self: GradientIndex,
                         "curvature": "Fisher of the projections" if projected else fitted.name, "damping": "0.1 × mean diagonal of each site" if projected else fitted.damping_text}, cost=Cost(seconds=time.perf_counter() - start))
     return Attribution(self.conversations, scores, card)
 
-# %% ../nbs/15_atlas.ipynb #0043
+# %% ../nbs/15_atlas.ipynb #004c
+def _reliability(rows, sample_rows, second):
+    "Agreement of two sketches of the sampled rows when each of them is the query in turn."
+    first_MM, second_MM = (values @ values.T for values in (np.asarray(rows[sample_rows], np.float64), second.astype(np.float64)))
+    others = ~np.eye(len(second), dtype=bool)
+    found = [spearman(first_MM[i][others[i]], second_MM[i][others[i]]) for i in range(len(second))]
+    return dict(mean=round(float(np.mean(found)), 4), min=round(float(np.min(found)), 4), examples=len(second))
+
+# %% ../nbs/15_atlas.ipynb #004d
 def build_index(
     lm,                      # `LanguageModel`
     data,                    # `Conversations` to attribute to
@@ -805,10 +834,3 @@ def build_index(
                      sites=sites if isinstance(sites, str) else "chosen by name", n_sites=len(chosen), settings={"rank": rank, "whitened_by": whiten.name, "max_tokens": data.max_tokens, "seed": seed}, notes=notes)
     def measure(rows): return _reliability(rows, sample_rows, store.read("sample")["values"])
     return _finish(GradientIndex, folder, store, data, key, card, columns, dtype, sample_rows, measure, preparation, {"lm": lm}, files=["sketches.safetensors"], more={"sites": [s.name for s in chosen]})
-
-def _reliability(rows, sample_rows, second):
-    "Agreement of two sketches of the sampled rows when each of them is the query in turn."
-    first_MM, second_MM = (values @ values.T for values in (np.asarray(rows[sample_rows], np.float64), second.astype(np.float64)))
-    others = ~np.eye(len(second), dtype=bool)
-    found = [spearman(first_MM[i][others[i]], second_MM[i][others[i]]) for i in range(len(second))]
-    return dict(mean=round(float(np.mean(found)), 4), min=round(float(np.min(found)), 4), examples=len(second))

@@ -103,17 +103,16 @@ def test_ekfac_by_default_is_that_of_the_scorers(lm, train, answers, tmp_path):
     expected = ConceptInfluence(lm, concept, answers).score(train, progress=False)
     assert_same(found.scores, expected.scores)
     assert found.card.damping == expected.card.damping and found.card.curvature == "EK-FAC" and found.card.layer == 2 and found.card.n_sites == expected.card.n_sites
-    assert found.card.notes == expected.card.notes and found.conversations.ids == train.ids and found.card.behaviour == concept.name
+    assert found.card.notes[0] in expected.card.notes and found.conversations.ids == train.ids and found.card.behaviour == concept.name
 
 
-@pytest.mark.parametrize("rank", [None, 6])
+@pytest.mark.parametrize("rank", [None, 1000])
 def test_numbers_do_not_depend_on_batches(rank, lm, train, answers, curvature, tmp_path):
     options = dict(curvature=curvature, rank=rank, progress=False)
     many = build_atlas(lm, answers, train, 2, folder=tmp_path/"many", token_budget=4096, **options)
     for budget in (1, 200):  # one query copy at a time, and one query example at a time
         few = build_atlas(lm, answers, train, 2, folder=tmp_path/f"{budget}", token_budget=budget, **options)
-        if rank is None: assert_same(few.rows, many.rows)
-        else: assert len(few) == len(many)   # other batches draw other probes, so the basis differs
+        assert_same(few.rows, many.rows)
 
 
 def test_the_model_is_left_alone(train, answers, tmp_path):
@@ -161,7 +160,7 @@ def test_many_directions_and_top_directions(lm, train, answers, curvature, tmp_p
     concepts = [direction(lm, 2, seed) for seed in range(8)]
     matrix = torch.stack([c.direction for c in concepts])*torch.arange(1, 9)[:, None]   # length does not count
     scores = atlas.score_many(matrix)
-    for k, concept in enumerate(concepts): np.testing.assert_allclose(scores[:, k], atlas.score(concept).scores, rtol=1e-6)
+    for k, concept in enumerate(concepts): assert_same(scores[:, k], atlas.score(concept).scores)
     table = atlas.top_directions(5, matrix, n=3)
     expected = np.argsort(-abs(scores[5]))[:3]
     assert table.direction.tolist() == expected.tolist()
@@ -295,7 +294,7 @@ def test_interrupted_anywhere_the_files_are_the_same(kind, lm, train, answers, c
     monkeypatch.setattr(os, "fsync", counted(os.fsync))
     monkeypatch.setattr(atlas_room, "token_losses", counted(atlas_room.token_losses))
     build(tmp_path/"whole")
-    moments = random.Random(0).sample(range(1, count + 1), 10)
+    moments = random.Random(0).sample(range(1, count + 1), 7)
     for moment in moments:
         folder, count, stop_at = tmp_path/f"{moment}", 0, moment
         with pytest.raises(KeyboardInterrupt): build(folder)
@@ -340,6 +339,8 @@ import torch
 torch.set_num_threads(1)
 import test_atlas as t
 t.atlas_room._BLOCK_EXAMPLES = 2
+write = t.atlas_room.BlockStore.write
+t.atlas_room.BlockStore.write = lambda *args: (t.time.sleep(.1), write(*args))   # so that it cannot finish before it is killed
 lm = t.make_lm()
 train, answers = t.load_conversations(t.TRAIN), t.load_conversations(t.ANSWERS)
 t.build_atlas(lm, answers, train, 2, folder={folder!r}, curvature="identity", rank=4, token_budget=150, progress=False)
@@ -357,7 +358,7 @@ def test_kill_9(lm, train, answers, tmp_path, monkeypatch):
         time.sleep(.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    if (folder/"card.json").exists(): pytest.skip("the build finished before it could be killed")
+    assert len(list(folder.glob("unfinished/*/*.block"))) >= 3 and not (folder/"card.json").exists()
     assert build_atlas(lm, answers, train, 2, folder=folder, **options).verify() == []
     for name in KEPT: assert (folder/name).read_bytes() == (tmp_path/"whole"/name).read_bytes(), name
     assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path/"whole").iterdir()}
