@@ -363,9 +363,11 @@ def estimated_recall(
     order = np.argsort(-scores, kind="stable")
     threshold = scores[order[min(np.searchsorted(np.cumsum(weights[order]), k - 1e-9), len(order) - 1)]]
     hits, misses, n = int((picked >= threshold).sum()), int((sample >= threshold).sum()), len(sample)
-    low, high = ((beta.ppf(.025, misses, n - misses + 1) if misses else 0.), (beta.ppf(.975, misses + 1, n - misses) if misses < n else 1.)) if n < n_others else (misses/n, misses/n)
-    recall = lambda share: hits/(hits + share*n_others) if hits else 0.
-    return recall(misses/n), recall(high), recall(low)
+    if n == n_others: return (hits/(hits + misses),)*3   # nothing was left out, nothing is uncertain
+    low, high = (beta.ppf(.025, misses, n - misses + 1) if misses else 0.), (beta.ppf(.975, misses + 1, n - misses) if misses < n else 1.)
+    above = lambda share: hits/max(hits + share*n_others, 1e-12)
+    # with fewer misses than estimated the true top k reaches further down than the threshold, so that recall is bounded by the misses alone
+    return above(misses/n), above(high), max(above(low), 1 - low*n_others/k)
 
 # %% ../nbs/14_neighbours.ipynb #0023
 class Cascade(Scorer):
@@ -406,7 +408,8 @@ class Cascade(Scorer):
         order = np.argsort(-cheap.scores, kind="stable")
         picked, others = order[:count], order[count:]
         sample = np.random.default_rng(self.seed).permutation(others)[:self.sample]
-        if not self.exact.own_passes and self.lm: self.exact.prepare(self.lm.tokenize(examples, max_tokens=max_tokens) if not hasattr(examples, "conversations") else examples)  # a curvature "fitted on the scored data" means all of it
+        if isinstance(getattr(self.exact, "curvature", None), str):  # a curvature "fitted on the scored data" is fitted on all of it, not on the picked
+            self.exact.prepare(self.lm.tokenize(examples, max_tokens=max_tokens) if not hasattr(examples, "conversations") else examples)
         rows = np.sort(np.concatenate([picked, sample]))
         exact = self.exact.score(examples.select(rows.tolist()), **options)
         score_of = dict(zip(rows.tolist(), exact.scores))
@@ -418,7 +421,7 @@ class Cascade(Scorer):
         scores[picked] = picked_scores
         spread = np.ptp(picked_scores) or 1.
         distance = (cheap.scores[picked].min() - cheap.scores[others])/(np.ptp(cheap.scores) or 1.)   # 0 at the border, 1 at most
-        scores[others] = lowest - spread*(distance + 1/len(picked))
+        scores[others] = np.minimum(lowest - spread*(distance + 1/len(picked)), np.nextafter(lowest, -np.inf))
         recall, low, high = estimated_recall(picked_scores, sample_scores, len(others), self.top)
         notes = [f"{len(picked)} of {len(cheap)} examples, the highest by {self.cheap.method}, carry exact scores of {self.exact.method} (from {lowest:.6g} up); the others rank below them in the order of {self.cheap.method}, and the size of their scores means nothing",
                  f"estimated recall of the exact top {self.top}: {recall:.2f}, 95 % interval {low:.2f} to {high:.2f}, from {len(sample_scores)} random others scored exactly"]

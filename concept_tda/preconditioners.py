@@ -200,7 +200,7 @@ class LoGra:
     ) -> "LoGra":
         "Draw the projections and measure the Fisher in one pass. Raises `CurvatureError` where it would not fit the memory budget."
         _check_damping(damping)
-        ranks = (rank, rank) if isinstance(rank, int) else tuple(rank)
+        ranks = tuple(rank) if isinstance(rank, (tuple, list)) else (rank, rank)
         if len(ranks) != 2 or any(not isinstance(r, int) or r < 1 for r in ranks): raise CurvatureError(f"rank must be a positive whole number or a pair (r_out, r_in) of them, not {rank!r}")
         if labels not in ("sampled", "empirical"): raise CurvatureError(f"labels must be 'sampled' or 'empirical', not {labels!r}")
         data, sites = lm.tokenize(data), resolve_sites(lm, sites, layer=layer)
@@ -330,6 +330,7 @@ class ConjugateGradient:
         gradients: dict, # Weight gradients [out, in] by site name; sites that are left out count as fixed
     ) -> dict:           # (G + λI)⁻¹ ∇f by site name
         "Solve for one query. The residuals are in `record`."
+        _check_gradients(gradients, {s.name: s.weight.shape for s in self.operator.sites})
         data, start = self.operator.data, time.perf_counter()
         with tqdm(total=self.iterations*data.n_tokens, desc="conjugate gradients", unit="tok", disable=not self.progress) as bar:
             def report(residual): bar.update(data.n_tokens); bar.set_postfix(residual=f"{residual:.1e}")
