@@ -83,8 +83,9 @@ def score_together(
     if len(set(names)) < len(names): raise ScorerError(f"two scorers share a name, results would overwrite each other: {names}. Give one of them another `method`")
     options = dict(tokens=tokens, max_tokens=max_tokens, token_budget=token_budget, progress=progress)
     if alone := [s for s in scorers if s.own_passes]:
-        results = {s.method: s.score(examples, **options) for s in alone}
-        if len(alone) < len(scorers): results |= score_together([s for s in scorers if not s.own_passes], examples, **options)
+        shared = [s for s in scorers if not s.own_passes]
+        results = score_together(shared, examples, lm=lm, **options) if shared else {}  # first, so that an error comes before the long runs
+        results |= {s.method: s.score(examples, **options) for s in alone}
         return {name: results[name] for name in names}
     models = {id(s.lm.model): s.lm for s in scorers if s.lm}
     if len(models) > 1: raise ScorerError(f"a shared pass needs scorers of one model, these have {len(models)}: score them in separate calls")
