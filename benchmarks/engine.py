@@ -266,6 +266,77 @@ class Bench:
         acts = ct.pooled_activations(self.lm, self.train, self.layer, progress=False)[self.layer]
         return ct.random_directions(acts, n, seed=seed)
 
+    def queries(self):
+        "256 directions at once: the exact atlas answers any number of them; and 16 unrelated queries by the stacked engine."
+        one = self.pass_seconds(self.influence())
+        gradients = self.curvature.precondition(ct.ConceptQuery(self.concept, self.queries).gradients(self.lm, self.sites))
+        sixteen = {name: torch.stack([g.roll(k, 0) for k in range(16)]) for name, g in gradients.items()}  # sixteen different queries of the same size
+        stacked = ct.StackedReadout(self.sites, sixteen)
+        directions = self.many_directions(256)
+
+        def exact_256():
+            with tempfile.TemporaryDirectory() as folder:
+                atlas = ct.build_atlas(self.lm, self.queries, self.data, self.layer, folder=folder, curvature=self.curvature, token_budget=self.args.token_budget, progress=False)
+                return atlas.score_many(directions)
+
+        scores = exact_256()
+        checks = [spearmanr(scores[:, k], self.influence(concept=ct.tensor_concept(directions[k], self.layer, lm=self.lm, name="random")).score(self.data, progress=False, token_budget=self.args.token_budget).scores).statistic for k in (0, 255)]
+        self.result["agreement"]["queries_256_spearman_to_exact"] = min(checks)
+        seconds = take_turns(self.args.rounds, one_query=one, queries_16_stacked=lambda: shared_pass(self.lm, self.data, {"s": stacked}, progress=False, token_budget=self.args.token_budget), queries_256=exact_256)
+        self.result["ratios"]["queries_256_vs_1"] = ratio(seconds, "queries_256", "one_query")
+        self.result["ratios"]["queries_16_stacked_vs_1"] = ratio(seconds, "queries_16_stacked", "one_query")
+        self.result["seconds"]["queries"] = seconds
+
+    def atlas(self):
+        "The two-sided-basis atlas: build, agreement on directions it has not seen, and the price of a question afterwards."
+        acts = ct.pooled_activations(self.lm, self.train, self.layer, progress=False)[self.layer]
+        unseen = ct.random_directions(acts, 16, seed=1234)
+        with tempfile.TemporaryDirectory() as folder:
+            exact = ct.build_atlas(self.lm, self.queries, self.data, self.layer, folder=folder, curvature=self.curvature, progress=False)
+            exact_random, exact_concept = exact.score_many(unseen), exact.score(self.concept).scores
+        builds, folder = {}, tempfile.mkdtemp()
+        for rank in (64, 128):
+            def build(rank=rank):
+                place = tempfile.mkdtemp(dir=folder)
+                return ct.build_atlas(self.lm, self.queries, self.data, self.layer, folder=place, rank=rank, sample=1, curvature=self.curvature, activations=acts, token_budget=self.args.token_budget, progress=False)
+            atlas = build()
+            builds[f"rank_{rank}"] = build
+            random = [spearmanr(a, b).statistic for a, b in zip(atlas.score_many(unseen).T, exact_random.T)]
+            self.result["agreement"][f"atlas_rank_{rank}"] = dict(spearman_concept=spearmanr(atlas.score(self.concept).scores, exact_concept).statistic, spearman_random=statistics.mean(random), spearman_random_worst=min(random))
+        seconds = take_turns(self.args.rounds, one_query=self.pass_seconds(self.influence()), **builds)
+        for name in builds: self.result["ratios"][f"atlas_build_{name}_vs_1"] = ratio(seconds, name, "one_query")
+        start = time.perf_counter()
+        for _ in range(100): atlas.score_many(self.concept.direction[None])
+        self.result["ratios"]["atlas_query_speedup"] = statistics.median(seconds["one_query"]) / ((time.perf_counter() - start) / 100)
+        best = self.result["agreement"]["atlas_rank_128"]
+        self.result["agreement"] |= dict(atlas_spearman_concept=best["spearman_concept"], atlas_spearman_random=best["spearman_random"])
+        self.result["seconds"]["atlas"] = seconds
+
+    def cascade(self):
+        "Cheap first, exact for the picked: recall of the exact top 10 against the cost, for several first stages."
+        first = {"Vector Filter": ct.VectorFilter(self.lm, self.concept), "Activation Gradient": ct.ActivationGradient(self.lm, self.concept), "RepSim": ct.RepSim(self.lm, self.queries, layer=self.layer), "Loss": ct.MeanLoss(self.lm),
+                 "upper sites": ct.Influence(self.lm, ct.ConceptQuery(self.concept, self.queries), sites=[s for s in self.sites if s.block >= self.layer // 2], curvature=self.curvature, method="upper sites")}
+        exact = ct.ConceptInfluence(self.lm, self.concept, self.queries, curvature=self.curvature)
+        results = ct.score_together([*first.values(), exact], self.data, token_budget=self.args.token_budget, progress=False)
+        scores = {name: results[scorer.method].scores for name, scorer in first.items()}
+        standard = lambda x: (x - x.mean()) / x.std()
+        scores["Vector Filter + RepSim"] = standard(scores["Vector Filter"]) + standard(scores["RepSim"])
+        exact_scores = results["Concept Influence"].scores
+        top = set(np.argsort(-exact_scores)[:10].tolist())
+        unit = results["Vector Filter"].card.cost.seconds
+        cost = {name: results[first[name].method].card.cost.seconds / unit for name in first} | {"Vector Filter + RepSim": 1.0}
+        exact_cost = results["Concept Influence"].card.cost.seconds / unit
+        curve = []
+        for name, values in scores.items():
+            order = np.argsort(-values).tolist()
+            for keep in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8):
+                curve.append(dict(first_stage=name, keep=keep, cost=cost[name] + keep * exact_cost, recall_top10=len(top & set(order[:round(keep * len(order))])) / len(top), spearman_first_stage=spearmanr(values, exact_scores).statistic))
+        self.result["cascade_curve"] = curve
+        affordable = max((point for point in curve if point["cost"] <= 2.5), key=lambda point: (point["recall_top10"], -point["cost"]))
+        enough = min((point for point in curve if point["recall_top10"] >= 0.9), key=lambda point: point["cost"], default=None)
+        self.result["ratios"]["cascade_vs_vector_filter"], self.result["agreement"]["cascade_recall_top10"] = affordable["cost"], affordable["recall_top10"]
+        self.result["notes"].append(f"cascade: best affordable first stage {affordable['first_stage']} keeping {affordable['keep']:.0%}; recall 0.9 costs " + (f"{enough['cost']:.2f} Vector Filters ({enough['first_stage']}, keep {enough['keep']:.0%})" if enough else "more than any point of the curve"))
+
     def run(self):
         chosen = self.args.only or SECTIONS
         for name in chosen:

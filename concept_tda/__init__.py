@@ -36,6 +36,11 @@ _PUBLIC = {
         "InfluenceFunction GradDot",
     "baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
     "finetuning": "FinetuneError finetune training_record",
+    "preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
+    "neighbours": "CosineReadout GradCos CheckpointScorer TracIn AdamMoments walsh_hadamard Sketch LessReadout "
+        "LESS exact_rows estimated_recall Cascade",
+    "atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
+    "planning": "PlanError Plan plan Check Diagnosis doctor",
     "reports": "write_report",
     "cli": "",
 }

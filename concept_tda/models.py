@@ -329,6 +329,7 @@ def load_model(
     if isinstance(name, (LanguageModel, tuple, list)): return _from_pair(name, adapter, merge)
     if device is not None and device_map is not None: raise ModelError("give either device= or device_map=, not both")
     dtype, source = _as_dtype(dtype), _find_source(name)
+    shown = str(name) if adapter is None else f"{name} + {adapter}"
     if adapter is None:
         base = _adapter_base(source)
         if base is not None: source, adapter = _find_base(base, source), source
@@ -336,7 +337,7 @@ def load_model(
     if adapter is not None:
         model, tokenizer = _attach(model, adapter, merge), _tokenizer_of(adapter) or tokenizer
     if device_map is None: model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return LanguageModel(model.eval(), tokenizer, str(name))
+    return LanguageModel(model.eval(), tokenizer, shown)
 
 # %% ../nbs/02_models.ipynb #0030
 @dataclass(frozen=True)
