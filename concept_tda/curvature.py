@@ -233,7 +233,7 @@ class EKFAC:
     def damping_text(self) -> str: return f"{self.damping:g} × mean eigenvalue of each site" if self.relative else f"{self.damping:g} absolute"
 
     @property
-    def fingerprint(self) -> str: return fingerprint(self.record, self.damping, self.relative, {site: f.eigenvalues for site, f in self.factors.items()})
+    def fingerprint(self) -> str: return fingerprint({**self.record, "seconds": None}, self.damping, self.relative, {site: f.eigenvalues for site, f in self.factors.items()})
 
     def damped(self,
         damping: float,        # λ, or its multiple of the mean eigenvalue

@@ -100,6 +100,9 @@ class api_entries(Processor):
         room = page[1] if page and page[1] in concept_tda._PUBLIC else None
         named = {i: match[1] for i, cell in enumerate(cells) if cell.cell_type == "code"
                  for match in [SHOW_DOC.search(cell.source)] if match}
+        for i in [i for i, name in named.items() if name.startswith("_")]:  # a method patched into a private base class
+            cells[i].source, cells[i].outputs = "#| echo: false", []
+            del named[i]
         for i, name in in_code_order(named, room).items():
             thing = find(name, room)
             shown = set(named.values())
