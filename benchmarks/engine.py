@@ -16,9 +16,11 @@ import copy
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -36,24 +38,10 @@ from concept_tda.tracing import pooling_weights
 SECTIONS = ("scoring", "bf16", "fits", "kronfluence", "paper", "queries", "atlas", "cascade")
 
 
-class Peak:
-    "Largest resident memory of this process while the context is open, above what it was at its start."
-    def __enter__(self):
-        self.process, self.running, self.start = psutil.Process(), True, psutil.Process().memory_info().rss
-        self.peak = self.start
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self):
-        while self.running:
-            self.peak = max(self.peak, self.process.memory_info().rss)
-            time.sleep(0.01)
-
-    def __exit__(self, *error):
-        self.running = False
-        self.thread.join()
-        self.gigabytes = (self.peak - self.start) / 2**30
+def peak_of(args, fit):
+    "Peak memory in GiB that one fit adds, in a fresh process that does nothing else (a used heap would hide it)."
+    command = [sys.executable, __file__, "--model", args.model, "--layer", str(args.layer), "--examples", str(args.examples), "--fit-examples", str(args.fit_examples), "--peak-of", fit]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def sync():
@@ -122,7 +110,7 @@ class Bench:
         self.data = self.lm.tokenize(self.train)
         self.sites = ct.resolve_sites(self.lm, "attention", layer=self.layer)
         self.fit_data = self.data.select(range(args.fit_examples))
-        self.curvature = ct.EKFAC.fit(self.lm, self.fit_data, self.sites, labels="empirical", progress=False)
+        self.curvature = None if args.peak_of else ct.EKFAC.fit(self.lm, self.fit_data, self.sites, labels="empirical", progress=False)
 
     def influence(self, lm=None, concept=None, curvature=None, **options):
         return ct.ConceptInfluence(lm or self.lm, concept or self.concept, self.queries, curvature=curvature or self.curvature, **options)
@@ -208,9 +196,11 @@ class Bench:
             task, analyzer = self.kronfluence_analyzer(folder)
             competitors["kronfluence"] = lambda: analyzer.fit_all_factors("fit", self._as_dataset(self.fit_data), per_device_batch_size=1, factor_args=FactorArguments("ekfac"), overwrite_output_dir=True)
         except ImportError as err: self.result["notes"].append(f"kronfluence is not installed ({err})")
-        for name, run in competitors.items():
-            with Peak() as peak: run()
-            self.result["memory"][f"fit_{name}_gb"] = peak.gigabytes
+        if self.args.peak_of:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            competitors[self.args.peak_of]()
+            return print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+        for name in competitors: self.result["memory"][f"fit_{name}_gb"] = peak_of(self.args, name)
         seconds = take_turns(self.args.rounds, **competitors)
         self.result["ratios"]["curvlinops_fit_vs_ours"] = ratio(seconds, "curvlinops", "streaming")
         if "kronfluence" in seconds: self.result["ratios"]["kronfluence_fit_vs_ours"] = ratio(seconds, "kronfluence", "streaming")
@@ -378,7 +368,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=SECTIONS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--peak-of", help="only print the memory one fit adds (used by the script itself)")
     bench = Bench(parser.parse_args())
+    if bench.args.peak_of: return bench.fits()
     bench.run()
     bench.table()
 

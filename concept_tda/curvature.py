@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .conversations import batches
 from .gradients import response_logits, site_flows
 from .models import resolve_sites
-from .storage import ConceptTDAError, atomic_file, cache_folder, code_version, fingerprint
+from .storage import BlockStore, ConceptTDAError, atomic_file, cache_folder, code_version, fingerprint
 
 # %% ../nbs/07_curvature.ipynb #0007
 class CurvatureError(ConceptTDAError):
@@ -78,8 +78,7 @@ class _Statistics:
         self.A, self.S, self.eigenvalues = {}, {}, {}
         self.dtype = torch.promote_types(torch.float32, sites[0].weight.dtype)  # bf16 models are measured in float32
 
-    def begin(self, batch):
-        self.flows, self.mask_BT = {}, batch.attention_mask.bool()
+    def begin(self, batch): self.flows, self.lengths = {}, batch.attention_mask.sum(1).tolist()
 
     def receive(self, site, x, delta): self.flows[site.name] = (x, delta)
 
@@ -88,25 +87,26 @@ class _Statistics:
         first_reader = {}
         for name, (x, _) in self.flows.items(): self.input_of[name] = first_reader.setdefault(x.data_ptr(), name)
 
+    def examples(self, flow): return ((flow[0][row, :length].to(self.dtype), flow[1][row, :length].to(self.dtype)) for row, length in enumerate(flow[2]))
+
     def add_kronecker(self):
+        "Add a batch to A and S. Every example weighs the same in A, as in curvlinops."
         if not self.input_of: self.share_inputs()
-        weights_BT = self.mask_BT.to(self.dtype)
-        weights_BT = weights_BT/weights_BT.sum(1, keepdim=True)  # every example weighs the same in A, as in curvlinops
         for name, (x, delta) in self.flows.items():
-            delta = delta.to(self.dtype).flatten(0, -2)
-            self.S[name] = self.S.get(name, 0) + delta.T @ delta
-            if self.input_of[name] != name: continue
-            x = x.to(self.dtype)
-            self.A[name] = self.A.get(name, 0) + (x * weights_BT.to(x.device)[..., None]).flatten(0, -2).T @ x.flatten(0, -2)
+            if name not in self.S:
+                self.S[name] = torch.zeros(delta.shape[-1], delta.shape[-1], dtype=self.dtype, device=delta.device)
+                if self.input_of[name] == name: self.A[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=self.dtype, device=x.device)
+            for x_ti, delta_to in self.examples((x, delta, self.lengths)):
+                self.S[name].addmm_(delta_to.T, delta_to)
+                if self.input_of[name] == name: self.A[name].addmm_(x_ti.T, x_ti, alpha=1/len(x_ti))
 
     def keep(self):
-        "Keep the batch's flows for the second half of the work if they fit; True if they were kept."
+        "Keep the batch's flows for the second half of the work; where they no longer fit, let all of them go."
         seen = set()
         size = sum(delta.nbytes + (0 if x.data_ptr() in seen or seen.add(x.data_ptr()) else x.nbytes) for x, delta in self.flows.values())
-        if self.memory_left is None or size > self.memory_left: self.memory_left = None; self.cache.clear(); return False
+        if self.memory_left is None or size > self.memory_left: self.memory_left = None; self.cache.clear(); return
         self.memory_left -= size
-        self.cache.append(self.flows)
-        return True
+        self.cache.append((self.flows, self.lengths))
 
     def solve(self):
         "Eigenvectors of the Kronecker factors."
@@ -114,46 +114,86 @@ class _Statistics:
         except torch.linalg.LinAlgError as err: raise CurvatureError(f"an eigendecomposition failed ({err}): fit on more examples, or in float64") from err
         self.A, self.S = {}, {}
 
-    def add_eigenvalues(self, flows):
+    def add_eigenvalues(self, flows, lengths):
         "Add the squared rotated gradient of every example of a batch."
         rotated = {}
         for name, (x, delta) in flows.items():
             reader, Q_in, Q_out = self.input_of[name], self.Q_in[self.input_of[name]], self.Q_out[name]
-            x, delta = x.to(self.dtype), delta.to(self.dtype)
-            tokens, n_in, n_out = x.shape[-2], x.shape[-1], delta.shape[-1]
-            if tokens*(n_in**2 + n_out**2) < n_in*n_out*(n_in + n_out):   # cheaper to rotate the tokens, once for all that share x
-                if reader not in rotated: rotated[reader] = x @ Q_in
-                gradients = torch.einsum("bto,bti->boi", delta @ Q_out, rotated[reader])
-            else: gradients = Q_out.T @ torch.einsum("bto,bti->boi", delta, x) @ Q_in
-            self.eigenvalues[name] = self.eigenvalues.get(name, 0) + gradients.square_().sum(0)
+            n_out, n_in = len(Q_out), len(Q_in)
+            if name not in self.eigenvalues: self.eigenvalues[name] = torch.zeros(n_out, n_in, dtype=self.dtype, device=delta.device)
+            for row, (x_ti, delta_to) in enumerate(self.examples((x, delta, lengths))):
+                if len(x_ti)*(n_in**2 + n_out**2) < n_in*n_out*(n_in + n_out):   # cheaper to rotate the tokens, once for all that share x
+                    if (reader, row) not in rotated: rotated[reader, row] = x_ti @ Q_in
+                    gradient = (delta_to @ Q_out).T @ rotated[reader, row]
+                else: gradient = Q_out.T @ (delta_to.T @ x_ti) @ Q_in
+                self.eigenvalues[name].addcmul_(gradient, gradient)
 
-def _fit_streaming(lm, data, sites, labels, generator, token_budget, memory_budget, progress):
-    "EK-FAC factors in one pass over the data where its flows fit the memory budget, otherwise in two."
-    statistics, drawn, kept = _Statistics(sites, memory_budget), [], True
-    bar = tqdm(total=data.n_tokens, desc="EK-FAC factors", unit="tok", disable=not progress)
-    for batch in batches(data, token_budget=token_budget):
+# %% ../nbs/07_curvature.ipynb #000d
+class _Progress:
+    "The accumulated state of a fit: the latest of each phase is on disk, `every` so many seconds."
+    def __init__(self, store, every=30.): self.store, self.every, self.written = store, every, time.monotonic()
+
+    def save(self, phase, done, tensors):
+        "Write the state after `done` batches of a phase, if it is time, and forget the one before; `tensors` is called only then."
+        if time.monotonic() - self.written < self.every: return
+        older = [name for name in self.store.names() if name.startswith(f"{phase}-")]
+        self.store.write(f"{phase}-{done:08d}", {name: t.cpu().numpy() for name, t in tensors().items()})
+        for name in older: self.store.discard(name)
+        self.written = time.monotonic()
+
+    def load(self, phase, like):
+        "Batches done and tensors of a phase, moved to where the fit runs; (0, {}) if there is nothing."
+        name = max((n for n in self.store.names() if n.startswith(f"{phase}-")), default=None)
+        if name is None: return 0, {}
+        return int(name.split("-")[1]), {key: torch.from_numpy(value).to(like.device) for key, value in self.store.read(name).items()}
+
+def _named(prefix, tensors): return {f"{prefix}|{name}": t for name, t in tensors.items()}
+
+def _unnamed(prefix, tensors): return {name.split("|", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{prefix}|")}
+
+def _add_factors(lm, data, sites, labels, generator, plan, statistics, progress, bar):
+    "First half: the Kronecker factors. Returns the labels of every batch, and how many batches at the start have no flows in memory."
+    done, state = progress.load("kronecker", sites[0].weight)
+    statistics.A, statistics.S, drawn = _unnamed("A", state), _unnamed("S", state), []
+    names = [s.name for s in sites]
+    if done:
+        drawn = list(state["labels"].split(state["label_counts"].tolist()))
+        statistics.input_of = {name: names[reader] for name, reader in zip(names, state["readers"].tolist())}
+        generator.set_state(state["generator"].cpu())
+        bar.update(sum(batch.n_tokens for batch in plan[:done]))
+    for index, batch in enumerate(plan[done:], done):
         batch = batch.to(lm.device)
         statistics.begin(batch)
         drawn.append(_flows_of(lm, data, sites, batch, _labeller(batch, labels, generator), statistics.receive))
         statistics.add_kronecker()
-        kept = statistics.keep()
+        statistics.keep()
         bar.update(batch.n_tokens)
-    bar.close()
+        progress.save("kronecker", index + 1, lambda: _named("A", statistics.A) | _named("S", statistics.S) | {
+            "labels": torch.cat(drawn), "label_counts": torch.tensor([len(d) for d in drawn]), "readers": torch.tensor([names.index(statistics.input_of[name]) for name in names]), "generator": generator.get_state()})
+    return drawn, len(plan) - len(statistics.cache)
+
+def _fit_streaming(lm, data, sites, labels, generator, token_budget, memory_budget, store, show_progress):
+    "EK-FAC factors in one pass over the data where its flows fit the memory budget, otherwise in two; continues an interrupted fit."
+    statistics, progress, plan = _Statistics(sites, memory_budget), _Progress(store), list(batches(data, token_budget=token_budget))
+    with tqdm(total=data.n_tokens, desc="EK-FAC factors", unit="tok", disable=not show_progress) as bar:
+        drawn, without_flows = _add_factors(lm, data, sites, labels, generator, plan, statistics, progress, bar)
     statistics.solve()
-    if kept:
-        for flows in tqdm(statistics.cache, desc="EK-FAC eigenvalues", unit="batch", disable=not progress): statistics.add_eigenvalues(flows)
-    else:
-        bar = tqdm(total=data.n_tokens, desc="EK-FAC eigenvalues", unit="tok", disable=not progress)
-        for batch, labels_R in zip(batches(data, token_budget=token_budget), drawn):
-            batch = batch.to(lm.device)
-            statistics.begin(batch)
-            _flows_of(lm, data, sites, batch, labels_R, statistics.receive)
-            statistics.add_eigenvalues(statistics.flows)
-            bar.update(batch.n_tokens)
-        bar.close()
+    done, state = progress.load("eigenvalues", sites[0].weight)
+    statistics.eigenvalues = _unnamed("eigenvalues", state)
+    with tqdm(total=len(plan), initial=done, desc="EK-FAC eigenvalues", unit="batch", disable=not show_progress) as bar:
+        for index in range(done, len(plan)):
+            if index >= without_flows: flows, lengths = statistics.cache[index - without_flows]
+            else:
+                batch = plan[index].to(lm.device)
+                statistics.begin(batch)
+                _flows_of(lm, data, sites, batch, drawn[index], statistics.receive)
+                flows, lengths = statistics.flows, statistics.lengths
+            statistics.add_eigenvalues(flows, lengths)
+            bar.update(1)
+            progress.save("eigenvalues", index + 1, lambda: _named("eigenvalues", statistics.eigenvalues))
     return {s.name: Factors(statistics.Q_in[statistics.input_of[s.name]], statistics.Q_out[s.name], statistics.eigenvalues[s.name]) for s in sites}
 
-# %% ../nbs/07_curvature.ipynb #000d
+# %% ../nbs/07_curvature.ipynb #000f
 class _ResponseLogits(torch.nn.Module):
     "The model as curvlinops wants it: a batch in, [R, vocabulary] logits of the response rows out."
     def __init__(self, lm):
@@ -209,7 +249,7 @@ def _fit_curvlinops(lm, data, sites, labels, seed, progress):
         factors[site.name] = Factors(operator._input_covariances_eigenvectors[name], operator._gradient_covariances_eigenvectors[name], operator._corrected_eigenvalues[name][position])
     return factors
 
-# %% ../nbs/07_curvature.ipynb #000f
+# %% ../nbs/07_curvature.ipynb #0011
 _FORMAT = "concept_tda EK-FAC 1"
 
 class EKFAC:
@@ -285,7 +325,11 @@ class EKFAC:
         start = time.perf_counter()
         with lm.undisturbed():
             if backend == "curvlinops": factors = _fit_curvlinops(lm, data, sites, labels, seed, progress)
-            else: factors = _fit_streaming(lm, data, sites, labels, torch.Generator(lm.device).manual_seed(seed), token_budget, memory_budget, progress)
+            else:
+                store = BlockStore(cache_folder("runs"), dict(record, memory_budget=memory_budget))
+                for damaged in store.verify(): store.discard(damaged)
+                factors = _fit_streaming(lm, data, sites, labels, torch.Generator(lm.device).manual_seed(seed), token_budget, memory_budget, store, progress)
+                store.clear()
         for f in factors.values(): f.eigenvalues /= data.n_response_tokens
         fitted = cls(factors, damping=damping, relative=relative, record={**record, "seconds": time.perf_counter() - start})
         if cache: fitted.save(path)

@@ -81,7 +81,7 @@ def _probe_fit(lm, data, sites):
     statistics.solve()
     solving = time.perf_counter() - start
     start = time.perf_counter()
-    for flows in statistics.cache: statistics.add_eigenvalues(flows)
+    for flows, lengths in statistics.cache: statistics.add_eigenvalues(flows, lengths)
     return (streaming + time.perf_counter() - start)/data.n_tokens, solving, fixed, (2**62 - statistics.memory_left)/data.n_tokens
 
 def plan(

@@ -33,12 +33,13 @@ def test_exact_for_one_linear_layer_with_gaussian_data():
     x, delta = inputs.repeat_interleave(6, 0), deltas.repeat(7, 1)   # every input with every gradient: independence without sampling error
     statistics = _Statistics([SimpleNamespace(weight=torch.zeros(3, 4, dtype=torch.float64))], memory_budget=2**20)
     for i in range(0, 42, 6):                                        # in batches of six examples of one token
-        statistics.begin(SimpleNamespace(attention_mask=torch.ones(6, 1)))
+        statistics.begin(SimpleNamespace(attention_mask=torch.ones(6, 1, dtype=torch.long)))
         statistics.receive(SimpleNamespace(name="layer"), x[i:i + 6, None], delta[i:i + 6, None])
         statistics.add_kronecker()
-        assert statistics.keep()
+        statistics.keep()
+    assert len(statistics.cache) == 7
     statistics.solve()
-    for flows in statistics.cache: statistics.add_eigenvalues(flows)
+    for flows, lengths in statistics.cache: statistics.add_eigenvalues(flows, lengths)
     factors = Factors(statistics.Q_in["layer"], statistics.Q_out["layer"], statistics.eigenvalues["layer"] / 42)
     per_example = torch.einsum("no,ni->noi", delta, x).flatten(1)
     fisher = per_example.T @ per_example / 42
