@@ -106,14 +106,14 @@ class Bench:
         held_out = ct.bundled("sycophancy", "heldout")
         flattering, honest = (held_out.filter(lambda c, kind=kind: c.metadata["label"] == kind) for kind in ("sycophantic", "honest"))
         self.concept = ct.contrastive_concept(self.lm, flattering[:20], honest[:20], layer=self.layer, name="sycophancy", progress=False)
-        self.queries = flattering[20:21]
+        self.query_examples = flattering[20:21]
         self.data = self.lm.tokenize(self.train)
         self.sites = ct.resolve_sites(self.lm, "attention", layer=self.layer)
         self.fit_data = self.data.select(range(args.fit_examples))
         self.curvature = None if args.peak_of else ct.EKFAC.fit(self.lm, self.fit_data, self.sites, labels="empirical", progress=False)
 
     def influence(self, lm=None, concept=None, curvature=None, **options):
-        return ct.ConceptInfluence(lm or self.lm, concept or self.concept, self.queries, curvature=curvature or self.curvature, **options)
+        return ct.ConceptInfluence(lm or self.lm, concept or self.concept, self.query_examples, curvature=curvature or self.curvature, **options)
 
     def pass_seconds(self, scorer):
         "A function that runs the scoring pass of a scorer whose query is ready."
@@ -149,7 +149,7 @@ class Bench:
         half = ct.load_model(self.args.model, dtype=torch.bfloat16, device=self.args.device)
         concept = ct.tensor_concept(self.concept.direction, self.layer, lm=half, name="sycophancy")
         curvature = ct.EKFAC(self.curvature.factors, damping=self.curvature.damping, relative=self.curvature.relative)
-        query = {name: g for name, g in curvature.precondition(ct.ConceptQuery(self.concept, self.queries).gradients(self.lm, self.sites)).items()}  # float32 query, bfloat16 pass
+        query = {name: g for name, g in curvature.precondition(ct.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites)).items()}  # float32 query, bfloat16 pass
         readout = ct.DirectionReadout(ct.resolve_sites(half, "attention", layer=self.layer), query)
         run = lambda: shared_pass(half, self.data, {"s": readout}, progress=False, token_budget=self.args.token_budget)["s"].scores
         exact = self.pass_seconds(self.influence())()[:, 0]
@@ -204,7 +204,7 @@ class Bench:
         seconds = take_turns(self.args.rounds, **competitors)
         self.result["ratios"]["curvlinops_fit_vs_ours"] = ratio(seconds, "curvlinops", "streaming")
         if "kronfluence" in seconds: self.result["ratios"]["kronfluence_fit_vs_ours"] = ratio(seconds, "kronfluence", "streaming")
-        gradients = ct.ConceptQuery(self.concept, self.queries).gradients(self.lm, self.sites)
+        gradients = ct.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites)
         flat = {name: torch.cat([g.flatten() for g in ct.EKFAC.fit(self.lm, self.fit_data, self.sites, backend=name, progress=False).precondition(gradients).values()]) for name in ("streaming", "curvlinops")}
         self.result["agreement"]["ekfac_query_cosine_to_curvlinops"] = torch.nn.functional.cosine_similarity(flat["streaming"].double(), flat["curvlinops"].double(), dim=0).item()
         self.result["seconds"]["fits"] = seconds
@@ -217,9 +217,12 @@ class Bench:
         task, analyzer = self.kronfluence_analyzer(tempfile.mkdtemp())
         analyzer.fit_all_factors("f", self._as_dataset(self.fit_data), per_device_batch_size=1, factor_args=FactorArguments("ekfac", use_empirical_fisher=True), overwrite_output_dir=True)
         task.reduction = "mean"
-        train, query = self._as_dataset(self.data), self._as_dataset(self.lm.tokenize(self.queries))
-        theirs = lambda: analyzer.compute_pairwise_scores("s", factors_name="f", query_dataset=query, train_dataset=train, per_device_query_batch_size=1, per_device_train_batch_size=1,
-                                                          score_args=ScoreArguments(damping_factor=None), overwrite_output_dir=True)["all_modules"][0]
+        train, query = self._as_dataset(self.data), self._as_dataset(self.lm.tokenize(self.query_examples))
+
+        def theirs():
+            analyzer.compute_pairwise_scores("s", factors_name="f", query_dataset=query, train_dataset=train, per_device_query_batch_size=1, per_device_train_batch_size=1, score_args=ScoreArguments(damping_factor=None), overwrite_output_dir=True)
+            return analyzer.load_pairwise_scores("s")["all_modules"][0]
+
         ours = lambda: self.influence().score(self.data, token_budget=self.args.token_budget, progress=False).scores
         self.result["agreement"]["kronfluence_spearman"] = spearmanr(-theirs().float().numpy(), ours()).statistic
         seconds = take_turns(self.args.rounds, kronfluence=theirs, ours=ours)
@@ -231,7 +234,7 @@ class Bench:
     def paper(self):
         "The paper's recipe: one example at a time, each padded to 1,536 tokens, weight gradients built, inner product; a few examples, per example."
         few = self.data.select(range(min(3, len(self.data))))
-        query = self.curvature.precondition(ct.ConceptQuery(self.concept, self.queries).gradients(self.lm, self.sites))
+        query = self.curvature.precondition(ct.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites))
         weights = {site.name: site.module.weight for site in self.sites}
 
         def recipe():
@@ -259,14 +262,14 @@ class Bench:
     def queries(self):
         "256 directions at once: the exact atlas answers any number of them; and 16 unrelated queries by the stacked engine."
         one = self.pass_seconds(self.influence())
-        gradients = self.curvature.precondition(ct.ConceptQuery(self.concept, self.queries).gradients(self.lm, self.sites))
+        gradients = self.curvature.precondition(ct.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites))
         sixteen = {name: torch.stack([g.roll(k, 0) for k in range(16)]) for name, g in gradients.items()}  # sixteen different queries of the same size
         stacked = ct.StackedReadout(self.sites, sixteen)
         directions = self.many_directions(256)
 
         def exact_256():
             with tempfile.TemporaryDirectory() as folder:
-                atlas = ct.build_atlas(self.lm, self.queries, self.data, self.layer, folder=folder, curvature=self.curvature, token_budget=self.args.token_budget, progress=False)
+                atlas = ct.build_atlas(self.lm, self.query_examples, self.data, self.layer, folder=folder, curvature=self.curvature, token_budget=self.args.token_budget, progress=False)
                 return atlas.score_many(directions)
 
         scores = exact_256()
@@ -282,13 +285,13 @@ class Bench:
         acts = ct.pooled_activations(self.lm, self.train, self.layer, progress=False)[self.layer]
         unseen = ct.random_directions(acts, 16, seed=1234)
         with tempfile.TemporaryDirectory() as folder:
-            exact = ct.build_atlas(self.lm, self.queries, self.data, self.layer, folder=folder, curvature=self.curvature, progress=False)
+            exact = ct.build_atlas(self.lm, self.query_examples, self.data, self.layer, folder=folder, curvature=self.curvature, progress=False)
             exact_random, exact_concept = exact.score_many(unseen), exact.score(self.concept).scores
         builds, folder = {}, tempfile.mkdtemp()
         for rank in (64, 128):
             def build(rank=rank):
                 place = tempfile.mkdtemp(dir=folder)
-                return ct.build_atlas(self.lm, self.queries, self.data, self.layer, folder=place, rank=rank, sample=1, curvature=self.curvature, activations=acts, token_budget=self.args.token_budget, progress=False)
+                return ct.build_atlas(self.lm, self.query_examples, self.data, self.layer, folder=place, rank=rank, sample=0, curvature=self.curvature, activations=acts, token_budget=self.args.token_budget, progress=False)
             atlas = build()
             builds[f"rank_{rank}"] = build
             random = [spearmanr(a, b).statistic for a, b in zip(atlas.score_many(unseen).T, exact_random.T)]
@@ -304,9 +307,9 @@ class Bench:
 
     def cascade(self):
         "Cheap first, exact for the picked: recall of the exact top 10 against the cost, for several first stages."
-        first = {"Vector Filter": ct.VectorFilter(self.lm, self.concept), "Activation Gradient": ct.ActivationGradient(self.lm, self.concept), "RepSim": ct.RepSim(self.lm, self.queries, layer=self.layer), "Loss": ct.MeanLoss(self.lm),
-                 "upper sites": ct.Influence(self.lm, ct.ConceptQuery(self.concept, self.queries), sites=[s for s in self.sites if s.block >= self.layer // 2], curvature=self.curvature, method="upper sites")}
-        exact = ct.ConceptInfluence(self.lm, self.concept, self.queries, curvature=self.curvature)
+        first = {"Vector Filter": ct.VectorFilter(self.lm, self.concept), "Activation Gradient": ct.ActivationGradient(self.lm, self.concept), "RepSim": ct.RepSim(self.lm, self.query_examples, layer=self.layer), "Loss": ct.MeanLoss(self.lm),
+                 "upper sites": ct.Influence(self.lm, ct.ConceptQuery(self.concept, self.query_examples), sites=[s for s in self.sites if s.block >= self.layer // 2], curvature=self.curvature, method="upper sites")}
+        exact = ct.ConceptInfluence(self.lm, self.concept, self.query_examples, curvature=self.curvature)
         results = ct.score_together([*first.values(), exact], self.data, token_budget=self.args.token_budget, progress=False)
         scores = {name: results[scorer.method].scores for name, scorer in first.items()}
         standard = lambda x: (x - x.mean()) / x.std()
