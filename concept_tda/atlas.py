@@ -89,7 +89,7 @@ def _collect(lm, data, rows, sites, collectors, token_budget, bar):
         for collector in collectors: collector.begin(batch)
         with torch.enable_grad(), site_flows(sites, receive):
             losses_BT = token_losses(lm, batch)
-            (losses_BT*loss_weights(batch).to(losses_BT.device)).sum().backward()
+            torch.autograd.backward((losses_BT*loss_weights(batch).to(losses_BT.device)).sum())
         for values, collector in zip(found, collectors): values.append(collector.rows())
         order += batch.rows.tolist()
         bar.update(batch.n_tokens)

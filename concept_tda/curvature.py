@@ -60,7 +60,7 @@ def _flows_of(lm, data, sites, batch, labels_R, receive):
         if not torch.isfinite(logits_RV).all():
             raise CurvatureError(f"the model's logits for {', '.join(data[row].id for row in batch.rows.tolist()[:5])} are not finite: look at these examples, or load the model in float32")
         if callable(labels_R): labels_R = labels_R(logits_RV.detach())
-        F.cross_entropy(logits_RV, labels_R, reduction="sum").backward()
+        torch.autograd.backward(F.cross_entropy(logits_RV, labels_R, reduction="sum"))
     return labels_R
 
 def _labeller(batch, labels, generator):

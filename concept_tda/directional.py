@@ -291,7 +291,7 @@ def _run_batch(lm, batch, readouts, watch):
         watch.end_phase()
         if wants_backward:
             watch.begin_phase()
-            (losses_BT*weights_BT).sum().backward()
+            torch.autograd.backward((losses_BT*weights_BT).sum())
             watch.end_phase()
 
 # %% ../nbs/09_directional.ipynb #001d

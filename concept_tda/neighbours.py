@@ -240,7 +240,7 @@ class AdamMoments:
                 for batch in batches(data, rows=rows):
                     batch = batch.to(lm.device)
                     losses_BT = token_losses(lm, batch)
-                    ((losses_BT*loss_weights(batch).to(losses_BT)).sum()/len(rows)).backward()
+                    torch.autograd.backward((losses_BT*loss_weights(batch).to(losses_BT)).sum()/len(rows))
             for name, g in gradients.items():
                 first[name].mul_(betas[0]).add_(g, alpha=1 - betas[0])
                 second[name].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])

@@ -44,7 +44,7 @@ class Query:
         "Gradient of f at the sites, exactly zero where f does not reach. Raises `GradientError` where it is not finite or zero everywhere."
         with lm.undisturbed(), SiteGradients(sites) as gradients, torch.enable_grad():
             for mean in self._means(lm):
-                if mean.requires_grad: mean.backward()
+                if mean.requires_grad: torch.autograd.backward(mean)
         if not all(torch.isfinite(g).all() for g in gradients.values()): raise GradientError(f"the gradient of {self.name!r} is not finite: load the model in float32, or look at the query examples")
         if not any(g.any() for g in gradients.values()): raise GradientError(f"the query {self.name!r} reaches none of the {len(sites)} sites" +
             (f": it depends on layers below {self.layer} only, choose sites there" if self.layer is not None else ": its gradient is zero everywhere"))

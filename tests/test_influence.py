@@ -309,3 +309,16 @@ def test_cut_examples_are_on_the_card(train, answers):
     longest = max(lm.tokenize(train).lengths)
     result = VectorFilter(lm, direction(lm, 1)).score(train, max_tokens=int(longest) - 1, progress=False)
     assert any("longer than" in note for note in result.card.notes)
+
+
+def test_gradients_after_nnsight_was_used(train, answers):
+    """nnsight replaces Tensor.backward by something that reads the source line it is called from; ours must not depend on it."""
+    from concept_tda.storage import __file__ as storage
+    from pathlib import Path
+    from concept_tda.tracing import pooled_activations
+    lm = make_lm()
+    before = GradDot(lm, answers).score(train, progress=False).scores
+    pooled_activations(lm, train, 1, progress=False)
+    np.testing.assert_array_equal(GradDot(lm, answers).score(train, progress=False).scores, before)
+    callers = [path.name for path in Path(storage).parent.glob("*.py") if any(".backward()" in line and not line.lstrip().startswith(("#", '"')) for line in path.read_text().splitlines())]
+    assert not callers, "use torch.autograd.backward(x) instead of x.backward()"
