@@ -301,7 +301,8 @@ def conversation_html(
     else:
         pieces, mask = _token_pieces(tokens, token_scores, limit), np.asarray(response_mask, bool)
         edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
-        turns = [("response" if mask[a] else "prompt", mask[a], pieces[a:b]) for a, b in zip(edges, edges[1:])]
+        turns = [("response" if mask[a] else "prompt", mask[a], pieces[a:b]) for a, b in zip(edges, edges[1:])
+                 if "".join(tokens[a:b]).strip()]  # the line break that a template puts after the last turn is no turn of its own
     return "".join(f"<div class='turn{' response' if answer else ''}' dir='auto'><span class='role'><bdi>{safe_text(role)}</bdi></span>"
                    f"{_folded(parts, visible if answer else visible // 2, most)}</div>" for role, answer, parts in turns)
 
