@@ -7,6 +7,7 @@ __all__ = ['CurvatureError', 'Identity', 'Factors', 'EKFAC']
 
 # %% ../nbs/07_curvature.ipynb #0003
 import json, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,8 +111,11 @@ class _Statistics:
 
     def solve(self):
         "Eigenvectors of the Kronecker factors."
-        try: self.Q_in = {name: torch.linalg.eigh(A)[1] for name, A in self.A.items()}; self.Q_out = {name: torch.linalg.eigh(S)[1] for name, S in self.S.items()}
-        except torch.linalg.LinAlgError as err: raise CurvatureError(f"an eigendecomposition failed ({err}): fit on more examples, or in float64") from err
+        def eigenvectors(matrix): return torch.linalg.eigh(matrix)[1]
+        # a single decomposition hardly uses a second core, two at a time do
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            try: self.Q_in, self.Q_out = (dict(zip(factor, pool.map(eigenvectors, factor.values()))) for factor in (self.A, self.S))
+            except torch.linalg.LinAlgError as err: raise CurvatureError(f"an eigendecomposition failed ({err}): fit on more examples, or in float64") from err
         self.A, self.S = {}, {}
 
     def add_eigenvalues(self, flows, lengths):
