@@ -13,10 +13,10 @@ What would make a number wrong: another process on the machine; fewer than three
 
 import argparse
 import copy
+import ctypes
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,6 +42,11 @@ def peak_of(args, fit):
     "Peak memory in GiB that one fit adds, in a fresh process that does nothing else (a used heap would hide it)."
     command = [sys.executable, __file__, "--model", args.model, "--layer", str(args.layer), "--examples", str(args.examples), "--fit-examples", str(args.fit_examples), "--peak-of", fit]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def resident(field):
+    "Resident memory (VmRSS) or its peak (VmHWM) of this process in GiB; Linux only."
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) / 2**20
 
 
 def sync():
@@ -144,14 +149,17 @@ class Bench:
             fraction_of_peak={name: counted[key] / statistics.median(seconds[name]) / peak for name, key in (("vector_filter", "vector_filter"), ("forward_with_loss", "forward"), ("concept_influence", "concept_influence"))})
         self.result["seconds"]["scoring"] = seconds
 
+    def half_pass(self):
+        "A function that scores the data with the model in bfloat16 along the query of the float32 model."
+        half = ct.load_model(self.args.model, dtype=torch.bfloat16, device=self.args.device)
+        query = self.curvature.precondition(ct.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites))
+        readout = ct.DirectionReadout(ct.resolve_sites(half, "attention", layer=self.layer), query)
+        return lambda: shared_pass(half, self.data, {"s": readout}, progress=False, token_budget=self.args.token_budget)["s"]
+
     def bf16(self):
         "The same scoring pass with the model in bfloat16, against the float32 Vector Filter."
-        half = ct.load_model(self.args.model, dtype=torch.bfloat16, device=self.args.device)
-        concept = ct.tensor_concept(self.concept.direction, self.layer, lm=half, name="sycophancy")
-        curvature = ct.EKFAC(self.curvature.factors, damping=self.curvature.damping, relative=self.curvature.relative)
-        query = {name: g for name, g in curvature.precondition(ct.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites)).items()}  # float32 query, bfloat16 pass
-        readout = ct.DirectionReadout(ct.resolve_sites(half, "attention", layer=self.layer), query)
-        run = lambda: shared_pass(half, self.data, {"s": readout}, progress=False, token_budget=self.args.token_budget)["s"].scores
+        half = self.half_pass()
+        run = lambda: half().scores
         exact = self.pass_seconds(self.influence())()[:, 0]
         scores = run()[:, 0]
         self.result["agreement"]["bf16_vs_fp32"] = dict(spearman=spearmanr(scores, exact).statistic, relative_error=float(np.abs(scores - exact).max() / np.abs(exact).max()))
@@ -197,9 +205,11 @@ class Bench:
             competitors["kronfluence"] = lambda: analyzer.fit_all_factors("fit", self._as_dataset(self.fit_data), per_device_batch_size=1, factor_args=FactorArguments("ekfac"), overwrite_output_dir=True)
         except ImportError as err: self.result["notes"].append(f"kronfluence is not installed ({err})")
         if self.args.peak_of:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
+            before = resident("VmRSS")
             competitors[self.args.peak_of]()
-            return print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+            return print(resident("VmHWM") - before)
         for name in competitors: self.result["memory"][f"fit_{name}_gb"] = peak_of(self.args, name)
         seconds = take_turns(self.args.rounds, **competitors)
         self.result["ratios"]["curvlinops_fit_vs_ours"] = ratio(seconds, "curvlinops", "streaming")
@@ -281,28 +291,26 @@ class Bench:
         self.result["seconds"]["queries"] = seconds
 
     def atlas(self):
-        "The two-sided-basis atlas: build, agreement on directions it has not seen, and the price of a question afterwards."
+        "The exact atlas: build, agreement with Concept Influence on directions it was not made for, and the price of a question afterwards; --ranks adds two-sided bases."
         acts = ct.pooled_activations(self.lm, self.train, self.layer, progress=False)[self.layer]
-        unseen = ct.random_directions(acts, 16, seed=1234)
-        with tempfile.TemporaryDirectory() as folder:
-            exact = ct.build_atlas(self.lm, self.query_examples, self.data, self.layer, folder=folder, curvature=self.curvature, progress=False)
-            exact_random, exact_concept = exact.score_many(unseen), exact.score(self.concept).scores
-        builds, folder = {}, tempfile.mkdtemp()
-        for rank in (64, 128):
-            def build(rank=rank):
-                place = tempfile.mkdtemp(dir=folder)
-                return ct.build_atlas(self.lm, self.query_examples, self.data, self.layer, folder=place, rank=rank, sample=0, curvature=self.curvature, activations=acts, token_budget=self.args.token_budget, progress=False)
-            atlas = build()
-            builds[f"rank_{rank}"] = build
-            random = [spearmanr(a, b).statistic for a, b in zip(atlas.score_many(unseen).T, exact_random.T)]
-            self.result["agreement"][f"atlas_rank_{rank}"] = dict(spearman_concept=spearmanr(atlas.score(self.concept).scores, exact_concept).statistic, spearman_random=statistics.mean(random), spearman_random_worst=min(random))
+        unseen, folder, builds = ct.random_directions(acts, 4, seed=1234), tempfile.mkdtemp(), {}
+        exact = lambda concept: self.influence(concept=concept).score(self.data, progress=False, token_budget=self.args.token_budget).scores
+        truth = [exact(self.concept), *(exact(ct.tensor_concept(v, self.layer, lm=self.lm, name="random")) for v in unseen)]
+        for name, rank in [("exact", None), *((f"rank_{rank}", rank) for rank in self.args.ranks)]:
+            builds[name] = lambda rank=rank: ct.build_atlas(self.lm, self.query_examples, self.data, self.layer, folder=tempfile.mkdtemp(dir=folder), rank=rank, sample=0, curvature=self.curvature, activations=acts if rank else None, token_budget=self.args.token_budget, progress=False)
+            atlas = builds[name]()
+            answers = atlas.score_many(torch.cat([self.concept.direction[None], unseen]))
+            agreement = [spearmanr(answers[:, k], truth[k]).statistic for k in range(len(truth))]
+            self.result["agreement"][f"atlas_{name}"] = dict(spearman_concept=agreement[0], spearman_random=statistics.mean(agreement[1:]))
+            if rank is None:
+                self.result["agreement"] |= dict(atlas_spearman_concept=agreement[0], atlas_spearman_random=statistics.mean(agreement[1:]))
+                start = time.perf_counter()
+                for _ in range(100): atlas.score_many(self.concept.direction[None])
+                answer_seconds = (time.perf_counter() - start) / 100
         seconds = take_turns(self.args.rounds, one_query=self.pass_seconds(self.influence()), **builds)
-        for name in builds: self.result["ratios"][f"atlas_build_{name}_vs_1"] = ratio(seconds, name, "one_query")
-        start = time.perf_counter()
-        for _ in range(100): atlas.score_many(self.concept.direction[None])
-        self.result["ratios"]["atlas_query_speedup"] = statistics.median(seconds["one_query"]) / ((time.perf_counter() - start) / 100)
-        best = self.result["agreement"]["atlas_rank_128"]
-        self.result["agreement"] |= dict(atlas_spearman_concept=best["spearman_concept"], atlas_spearman_random=best["spearman_random"])
+        self.result["ratios"]["atlas_build_vs_1"] = ratio(seconds, "exact", "one_query")
+        for rank in self.args.ranks: self.result["ratios"][f"atlas_build_rank_{rank}_vs_1"] = ratio(seconds, f"rank_{rank}", "one_query")
+        self.result["ratios"]["atlas_query_speedup"] = statistics.median(seconds["one_query"]) / answer_seconds
         self.result["seconds"]["atlas"] = seconds
 
     def cascade(self):
@@ -314,15 +322,17 @@ class Bench:
         scores = {name: results[scorer.method].scores for name, scorer in first.items()}
         standard = lambda x: (x - x.mean()) / x.std()
         scores["Vector Filter + RepSim"] = standard(scores["Vector Filter"]) + standard(scores["RepSim"])
+        half = self.half_pass()()
+        scores["Concept Influence in bf16"], cost_of_half = half.scores[:, 0], half.seconds
         exact_scores = results["Concept Influence"].scores
         top = set(np.argsort(-exact_scores)[:10].tolist())
         unit = results["Vector Filter"].card.cost.seconds
-        cost = {name: results[first[name].method].card.cost.seconds / unit for name in first} | {"Vector Filter + RepSim": 1.0}
+        cost = {name: results[first[name].method].card.cost.seconds / unit for name in first} | {"Vector Filter + RepSim": 1.0, "Concept Influence in bf16": cost_of_half / unit}
         exact_cost = results["Concept Influence"].card.cost.seconds / unit
         curve = []
         for name, values in scores.items():
             order = np.argsort(-values).tolist()
-            for keep in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8):
+            for keep in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8):
                 curve.append(dict(first_stage=name, keep=keep, cost=cost[name] + keep * exact_cost, recall_top10=len(top & set(order[:round(keep * len(order))])) / len(top), spearman_first_stage=spearmanr(values, exact_scores).statistic))
         self.result["cascade_curve"] = curve
         affordable = max((point for point in curve if point["cost"] <= 2.5), key=lambda point: (point["recall_top10"], -point["cost"]))
@@ -369,6 +379,7 @@ def main():
     parser.add_argument("--fit-examples", type=int, default=12, help="examples EK-FAC is fitted on")
     parser.add_argument("--token-budget", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[], help="also build atlases with two-sided bases of these ranks (minutes each)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peak-of", help="only print the memory one fit adds (used by the script itself)")
