@@ -17,7 +17,7 @@ import xxhash
 from tqdm.auto import tqdm
 
 from .conversations import batches
-from .gradients import response_logits, site_flows
+from .gradients import _predicted, response_logits, site_flows
 from .models import resolve_sites
 from .storage import BlockStore, ConceptTDAError, atomic_file, cache_folder, code_version, fingerprint
 
@@ -67,9 +67,7 @@ def _flows_of(lm, data, sites, batch, labels_R, receive):
 def _labeller(batch, labels, generator):
     "The labels of a batch: the data's own, or a function that samples them from the model's logits."
     if labels == "sampled": return lambda logits_RV: logits_RV.softmax(1).multinomial(1, generator=generator).squeeze(1)
-    mask = batch.response_mask.clone()
-    mask[:, 0] = False
-    return batch.input_ids[mask]
+    return batch.input_ids[_predicted(batch)]
 
 class _Statistics:
     "Accumulates the Kronecker factors, then the corrected eigenvalues."
