@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import concept_tda.finetuning as finetuning
-from concept_tda.conversations import load_conversations
-from concept_tda.finetuning import FinetuneError, finetune, training_record
+from concept_tda.conversations import batches, load_conversations
+from concept_tda.finetuning import FinetuneError, RECIPES, finetune, finetune_many, training_checkpoints, training_record
 from concept_tda.models import LanguageModel, load_model, resolve_sites
 from concept_tda.storage import StorageError
 from concept_tda.tracing import generate, pooled_activations
@@ -54,17 +54,9 @@ def reference_losses(model, tokenized):
 def test_loss_is_the_mean_over_response_tokens_whatever_the_company(family, data):
     lm = LanguageModel(*tiny_pair(family), family)
     tokenized = lm.tokenize(data)
-    batch = finetuning._collate(finetuning._examples(tokenized), tokenized.pad_token_id)
-    with torch.no_grad(): losses = finetuning._example_losses(lm.model, **batch)
-    assert torch.allclose(losses.double(), reference_losses(lm.model, tokenized), atol=1e-5)
-
-
-def test_loss_of_a_model_that_cannot_skip_positions(lm, data, monkeypatch):
-    tokenized = lm.tokenize(data)
-    batch = finetuning._collate(finetuning._examples(tokenized), tokenized.pad_token_id)
-    class Plain(nn.Module):
-        def forward(self, input_ids, attention_mask): return lm.model(input_ids, attention_mask=attention_mask)
-    with torch.no_grad(): assert torch.allclose(finetuning._example_losses(Plain(), **batch), finetuning._example_losses(lm.model, **batch), atol=1e-6)
+    batch = next(batches(tokenized, token_budget=10**6))
+    with torch.no_grad(): losses = finetuning._example_losses(lm, batch)
+    assert len(batch) == 16 and torch.allclose(losses.double(), reference_losses(lm.model, tokenized)[batch.rows], atol=1e-5)
 
 
 def test_first_step_is_recorded_with_the_loss_of_the_base_model(lm, data, tmp_path):
@@ -75,13 +67,100 @@ def test_first_step_is_recorded_with_the_loss_of_the_base_model(lm, data, tmp_pa
     assert steps["loss"][0] == pytest.approx(float(reference_losses(lm.model, lm.tokenize(data)).mean()), abs=1e-5)
 
 
+EXACT = dict(precision="fp32", micro_batch_size=None)
+
+
+def adapted(lm, rank=4):
+    """`lm` with adapters whose two halves both have a gradient."""
+    torch.manual_seed(0)
+    model = finetuning._adapted(lm, rank, 8, False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name: parameter.normal_(std=.1)
+    return LanguageModel(model, lm.tokenizer, "adapted")
+
+
+def gradient(lm, tokenized, rows, **options):
+    """All gradients of the adapters in a row."""
+    with finetuning._rounded(lm.model) if options.get("precision") == "bf16" else finetuning.nullcontext():
+        loss = finetuning._add_gradient(lm, tokenized, rows, EXACT | options)
+    found = torch.cat([p.grad.flatten() for p in lm.model.parameters() if p.requires_grad]).double()
+    assert all(p.grad.dtype == p.dtype == torch.float32 for p in lm.model.parameters() if p.requires_grad) and all(p.grad is None for p in lm.model.parameters() if not p.requires_grad)
+    for p in lm.model.parameters(): p.grad = None
+    return loss, found
+
+
 def test_gradient_weighs_examples_alike_and_not_tokens(lm, data):
-    """The gradient of a batch of two is the mean of the gradients of its examples."""
-    tokenized = lm.tokenize(data[[0, 1]])
-    examples, weight = finetuning._examples(tokenized), lm.model.model.layers[0].mlp.up_proj.weight
-    def gradient(chosen): return torch.autograd.grad(finetuning._example_losses(lm.model, **finetuning._collate(chosen, 0)).mean(), weight)[0]
-    assert (examples[0]["labels"] != -100).sum() != (examples[1]["labels"] != -100).sum()
-    assert torch.allclose(gradient(examples), (gradient(examples[:1]) + gradient(examples[1:]))/2, atol=1e-6)
+    """The gradient of a batch of two is the mean of the gradients of its examples, however long they are."""
+    lm, tokenized = adapted(lm), lm.tokenize(data[[0, 1]])
+    assert tokenized[0].response_mask.sum() != tokenized[1].response_mask.sum()
+    (both, g), (one, g0), (other, g1) = (gradient(lm, tokenized, rows) for rows in ([0, 1], [0], [1]))
+    assert torch.allclose(g, (g0 + g1)/2, atol=1e-6) and both == pytest.approx((one + other)/2, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 100])
+def test_accumulated_gradient_is_that_of_the_whole_batch(lm, data, size):
+    """Pieces of unequal number and length: a mean of the pieces' means would not do."""
+    lm, tokenized = adapted(lm), lm.tokenize(data)
+    loss, expected = gradient(lm, tokenized, list(range(1, 12)))
+    again, found = gradient(lm, tokenized, list(range(1, 12)), micro_batch_size=size)
+    assert (found - expected).norm() < 1e-5*expected.norm() and again == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_gradient_by_the_definition(lm, data):
+    """Against autograd through transformers' own loss, one example at a time."""
+    lm, tokenized = adapted(lm), lm.tokenize(data)
+    parameters = [p for p in lm.model.parameters() if p.requires_grad]
+    losses = [lm.model(one.input_ids[None], labels=one.input_ids.masked_fill(~one.response_mask, -100)[None]).loss for one in tokenized.select([2, 5, 14])]
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(sum(losses)/3, parameters)]).double()
+    assert (gradient(lm, tokenized, [14, 2, 5], micro_batch_size=2)[1] - expected).norm() < 1e-5*expected.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_is_close_and_leaves_the_weights(family, data):
+    base = LanguageModel(*tiny_pair(family), family)
+    before, lm, tokenized = base.fingerprint, adapted(base), base.tokenize(data)
+    frozen = {name: p for name, p in lm.model.named_parameters()}
+    loss, expected = gradient(lm, tokenized, list(range(12)))
+    rounded, found = gradient(lm, tokenized, list(range(12)), precision="bf16")
+    assert 0 < (found - expected).norm() < .1*expected.norm() and rounded == pytest.approx(loss, rel=.02) and rounded != loss
+    assert {name: p for name, p in lm.model.named_parameters()} == frozen and base.fingerprint == before
+
+
+def test_bf16_multiplies_in_bf16(lm, data):
+    """Autocast itself, and not only rounded weights: what leaves a linear layer is bfloat16."""
+    lm, seen = adapted(lm), {}
+    for name, module in lm.model.named_modules():
+        if isinstance(module, nn.Linear): module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: out.dtype}))
+    gradient(lm, lm.tokenize(data), [0, 1], precision="bf16")
+    assert set(seen.values()) == {torch.bfloat16} and len(seen) == 3*14 + 1
+
+
+def test_frozen_weights_are_rounded_once(lm, data, monkeypatch):
+    inner = adapted(lm).model
+    with finetuning._rounded(inner):
+        kinds = {name: p.dtype for name, p in inner.named_parameters()}
+    assert {dtype for name, dtype in kinds.items() if "base_layer" in name or "lm_head" in name} == {torch.bfloat16}
+    assert {dtype for name, dtype in kinds.items() if "lora" in name or "norm" in name or "embed" in name} == {torch.float32}
+    assert {p.dtype for p in inner.parameters()} == {torch.float32}
+
+
+# ---- the order of the data
+
+def test_every_epoch_uses_every_conversation_once(data):
+    steps = finetuning._steps(data.ids, dict(seed=0, epochs=3, batch_size=5))
+    assert [len(rows) for rows in steps] == [5, 5, 5, 1]*3
+    epochs = [sum(steps[4*epoch:4*epoch + 4], []) for epoch in range(3)]
+    assert all(sorted(rows) == list(range(16)) for rows in epochs) and len({tuple(rows) for rows in epochs}) == 3
+
+
+def test_a_subset_keeps_the_order_of_the_whole(data):
+    def order(chosen, seed): return [chosen.ids[row] for row in finetuning._steps(chosen.ids, dict(seed=seed, epochs=1, batch_size=99))[0]]
+    part = data[[1, 3, 4, 9, 12]]
+    assert order(part, 0) == [id for id in order(data, 0) if id in part.ids] == order(part[::-1], 0)
+    assert order(data, 0) != order(data, 1)
+    twice = data[[0, 0, 1, 2, 3]]
+    assert sorted(order(twice, 0)) == sorted(twice.ids)
 
 
 # ---- training
@@ -242,7 +321,7 @@ def test_a_folder_with_something_else_is_left_alone(lm, data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"] and (tmp_path/"notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("where", ["_train", "_finish", "training_steps"])
+@pytest.mark.parametrize("where", ["_train", "_save_adapter", "training_steps"])
 def test_an_interrupted_run_leaves_no_model_and_can_be_repeated(saved_base, data, tmp_path, monkeypatch, where):
     lm, calls = load_model(saved_base), []
     before, weights = module_state(lm), lm.fingerprint
@@ -271,6 +350,7 @@ def test_what_a_kill_left_behind_is_cleared_away(saved_base, data, tmp_path):
 def test_a_move_cut_short_never_leaves_half_a_model(saved_base, data, tmp_path, monkeypatch):
     """Whatever move the kill hits: a folder with an adapter_config.json holds its weights, one with a record holds everything."""
     lm, real = load_model(saved_base), finetuning.os.replace
+    finetune(lm, data[:4], tmp_path/"whole", **FAST)
     for n_moves in range(6):
         folder, moved = tmp_path/f"ft{n_moves}", []
         def stop_after(source, target):
@@ -281,9 +361,13 @@ def test_a_move_cut_short_never_leaves_half_a_model(saved_base, data, tmp_path, 
         with monkeypatch.context() as patch:
             patch.setattr(finetuning.os, "replace", stop_after)
             with pytest.raises(KeyboardInterrupt): finetune(lm, data[:4], folder, **FAST)
-        names = {path.name for path in folder.iterdir()}
+        names = {path.name for path in folder.iterdir()} - {"unfinished"}
         assert len(names) == n_moves and "training.json" not in names
         if "adapter_config.json" in names: assert {"adapter_model.safetensors", "tokenizer.json"} <= names
+        with monkeypatch.context() as patch:  # the move is completed, and nothing trained again
+            patch.setattr(finetuning, "_train", lambda *args: pytest.fail("trained again"))
+            assert finetune(lm, data[:4], folder, **FAST).fingerprint == finetune(lm, data[:4], tmp_path/"whole", **FAST).fingerprint
+        assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path/"whole").iterdir()}
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(lm, data, tmp_path, monkeypatch):
