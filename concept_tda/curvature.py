@@ -17,7 +17,7 @@ import xxhash
 from tqdm.auto import tqdm
 
 from .conversations import batches
-from .gradients import _predicted, response_logits, site_flows
+from .gradients import _CrossEntropy, _predicted, response_logits, site_flows
 from .models import resolve_sites
 from .storage import BlockStore, ConceptTDAError, atomic_file, cache_folder, code_version, fingerprint
 
@@ -58,10 +58,10 @@ def _flows_of(lm, data, sites, batch, labels_R, receive):
     with torch.enable_grad(), site_flows(sites, receive):
         logits_RV = response_logits(lm, batch)
         logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-        if not torch.isfinite(logits_RV).all():
+        if not torch.isfinite(logits_RV.sum(1)).all():  # a mask of all logits would be a large tensor
             raise CurvatureError(f"the model's logits for {', '.join(data[row].id for row in batch.rows.tolist()[:5])} are not finite: look at these examples, or load the model in float32")
         if callable(labels_R): labels_R = labels_R(logits_RV.detach())
-        torch.autograd.backward(F.cross_entropy(logits_RV, labels_R, reduction="sum"))
+        torch.autograd.backward(_CrossEntropy.apply(logits_RV, labels_R).sum())
     return labels_R
 
 def _labeller(batch, labels, generator):
@@ -72,7 +72,7 @@ def _labeller(batch, labels, generator):
 class _Statistics:
     "Accumulates the Kronecker factors, then the corrected eigenvalues."
     def __init__(self, sites, memory_budget):
-        self.memory_left, self.cache = memory_budget, []
+        self.memory_left, self.cache, self.waiting = memory_budget, [], []  # waiting: not yet in A and S
         self.input_of = {}                           # site → the site whose input it shares
         self.A, self.S, self.eigenvalues = {}, {}, {}
         self.dtype = torch.promote_types(torch.float32, sites[0].weight.dtype)  # bf16 models are measured in float32
@@ -81,38 +81,46 @@ class _Statistics:
 
     def receive(self, site, x, delta): self.flows[site.name] = (x, delta)
 
-    def share_inputs(self):
+    def share_inputs(self, flows):
         "Group the sites by the tensor they read: q, k and v of a block get one input factor."
         first_reader = {}
-        for name, (x, _) in self.flows.items(): self.input_of[name] = first_reader.setdefault(x.data_ptr(), name)
+        for name, (x, _) in flows.items(): self.input_of[name] = first_reader.setdefault(x.data_ptr(), name)
 
     def examples(self, flow): return ((flow[0][row, :length].to(self.dtype), flow[1][row, :length].to(self.dtype)) for row, length in enumerate(flow[2]))
 
-    def add_kronecker(self):
-        "Add a batch to A and S. Every example weighs the same in A, as in curvlinops."
-        if not self.input_of: self.share_inputs()
-        for name, (x, delta) in self.flows.items():
-            if name not in self.S:
-                self.S[name] = torch.zeros(delta.shape[-1], delta.shape[-1], dtype=self.dtype, device=delta.device)
-                if self.input_of[name] == name: self.A[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=self.dtype, device=x.device)
-            for x_ti, delta_to in self.examples((x, delta, self.lengths)):
-                self.S[name].addmm_(delta_to.T, delta_to)
-                if self.input_of[name] == name: self.A[name].addmm_(x_ti.T, x_ti, alpha=1/len(x_ti))
-
-    def keep(self):
-        "Keep the batch's flows for the second half of the work; where they no longer fit, let all of them go."
+    def take(self):
+        "Take a batch in: its flows are kept for the second half of the work; where they no longer fit, all are let go."
         seen = set()
         size = sum(delta.nbytes + (0 if x.data_ptr() in seen or seen.add(x.data_ptr()) else x.nbytes) for x, delta in self.flows.values())
-        if self.memory_left is None or size > self.memory_left: self.memory_left = None; self.cache.clear(); return
-        self.memory_left -= size
-        self.cache.append((self.flows, self.lengths))
+        self.waiting.append((self.flows, self.lengths))
+        if self.memory_left is not None and size <= self.memory_left:
+            self.memory_left -= size
+            self.cache.append((self.flows, self.lengths))
+        else:
+            self.fold()
+            self.memory_left = None
+            self.cache.clear()
+
+    def fold(self):
+        "Add the batches that wait to A and S, which need not exist while a model runs and needs its memory. Every example weighs the same in A, as in curvlinops."
+        for flows, lengths in self.waiting:
+            if not self.input_of: self.share_inputs(flows)
+            for name, (x, delta) in flows.items():
+                if name not in self.S:
+                    self.S[name] = torch.zeros(delta.shape[-1], delta.shape[-1], dtype=self.dtype, device=delta.device)
+                    if self.input_of[name] == name: self.A[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=self.dtype, device=x.device)
+                for x_ti, delta_to in self.examples((x, delta, lengths)):
+                    self.S[name].addmm_(delta_to.T, delta_to)
+                    if self.input_of[name] == name: self.A[name].addmm_(x_ti.T, x_ti, alpha=1/len(x_ti))
+        self.waiting = []
 
     def solve(self):
         "Eigenvectors of the Kronecker factors."
-        def eigenvectors(matrix): return torch.linalg.eigh(matrix)[1]
+        self.fold()
+        def to_eigenvectors(matrix): return matrix.copy_(torch.linalg.eigh(matrix)[1])  # in the factor's own memory
         # a single decomposition hardly uses a second core, two at a time do
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            try: self.Q_in, self.Q_out = (dict(zip(factor, pool.map(eigenvectors, factor.values()))) for factor in (self.A, self.S))
+            try: self.Q_in, self.Q_out = (dict(zip(factors, pool.map(to_eigenvectors, factors.values()))) for factors in (self.A, self.S))
             except torch.linalg.LinAlgError as err: raise CurvatureError(f"an eigendecomposition failed ({err}): fit on more examples, or in float64") from err
         self.A, self.S = {}, {}
 
@@ -167,10 +175,9 @@ def _add_factors(lm, data, sites, labels, generator, plan, statistics, progress,
         batch = batch.to(lm.device)
         statistics.begin(batch)
         drawn.append(_flows_of(lm, data, sites, batch, _labeller(batch, labels, generator), statistics.receive))
-        statistics.add_kronecker()
-        statistics.keep()
+        statistics.take()
         bar.update(batch.n_tokens)
-        progress.save("kronecker", index + 1, lambda: _named("A", statistics.A) | _named("S", statistics.S) | {
+        progress.save("kronecker", index + 1, lambda: statistics.fold() or _named("A", statistics.A) | _named("S", statistics.S) | {
             "labels": torch.cat(drawn), "label_counts": torch.tensor([len(d) for d in drawn]), "readers": torch.tensor([names.index(statistics.input_of[name]) for name in names]), "generator": generator.get_state()})
     return drawn, len(plan) - len(statistics.cache)
 
@@ -184,7 +191,9 @@ def _fit_streaming(lm, data, sites, labels, generator, token_budget, memory_budg
     statistics.eigenvalues = _unnamed("eigenvalues", state)
     with tqdm(total=len(plan), initial=done, desc="EK-FAC eigenvalues", unit="batch", disable=not show_progress) as bar:
         for index in range(done, len(plan)):
-            if index >= without_flows: flows, lengths = statistics.cache[index - without_flows]
+            if index >= without_flows:
+                flows, lengths = statistics.cache[index - without_flows]
+                statistics.cache[index - without_flows] = None  # needed no more
             else:
                 batch = plan[index].to(lm.device)
                 statistics.begin(batch)

@@ -73,8 +73,8 @@ def _probe_fit(lm, data, sites):
         batch = batch.to(lm.device)
         statistics.begin(batch)
         _flows_of(lm, data, sites, batch, _labeller(batch, "empirical", None), statistics.receive)
-        statistics.add_kronecker()
-        statistics.keep()
+        statistics.take()
+    statistics.fold()
     fixed = sum(m.nbytes for m in [*statistics.A.values(), *statistics.S.values()])*2 + sum(s.in_features*s.out_features*4 for s in sites)
     streaming = time.perf_counter() - start
     start = time.perf_counter()

@@ -35,8 +35,7 @@ def test_exact_for_one_linear_layer_with_gaussian_data():
     for i in range(0, 42, 6):                                        # in batches of six examples of one token
         statistics.begin(SimpleNamespace(attention_mask=torch.ones(6, 1, dtype=torch.long)))
         statistics.receive(SimpleNamespace(name="layer"), x[i:i + 6, None], delta[i:i + 6, None])
-        statistics.add_kronecker()
-        statistics.keep()
+        statistics.take()
     assert len(statistics.cache) == 7
     statistics.solve()
     for flows, lengths in statistics.cache: statistics.add_eigenvalues(flows, lengths)
