@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIGN', 'LEVELS', 'VIEW_STYLE', 'FORMAT_VERSION', 'AttributionError', 'rank_scores', 'score_percentiles', 'spearman',
-           'cut_rows', 'detection_metrics', 'Cost', 'QueryCard', 'safe_text', 'colour_limit', 'legend_html',
-           'conversation_html', 'card_html', 'histogram_svg', 'Attribution', 'prompt_text', 'example_html',
-           'examples_html', 'attribution_html', 'load_attribution', 'table_html', 'Comparison', 'comparison_html',
-           'compare']
+           'cut_rows', 'detection_metrics', 'Cost', 'QueryCard', 'visible_text', 'safe_text', 'colour_limit',
+           'legend_html', 'conversation_html', 'card_html', 'histogram_svg', 'Attribution', 'prompt_text',
+           'example_html', 'examples_html', 'attribution_html', 'load_attribution', 'table_html', 'Comparison',
+           'comparison_html', 'compare']
 
 # %% ../nbs/05_attribution.ipynb #0003
 import hashlib, html, json, re, unicodedata
@@ -229,12 +229,19 @@ VIEW_STYLE = _view_style()
 def _page_part(markup): return f"<div class='ctda'>{VIEW_STYLE}{markup}</div>"
 
 # %% ../nbs/05_attribution.ipynb #002b
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\ud800-\udfff]")
+
+def visible_text(
+    text, # Anything; shown as its `str`
+) -> str: # Plain text, still to be escaped where it enters HTML
+    "What no page can show (control characters, half a surrogate pair) becomes visible."
+    return _UNSHOWABLE.sub("\ufffd", str(text))
+
 def safe_text(
     text, # Anything; shown as its `str`
 ) -> str: # HTML in which nothing of the text is markup
-    "Escape for HTML text and attributes; what no page can show (control characters, half a surrogate pair) becomes visible."
-    shown = "".join(c if (c >= " " or c in "\n\t") and not "\ud800" <= c <= "\udfff" else "\ufffd" for c in str(text))
-    return html.escape(shown, quote=True)
+    "`visible_text`, escaped for HTML text and attributes."
+    return html.escape(visible_text(text), quote=True)
 
 # %% ../nbs/05_attribution.ipynb #002f
 def colour_limit(
@@ -826,7 +833,17 @@ def report(self: Attribution,
     from concept_tda.reports import write_report
     return write_report(self, path, **options)
 
-# %% ../nbs/05_attribution.ipynb #0082
+# %% ../nbs/05_attribution.ipynb #007f
+@patch
+def inspect(self: Attribution,
+    others=(), # Other results on the same examples: a list, a dict by name, or a `Comparison`
+    **options, # Passed to `ExampleBrowser`: query, labels, positive, null, by, record
+):
+    "Open an `ExampleBrowser` on this result; what is decided there is in its `decisions`."
+    from concept_tda.widgets import ExampleBrowser
+    return ExampleBrowser(self, others, **options)
+
+# %% ../nbs/05_attribution.ipynb #0084
 def table_html(
     table: pd.DataFrame,
     formats: dict | None = None, # Format of a column such as "{:.2f}"; the others get three decimals
@@ -843,7 +860,7 @@ def table_html(
                    for name, row in zip(table.index, table.to_numpy(dtype=object)))
     return f"<div class='wide'><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
-# %% ../nbs/05_attribution.ipynb #0083
+# %% ../nbs/05_attribution.ipynb #0085
 @dataclass(repr=False, eq=False)
 class Comparison:
     "Several results on the same examples, side by side."
@@ -867,7 +884,7 @@ def comparison_html(
             f"<h4>Agreement of the rankings (Spearman)</h4>{table_html(comparison.spearman, two, heat=1)}"
             f"<h4>Share of the top {comparison.top} in common</h4>{table_html(comparison.overlap, two, heat=1)}")
 
-# %% ../nbs/05_attribution.ipynb #0084
+# %% ../nbs/05_attribution.ipynb #0086
 def compare(
     attributions,    # List of results, or dict of results by the name to show
     *,
@@ -887,7 +904,7 @@ def compare(
     return Comparison(results, top, square(lambda a, b: spearman(results[a].scores, results[b].scores)),
                       square(lambda a, b: len(heads[a] & heads[b]) / top), _method_table(results, labels, k))
 
-# %% ../nbs/05_attribution.ipynb #0085
+# %% ../nbs/05_attribution.ipynb #0087
 def _by_name(attributions):
     "Single-query results under names that tell them apart."
     if isinstance(attributions, Attribution): attributions = [attributions]
@@ -910,7 +927,7 @@ def _method_table(results, labels, k):
     if labels is not None: rows["guessing (base rate)"] = detection_metrics(np.ones(len(labels)), labels, k)
     return pd.DataFrame.from_dict(rows, orient="index").drop(columns=["n", "positives", "base rate"], errors="ignore").rename_axis("method")
 
-# %% ../nbs/05_attribution.ipynb #008b
+# %% ../nbs/05_attribution.ipynb #008d
 @patch
 def plot(self: Comparison):
     "Both agreement matrices as heat maps; returns the matplotlib figure."
@@ -930,7 +947,7 @@ def plot(self: Comparison):
     plt.close(figure)   # the figure is returned; a notebook would otherwise draw it twice
     return figure
 
-# %% ../nbs/05_attribution.ipynb #008e
+# %% ../nbs/05_attribution.ipynb #0090
 @patch
 def disagreements(self: Comparison,
     high: str,   # The method that ranks the examples high

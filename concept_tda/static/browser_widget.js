@@ -1,0 +1,7 @@
+export default {
+  render({ model, el: root }) {
+    const source = kernelSource(model);
+    const view = new ExampleView(root, source);
+    return () => { source.close(); view.root.remove(); };
+  },
+};

@@ -1,0 +1,146 @@
+// Shared by the views of concept_tda. Whatever comes from the data becomes a text node or a number; no markup is ever parsed.
+
+/** An element; strings among the children become text nodes, missing children are skipped. */
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "value" || name === "checked") node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat().filter(child => child !== undefined && child !== null && child !== false));
+  return node;
+}
+
+/** An SVG element with attributes that are ours. */
+function svg(tag, attributes = {}, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+/** Python's format(x, "g"): significant digits, an exponent only where it is short. */
+function general(x, digits = 4) {
+  if (!Number.isFinite(x)) return "–";
+  if (x === 0) return "0";
+  const exponent = Number(x.toExponential(digits - 1).split("e")[1]);
+  if (exponent < -4 || exponent >= digits) return x.toExponential(digits - 1).replace(/\.?0+e/, "e").replace(/e([+-])(\d)$/, "e$10$2");
+  const text = x.toFixed(Math.max(0, digits - 1 - exponent));
+  return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
+}
+const signed = (x, digits = 4) => (x >= 0 ? "+" : "") + general(x, digits).replace("-", "−");
+const whole = n => n.toLocaleString("en");
+const counted = (n, one, many = one + "s") => `${whole(n)} ${n === 1 ? one : many}`;
+const percent = p => `${(Math.floor(10 * p) / 10).toFixed(1)} %`;   // rounded down: nothing is higher than 100.0 % of its file
+
+/** Ground of a value on the diverging scale: orange above zero, blue below, none near it. */
+function ground(value, limit) {
+  const strength = limit > 0 ? Math.min(1, Math.abs(value) / limit) : 0;
+  if (!(strength > .05)) return "";
+  return `rgba(var(--${value > 0 ? "more" : "less"}),${(.7 * strength).toFixed(3)})`;
+}
+
+/** The colour scale with both ends in numbers. */
+function legend(limit, what) {
+  const steps = [-1, -.75, -.5, -.25, 0, .25, .5, .75, 1];
+  return el("p", {class: "legend quiet"}, `${what}: ${signed(-limit, 2)} or less `,
+    el("span", {class: "swatches", "aria-hidden": "true"}, ...steps.map(step => { const box = el("span"); box.style.background = ground(step, 1); return box; })),
+    ` ${signed(limit, 2)} or more. One scale for all examples.`);
+}
+
+const SPECIAL = /^\s*(<\|.*\|>|<\/?s>|<(bos|eos|pad|(start|end)_of_turn)>|\[\/?INST\])\s*$/;   // template tokens, drawn pale
+const MOST_TOKENS = 4000, MOST_CHARACTERS = 20000;   // drawn at once; a button draws the next ones
+
+/** Text in stretches: a turn of a million characters is drawn piece by piece, on demand. */
+function longText(text) {
+  const node = el("div", {class: "text", dir: "auto"});
+  let at = 0;
+  const more = () => {
+    let end = Math.min(text.length, at + MOST_CHARACTERS);
+    if (end < text.length && /[\ud800-\udbff]/.test(text[end - 1])) end += 1;   // never between the halves of a character
+    node.append(text.slice(at, end));
+    at = end;
+    if (at < text.length) node.append(button(`show the next of ${whole(text.length - at)} more characters`, more));
+  };
+  const button = (words, act) => el("button", {type: "button", class: "more", onclick: event => { event.target.remove(); act(); }}, words);
+  more();
+  return node;
+}
+
+/** Tokens on coloured ground. `tell(text, value)` is called with the token under the pointer or the token cursor. */
+function tokenText(tokens, scores, limit, tell) {
+  const node = el("div", {class: "text tokens", dir: "auto", tabindex: "0", role: "group", "aria-label": "Tokens; left and right arrow keys read their values"});
+  let drawn = 0, cursor = -1;
+  const spans = [];
+  const more = () => {
+    const end = Math.min(tokens.length, drawn + MOST_TOKENS);
+    const part = document.createDocumentFragment();
+    for (; drawn < end; drawn++) {
+      const span = el("span", SPECIAL.test(tokens[drawn]) ? {class: "special"} : {}, tokens[drawn]);
+      span.title = signed(scores[drawn], 4);
+      span.dataset.at = drawn;
+      const colour = ground(scores[drawn], limit);
+      if (colour) span.style.background = colour;
+      spans.push(span);
+      part.append(span);
+    }
+    node.append(part);
+    if (drawn < tokens.length) node.append(el("button", {type: "button", class: "more", onclick: event => { event.target.remove(); more(); }}, `show the next of ${whole(tokens.length - drawn)} more tokens`));
+  };
+  const point = at => {
+    if (spans[cursor]) spans[cursor].classList.remove("at");
+    cursor = at;
+    spans[cursor].classList.add("at");
+    tell(tokens[cursor], scores[cursor]);
+  };
+  node.addEventListener("pointerover", event => { if (event.target.dataset.at !== undefined) point(Number(event.target.dataset.at)); });
+  node.addEventListener("keydown", event => {
+    const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+    if (!step || event.target !== node) return;
+    const at = Math.max(0, Math.min(spans.length - 1, cursor + step));
+    point(at);
+    spans[at].scrollIntoView({block: "nearest"});
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  more();
+  return node;
+}
+
+/** A conversation turn by turn, prompt and response apart. */
+function conversation(turns, limit, tell) {
+  return turns.map(turn => el("div", {class: `turn ${turn.answer ? "answer" : "question"}`},
+    el("div", {class: "role"}, el("bdi", {}, turn.role)),
+    turn.scores ? tokenText(turn.tokens, turn.scores, limit, tell) : longText(turn.text)));
+}
+
+/** Two-column table of names and values. */
+const facts = pairs => el("table", {class: "facts"}, el("tbody", {}, pairs.map(([name, value]) =>
+  el("tr", {}, el("th", {scope: "row"}, el("bdi", {}, String(name))), el("td", {}, el("bdi", {}, String(value)))))));
+
+/** Questions to the kernel and their answers, matched by number; other views of the same model have other numbers. */
+function kernel(model, onWaiting = () => {}) {
+  const me = Math.random().toString(36).slice(2);
+  const open = new Map();
+  let count = 0;
+  const receive = (message, buffers) => {
+    const question = open.get(message.reply);
+    if (!question) return;
+    open.delete(message.reply);
+    clearTimeout(question.timer);
+    if (!open.size) onWaiting(false);
+    if (message.error) question.reject(new Error(message.error));
+    else question.resolve({...message, buffers});
+  };
+  model.on("msg:custom", receive);
+  return {
+    ask: (kind, values = {}) => new Promise((resolve, reject) => {
+      const number = `${me}-${++count}`;
+      open.set(number, {resolve, reject, timer: setTimeout(() => onWaiting(true), 3000)});
+      model.send({kind, number, ...values});
+    }),
+    close: () => model.off("msg:custom", receive),
+  };
+}
