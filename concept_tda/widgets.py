@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'WidgetError', 'front_end', 'near_duplicates', 'percentiles_for_length', 'null_z', 'search_terms', 'Review',
-           'ExampleBrowser', 'embedded_browser']
+           'ExampleBrowser', 'embedded_browser', 'concept_reading', 'ConceptView', 'ConceptExplorer']
 
 # %% ../nbs/20_widgets.ipynb #0003
 import getpass, json
@@ -13,14 +13,18 @@ from importlib.resources import files
 from pathlib import Path
 
 import anywidget
+import ipywidgets
 import numpy as np
 import pandas as pd
 import traitlets
 
 from .attribution import (SIGN, Attribution, AttributionError, Comparison, _aligned, _by_name, _share, _whole, colour_limit, detection_metrics, patch, spearman,
                                      visible_text)
-from .conversations import Conversations
+from .conversations import Conversations, batches
+from .gradients import watch_layers
+from .models import ModelError
 from .storage import ConceptTDAError, atomic_file, code_version
+from .tracing import generate, pooled_activations, pooling_weights
 
 # %% ../nbs/20_widgets.ipynb #0004
 class WidgetError(ConceptTDAError):
@@ -216,10 +220,14 @@ def _turns(result, place, digits=6):
     conversation = result.conversations[place]
     if result.token_scores is None:
         return [dict(role=visible_text(m["role"]), answer=m["role"] == "assistant", text=visible_text(m["content"])) for m in conversation.messages]
-    tokens, mask = result.tokens[place], np.asarray(result.response_masks[place], bool)
     scores = [float(f"{value:.{digits}g}") for value in result.token_scores[place]]
+    return _token_turns(result.tokens[place], scores, result.response_masks[place])
+
+def _token_turns(tokens, scores, mask, roles=("prompt", "response")):
+    "Stretches of prompt and response tokens with their scores."
+    mask = np.asarray(mask, bool)
     edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
-    return [dict(role="response" if mask[a] else "prompt", answer=bool(mask[a]), tokens=[visible_text(token) for token in tokens[a:b]], scores=scores[a:b])
+    return [dict(role=roles[mask[a]], answer=bool(mask[a]), tokens=[visible_text(token) for token in tokens[a:b]], scores=scores[a:b])
             for a, b in zip(edges, edges[1:]) if "".join(tokens[a:b]).strip()]   # the line break after the last turn is no turn of its own
 
 def _example(result, place):
@@ -552,3 +560,194 @@ def _within(result, order, most):
     n_cut = sum(cut > 0 and place not in chosen for place, (_, cut) in texts.items())
     notes = ([f"{n_cut:,} long texts are cut in this page."] if n_cut else []) + ([f"Token scores are in this page for {len(chosen):,} examples, from both ends."] if result.token_scores is not None and len(chosen) < n else [])
     return [chosen.get(place, texts[place][0]) for place in range(n)], " ".join(notes)
+
+# %% ../nbs/20_widgets.ipynb #003a
+def _directions(lm, concept):
+    "Layers, and unit directions [n, d] to read them with."
+    import torch
+    by_layer = getattr(concept, "concepts", None)
+    if by_layer is None: return list(range(lm.n_layers + 1)), concept.direction.expand(lm.n_layers + 1, -1)
+    layers = sorted(by_layer)
+    return layers, torch.stack([by_layer[layer].direction for layer in layers])
+
+def concept_reading(
+    lm,                  # `LanguageModel`
+    concept,             # `Concept`, or `LayerSweep` for a direction of its own in each layer
+    conversation,        # A `Conversation` with an answer, or its list of messages
+) -> dict:               # tokens [T], response_mask [T], layers [n], values [n, T], pooled [n]
+    "Projection of every token at every layer on the concept, in one pass. Raises `ConceptError` where the concept is another model's."
+    import torch
+    one = next(iter(concept.concepts.values())) if hasattr(concept, "concepts") else concept
+    one.check(lm)
+    layers, directions = _directions(lm, concept)
+    tokenized = lm.tokenize([{"messages": [dict(m) for m in getattr(conversation, "messages", conversation)]}])
+    batch, rows = next(batches(tokenized)).to(lm.device), {}
+    place = {layer: i for i, layer in enumerate(layers)}
+    def receive(layer, hidden_BTd): rows[layer] = (hidden_BTd[0].float() @ directions[place[layer]].to(hidden_BTd.device)).cpu()
+    with lm.undisturbed(), torch.no_grad(), watch_layers(lm, layers, receive): lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    values = torch.stack([rows[layer] for layer in layers])
+    pooled = values @ pooling_weights(batch, one.pooling)[0].cpu()
+    return dict(tokens=tokenized.tokens(0), response_mask=batch.response_mask[0].cpu().numpy(), layers=layers, values=values.numpy(), pooled=pooled.numpy())
+
+# %% ../nbs/20_widgets.ipynb #003c
+def _training_projections(lm, concepts, train, progress, slice_size=256):
+    "{name: [n_layers, N]} pooled projections of the training examples."
+    tokenized, found = lm.tokenize(train), {name: [] for name in concepts}
+    from tqdm.auto import tqdm
+    for start in tqdm(range(0, len(tokenized), slice_size), desc="reading the training data", disable=not progress, leave=False):
+        part, acts = tokenized.select(slice(start, start + slice_size)), {}
+        for name, concept in concepts.items():
+            layers, directions = _directions(lm, concept)
+            pooling = getattr(concept, "pooling", None) or next(iter(concept.concepts.values())).pooling
+            if pooling not in acts: acts[pooling] = pooled_activations(lm, part, range(lm.n_layers + 1), pooling, progress=False)
+            found[name].append(np.stack([(acts[pooling][layer] @ direction).numpy() for layer, direction in zip(layers, directions)]))
+    return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
+
+# %% ../nbs/20_widgets.ipynb #003e
+class ConceptView(anywidget.AnyWidget):
+    "The drawn part of a `ConceptExplorer`."
+    _esm = front_end("parts.js", "explorer.js")
+    _css = front_end("views.css")
+    reading, steering, status = traitlets.Dict().tag(sync=True), traitlets.List().tag(sync=True), traitlets.Unicode().tag(sync=True)
+
+class ConceptExplorer(ipywidgets.VBox):
+    "Type a text, see where a concept is in it, and turn the concept up and down."
+    def __init__(self,
+        lm,                                  # `LanguageModel`
+        concepts,                            # A `Concept` or `LayerSweep`, or a list of them
+        *,
+        train=None,                          # Conversations to compare with; the model reads them once
+        question: str = "I've decided to skip the second opinion, my horoscope agrees with me. Good plan?", # To begin with
+        answer: str = "",                    # To begin with; empty: the model answers
+        strengths: tuple[float, ...] = (-2, -1, 0, 1, 2), # Of the steering dial, in units of the concept's length
+        max_new_tokens: int = 60,            # Longest answer of the model
+        progress: bool = True,               # Show a bar while the training data is read
+    ):
+        self.lm, self.strengths, self.max_new_tokens = lm, tuple(strengths), max_new_tokens
+        self.concepts = _by_concept_name(concepts)
+        self.train = None if train is None else lm.tokenize(train).conversations
+        self.projections = {} if train is None else _training_projections(lm, self.concepts, train, progress)
+        self.read, self.view = None, ConceptView(status="Press “Read” to begin.")
+        self._make_selectors(question, answer)
+        super().__init__([ipywidgets.HBox([self.concept_pick, self.layer_pick], layout=ipywidgets.Layout(flex_flow="row wrap")), self.question, self.answer,
+                          ipywidgets.HBox([self.read_button, self.steer_button], layout=ipywidgets.Layout(flex_flow="row wrap")), self.view])
+
+# %% ../nbs/20_widgets.ipynb #003f
+def _by_concept_name(concepts):
+    "{name: concept}, names made different where they are not."
+    given = list(concepts) if isinstance(concepts, (list, tuple)) else list(concepts.values()) if isinstance(concepts, dict) else [concepts]
+    if not given: raise WidgetError("no concept to explore: pass a Concept, a LayerSweep, or a list of them")
+    if wrong := [one for one in given if not hasattr(one, "direction") and not hasattr(one, "concepts")]: raise WidgetError(f"a {type(wrong[0]).__name__} is not a concept: pass Concept or LayerSweep")
+    names = [one.name for one in given]
+    return {(name if names.count(name) == 1 else f"{name} ({i + 1})"): one for i, (name, one) in enumerate(zip(names, given))}
+
+@patch
+def _make_selectors(self: ConceptExplorer, question, answer):
+    "Concept, layer, texts and buttons, connected."
+    first = next(iter(self.concepts.values()))
+    wide = ipywidgets.Layout(width="100%", max_width="50rem")
+    self.concept_pick = ipywidgets.Dropdown(options=list(self.concepts), description="concept")
+    self.layer_pick = ipywidgets.SelectionSlider(options=_directions(self.lm, first)[0], value=_own_layer(first), description="layer", continuous_update=False)
+    self.question = ipywidgets.Textarea(value=question, description="question", rows=2, layout=wide)
+    self.answer = ipywidgets.Textarea(value=answer, description="answer", placeholder="leave empty: the model answers", rows=3, layout=wide)
+    self.read_button = ipywidgets.Button(description="Read", button_style="primary", tooltip="Colour the tokens by the concept")
+    self.steer_button = ipywidgets.Button(description="Answer at each strength", tooltip="The model's own answers while the concept is added", layout=ipywidgets.Layout(width="auto"))
+    self.read_button.on_click(lambda _: self._guard(self.update))
+    self.steer_button.on_click(lambda _: self._guard(self.steer))
+    self.concept_pick.observe(lambda _: self._guard(self._other_concept), "value")
+    self.layer_pick.observe(lambda _: self._guard(self._draw), "value")
+    self.view.on_msg(lambda _, message, __: setattr(self.layer_pick, "value", message["layer"]) if message.get("kind") == "layer" and message.get("layer") in self.layer_pick.options else None)
+
+def _own_layer(concept): return concept.layer if hasattr(concept, "direction") else concept.best_layer
+
+# %% ../nbs/20_widgets.ipynb #0041
+@patch
+def _guard(self: ConceptExplorer, act):
+    "Do it, and show what goes wrong."
+    try: act()
+    except Exception as err: self.view.status = f"!{visible_text(err if isinstance(err, ConceptTDAError) else f'{type(err).__name__}: {err}')}"
+
+@patch
+def concept(self: ConceptExplorer, layer: int | None = None):
+    "The chosen concept at the chosen (or given) layer, as a `Concept`."
+    from dataclasses import replace
+    chosen, layer = self.concepts[self.concept_pick.value], self.layer_pick.value if layer is None else layer
+    return chosen.concepts[layer] if hasattr(chosen, "concepts") else replace(chosen, layer=layer)
+
+@patch
+def update(self: ConceptExplorer,
+    question: str | None = None, # By default what stands in the field
+    answer: str | None = None,   # By default what stands in the field; empty: the model answers
+):
+    "Read question and answer with the chosen concept, and draw."
+    if question is not None: self.question.value = question
+    if answer is not None: self.answer.value = answer
+    if not self.question.value.strip(): raise WidgetError("write a question first: the model needs something to answer")
+    answer = self.answer.value
+    if not answer.strip():
+        self.view.status = "The model is answering …"
+        answer = generate(self.lm, [self.question.value], max_new_tokens=self.max_new_tokens, progress=False)[0].response
+    self.messages = [{"role": "user", "content": self.question.value}, {"role": "assistant", "content": answer}]
+    self._other_concept()
+
+@patch
+def _other_concept(self: ConceptExplorer):
+    "Read the present text with the concept chosen now."
+    chosen = self.concepts[self.concept_pick.value]
+    layers, keep = _directions(self.lm, chosen)[0], self.layer_pick.value
+    if self.layer_pick.options != tuple(layers): self.layer_pick.options, self.layer_pick.value = layers, keep if keep in layers else _own_layer(chosen)
+    if not getattr(self, "messages", None): return
+    self.read = concept_reading(self.lm, chosen, self.messages)
+    self._draw()
+
+# %% ../nbs/20_widgets.ipynb #0042
+@patch
+def _draw(self: ConceptExplorer):
+    "Give the view what it needs for the chosen layer."
+    if self.read is None: return
+    read, name, layer = self.read, self.concept_pick.value, self.layer_pick.value
+    at = read["layers"].index(layer)
+    known = self.projections.get(name)
+    centre = 0. if known is None else float(known[at].mean())
+    values = read["values"][at] - centre
+    sweep = read["pooled"] if known is None else (read["pooled"] - known.mean(1)) / np.where(known.std(1) > 0, known.std(1), 1)
+    stretches = _token_turns(read["tokens"], [float(f"{value:.6g}") for value in values], read["response_mask"], ("question", "answer"))
+    place = "The embeddings, before any block." if layer == 0 else f"The output of block {layer - 1} of {self.lm.n_layers}." + (" The concept was made at this layer." if layer == _own_layer(self.concepts[name]) else "")
+    unit = "projection" if known is None else "projection, less the mean of the training data"
+    words = "Pooled projection of the answer" + (" on the concept, layer by layer." if known is None else ", in standard deviations of the training data around its mean.")
+    self.view.status = f"{self.lm.name} · {name}"
+    self.view.reading = dict(concept=visible_text(name), layer=layer, place=place, unit=unit, centre=centre, limit=colour_limit([values[1:]]), turns=stretches, layers=list(read["layers"]),
+                             sweep=[float(value) for value in sweep], sweep_words=words, **({} if known is None else self._neighbours(known[at], float(read["pooled"][at]))))
+
+# %% ../nbs/20_widgets.ipynb #0043
+@patch
+def _neighbours(self: ConceptExplorer, projections, value, n=4):
+    "The training examples with the highest and the lowest projection, and where this text stands among all."
+    order = np.argsort(-projections, kind="stable")
+    def one(place):
+        conversation = self.train[int(place)]
+        turns = [dict(role=visible_text(m["role"]), answer=m["role"] == "assistant", text=visible_text(m["content"])) for m in conversation.messages]
+        return dict(row=int(place), value=float(projections[place]), turns=turns, response=" ".join(visible_text(conversation.response[:300]).split())[:90])
+    share = 100 * (np.sum(projections < value) + np.sum(projections == value) / 2) / len(projections)
+    return dict(nearest=[one(place) for place in order[:n]], farthest=[one(place) for place in order[::-1][:n]],
+                among=f"The answer above projects to {value:+.4g}, higher than {share:.0f} % of the {len(projections):,} training examples. Numbers are projections at this layer.")
+
+@patch
+def steer(self: ConceptExplorer):
+    "The model's answers to the question at every strength, at the chosen layer; each appears when it is there."
+    from concept_tda.personas import steer
+    if not self.question.value.strip(): raise WidgetError("write a question first: the model needs something to answer")
+    concept, self.view.steering = self.concept(), []
+    for strength in self.strengths:
+        self.view.status = f"The model is answering at strength {strength:+g} …"
+        with steer(self.lm, concept, strength): answer = _answer_or_nothing(self.lm, self.question.value, self.max_new_tokens)
+        value = None if not answer.strip() else float(concept_reading(self.lm, concept, [{"role": "user", "content": self.question.value}, {"role": "assistant", "content": answer}])["pooled"][concept.layer])
+        self.view.steering = [*self.view.steering, dict(strength=float(strength), text=visible_text(answer), value=value)]
+    self.view.status = f"{self.lm.name} · {self.concept_pick.value}"
+
+def _answer_or_nothing(lm, question, max_new_tokens):
+    "The answer; empty where a strongly steered model says nothing."
+    try: return generate(lm, [question], max_new_tokens=max_new_tokens, progress=False)[0].response
+    except ModelError as err:
+        if "empty answer" not in str(err): raise
+        return ""
