@@ -10,7 +10,7 @@ __all__ = ['COHERENCE_PROMPT', 'JudgeError', 'Evaluation', 'Judge', 'ContrastJud
 import inspect, json, math, os, random, re, threading, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -203,8 +203,8 @@ def _mean_log_probabilities(lm, data, token_budget, progress, what):
     with lm.undisturbed(), torch.no_grad(), _progress(data.n_tokens, progress, what) as bar:
         for batch in batches(data, token_budget=token_budget):
             batch = batch.to(lm.device)
-            losses_BT = token_losses(lm, batch).double()
-            values[batch.rows.cpu().numpy()] = -(losses_BT*loss_weights(batch).to(losses_BT)).sum(1).cpu().numpy()
+            counts_B = loss_weights(batch, "sum").double().sum(1)  # predicted response tokens
+            values[batch.rows.cpu().numpy()] = -(token_losses(lm, batch).double().sum(1)/counts_B).cpu().numpy()
             bar.update(batch.n_tokens)
     broken = [data.ids[row] for row in np.flatnonzero(~np.isfinite(values))]
     if broken: raise JudgeError(f"{lm.name} gives log-probabilities that are not finite to {len(broken)} texts, such as {broken[0]}: has its training diverged, or does it need another dtype?")
@@ -327,22 +327,30 @@ class AnswerJudge(Judge):
 def _as_questions(questions):
     "Questions as `Conversations` without answers."
     if questions is None: return None
-    if isinstance(questions, (list, tuple)) and questions and all(isinstance(q, str) for q in questions):
+    if isinstance(questions, (list, tuple)) and all(isinstance(q, str) for q in questions):
+        if not questions: raise JudgeError("questions is empty: give at least one, or None for a judge that only rates answers")
         questions = [{"messages": [{"role": "user", "content": text}]} for text in questions]
     questions = load_conversations(questions)
-    if not len(questions): raise JudgeError("questions is empty: give at least one, or None for a judge that only rates answers")
     return Conversations([Conversation(c.prompt, metadata=c.metadata) for c in questions], questions.name)
 
 # %% ../nbs/17_judges.ipynb #001e
-def _source(function) -> str:
-    "What a function does, as well as can be told: its source, else its byte code."
-    try: return inspect.getsource(function)
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        return repr((code.co_code, code.co_names, [c for c in code.co_consts if not inspect.iscode(c)])) if code else f"{type(function).__module__}.{type(function).__qualname__}"
+def _content(value, depth=0):
+    "Plain values as they are, functions by what they do, other objects by their type."
+    if isinstance(value, (str, bytes, bool, int, float, type(None))): return value
+    inner = lambda values: [_content(item, depth + 1) for item in values]
+    if isinstance(value, (list, tuple)): return inner(value)
+    if isinstance(value, dict): return inner(sorted(value.items(), key=str))
+    if isinstance(value, partial): return inner([value.func, value.args, value.keywords])
+    code = getattr(value, "__code__", None)
+    named = value if hasattr(value, "__qualname__") else type(value)
+    if code is None or depth > 8: return f"{named.__module__}.{named.__qualname__}"
+    try: text = inspect.getsource(value)
+    except (OSError, TypeError): text = code.co_code  # typed in where nobody keeps the text
+    constants = [constant for constant in code.co_consts if not inspect.iscode(constant)]  # they tell two lambdas of one line apart
+    return inner([text, code.co_names, constants, value.__defaults__, [cell.cell_contents for cell in value.__closure__ or ()]])
 
 class FunctionJudge(AnswerJudge):
-    "Rates answers by a function of yours. The fingerprint holds the function's source; say a new `version` when something it depends on changes."
+    "Rates answers by a function of yours. The fingerprint follows its source and plain values it holds; say a new `version` when anything else it depends on changes."
     def __init__(self,
         function: Callable,     # Called with each `Conversation`; returns a number, or None where it cannot say
         questions=None,         # As in `AnswerJudge`
@@ -356,7 +364,7 @@ class FunctionJudge(AnswerJudge):
         super().__init__(questions, name=name or getattr(function, "__name__", type(function).__name__), **answering)
         self.function, self.unit, self.version = function, unit, version
 
-    def settings(self): return dict(**super().settings(), function=fingerprint(_source(self.function)), version=self.version)
+    def settings(self): return dict(**super().settings(), function=fingerprint(_content(self.function)), version=self.version)
 
     def scores(self, conversations, progress):
         with _progress(len(conversations), progress, self.name, "answer") as bar: return [self._call(c) for c in conversations if bar.update(1) or True]
@@ -577,7 +585,8 @@ class _Round:
 
     def ask_and_keep(self, body, path) -> dict | None:
         "The verdict on one prompt, on disk before anybody counts on it."
-        record = self.ask(body)
+        try: record = self.ask(body)
+        except BaseException: self.stop.set(); raise  # here and now, before this thread takes up the next prompt
         if record is not None:
             with atomic_file(path) as part: part.write_text(json.dumps({"model": self.judge.model, "base_url": self.judge.base_url, **record}), encoding="utf-8")
         return record
