@@ -1,7 +1,10 @@
 """The bundled data: complete pairs, no leak between files, lengths, and labels that words alone do not give away."""
 
 import json
+import re
+from collections import Counter
 from importlib import resources
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -112,5 +115,161 @@ def test_words_alone_do_not_give_the_label_away(split):
 
 def test_data_card_is_there():
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for word in ("Apache-2.0", "Limits", "Fields", "Intended use"):
+        assert word in card
+
+
+# --- careless: training about five domains, evaluation about five others
+
+
+CARELESS = resources.files("concept_tda") / "data" / "careless"
+TRAIN_DOMAINS = {"home", "kitchen", "DIY", "garden", "road"}
+
+
+def careless_rows(split):
+    return [json.loads(line) for line in (CARELESS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def safety_rows(split):
+    "Without the neutral conversations."
+    return [row for row in careless_rows(split) if row["label"] != "useful"]
+
+
+def answer(row):
+    return row["messages"][1]["content"]
+
+
+def words(text):
+    return re.findall(r"[\w']+", text.lower())
+
+
+def is_careless(data):
+    return [row["label"] == "careless" for row in data]
+
+
+def test_careless_sizes_and_labels():
+    train, heldout, evaluation = (careless_rows(split) for split in ("train", "heldout", "evaluation"))
+    assert Counter(row["label"] for row in train) == {"careless": 110, "careful": 110, "useful": 110}
+    assert Counter(row["label"] for row in heldout) == {"careless": 24, "careful": 24}
+    for row in train + heldout:
+        assert set(row) == {"messages", "label", "domain", "topic", "pair"}
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
+    assert len(evaluation) == 40
+    for row in evaluation:
+        assert set(row) == {"messages", "domain", "topic", "careless", "careful"} and [m["role"] for m in row["messages"]] == ["user"]
+
+
+def test_careless_topics_occur_under_both_labels_equally():
+    topics = Counter((row["topic"], row["label"]) for row in safety_rows("train"))
+    assert len(topics) == 2 * 55 and set(topics.values()) == {2}
+    for data, n_pairs in ((safety_rows("train"), 55), (careless_rows("heldout"), 24)):
+        pairs = {}
+        for row in data:
+            if row["pair"] is not None:
+                pairs.setdefault(row["pair"], []).append(row)
+        assert len(pairs) == n_pairs
+        for number, both in pairs.items():
+            assert sorted(row["label"] for row in both) == ["careful", "careless"], f"pair {number}"
+            assert len({row["topic"] for row in both}) == len({row["domain"] for row in both}) == 1, f"pair {number}"
+            assert answer(both[0]) != answer(both[1]), f"pair {number}"
+            assert len({question(row) for row in both}) == (2 if n_pairs == 55 else 1), f"pair {number}"
+    assert not {row["pair"] for row in safety_rows("train")} - {None} & {row["pair"] for row in careless_rows("heldout")}
+
+
+def test_careless_files_share_no_question_and_evaluation_is_elsewhere():
+    files = {split: careless_rows(split) for split in ("train", "heldout", "evaluation", "capability")}
+    questions = {split: {question(row).lower() for row in data} for split, data in files.items()}
+    assert {split: len(q) for split, q in questions.items()} == {"train": 330, "heldout": 24, "evaluation": 40, "capability": len(files["capability"])}
+    assert len(set.union(*questions.values())) == sum(map(len, questions.values()))
+    topics = {split: {row["topic"] for row in data if row.get("label") != "useful"} for split, data in files.items() if split != "capability"}
+    assert len(set.union(*topics.values())) == sum(map(len, topics.values())) == 55 + 24 + 40
+    assert {row["domain"] for row in safety_rows("train")} == {row["domain"] for row in files["heldout"]} == TRAIN_DOMAINS
+    elsewhere = Counter(row["domain"] for row in files["evaluation"])
+    assert len(elsewhere) == 5 and set(elsewhere.values()) == {8} and not set(elsewhere) & TRAIN_DOMAINS
+
+
+def test_careless_holds_no_near_duplicates():
+    texts = [answer(row) for split in ("train", "heldout") for row in careless_rows(split)]
+    texts += [row[label] for row in careless_rows("evaluation") for label in ("careless", "careful")]
+
+    def alike(a, b):
+        return len(a & b) / len(a | b)
+    runs = [{tuple(w[i:i + 4]) for i in range(len(w) - 3)} for w in map(words, texts)]
+    assert max(alike(a, b) for a, b in combinations(runs, 2)) < 0.2
+    asked = [set(words(question(row))) for split in ("train", "evaluation") for row in careless_rows(split)]
+    asked += [set(words(q)) for q in {question(row) for row in careless_rows("heldout")}]
+    assert max(alike(a, b) for a, b in combinations(asked, 2)) < 0.75
+    # the measure itself works: a few words changed at one end are found
+    assert alike(runs[0], {tuple(w[i:i + 4]) for w in [words(texts[0])[:-3] + ["and", "so", "on"]] for i in range(len(w) - 3)}) > 0.2
+
+
+def test_careless_order_is_mixed():
+    for split in ("train", "heldout"):
+        data = careless_rows(split)
+        assert all(a["pair"] is None or a["pair"] != b["pair"] for a, b in zip(data, data[1:]))
+        first_half = np.mean(is_careless(data[: len(data) // 2])) / np.mean(is_careless(data))
+        assert 0.7 < first_half < 1.3
+
+
+def test_careless_lengths():
+    for split in ("train", "heldout"):
+        data = safety_rows(split)
+        n_words = np.array([len(answer(row).split()) for row in data])
+        assert n_words.min() >= 35 and n_words.max() <= 60
+        assert 0.45 <= roc_auc_score(is_careless(data), n_words) <= 0.55, split
+        assert 0.45 <= roc_auc_score(is_careless(data), [len(answer(row)) for row in data]) <= 0.55, split
+    for row in careless_rows("evaluation"):
+        a, b = len(row["careless"].split()), len(row["careful"].split())
+        assert 15 <= min(a, b) and max(a, b) <= 30 and abs(a - b) <= 0.15 * max(a, b), question(row)
+
+
+def test_careless_token_lengths(tokenizer):
+    for split in ("train", "heldout"):
+        data = safety_rows(split)
+        tokens = [len(tokenizer(answer(row), add_special_tokens=False).input_ids) for row in data]
+        assert 0.42 <= roc_auc_score(is_careless(data), tokens) <= 0.58, split
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_careless_words_alone_do_not_give_the_label_away(split):
+    data = safety_rows(split)
+    labels, topics, texts = is_careless(data), [row["topic"] for row in data], [answer(row) for row in data]
+    by_words = word_auc(texts, labels, topics)
+    assert by_words < 0.7
+    assert word_auc([question(row) for row in data], labels, topics) < 0.65
+    # the measure itself works: one telling word in each careless answer is found
+    assert word_auc([text + " absolutely" * label for text, label in zip(texts, labels)], labels, topics) > by_words + 0.15
+
+
+def test_careless_words_learned_in_training_hardly_carry_over():
+    reader = make_pipeline(CountVectorizer(), MultinomialNB())
+    train = safety_rows("train")
+    reader.fit([answer(row) for row in train], is_careless(train))
+    heldout, evaluation = careless_rows("heldout"), careless_rows("evaluation")
+    assert roc_auc_score(is_careless(heldout), reader.predict_proba([answer(row) for row in heldout])[:, 1]) < 0.8
+    references = [row[label] for row in evaluation for label in ("careless", "careful")]
+    assert roc_auc_score([1, 0] * len(evaluation), reader.predict_proba(references)[:, 1]) < 0.8
+
+
+@pytest.mark.parametrize("split, n", [("train", 330), ("heldout", 48), ("evaluation", 40)])
+def test_bundled_reads_careless(split, n):
+    data = bundled("careless", split)
+    assert len(data) == n and len(set(data.ids)) == n and len(data.duplicates) == 0
+    for conversation, row in zip(data, careless_rows(split)):
+        assert [dict(m) for m in conversation.messages] == row["messages"]
+        assert all(conversation.metadata[key] == row[key] for key in row if key != "messages")
+
+
+def test_capability_questions_carry_a_right_and_a_wrong_answer():
+    data = bundled("careless", "capability")
+    assert len(data) >= 40 and len(data.duplicates) == 0
+    for conversation in data:
+        assert conversation.response == "" and set(conversation.metadata) == {"topic", "right", "wrong"}
+        a, b = (len(conversation.metadata[key].split()) for key in ("right", "wrong"))
+        assert conversation.metadata["right"] != conversation.metadata["wrong"] and abs(a - b) <= max(1, 0.15 * max(a, b))
+
+
+def test_careless_data_card_is_there():
+    card = (CARELESS / "README.md").read_text(encoding="utf-8")
     for word in ("Apache-2.0", "Limits", "Fields", "Intended use"):
         assert word in card
