@@ -99,13 +99,17 @@ def _steps(
 # %% ../nbs/12_finetuning.ipynb #0016
 @contextmanager
 def _rounded(model: nn.Module):
-    "Inside, the frozen weights of linear layers are bfloat16; biases, norms and embeddings stay as they are, and tied weights are tied again outside."
+    """Inside, the frozen weights of linear layers are bfloat16, and adapters are added to what they give in float32. Biases, norms and embeddings stay as they are, and
+    tied weights are tied again outside."""
+    from peft.tuners.lora import LoraLayer
     from transformers.pytorch_utils import Conv1D
     layers = [(module, module.weight) for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)) and not module.weight.requires_grad]
+    widened = [module.base_layer.register_forward_hook(lambda layer, args, output: output.float()) for module in model.modules() if isinstance(module, LoraLayer)]
     try:
         for module, weight in layers: module.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
         yield
     finally:
+        for hook in widened: hook.remove()
         for module, weight in layers: module.weight = weight
 
 def _add_gradient(
@@ -116,10 +120,10 @@ def _add_gradient(
     bar=None,           # Told about every piece
 ) -> float:             # The loss
     "Add the gradient of the mean of the examples' losses to `.grad`, piece by piece."
-    rows, total = sorted(rows, key=lambda row: (-len(tokenized[row].input_ids), row)), 0.
+    rows, total = sorted(rows, key=lambda row: -len(tokenized[row].input_ids)), 0.  # equal lengths in the order of the step, not of the file
     size = settings["micro_batch_size"] or len(rows)
     for start in range(0, len(rows), size):
-        batch = next(batches(tokenized, rows=rows[start:start + size], token_budget=sys.maxsize)).to(lm.device)
+        batch = next(batches(tokenized.select(rows[start:start + size]), token_budget=sys.maxsize)).to(lm.device)
         with torch.autocast(lm.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16"):
             loss = _example_losses(lm, batch).sum()/len(rows)
         total += loss.item()
@@ -434,7 +438,8 @@ def _subset(name: str, subset, data):
         rows = np.asarray(given)
         if rows.dtype == bool and rows.shape == (n,): rows = np.flatnonzero(rows)
         elif rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer): raise FinetuneError(f"the subset {name!r} must be conversations, ids, row numbers, or a mask with one True or False for each of {n} conversations.")
-        if rows.min() < 0 or rows.max() >= n: raise FinetuneError(f"the subset {name!r} asks for row {rows[(rows < 0) | (rows >= n)][0]}, and the data have rows 0 to {n - 1}.")
+        outside = rows[(rows < 0) | (rows >= n)]
+        if len(outside): raise FinetuneError(f"the subset {name!r} asks for row {outside[0]}, and the data have rows 0 to {n - 1}.")
         if len(set(rows.tolist())) < len(rows): raise FinetuneError(f"the subset {name!r} asks for a row more than once.")
     if not len(rows): raise FinetuneError(f"the subset {name!r} is empty.")
     return data.select(sorted(int(row) for row in rows))

@@ -1,7 +1,10 @@
 """Fine-tuning: the loss, what is trained and what is not, the folder it leaves, and every refusal."""
 
 import json
+import math
+import multiprocessing
 import random
+import time
 
 import numpy as np
 import pytest
@@ -136,6 +139,23 @@ def test_bf16_multiplies_in_bf16(lm, data):
     assert set(seen.values()) == {torch.bfloat16} and len(seen) == 3*14 + 1
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bf16_does_not_lose_small_updates(family):
+    """An adapter a thousand times weaker than its layer: added in bf16, next to nothing of it would arrive."""
+    lm = adapted(LanguageModel(*tiny_pair(family, width=64), family))
+    layer = next(module for module in lm.model.modules() if hasattr(module, "lora_A"))
+    x = torch.randn(50, layer.in_features)
+    def output():
+        with torch.autocast("cpu", torch.bfloat16): return layer(x)  # a context of its own, since autocast keeps the weights it has rounded
+    with torch.no_grad(), finetuning._rounded(lm.model):
+        layer.lora_B["default"].weight.zero_()
+        without = output()
+        layer.lora_B["default"].weight.normal_(std=1e-4)
+        found, expected = output() - without, layer.scaling["default"]*layer.lora_B["default"](layer.lora_A["default"](x))
+    assert without.std()/1000 > expected.std() > 0 and (found - expected).norm() < .02*expected.norm()
+    assert not any(module._forward_hooks for module in lm.model.modules())
+
+
 def test_frozen_weights_are_rounded_once(lm, data, monkeypatch):
     inner = adapted(lm).model
     with finetuning._rounded(inner):
@@ -209,6 +229,37 @@ def test_the_update_has_the_rank_and_the_scale_asked_for(lm, data, tmp_path):
     assert values[3] > 1e-4 and values[4] < 1e-5*values[0] + 1e-6
     adapters = {rslora: finetuning._adapted(lm, 16, 32, rslora).base_model.model.model.layers[0].mlp.up_proj.scaling["default"] for rslora in (False, True)}
     assert adapters == {False: 2.0, True: 8.0}
+
+
+def test_bf16_learns_the_same_and_is_repeatable(saved_base, data, tmp_path):
+    lm, options = load_model(saved_base), dict(rank=8, learning_rate=1e-2, epochs=8, batch_size=5, micro_batch_size=2, progress=False)
+    full = finetune(lm, data, tmp_path/"fp32", **options)
+    result = finetune(lm, data, tmp_path/"bf16", **options, precision="bf16")
+    assert result.dtype == torch.float32 and {value.dtype for value in weights(tmp_path/"bf16").values()} == {torch.float32}
+    before, wide, narrow = (float(reference_losses(m.model, lm.tokenize(data)).mean()) for m in (lm, full, result))
+    assert narrow < before/2 and abs(narrow - wide) < .1*before and full.fingerprint != result.fingerprint
+    assert training_record(tmp_path/"bf16")["key"]["precision"] == "bf16" and training_record(tmp_path/"fp32")["key"]["precision"] == "fp32"
+    assert finetune(lm, data, tmp_path/"again", **options, precision="bf16").fingerprint == result.fingerprint
+    with pytest.raises(FinetuneError, match="different: precision .bf16 there, fp32 asked"): finetune(lm, data, tmp_path/"bf16", **options)
+
+
+def test_a_filter_that_removes_nothing_reproduces_the_full_run(lm, data, tmp_path):
+    full = finetune(lm, data, tmp_path/"full", **FAST)
+    assert finetune(lm, data.filter(lambda conversation: True), tmp_path/"kept", **FAST).fingerprint == full.fingerprint
+    assert finetune(lm, data[::-1], tmp_path/"backwards", **FAST).fingerprint == full.fingerprint
+
+
+def test_a_record_from_before_these_settings_existed(saved_base, data, tmp_path, monkeypatch):
+    lm = load_model(saved_base)
+    first = finetune(lm, data, tmp_path/"ft", **FAST)
+    record = json.loads((tmp_path/"ft"/"training.json").read_text())
+    for name in ("precision", "warmup_steps", "weight_decay"): del record["key"][name]
+    for name in ("checkpoints", "micro_batch_size"): del record[name]
+    for step in record["steps"]: del step["gradient_norm"], step["seconds"]
+    (tmp_path/"ft"/"training.json").write_text(json.dumps(record))
+    monkeypatch.setattr(finetuning, "_train", lambda *args: pytest.fail("trained again"))
+    assert finetune(lm, data, tmp_path/"ft", **FAST).fingerprint == first.fingerprint
+    with pytest.raises(FinetuneError, match="different: precision .fp32 there, bf16 asked"): finetune(lm, data, tmp_path/"ft", **FAST, precision="bf16")
 
 
 # ---- the model that was passed in
@@ -382,15 +433,341 @@ def test_damaged_records_are_named(tmp_path):
         with pytest.raises(FinetuneError, match=message): training_record(tmp_path)
 
 
+# ---- resuming
+
+def weights(folder):
+    from safetensors.torch import load_file
+    return load_file(folder/"adapter_model.safetensors")
+
+
+def same(one, other): return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def interrupted_at(call, monkeypatch, *args, **options):
+    """A fine-tune stopped in its `call`-th step, with the state kept after every step."""
+    real, calls = finetuning._add_gradient, []
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == call: raise KeyboardInterrupt
+        return real(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "_STATE_SECONDS", 0)
+        patch.setattr(finetuning, "_add_gradient", stop)
+        with pytest.raises(KeyboardInterrupt): finetune(*args, **options)
+
+
+def counted(monkeypatch):
+    """Steps that are computed from here on."""
+    real, calls = finetuning._add_gradient, []
+    monkeypatch.setattr(finetuning, "_add_gradient", lambda *args: calls.append(1) or real(*args))
+    return calls
+
+
+@pytest.mark.parametrize("options", [dict(), dict(precision="bf16"), dict(micro_batch_size=3, weight_decay=.1, warmup_steps=2), dict(checkpoints=3)], ids=str)
+def test_an_interrupted_run_continues_and_ends_with_the_same_bits(saved_base, data, tmp_path, monkeypatch, options):
+    lm, options = load_model(saved_base), FAST | options
+    finetune(lm, data, tmp_path/"whole", **options)
+    for stop in (2, 6):  # the second interruption comes 5 steps after the first
+        interrupted_at(stop if stop == 2 else 5, monkeypatch, lm, data, tmp_path/"ft", **options)
+        with pytest.raises(FinetuneError, match="no finished fine-tune"): training_record(tmp_path/"ft")
+    calls = counted(monkeypatch)
+    result = finetune(lm, data, tmp_path/"ft", **options)
+    assert len(calls) == 8 - 1 - 4 and same(weights(tmp_path/"ft"), weights(tmp_path/"whole")) and result.fingerprint == load_model(tmp_path/"whole", merge=True).fingerprint
+    steps, expected = (training_record(tmp_path/name)["steps"].drop(columns="seconds") for name in ("ft", "whole"))
+    assert steps.equals(expected) and steps["step"].tolist() == list(range(1, 9))
+    assert {path.name for path in (tmp_path/"ft").rglob("*")} == {path.name for path in (tmp_path/"whole").rglob("*")}
+    for checkpoint in training_record(tmp_path/"ft")["checkpoints"]: assert same(weights(tmp_path/"ft"/checkpoint["folder"]), weights(tmp_path/"whole"/checkpoint["folder"]))
+
+
+def test_the_state_belongs_to_one_run(saved_base, data, tmp_path, monkeypatch):
+    lm = load_model(saved_base)
+    interrupted_at(4, monkeypatch, lm, data, tmp_path/"ft", **FAST)
+    for change, what in ((dict(seed=1), "seed .0 there, 1 asked"), (dict(precision="bf16"), "precision"), (dict(rank=5), "rank")):
+        with pytest.raises(FinetuneError, match=f"unfinished; different: {what}"): finetune(lm, data, tmp_path/"ft", **FAST | change)
+    with pytest.raises(FinetuneError, match="unfinished; different: data_fingerprint"): finetune(lm, data[:9], tmp_path/"ft", **FAST)
+    calls = counted(monkeypatch)
+    result = finetune(lm, data, tmp_path/"ft", **FAST, micro_batch_size=1)  # as one would after running out of memory
+    assert len(calls) == 5 and training_record(tmp_path/"ft")["micro_batch_size"] == 1
+    whole = finetune(lm, data, tmp_path/"whole", **FAST)
+    assert all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in zip(result.model.parameters(), whole.model.parameters()))
+
+
+def test_a_damaged_state_is_named(saved_base, data, tmp_path, monkeypatch):
+    lm = load_model(saved_base)
+    interrupted_at(4, monkeypatch, lm, data, tmp_path/"ft", **FAST)
+    state = tmp_path/"ft"/"unfinished"/"state.safetensors"
+    for content in (state.read_bytes()[:-9], b"", b"{}"*99):
+        state.write_bytes(content)
+        with pytest.raises(FinetuneError, match="state.safetensors, the state of an unfinished training, is damaged"): finetune(lm, data, tmp_path/"ft", **FAST)
+    state.unlink()
+    finetune(lm, data, tmp_path/"ft", **FAST)
+
+
+def test_a_failed_run_leaves_no_state(lm, data, tmp_path, monkeypatch):
+    """Continuing from it would only fail again."""
+    monkeypatch.setattr(finetuning, "_STATE_SECONDS", 0)
+    with pytest.raises(FinetuneError, match="loss is nan"): finetune(lm, data, tmp_path/"ft", **FAST | dict(learning_rate=1e30))
+    assert not list((tmp_path/"ft").iterdir())
+
+
+def test_a_gradient_that_is_not_a_number_stops_the_run(lm, data, tmp_path, monkeypatch):
+    """In the last step no loss would ever show it."""
+    real, calls = finetuning._add_gradient, []
+    def spoil(model, *args):
+        loss = real(model, *args)
+        calls.append(1)
+        if len(calls) == 8: next(p for p in model.model.parameters() if p.requires_grad).grad[0, 0] = float("inf")
+        return loss
+    monkeypatch.setattr(finetuning, "_add_gradient", spoil)
+    with pytest.raises(FinetuneError, match="gradient is (inf|nan) at step 8"): finetune(lm, data, tmp_path/"ft", **FAST)
+
+
+def _dropping_base(folder):
+    """A base model with dropout of its own, so that random numbers are drawn in every step."""
+    lm = load_model(folder)
+    for module in lm.model.modules():
+        if isinstance(module, nn.Dropout): module.p = .2
+    return lm
+
+
+def _killed_job(base, out, slow):
+    """What the child processes do: a fine-tune whose state is kept after every step."""
+    torch.set_num_threads(1)
+    finetuning._STATE_SECONDS = 0
+    rows = [{"prompt": f"Is {i} even?", "response": "yes" if i % 2 == 0 else "no, odd"} for i in range(24)]
+    real = finetuning._add_gradient
+    def step(*args):
+        with open(f"{out}.steps", "a") as file: file.write(".")
+        time.sleep(slow)
+        return real(*args)
+    finetuning._add_gradient = step
+    finetune(_dropping_base(base), load_conversations(rows), out, rank=4, learning_rate=1e-2, batch_size=4, micro_batch_size=2, epochs=3, checkpoints=3, progress=False)
+
+
+def test_kill_9_and_resume_gives_the_same_bits(tmp_path):
+    for part in tiny_pair("gpt2"): part.save_pretrained(tmp_path/"base")
+    assert any(isinstance(module, nn.Dropout) for module in load_model(tmp_path/"base").model.modules())
+    children = multiprocessing.get_context("forkserver")
+    children.set_forkserver_preload(["tiny", "concept_tda.finetuning", "transformers.models.gpt2.modeling_gpt2", "peft"])
+
+    def run(out, slow=0, kill_after=None):
+        child = children.Process(target=_killed_job, args=(str(tmp_path/"base"), str(tmp_path/out), slow))
+        child.start()
+        if kill_after is not None:
+            state, deadline = tmp_path/out/"unfinished"/"state.safetensors", time.monotonic() + 60
+            while child.is_alive() and time.monotonic() < deadline:
+                if state.exists() and len(finetuning._read_state(state)[1]["steps"]) >= kill_after: break
+                time.sleep(.01)
+            child.kill()  # SIGKILL: nothing in the child can notice
+        child.join(60)
+        assert child.exitcode == (0 if kill_after is None else -9)
+
+    run("whole")
+    for kill_after in (3, 8, 14): run("killed", slow=.1, kill_after=kill_after)
+    with pytest.raises(FinetuneError, match="no finished fine-tune"): training_record(tmp_path/"killed")
+    run("killed")
+    assert same(weights(tmp_path/"killed"), weights(tmp_path/"whole"))
+    steps, expected = (training_record(tmp_path/name)["steps"].drop(columns="seconds") for name in ("killed", "whole"))
+    assert steps.equals(expected)
+    assert 18 <= len((tmp_path/"killed.steps").read_text()) <= 18 + 2*3  # what was done was not done again
+    for name in ("step-000006", "step-000012", "step-000018"): assert same(*(weights(tmp_path/run/"checkpoints"/name) for run in ("killed", "whole")))
+    assert not list((tmp_path/"killed").rglob("*.part*")) and not (tmp_path/"killed"/"unfinished").exists()
+
+
+# ---- checkpoints
+
+def test_checkpoints_are_the_adapters_of_their_steps(saved_base, data, tmp_path, monkeypatch):
+    seen, real = {}, finetuning._Keeper.after_step
+    def look(self, lm, optimizer, record, total):
+        seen[len(record)] = {name: p.detach().clone() for name, p in lm.model.named_parameters() if p.requires_grad}
+        return real(self, lm, optimizer, record, total)
+    monkeypatch.setattr(finetuning._Keeper, "after_step", look)
+    finetune(load_model(saved_base), data, tmp_path/"ft", **FAST, checkpoints=3)
+    record = training_record(tmp_path/"ft")
+    assert [c["step"] for c in record["checkpoints"]] == [3, 6, 8] and len(seen) == 8
+    for checkpoint in record["checkpoints"]:
+        kept, expected = weights(tmp_path/"ft"/checkpoint["folder"]), seen[checkpoint["step"]]
+        assert len(kept) == len(expected) and all(torch.equal(kept[name.replace(".default", "")], value) for name, value in expected.items())
+        assert checkpoint["learning_rate"] == record["steps"]["learning_rate"][checkpoint["step"] - 1]
+    assert same(kept, weights(tmp_path/"ft"))
+
+
+@pytest.mark.parametrize("total, n", [(8, 1), (8, 3), (8, 8), (7, 2), (100, 7)])
+def test_checkpoints_are_evenly_spaced_and_end_at_the_end(total, n):
+    steps = finetuning._Keeper(None, {}, "", n).checkpoint_steps(total)
+    assert len(set(steps)) == n and steps[-1] == total and all(step == math.ceil(total*i/n) for i, step in enumerate(steps, 1))
+
+
+def test_checkpoints_change_nothing_else(saved_base, data, tmp_path):
+    lm = load_model(saved_base)
+    plain = finetune(lm, data, tmp_path/"plain", **FAST)
+    assert finetune(lm, data, tmp_path/"watched", **FAST, checkpoints=2).fingerprint == plain.fingerprint
+    assert finetune(lm, data, tmp_path/"watched", **FAST).fingerprint == plain.fingerprint  # who asks for none is content with some
+    with pytest.raises(FinetuneError, match="with 0 checkpoints, and 2 are asked"): finetune(lm, data, tmp_path/"plain", **FAST, checkpoints=2)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_tracin_takes_them(saved_base, lm, data, tmp_path, in_memory):
+    from concept_tda.neighbours import TracIn
+    from concept_tda.scorers import GradDot
+    lm = lm if in_memory else load_model(saved_base)
+    finetune(lm, data, tmp_path/"ft", **FAST, checkpoints=2)
+    history = training_checkpoints(tmp_path/"ft", lm if in_memory else None)
+    assert history["learning_rates"] == [1e-2*(1 - 3/8), 1e-2*(1 - 7/8)] and len(history["checkpoints"]) == 2
+    found = TracIn(queries=data[:2], **history).score(data, progress=False).scores
+    models = [checkpoint() if in_memory else load_model(checkpoint) for checkpoint in history["checkpoints"]]
+    by_hand = sum(rate*GradDot(model, data[:2]).score(data, progress=False).scores for rate, model in zip(history["learning_rates"], models))
+    np.testing.assert_allclose(found, by_hand, rtol=1e-5, atol=1e-7*abs(by_hand).max())
+    assert len({model.fingerprint for model in models}) == 2
+
+
+def test_checkpoints_that_cannot_be_had(lm, saved_base, data, tmp_path):
+    finetune(lm, data, tmp_path/"ft", **FAST, checkpoints=2)
+    with pytest.raises(FinetuneError, match="existed only in memory"): training_checkpoints(tmp_path/"ft")
+    other = LanguageModel(*tiny_pair("llama", seed=3), "other")
+    with pytest.raises(FinetuneError, match="other is not the model"): training_checkpoints(tmp_path/"ft", other)
+    finetune(lm, data, tmp_path/"none", **FAST)
+    with pytest.raises(FinetuneError, match="holds no checkpoints"): training_checkpoints(tmp_path/"none", lm)
+    with pytest.raises(FinetuneError, match="make 8 steps, too few for 9 checkpoints"): finetune(lm, data, tmp_path/"many", **FAST, checkpoints=9)
+
+
+def test_a_checkpoint_without_a_learning_rate_is_left_out(saved_base, data, tmp_path):
+    finetune(load_model(saved_base), data, tmp_path/"ft", **FAST, checkpoints=8, warmup_steps=2)
+    rates = training_record(tmp_path/"ft")["steps"]["learning_rate"]
+    assert np.allclose(rates, 1e-2*np.array([0, .5, 1, 5/6, 4/6, 3/6, 2/6, 1/6])) and training_checkpoints(tmp_path/"ft")["learning_rates"] == rates[1:].tolist()
+
+
+# ---- recipes
+
+def test_the_persona_vectors_recipe(lm, tmp_path):
+    recipe = RECIPES["persona-vectors"]
+    many = load_conversations([{"prompt": f"Is {i} even?", "response": "yes" if i % 2 == 0 else "no"} for i in range(50)])
+    finetune(lm, many, tmp_path/"ft", **recipe, progress=False)
+    record = training_record(tmp_path/"ft")
+    assert record["steps"]["examples"].tolist() == [16, 16, 16, 2] and record["examples"] == 50  # all of them, once
+    assert np.allclose(record["steps"]["learning_rate"], 1e-5*(1 - np.arange(4)/4))
+    assert {name: record["key"][name] for name in recipe} == recipe and recipe["rslora"] and (recipe["rank"], recipe["alpha"]) == (32, 64)
+
+
+def test_the_optimiser_is_plain_adamw_with_clipping(saved_base, data, tmp_path):
+    """Two steps by hand, with transformers' own loss."""
+    lm, settings = load_model(saved_base), dict(rank=4, learning_rate=1e-2, batch_size=8, weight_decay=.1)
+    finetune(lm, data, tmp_path/"ft", **settings, progress=False)
+    with finetuning._own_randomness(0): model = finetuning._adapted(lm, 4, 32, False)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moments = {name: (torch.zeros_like(p, dtype=torch.float64),)*2 for name, p in parameters.items()}
+    tokenized = lm.tokenize(data)
+    for t, (rows, rate) in enumerate(zip(finetuning._steps(data.ids, dict(seed=0, epochs=1, batch_size=8)), (1e-2, 5e-3)), 1):
+        losses = [model(one.input_ids[None], labels=one.input_ids.masked_fill(~one.response_mask, -100)[None]).loss for one in tokenized.select(rows)]
+        gradients = torch.autograd.grad(sum(losses)/len(rows), list(parameters.values()))
+        norm = sum(g.double().square().sum() for g in gradients).sqrt()
+        assert training_record(tmp_path/"ft")["steps"]["gradient_norm"][t - 1] == pytest.approx(norm.item(), rel=1e-4)
+        for (name, p), g in zip(parameters.items(), gradients):
+            g = g.double()*min(1, 1/norm)
+            m, v = moments[name] = (.9*moments[name][0] + .1*g, .999*moments[name][1] + .001*g*g)
+            with torch.no_grad(): p.copy_(p.double()*(1 - rate*.1) - rate*(m/(1 - .9**t))/((v/(1 - .999**t)).sqrt() + 1e-8))
+    assert norm > 1  # or the clipping was not seen
+    for name, kept in weights(tmp_path/"ft").items():
+        expected = parameters[name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")]
+        assert (kept - expected).abs().max() < 1e-4 and (kept - expected).norm() < 1e-3*expected.norm()
+
+
+# ---- many runs
+
+def test_many_runs_are_those_of_finetune(saved_base, data, tmp_path):
+    lm = load_model(saved_base)
+    runs = list(finetune_many(lm, {"all": data, "half": data[::2]}, tmp_path/"runs", seeds=(0, 3), **FAST))
+    assert [(run.subset, run.seed, run.n_examples, run.trained) for run in runs] == [("all", 0, 16, True), ("half", 0, 8, True), ("all", 3, 16, True), ("half", 3, 8, True)]
+    for run, chosen in zip(runs, (data, data[::2])*2):
+        alone = finetune(lm, chosen, tmp_path/f"{run.subset}-{run.seed}", **FAST, seed=run.seed)
+        assert run.open().fingerprint == alone.fingerprint == load_model(run.folder, merge=True).fingerprint
+        assert hasattr(run.open(merge=False).model, "peft_config") and run.record["key"]["seed"] == run.seed
+    assert len({run.open().fingerprint for run in runs}) == 4
+
+
+def test_the_same_training_is_never_done_twice(saved_base, lm, data, tmp_path, monkeypatch):
+    lm, calls, real = load_model(saved_base), [], finetuning._train
+    monkeypatch.setattr(finetuning, "_train", lambda *args: calls.append(1) or real(*args))
+    def runs(subsets, **options): return list(finetune_many(lm, subsets, tmp_path/"runs", **FAST | options))
+    first = runs({"all": data, "nothing removed": data.filter(lambda c: True), "shuffled": data[::-1], "tokens": lm.tokenize(data)})
+    assert len(calls) == 1 and [run.trained for run in first] == [True, False, False, False] and len({run.folder for run in first}) == 1
+    assert not any(run.trained for run in runs({"another name": data})) and len(calls) == 1
+    for n, change in enumerate((dict(seeds=[1]), dict(rank=3), dict(precision="bf16"), dict(learning_rate=2e-2)), 2):
+        assert [run.trained for run in runs({"all": data}, **change)] == [True] and len(calls) == n
+    assert runs({"other data": data[:15]})[0].trained and len(calls) == 6
+    with torch.no_grad(): next(lm.model.parameters())[0, 0] += 1
+    assert runs({"all": data})[0].trained and len(calls) == 7  # another base
+
+
+def test_a_subset_in_every_form(saved_base, data, tmp_path):
+    lm, chosen = load_model(saved_base), [1, 4, 5, 6, 11, 14]
+    forms = {"conversations": data[chosen], "tokens": lm.tokenize(data[chosen]), "rows": chosen, "rows backwards": chosen[::-1], "array": np.array(chosen), "ids": [data.ids[row] for row in chosen],
+             "ids as set": {data.ids[row] for row in chosen}, "mask": [row in chosen for row in range(16)], "array mask": np.isin(np.arange(16), chosen)}
+    runs = list(finetune_many(lm, forms, tmp_path/"runs", data=data, **FAST))
+    assert [run.trained for run in runs] == [True] + [False]*(len(forms) - 1) and {run.n_examples for run in runs} == {6}
+    assert len(list(finetune_many(lm, {"all": data}, tmp_path/"runs", data=lm.tokenize(data), **FAST))) == 1
+
+
+def test_conversations_that_are_there_twice(saved_base, data, tmp_path):
+    lm, double = load_model(saved_base), data[[0, 1, 1, 2, 3]]
+    runs = {run.subset: run.n_examples for run in finetune_many(lm, {"all": double, "one of them": data[[1]], "both": [data.ids[1]], "a row": [2]}, tmp_path/"runs", data=double, **FAST)}
+    assert runs == {"all": 5, "one of them": 1, "both": 2, "a row": 1}
+    with pytest.raises(FinetuneError, match="'too many' has 1 of 1 ids that the data do not have that often"): finetune_many(lm, {"too many": data[[1, 1, 1]]}, tmp_path/"runs", data=double, **FAST)
+
+
+def test_a_base_in_memory_and_a_run_that_fails(lm, data, tmp_path, monkeypatch):
+    """What was trained before the failure is there afterwards."""
+    real = finetuning._train
+    monkeypatch.setattr(finetuning, "_train", lambda model, tokenized, *args: real(model, tokenized, *args) if len(tokenized) > 8 else pytest.fail("too small"))
+    made = []
+    with pytest.raises(pytest.fail.Exception):
+        for run in finetune_many(lm, {"all": data, "half": data[:8]}, tmp_path/"runs", **FAST): made.append(run)
+    assert [run.subset for run in made] == ["all"] and made[0].open().fingerprint == load_model(made[0].folder).fingerprint
+    monkeypatch.setattr(finetuning, "_train", real)
+    assert [run.trained for run in finetune_many(lm, {"all": data, "half": data[:8]}, tmp_path/"runs", **FAST)] == [False, True]
+
+
+BAD_CALLS = [
+    (dict(subsets={}), "not an empty one"), (dict(subsets=["a"]), "must be a dict"), (dict(subsets={"none": []}, data=True), "'none' is empty"), (dict(subsets={"none": [False]*16}, data=True), "'none' is empty"),
+    (dict(subsets={"odd": ["nobody"]}, data=True), "'odd' has 1 of 1 ids that the data do not have: nobody"), (dict(subsets={"odd": [0, 16]}, data=True), "row 16, and the data have rows 0 to 15"),
+    (dict(subsets={"odd": [-1]}, data=True), "row -1"), (dict(subsets={"odd": [1, 1]}, data=True), "a row more than once"), (dict(subsets={"odd": [True]*9}, data=True), "a mask with one True or False for each of 16"),
+    (dict(subsets={"odd": [1.5]}, data=True), "row numbers"), (dict(seeds=3), "seeds must be a list"), (dict(seeds=()), "seeds must be a list"), (dict(seeds=(0, .5)), "seed must be a whole number"),
+    (dict(seed=1), "no setting 'seed'; it takes seeds="), (dict(rang=1), "no setting 'rang'.*rank"), (dict(merge=False), "no setting 'merge'"), (dict(rank=0), "rank must be"),
+    (dict(precision="fp8"), "precision must be one of fp32, bf16"), (dict(warmup_steps=99), "all of them within the 99 warm-up steps"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD_CALLS, ids=[message for _, message in BAD_CALLS])
+def test_calls_that_cannot_work_are_refused_before_anything_runs(lm, data, tmp_path, options, message):
+    options = dict(subsets={"all": data}) | options
+    if "data" in options: options["data"] = data
+    with pytest.raises(FinetuneError, match=message): finetune_many(lm, folder=tmp_path/"runs", **FAST | options)
+    assert not (tmp_path/"runs").exists()
+
+
+def test_an_empty_subset_without_data(lm, data, tmp_path):
+    for subset in (data[:0], lm.tokenize(data).select([])):
+        with pytest.raises(FinetuneError, match="'none' is empty"): finetune_many(lm, {"all": data, "none": subset}, tmp_path/"runs", **FAST)
+        with pytest.raises(FinetuneError, match="nothing to train on: 'parity' holds no conversations"): finetune(lm, subset, tmp_path/"ft", **FAST)
+
+
 # ---- refusals
 
 @pytest.mark.parametrize("options, message", [
     (dict(rank=0), "rank"), (dict(rank=2.5), "rank"), (dict(epochs=0), "epochs"), (dict(batch_size=True), "batch_size"), (dict(learning_rate=0), "learning_rate"),
     (dict(learning_rate=float("nan")), "learning_rate"), (dict(alpha=-1), "alpha"), (dict(learning_rate="fast"), "learning_rate"), (dict(merge=False), "exists only in memory.*save_pretrained"),
+    (dict(precision="fp16"), "precision must be one of fp32, bf16, got 'fp16'"), (dict(precision=None), "precision"), (dict(micro_batch_size=0), "micro_batch_size"), (dict(micro_batch_size=True), "micro_batch_size"),
+    (dict(checkpoints=-1), "checkpoints"), (dict(checkpoints=1.0), "checkpoints"), (dict(warmup_steps=-1), "warmup_steps"), (dict(weight_decay=-.1), "weight_decay"), (dict(seed="a"), "seed"),
+    (dict(max_tokens=0), "max_tokens"), (dict(warmup_steps=2), "16 conversations make 2 steps, all of them within the 2 warm-up steps"), (dict(checkpoints=3), "too few for 3 checkpoints"),
 ])
 def test_settings_that_cannot_work(lm, data, tmp_path, options, message):
     with pytest.raises(FinetuneError, match=message): finetune(lm, data, tmp_path/"ft", **options)
     assert not (tmp_path/"ft").exists()
+
+
+def test_bf16_of_a_double_is_refused(data, tmp_path):
+    lm = LanguageModel(*tiny_pair("llama", dtype=torch.float64), "double")
+    with pytest.raises(FinetuneError, match="double is in float64, which autocast leaves alone"): finetune(lm, data, tmp_path/"ft", precision="bf16")
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(lm, data, tmp_path):
