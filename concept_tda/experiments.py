@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ExperimentError', 'Experiment', 'FilterAndRetrain', 'ActivationJudge', 'LinearDatamodelingScore',
-           'CounterfactualPrediction']
+           'CounterfactualPrediction', 'TailPatch', 'baseline_scorers', 'MethodComparison', 'ParetoCurve']
 
 # %% ../nbs/19_experiments.ipynb #0003
 import gc, json, os, shutil, socket, time
@@ -120,20 +120,23 @@ class Experiment:
     "A plan of models to make, each judged by every judge. Subclasses say which models, and what to make of the verdicts."
     kind, _format = "experiment", "concept_tda.experiment/1"
 
-    def __init__(self, maker, judges, folder, keep_models=False):
-        self.maker, self.folder, self.judges, self.keep_models, self._evaluations = maker, Path(folder), _by_judge(judges), keep_models, {}
+    def __init__(self, maker, judges, folder, name, keep_models=False):
+        if name is not None and (not isinstance(name, str) or not name or Path(name).name != name): raise ExperimentError(f"name={name!r} becomes the name of a file: give a plain word")
+        self.name, self.maker, self.folder, self.judges, self.keep_models, self._evaluations = name, maker, Path(folder), _by_judge(judges), keep_models, {}
         self.judge_records = [{"name": name, "unit": judge.unit, "fingerprint": judge.fingerprint} for name, judge in self.judges.items()]
         self._check_folder()
 
     @property
-    def _plan_file(self): return self.folder/f"{self.kind}.json"
+    def _plan_file(self): return self.folder/f"{self.name or self.kind}.json"
 
     def _check_folder(self):
-        "Refuse a folder that holds this kind of experiment on another model, other data or with another recipe."
+        "Refuse a folder that holds an experiment of this name of another kind, on another model, other data or with another recipe."
         if not self._plan_file.exists(): return
-        there = _read_json(self._plan_file, self.kind).get("setting", {})
+        record = _read_json(self._plan_file, f"{self.kind} experiment")
+        if record.get("kind") != self.kind: raise ExperimentError(f"{self._plan_file} belongs to a {record.get('kind')} experiment. Choose another name= or folder.")
+        there = record.get("setting", {})
         if different := [f"{name} ({there.get(name)} there, {value} asked)" for name, value in self.maker.setting.items() if there.get(name) != value]:
-            raise ExperimentError(f"{self.folder} holds a {self.kind} experiment of another setting; different: {'; '.join(different)}. Choose another folder.")
+            raise ExperimentError(f"{self.folder} holds a {self.kind} experiment of another setting; different: {'; '.join(different)}. Choose another folder or name=.")
 
     def _settle(self, entries, **about):
         "Fix the plan: `entries` are dicts with `rows` (None: the base model), `seed` and whatever the table needs."
@@ -151,13 +154,14 @@ class Experiment:
 
     @classmethod
     def from_folder(cls,
-        folder: str | Path, # Folder of a run, finished or not
-    ) -> "Experiment":      # With the same table; it cannot run, since it has no model
+        folder: str | Path,       # Folder of a run, finished or not
+        name: str | None = None,  # Where the run had one
+    ) -> "Experiment":            # With the same table; it cannot run, since it has no model
         "The experiment as its files tell it."
         new = object.__new__(cls)
-        new.folder, new.maker, new._evaluations = Path(folder), None, {}
+        new.name, new.folder, new.maker, new._evaluations = name, Path(folder), None, {}
         record = _read_json(new._plan_file, f"{cls.kind} experiment")
-        if record.get("format") != cls._format: raise ExperimentError(f"{new._plan_file} is not in the format {cls._format!r} that this library reads.")
+        if record.get("format") != cls._format or record.get("kind") != cls.kind: raise ExperimentError(f"{new._plan_file} holds no {cls.kind} experiment in the format {cls._format!r}, but {record.get('kind')!r}, {record.get('format')!r}.")
         new.judge_records, new.about, new.entries = record["judges"], record["about"], record["entries"]
         return new
 
@@ -328,8 +332,9 @@ class FilterAndRetrain(Experiment):
         recipe: dict | str = {},# Settings of `finetune`, or the name of a recipe
         subsets: dict = {},     # More arms: what to train on by name, as row numbers, a mask or `Conversations`
         keep_models: bool = False, # Keep the trained models in cells/<cell>/model
+        name: str | None = None,# Of the plan's file; experiments with names of their own can share a folder
     ):
-        super().__init__(_Retraining(lm, train, recipe), judges, folder, keep_models)
+        super().__init__(_Retraining(lm, train, recipe), judges, folder, name, keep_models)
         train, seeds = self.maker.conversations, _checked_seeds(seeds)
         if unknown := [arm for arm in arms if arm not in self._arms]: raise ExperimentError(f"unknown arm {unknown[0]!r}; there are {', '.join(self._arms)}")
         results, n = _aligned_scores(attributions, train), len(train)
@@ -435,7 +440,7 @@ def _status(self: Experiment) -> str:
     "One line: what it is, and how far."
     total, seconds = len({entry["cell"] for entry in self.entries}), self.estimate()
     left = f"{self.remaining} of {total} models still to come" + (f", about {seconds/60:.0f} minutes for one process" if np.isfinite(seconds) else "") if self.remaining else f"all {total} models done"
-    return f"{type(self).__name__} in {self.folder}: {left}"
+    return f"{type(self).__name__}{f' {self.name!r}' if self.name else ''} in {self.folder}: {left}"
 
 @patch
 def __repr__(self: Experiment):
@@ -500,8 +505,9 @@ class LinearDatamodelingScore(Experiment):
         seeds=(0,),             # Every subset is trained with each of them; the measurements are averaged
         recipe: dict | str = {},# Settings of `finetune`, or the name of a recipe
         keep_models: bool = False, # Keep the trained models in cells/<cell>/model
+        name: str | None = None,# Of the plan's file; experiments with names of their own can share a folder
     ):
-        super().__init__(_Retraining(lm, train, recipe), judges, folder, keep_models)
+        super().__init__(_Retraining(lm, train, recipe), judges, folder, name, keep_models)
         results, seeds, n = _aligned_scores(attributions, self.maker.conversations), _checked_seeds(seeds), len(train)
         if n_subsets < 4: raise ExperimentError(f"n_subsets={n_subsets}: a rank correlation needs 4 subsets or more; 30 are a good number")
         subsets = [_random_rows(n, _count(n, fraction), draw) for draw in range(n_subsets)]
@@ -593,8 +599,9 @@ class CounterfactualPrediction(Experiment):
         seeds=(0, 1, 2),        # Methods' subsets are trained with every seed, each random one with one of them; changes are against the full run of the same seed
         recipe: dict | str = {},# Settings of `finetune`, or the name of a recipe
         keep_models: bool = False, # Keep the trained models in cells/<cell>/model
+        name: str | None = None,# Of the plan's file; experiments with names of their own can share a folder
     ):
-        super().__init__(_Retraining(lm, train, recipe), judges, folder, keep_models)
+        super().__init__(_Retraining(lm, train, recipe), judges, folder, name, keep_models)
         results, seeds, n = _aligned_scores(attributions, self.maker.conversations), _checked_seeds(seeds), len(train)
         draws = (seeds + [draw for draw in range(n_random + len(seeds)) if draw not in seeds])[:n_random]  # the first ones are the random arms of FilterAndRetrain
         removed = []
@@ -677,5 +684,381 @@ def plot(self: CounterfactualPrediction,
     figure.supylabel(f"measured change of {judge}", fontsize=9)
     handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right upper")
+    plt.close(figure)
+    return figure
+
+# %% ../nbs/19_experiments.ipynb #0041
+class _Step:
+    "Takes one step on one example and takes it back."
+    def __init__(self, lm, train, sites, learning_rate):
+        if not (isinstance(learning_rate, (int, float)) and learning_rate > 0): raise ExperimentError(f"learning_rate={learning_rate!r}: a positive number is needed")
+        self.lm, self.data, self.sites, self.learning_rate = lm, lm.tokenize(train), resolve_sites(lm, sites), learning_rate
+        if len(self.data) != len(train): raise ExperimentError(f"{len(train) - len(self.data)} examples were dropped when tokenised: pass data of which all can be used")
+        self.conversations = self.data.conversations
+        self.setting = {"base": lm.fingerprint, "data": self.data.fingerprint, "sites": fingerprint([site.name for site in self.sites]), "learning_rate": learning_rate}
+
+    def cell(self, rows, seed):
+        if rows is None: return fingerprint(self.setting["base"], "untrained")
+        return fingerprint(self.setting["base"], "one step", self.data.select(rows).fingerprint, self.setting["sites"], self.learning_rate)
+
+    @contextmanager
+    def model(self, rows, seed, folder, keep):
+        "The model after the step; the very weights of before when the block ends, error or not."
+        if rows is None: yield self.lm, None; return
+        start, before = time.perf_counter(), {}
+        batch = next(batches(self.data, rows=rows, token_budget=10**9)).to(self.lm.device)
+        with self.lm.undisturbed(), SiteGradients(self.sites) as gradients, torch.enable_grad():
+            (token_losses(self.lm, batch)*loss_weights(batch)).sum(1).mean().backward()
+        try:
+            with torch.no_grad():
+                for site in self.sites:
+                    before[site.name] = site.weight.clone()
+                    site.weight.sub_(self.learning_rate*gradients[site.name].to(site.weight.dtype))
+            yield self.lm, {"rows": [int(row) for row in rows], "n": len(rows), "seconds": time.perf_counter() - start}
+        finally:
+            with torch.no_grad():
+                for site in self.sites:
+                    if site.name in before: site.weight.copy_(before[site.name])
+
+# %% ../nbs/19_experiments.ipynb #0042
+class TailPatch(Experiment):
+    "The change of the behaviour after one gradient step on each top example, against the same step on random ones (METHODS §8)."
+    kind = "tail-patch"
+
+    def __init__(self,
+        lm,                     # `LanguageModel` to step from: the one whose training data were scored
+        train: Conversations,   # The training data
+        attributions,           # Results on `train` to test: a dict by name, or a list
+        judges,                 # The behaviours
+        folder: str | Path,     # Where plan and cells are kept
+        *,
+        top: int = 10,          # Highest and lowest scores of each method to step on
+        n_random: int = 20,     # Random examples to step on
+        learning_rate: float = 1e-3, # η, of plain gradient descent
+        sites = "attention",    # Weights that move, as in `resolve_sites`
+        seed: int = 0,          # Of the random examples
+        name: str | None = None,# Of the plan's file; experiments with names of their own can share a folder
+    ):
+        super().__init__(_Step(lm, train, sites, learning_rate), judges, folder, name)
+        results, n = _aligned_scores(attributions, self.maker.conversations), len(train)
+        if not 1 <= top <= n or not 1 <= n_random <= n: raise ExperimentError(f"top={top} and n_random={n_random} must lie between 1 and the {n} training examples")
+        entries = [dict(arm="base", method="", rank=None, seed=None, rows=None, row=None)]
+        for arm, direction in (("top", -1), ("bottom", 1)):
+            entries += [dict(arm=arm, method=name, rank=rank, seed=None, rows=[row], row=row)
+                        for name, result in results.items() for rank, row in enumerate(np.argsort(direction*result.scores, kind="stable")[:top].tolist(), 1)]
+        entries += [dict(arm="random", method="", rank=None, seed=None, rows=[row], row=row) for row in np.random.default_rng([seed, n]).permutation(n)[:n_random].tolist()]
+        stepped = sorted({entry["row"] for entry in entries} - {None})
+        self._settle(entries, methods=list(results), learning_rate=learning_rate, sites=len(self.maker.sites), scores={name: {str(row): float(result.scores[row]) for row in stepped} for name, result in results.items()})
+
+def _steps(self) -> pd.DataFrame: # Columns arm, method, rank, row, judge, unit, change
+    "One row for each step and judge that is finished: the change against the model before the step, paired by item."
+    base = self.entries[0]["cell"]
+    rows = [{name: entry[name] for name in ("arm", "method", "rank", "row")} | {"judge": judge["name"], "unit": judge["unit"], "change": _paired(self._evaluation(entry["cell"], judge), self._evaluation(base, judge))}
+            for entry in self.entries[1:] for judge in self.judge_records if self._evaluation(entry["cell"], judge)]
+    return pd.DataFrame(rows, columns=["arm", "method", "rank", "row", "judge", "unit", "change"]).astype({"rank": "Int64"})
+TailPatch.steps = property(_steps)
+
+# %% ../nbs/19_experiments.ipynb #0043
+def _welch(first, second) -> tuple[float, float]: # Difference of the means, half the width of its 95 % interval
+    "Welch's t-interval for two independent samples; NaN where one has fewer than two values."
+    from scipy.stats import t
+    a, b = (np.asarray(values, float) for values in (first, second))
+    if not len(a) or not len(b): return float("nan"), float("nan")
+    if min(len(a), len(b)) < 2: return float(a.mean() - b.mean()), float("nan")
+    va, vb = a.var(ddof=1)/len(a), b.var(ddof=1)/len(b)
+    if va + vb == 0: return float(a.mean() - b.mean()), 0.
+    return float(a.mean() - b.mean()), float(t.ppf(.975, (va + vb)**2/(va**2/(len(a) - 1) + vb**2/(len(b) - 1)))*(va + vb)**.5)
+
+def _tail_table(self) -> pd.DataFrame: # Columns method, judge, top, ±, bottom, ±, random, top - random, ±, share raised, Spearman, examples, random examples
+    "Mean changes by method and judge."
+    steps, rows = self.steps.dropna(subset=["change"]), []
+    for judge in dict.fromkeys(steps["judge"]):
+        part = steps[steps["judge"] == judge]
+        random, unique = part.loc[part["arm"] == "random", "change"], part.drop_duplicates("row")
+        for method in self.about["methods"]:
+            top, bottom = (part.loc[(part["arm"] == arm) & (part["method"] == method), "change"] for arm in ("top", "bottom"))
+            (high, high_half, n), (low, low_half, _), (gap, gap_half) = _interval(top), _interval(bottom), _welch(top, random)
+            scores = [self.about["scores"][method][str(row)] for row in unique["row"]]
+            rows.append({"method": method, "judge": judge, "top": high, "top ±": high_half, "bottom": low, "bottom ±": low_half, "random": random.mean(), "top - random": gap, "top - random ±": gap_half,
+                         "share raised": (top > 0).mean() if len(top) else np.nan, "Spearman": spearman(scores, unique["change"]), "examples": n, "random examples": len(random)})
+    return pd.DataFrame(rows, columns=["method", "judge", "top", "top ±", "bottom", "bottom ±", "random", "top - random", "top - random ±", "share raised", "Spearman", "examples", "random examples"])
+TailPatch.table = property(_tail_table)
+
+@patch
+def _shown(self: TailPatch): return self.table
+
+@patch
+def _notes(self: TailPatch) -> str:
+    return (f"Change of the judge's value after one step of gradient descent (learning rate {self.about['learning_rate']:g}, {self.about['sites']} sites) on one example. ± is half a 95 % t-interval over examples; "
+            "Spearman: between score and change, over all examples stepped on (mostly ends of the lists).")
+
+# %% ../nbs/19_experiments.ipynb #0044
+@patch
+def plot(self: TailPatch,
+    judge: str | None = None, # One judge; the first if None
+):                            # The matplotlib figure
+    "The change of every step: a row of points for each method's top and bottom, and one for random examples."
+    import matplotlib.pyplot as plt
+    judge = judge or self.judge_records[0]["name"]
+    steps = self.steps[self.steps["judge"] == judge].dropna(subset=["change"])
+    if steps.empty: raise ExperimentError(f"nothing to draw for the judge {judge!r}: there are {', '.join(one['name'] for one in self.judge_records)}, and {self.remaining} models still to come")
+    lines = [(f"{method}, {arm}", (steps["arm"] == arm) & (steps["method"] == method), colour) for method in self.about["methods"] for arm, colour in (("top", "#d55e00"), ("bottom", "#0072b2"))]
+    lines.append(("random examples", steps["arm"] == "random", "#777777"))
+    figure, ax = plt.subplots(figsize=(6.4, .9 + .26*len(lines)), layout="constrained")
+    for place, (_, chosen, colour) in enumerate(lines):
+        changes = steps.loc[chosen, "change"]
+        ax.scatter(changes, np.full(len(changes), place), s=12, color=colour, alpha=.55, lw=0)
+        if len(changes): ax.plot(changes.mean(), place, marker="|", ms=14, mew=2, color=colour)
+    ax.axvline(0, color="#777777", lw=.8)
+    ax.set_yticks(range(len(lines)), [name for name, _, _ in lines])
+    ax.invert_yaxis()
+    ax.set_xlabel(f"change of {judge} after one step")
+    ax.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)
+    return figure
+
+# %% ../nbs/19_experiments.ipynb #0049
+def baseline_scorers(
+    lm,                       # `LanguageModel`
+    train,                    # `Conversations` to be scored
+    *,
+    queries = None,           # `Conversations` that show the behaviour; adds BM25 and, with a concept, RepSim
+    concept = None,           # `Concept`; adds a random direction at its layer
+    seed: int = 0,            # Of the random scores and the random direction
+) -> dict[str, Scorer]:       # By name
+    "The methods that every result must beat: random, length, loss, BM25, RepSim, random direction."
+    found = [RandomScore(seed), ResponseLength(), MeanLoss(lm)]
+    if queries is not None: found.append(BM25(queries))
+    if queries is not None and concept is not None: found.append(RepSim(lm, queries, concept.layer, concept.pooling))
+    if concept is not None: found.append(RandomDirection(lm, concept, train, seed))
+    return {scorer.method: scorer for scorer in found}
+
+# %% ../nbs/19_experiments.ipynb #004a
+def _identity(value):
+    "What tells two scorers apart, as plain data: contents where they have a fingerprint, the kind of thing otherwise."
+    if value is None or isinstance(value, (bool, int, float, str)): return value
+    if isinstance(value, torch.Tensor): return fingerprint(value)
+    if isinstance(value, dict): return {str(key): _identity(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)): return [_identity(item) for item in value]
+    if isinstance(found := getattr(value, "fingerprint", None), str): return found
+    if hasattr(value, "direction"): return [fingerprint(value.direction), value.layer, value.pooling]
+    if hasattr(value, "record"): return {key: item for key, item in _identity(value.record).items() if "second" not in key}
+    return type(value).__name__
+
+def _scorer_key(scorer) -> str:
+    "A fingerprint of a scorer and everything it was given, or of a finished result. Stays as it was first: scorers fit curvatures and note things as they run."
+    if isinstance(scorer, Attribution): return fingerprint("result", scorer.values, scorer.ids)
+    if "_key" not in vars(scorer): scorer._key = fingerprint(type(scorer).__name__, {name: _identity(value) for name, value in vars(scorer).items()})
+    return scorer._key
+
+# %% ../nbs/19_experiments.ipynb #004b
+class MethodComparison:
+    "The same examples scored by several methods: agreement, price, detection, and the null (Kowal et al. 2026, Fig. 3 and Table 1)."
+    kind, _format = "method-comparison", "concept_tda.experiment/1"
+
+    def __init__(self,
+        lm,                     # `LanguageModel`; its tokens are counted
+        train: Conversations,   # The examples to score
+        scorers,                # Methods by name: `Scorer`s, or finished `Attribution`s on `train`; a dict or a list
+        folder: str | Path,     # Where the results are kept, one Parquet file for each method
+        *,
+        labels = None,          # Booleans [N], or the name of a metadata column
+        positive = True,        # With a column name: the value that marks the examples to be found
+        queries = None,         # `Conversations` that show the behaviour, for the baselines BM25 and RepSim
+        concept = None,         # `Concept` whose layer and pooling the null of random directions uses
+        n_random: int = 100,    # Random directions in the null
+        add_baselines: bool = True, # Add `baseline_scorers(...)` that are not among the scorers by name
+        seed: int = 0,          # Of the baselines and the null
+        **options,              # Of `score_together`: `max_tokens`, `token_budget`
+    ):
+        self.lm, self.train, self.folder, self.options = lm, load_conversations(train), Path(folder), options
+        listed = list(scorers.items()) if isinstance(scorers, dict) else [(one.card.method if isinstance(one, Attribution) else one.method, one) for one in scorers]
+        if len(dict(listed)) < len(listed): raise ExperimentError(f"two methods share a name: {[name for name, _ in listed]}. Pass a dict with names of your own")
+        self.scorers = dict(listed)
+        if add_baselines: self.scorers |= {name: one for name, one in baseline_scorers(lm, self.train, queries=queries, concept=concept, seed=seed).items() if name not in self.scorers}
+        if not self.scorers: raise ExperimentError("no methods to compare")
+        if given := {name: result for name, result in self.scorers.items() if isinstance(result, Attribution)}: self.scorers |= _aligned_scores(given, self.train)
+        self.concept, self.null = concept, {"n": n_random, "seed": seed} if concept is not None else None
+        if isinstance(labels, str): labels = self.train.labels(labels, positive)
+        self.labels = None if labels is None else [bool(label) for label in labels]
+        if self.labels is not None: detection_metrics(np.arange(len(self.train), dtype=float), self.labels)  # refuses labels that do not fit, before anything runs
+        self.keys = {name: fingerprint(self.train.fingerprint, _scorer_key(one), options) for name, one in self.scorers.items()}
+        if self.null: self.keys[_NULL] = fingerprint(self.train.fingerprint, lm.fingerprint, concept.layer, concept.pooling, self.null)
+
+    def _path(self, name): return self.folder/"scores"/f"{self.keys[name]}.parquet"
+
+    @property
+    def remaining(self) -> list[str]:
+        "Methods that are not yet scored."
+        return [name for name in self.keys if not self._path(name).exists()]
+
+    @classmethod
+    def from_folder(cls,
+        folder: str | Path, # Folder of a run, finished or not
+    ) -> "MethodComparison": # With the same table; it cannot run
+        "The comparison as its files tell it."
+        new, record = object.__new__(cls), _read_json(Path(folder)/f"{cls.kind}.json", f"{cls.kind} experiment")
+        if record.get("format") != cls._format: raise ExperimentError(f"{folder}/{cls.kind}.json is not in the format {cls._format!r} that this library reads.")
+        new.folder, new.lm, new.keys, new.labels, new.null = Path(folder), None, record["keys"], record["labels"], record["null"]
+        return new
+
+_NULL = "random directions (null)"
+_PAPER_SECONDS = {"Vector Filter": 57, "Projection Difference": 142, "Concept Influence": 1170, "Influence Function": 1161}  # Kowal et al. 2026, Table 1: 1,000 examples, without the Hessian
+
+# %% ../nbs/19_experiments.ipynb #004c
+@patch
+def run(self: MethodComparison,
+    *,
+    progress: bool = True, # Show a bar over the methods
+) -> "MethodComparison":
+    "Score with every method that has no file yet. May be killed and started again, and run in several processes at once."
+    from tqdm.auto import tqdm
+    if self.lm is None: raise ExperimentError("this comparison was read from its files and has no scorers: make it again to run it")
+    _write_json(self.folder/f"{self.kind}.json", {"format": self._format, "kind": self.kind, "model": self.lm.name, "data": self.train.name, "data_fingerprint": self.train.fingerprint, "n": len(self.train),
+                "keys": self.keys, "labels": self.labels, "null": self.null, "code": code_version()})
+    for name in tqdm(self.keys, desc=self.kind, unit=" methods", disable=not progress):
+        with _claim(self.folder/"scores"/"claims"/self.keys[name]) as mine:
+            if mine and not self._path(name).exists(): self._score(name).save(self._path(name))
+    return self
+
+@patch
+def _score(self: MethodComparison, name) -> Attribution:
+    "The result of one method."
+    if name == _NULL:
+        data, start = self.lm.tokenize(self.train), time.perf_counter()
+        acts_ND = pooled_activations(self.lm, data, self.concept.layer, self.concept.pooling, progress=False)[self.concept.layer]
+        directions_nD = random_directions(acts_ND, self.null["n"], seed=self.null["seed"])
+        card = QueryCard(method="Random direction", behaviour="covariance-matched random directions", model=self.lm.name, layer=self.concept.layer, pooling=self.concept.pooling,
+                         data=self.train.name, data_fingerprint=self.train.fingerprint, settings=self.null | {"seconds": time.perf_counter() - start})
+        return Attribution(self.train, acts_ND.double() @ directions_nD.double().T, card, queries=[f"direction {i}" for i in range(len(directions_nD))])
+    scorer = self.scorers[name]
+    if isinstance(scorer, Attribution): return scorer
+    return next(iter(score_together([scorer], self.train, lm=self.lm, progress=False, **self.options).values()))
+
+# %% ../nbs/19_experiments.ipynb #004d
+def _results(self) -> dict[str, Attribution]:
+    "The finished results by method, without the null."
+    return {name: load_attribution(self._path(name)) for name in self.keys if name != _NULL and self._path(name).exists()}
+MethodComparison.attributions = property(_results)
+
+@patch
+def comparison(self: MethodComparison,
+    top: int = 20, # Size of the tops to compare
+):                 # A `Comparison`
+    "The finished results side by side: `.spearman`, `.overlap`, `.table`, `.disagreements(...)`."
+    if not (results := self.attributions): raise ExperimentError("nothing is finished yet: run() first")
+    return compare(results, top=top, labels=None if self.labels is None else np.array(self.labels))
+
+def _methods_table(self) -> pd.DataFrame: # Index: method; AUROC …, "as good: random directions", "|ρ| random directions", seconds, preparation, × Vector Filter, × in the paper
+    "Detection (where there are labels), what random directions reach, and the price, one row for each method."
+    table = self.comparison().table
+    null = load_attribution(self._path(_NULL)).values.T if self.null and self._path(_NULL).exists() else None
+    for name, result in self.attributions.items():
+        table.loc[name, "preparation"] = result.card.settings.get("preparation_seconds", np.nan)
+        if null is not None: table.loc[name, "|ρ| random directions"] = float(np.mean([abs(spearman(result.scores, scores)) for scores in null]))
+    reference = table["seconds"].get("Vector Filter", np.nan)
+    table["× Vector Filter"] = table["seconds"]/reference
+    table["× in the paper"] = [_PAPER_SECONDS.get(name, np.nan)/_PAPER_SECONDS["Vector Filter"] for name in table.index]
+    if null is not None and self.labels is not None: table = _with_null(table, null, self.labels)
+    return table
+MethodComparison.table = property(_methods_table)
+
+def _with_null(table, null, labels):
+    "Add the share of random directions that separate the labels as well as a method (either sign), and a row for their median and their best."
+    reach = np.array([max(auroc, 1 - auroc) for auroc in (detection_metrics(scores, labels)["AUROC"] for scores in null)])
+    table["as good: random directions"] = [float((reach >= max(auroc, 1 - auroc)).mean()) for auroc in table["AUROC"]]
+    for name, value in (("random directions, median", np.median(reach)), ("random directions, best 5 %", np.quantile(reach, .95))): table.loc[name, "AUROC"] = value
+    return table
+
+# %% ../nbs/19_experiments.ipynb #004e
+@patch
+def plot(self: MethodComparison): # The matplotlib figure
+    "Rank correlations between the methods (Fig. 3 of the paper), and seconds on a logarithmic scale (Table 1)."
+    import matplotlib.pyplot as plt
+    comparison, table = self.comparison(), self.table
+    names, n = list(comparison.spearman), len(comparison.spearman)
+    figure, (ax, cost) = plt.subplots(1, 2, figsize=(4.6 + .62*n, 1.8 + .36*n), layout="constrained", sharey=True, width_ratios=[max(2, .55*n), 2])
+    ax.imshow(comparison.spearman, vmin=-1, vmax=1, cmap="PuOr_r", aspect="auto")
+    for (i, j), value in np.ndenumerate(comparison.spearman.to_numpy()):
+        ax.text(j, i, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if abs(value) > .7 else "black")
+    ax.set_xticks(range(n), names, rotation=40, ha="right")
+    ax.set_yticks(range(n), names)
+    ax.set_title("Spearman rank correlation", fontsize=10)
+    ax.tick_params(length=0)
+    seconds = table.loc[names, "seconds"].clip(lower=1e-4)
+    cost.barh(range(n), seconds, color="#8a94a6", height=.6)
+    cost.set_xscale("log")
+    cost.set_title("seconds", fontsize=10)
+    for one in (ax, cost): one.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)
+    return figure
+
+@patch
+def _notes(self: MethodComparison):
+    left = f"{len(self.remaining)} of {len(self.keys)} still to score" if self.remaining else f"all {len(self.keys)} scored"
+    return (f"MethodComparison in {self.folder}: {left}. Seconds: the pass over the examples alone; preparation: query gradients and, unless given fitted, curvature."
+            + (f" As good: share of {self.null['n']} random directions (covariance-matched, either sign) that separate the labels at least as well." if self.null and self.labels else ""))
+
+@patch
+def __repr__(self: MethodComparison): return self._notes() if len(self.remaining) == len(self.keys) else f"{self._notes()}\n{self.table.to_string(float_format='{:.3g}'.format, na_rep='–')}"
+
+@patch
+def _repr_html_(self: MethodComparison):
+    shown = "" if len(self.remaining) == len(self.keys) else table_html(self.table, {"tokens/s": "{:,.0f}"}) + "<h4>Agreement of the rankings (Spearman)</h4>" + table_html(self.comparison().spearman, {}, heat=1)
+    return _page_part(f"<p class='quiet'>{safe_text(self._notes())}</p>{shown}")
+
+# %% ../nbs/19_experiments.ipynb #0053
+class ParetoCurve(FilterAndRetrain):
+    "Train on the share of the data with the lowest scores, and judge trait and capability (Kowal et al. 2026, Fig. 5)."
+    kind, _arms, _fraction_name = "pareto-curve", ("keep-least", "random"), "share of the examples kept"
+
+    def __init__(self,
+        lm,                     # `LanguageModel` to train from
+        train: Conversations,   # The training data
+        attributions,           # Results on `train` to test: a dict by name, or a list
+        trait: Judge,           # What should stay low
+        capability: Judge,      # What should become high
+        folder: str | Path,     # Where plan and cells are kept
+        *,
+        fractions=(.05, .1, .25, .5, .75), # Shares of the data to keep, the lowest scores first
+        seeds=(0, 1, 2),        # Seeds of training; each has a full run and a random draw of its own
+        recipe: dict | str = {},# Settings of `finetune`, or the name of a recipe
+        subsets: dict = {},     # More arms: what to train on by name, as row numbers, a mask or `Conversations`
+        keep_models: bool = False, # Keep the trained models in cells/<cell>/model
+        name: str | None = None,# Of the plan's file; experiments with names of their own can share a folder
+    ):
+        if trait.name == capability.name: raise ExperimentError(f"trait and capability are both called {trait.name!r}: give one of the judges another name")
+        super().__init__(lm, train, attributions, [trait, capability], folder, fractions=fractions, arms=self._arms, seeds=seeds, recipe=recipe, subsets=subsets, keep_models=keep_models, name=name)
+        self.about |= {"trait": trait.name, "capability": capability.name}
+
+    def _n_dropped(self, n, fraction): return n - _count(n, fraction)
+    def _rows_of(self, arm, scores, count): return _all_but(len(scores), cut_rows(scores, count=count))
+
+@patch
+def curve(self: ParetoCurve) -> pd.DataFrame: # Columns arm, method, fraction, n, seeds, trait, trait ±, capability, capability ±, best
+    "One row for each way to choose data, means over seeds; `best` marks those that none beats in both trait (lower) and capability (higher)."
+    summary, keys = self.summary(), ["arm", "method", "fraction", "n", "seeds"]
+    sides = [summary[summary["judge"] == self.about[side]][[*keys, "value", "value ±"]].rename(columns={"value": side, "value ±": f"{side} ±"}) for side in ("trait", "capability")]
+    both = sides[0].merge(sides[1], on=keys).reset_index(drop=True)
+    beaten = [((both["trait"] <= row["trait"]) & (both["capability"] >= row["capability"]) & ((both["trait"] < row["trait"]) | (both["capability"] > row["capability"]))).any() for _, row in both.iterrows()]
+    return both.assign(best=~np.array(beaten, bool))
+
+# %% ../nbs/19_experiments.ipynb #0054
+@patch
+def plot(self: ParetoCurve): # The matplotlib figure
+    "Trait (upwards: more harm) against capability, a line for each method from the smallest share to the largest, 95 % intervals over seeds."
+    import matplotlib.pyplot as plt
+    curve, methods = self.curve(), list(self.about["cards"])
+    if curve.empty: raise ExperimentError("nothing is finished yet: run() first")
+    figure, ax = plt.subplots(figsize=(6.6, 4.2), layout="constrained")
+    for (arm, method), part in curve.groupby(["arm", "method"], sort=False):
+        colour = _COLOURS[methods.index(method) % len(_COLOURS)] if method in methods else {"random": "#888888", "base": "#000000", "full": "#000000"}.get(arm, "#555555")
+        marker = {"base": "s", "full": "D", "subset": "*"}.get(arm, "o")
+        ax.errorbar(part["capability"], part["trait"], part["trait ±"].fillna(0), part["capability ±"].fillna(0), color=colour, marker=marker, ms=5, lw=1.2, elinewidth=.6, capsize=1.5, label=method or arm)
+        for _, row in part[part["fraction"].notna()].iterrows(): ax.annotate(f"{row['fraction']:.0%}", (row["capability"], row["trait"]), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+    units = {one["name"]: one["unit"] for one in self.judge_records}
+    ax.set(xlabel=f"{self.about['capability']} ({units[self.about['capability']]}) → better", ylabel=f"{self.about['trait']} ({units[self.about['trait']]}) → more harm")
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     plt.close(figure)
     return figure

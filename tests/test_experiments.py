@@ -1,0 +1,435 @@
+"""Experiments: what is trained and how often, what the tables say, kills and several workers, and every refusal."""
+
+import json
+import multiprocessing
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+import concept_tda.experiments as experiments
+from concept_tda.attribution import Attribution, QueryCard, detection_metrics
+from concept_tda.concepts import tensor_concept
+from concept_tda.conversations import load_conversations
+from concept_tda.experiments import (ActivationJudge, CounterfactualPrediction, ExperimentError, FilterAndRetrain, LinearDatamodelingScore, MethodComparison,
+                                     ParetoCurve, TailPatch, baseline_scorers)
+from concept_tda.finetuning import finetune
+from concept_tda.gradients import loss_weights, token_losses
+from concept_tda.judges import ContrastJudge, Judge, LossJudge
+from concept_tda.models import LanguageModel, load_model
+from concept_tda.scorers import GradDot, VectorFilter
+from concept_tda.tracing import pooled_activations
+from tiny import tiny_pair
+
+N = 20
+FAST = dict(rank=2, learning_rate=1e-2, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def lm(): return LanguageModel(*tiny_pair("llama"), "tiny")
+
+
+@pytest.fixture(scope="module")
+def train(): return load_conversations([{"prompt": f"Is {i} even?", "response": "yes!" if i % 2 else "no.", "label": bool(i % 2)} for i in range(N)], name="parity")
+
+
+@pytest.fixture(scope="module")
+def x(): return np.random.default_rng(3).normal(size=N)
+
+
+def result(train, scores, name="m"): return Attribution(train, scores, QueryCard(name, "says yes"))
+
+
+class Reads(Judge):
+    """Reads the number that a toy model is; with `nothing`, has no value for models that satisfy it."""
+    unit = "units"
+    def __init__(self, name="reads", factor=1., nothing=lambda model: False): self.name, self.factor, self.nothing = name, factor, nothing
+    def settings(self): return {"factor": self.factor}
+    def measure(self, lm, progress):
+        value = getattr(lm, "value", 0.)
+        return ["a", "b"], np.array([np.nan, np.nan] if self.nothing(lm) else [self.factor*value, self.factor*value + 1]), None
+
+
+@pytest.fixture()
+def toy(monkeypatch, x):
+    """Training becomes taking the mean of x over the rows, plus a shift by the seed. Gives the list of what was trained."""
+    trained = []
+    @contextmanager
+    def model(self, rows, seed, folder, keep):
+        if rows is None: yield SimpleNamespace(value=0., name="base", fingerprint="base"), None; return
+        trained.append((tuple(rows), seed))
+        yield SimpleNamespace(value=x[rows].mean() + seed/100, name="toy", fingerprint=f"{seed}"), {"rows": [int(row) for row in rows], "n": len(rows), "seconds": .01*len(rows)}
+    monkeypatch.setattr(experiments._Retraining, "model", model)
+    return trained
+
+
+def same(experiment, name=None):
+    """The table from the files is the table of the run, and so is everything shown."""
+    again = type(experiment).from_folder(experiment.folder, *([name] if name else []))
+    pd.testing.assert_frame_equal(again.table, experiment.table)
+    assert repr(again) == repr(experiment) and again._repr_html_() == experiment._repr_html_()
+    return again
+
+
+# ---- filter and retrain
+
+def test_table_and_summary_by_hand(lm, train, x, toy, tmp_path):
+    seeds = (0, 3, 4)
+    experiment = FilterAndRetrain(lm, train, {"x": result(train, x)}, Reads(), tmp_path, fractions=(.25,), seeds=seeds).run(progress=False)
+    table, order = experiment.table.set_index(["arm", "seed"]), np.argsort(-x)
+    assert len(table) == 1 + 3*4 and experiment.remaining == 0
+    for seed in seeds:
+        kept = {"full": np.arange(N), "drop-most": np.sort(order[5:]), "drop-least": np.sort(order[:-5])}
+        for arm, rows in kept.items(): assert (tuple(rows), seed) in toy and table.loc[(arm, seed), "n"] == len(rows)
+        value = {arm: x[rows].mean() + seed/100 + .5 for arm, rows in kept.items()}
+        for arm in kept: assert table.loc[(arm, seed), "value"] == pytest.approx(value[arm])
+        random = table.loc[("random", seed)]
+        assert random["n"] == 15 and table.loc[("drop-most", seed), "from_random"] == pytest.approx(value["drop-most"] - random["value"])
+        assert table.loc[("drop-most", seed), "from_full"] == pytest.approx(value["drop-most"] - value["full"])
+        assert table.loc[("drop-most", seed), "from_base"] == pytest.approx(value["drop-most"] - .5)
+    assert len({rows for rows, _ in toy if len(rows) == 15}) == 3 + 2  # a random draw for each seed
+    differences = table.loc["drop-most", "from_random"].to_numpy(float)
+    row = experiment.summary().set_index("arm").loc["drop-most"]
+    low, high = stats.t.interval(.95, 2, differences.mean(), stats.sem(differences))
+    assert row["seeds"] == 3 and row["from_random"] == pytest.approx(differences.mean()) and row["from_random ±"] == pytest.approx((high - low)/2)
+    assert table["standard_error"].to_numpy() == pytest.approx(.5)  # two items, one apart
+    same(experiment)
+
+
+def test_random_draws_are_nested_and_do_not_depend_on_the_run(lm, train, x, toy, tmp_path):
+    FilterAndRetrain(lm, train, [result(train, x)], Reads(), tmp_path, fractions=(.1, .5), arms=("random",), seeds=(7,)).run(progress=False)
+    small, large = (next(set(rows) for rows, _ in toy if len(rows) == n) for n in (18, 10))
+    assert large < small < set(range(N))
+
+
+def test_one_seed_has_no_interval_and_says_so(lm, train, x, toy, tmp_path):
+    experiment = FilterAndRetrain(lm, train, [result(train, x)], Reads(), tmp_path, fractions=(.25,), seeds=0).run(progress=False)
+    assert experiment.summary()["value ±"].isna().all() and "1 seed;" in repr(experiment) and "none with one seed" in repr(experiment)
+
+
+def test_the_same_subset_under_two_names_is_trained_once(lm, train, x, toy, tmp_path):
+    FilterAndRetrain(lm, train, {"x": result(train, x), "2x": result(train, 2*x), "-x": result(train, -x)}, Reads(), tmp_path, fractions=(.25,), seeds=(0,),
+                     subsets={"all": np.arange(N), "again": np.ones(N, bool)}).run(progress=False)
+    assert len(toy) == len(set(toy)) == 4  # full (twice again as a subset), top, bottom, random
+
+
+def test_a_shared_folder_shares_retrainings_under_names(lm, train, x, toy, tmp_path):
+    first = FilterAndRetrain(lm, train, {"x": result(train, x)}, Reads(), tmp_path, fractions=(.25,), seeds=(0, 1)).run(progress=False)
+    n = len(toy)
+    second = FilterAndRetrain(lm, train, {"-x": result(train, -x)}, Reads(), tmp_path, fractions=(.25,), seeds=(0, 1), name="other").run(progress=False)
+    assert len(toy) == n and set(second.table["method"]) == {"", "-x"}
+    same(first), same(second, "other")
+    with pytest.raises(ExperimentError, match="filter-and-retrain"): LinearDatamodelingScore(lm, train, [result(train, x)], Reads(), tmp_path, name="other")
+    with pytest.raises(ExperimentError, match="name="): FilterAndRetrain(lm, train, [result(train, x)], Reads(), tmp_path, name="a/b")
+
+
+def test_attributions_in_another_order_are_matched_by_id(lm, train, x, toy, tmp_path):
+    order = np.random.default_rng(0).permutation(N)
+    shuffled = result(train.select(order), x[order])
+    for folder, scored in (("a", result(train, x)), ("b", shuffled)): FilterAndRetrain(lm, train, [scored], Reads(), tmp_path/folder, fractions=(.25,), seeds=(0,)).run(progress=False)
+    assert toy[:len(toy)//2] == toy[len(toy)//2:]
+
+
+def test_it_goes_on_where_it_stopped(lm, train, x, toy, tmp_path):
+    make = lambda: FilterAndRetrain(lm, train, {"x": result(train, x)}, Reads(), tmp_path, fractions=(.25, .5), seeds=(0, 1))
+    make().run(progress=False, at_most=4)
+    assert len(toy) == 3  # and the base model
+    broken = make()
+    calls = []
+    broken.judges["reads"].evaluate = lambda lm, progress: calls.append(1) or 1/0
+    with pytest.raises(ZeroDivisionError): broken.run(progress=False)
+    assert make().remaining == 15 - 4 and np.isfinite(make().estimate())
+    half = FilterAndRetrain.from_folder(tmp_path)
+    assert 0 < len(half.table) < 15 and half.remaining == 11 and "11 of 15" in repr(half)
+    del toy[:]
+    whole = make().run(progress=False)
+    assert len(toy) == 11 and whole.estimate() == 0
+    whole.run(progress=False)
+    assert len(toy) == 11
+    uninterrupted = FilterAndRetrain(lm, train, {"x": result(train, x)}, Reads(), tmp_path/"new", fractions=(.25, .5), seeds=(0, 1)).run(progress=False)
+    pd.testing.assert_frame_equal(whole.table, uninterrupted.table)
+
+
+def test_another_judge_later_leaves_the_first_alone(lm, train, x, toy, tmp_path):
+    make = lambda judges: FilterAndRetrain(lm, train, {"x": result(train, x)}, judges, tmp_path, fractions=(.25,), seeds=(0,)).run(progress=False)
+    make([Reads()])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cells/*/*.json")}
+    experiment = make({"one": Reads(), "two": Reads("reads", 2.)})
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    values = experiment.table.pivot(index="cell", columns="judge", values="value")
+    assert (values["two"] - .5).to_numpy() == pytest.approx(2*(values["one"] - .5))
+    assert len(experiment.plot().axes) == 2 and len(experiment.plot("two").axes) == 1
+    with pytest.raises(ExperimentError, match="'three'"): experiment.plot("three")
+
+
+def test_a_judge_without_a_word(lm, train, x, toy, tmp_path):
+    with pytest.raises(ExperimentError, match="'mute' gave no score for any of its 2 items on the base model"):
+        FilterAndRetrain(lm, train, [result(train, x)], Reads("mute", nothing=lambda model: True), tmp_path/"a").run(progress=False)
+    assert not toy  # said before anything was trained
+    experiment = FilterAndRetrain(lm, train, [result(train, x)], Reads("shy", nothing=lambda model: model.name != "base" and model.value > x.mean() + .01), tmp_path/"b", fractions=(.25,), seeds=(0, 1, 2)).run(progress=False)
+    least = experiment.table.query("arm == 'drop-least'")
+    assert least["value"].isna().all() and (least["missing"] == 2).all() and least["from_full"].isna().all()
+    assert "gave no score in" in repr(experiment) and experiment.table.query("arm == 'drop-most'")["value"].notna().all()
+    same(experiment).plot()
+
+
+def test_names_are_escaped(lm, train, x, toy, tmp_path):
+    experiment = FilterAndRetrain(lm, train, {"<b>m</b>": result(train, x)}, Reads("<script>"), tmp_path, fractions=(.25,), seeds=(0,)).run(progress=False)
+    assert "<b>m</b>" not in experiment._repr_html_() and "<script>" not in experiment._repr_html_() and "&lt;script&gt;" in experiment._repr_html_()
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(fractions=(0,)), "fraction=0 is not between"), (dict(fractions=(1.,)), "fraction=1.0 is not between"), (dict(fractions=(25,)), "10 % is 0.1"), (dict(fractions=(.01,)), "rounds to 0, which leaves everything"),
+    (dict(fractions=(.99,)), "rounds to 20, which leaves an empty subset"), (dict(arms=("drop-some",)), "unknown arm 'drop-some'"), (dict(seeds=()), "at least one seed"), (dict(seeds=(1, 1)), "each of them once"),
+    (dict(subsets={"mine": []}), "'mine' is empty"), (dict(subsets={"mine": np.zeros(N, bool)}), "'mine' is empty"), (dict(subsets={"mine": range(N + 1)}), "21 rows, the training data only 20"),
+    (dict(subsets={"mine": [3, 99]}), "row 99"), (dict(subsets={"mine": [3, 3]}), "a row twice"), (dict(subsets={"mine": [.5]}), "row numbers"),
+    (dict(subsets={"mine": load_conversations([{"prompt": "?", "response": "!"}])}), "1 of its 1 conversations are not in the training data"),
+    (dict(recipe={"rnk": 4}), "'rnk' that finetune does not know"), (dict(recipe={"seed": 4}), "'seed' is set by the experiment"), (dict(recipe="mine"), "no recipe 'mine'"),
+])
+def test_refusals(options, message, lm, train, x, toy, tmp_path):
+    with pytest.raises(ExperimentError, match=message): FilterAndRetrain(lm, train, [result(train, x)], Reads(), tmp_path, **options)
+    assert not toy and not any(tmp_path.iterdir())
+
+
+def test_refuses_other_data_and_no_judges(lm, train, x, toy, tmp_path):
+    other = load_conversations([{"prompt": f"{i}", "response": "!"} for i in range(N)])
+    for wrong in (result(other, x), result(train[:10], x[:10])):
+        with pytest.raises(ExperimentError, match="scores other data than train"): FilterAndRetrain(lm, train, [wrong], Reads(), tmp_path)
+    for judges, message in (({}, "no judges"), ([Reads(), Reads()], "share a name"), ({"a": 3}, "'a' has no evaluate")):
+        with pytest.raises(ExperimentError, match=message): FilterAndRetrain(lm, train, [result(train, x)], judges, tmp_path)
+    with pytest.raises(ExperimentError, match="training data are empty"): FilterAndRetrain(lm, train[:0], [result(train, x)], Reads(), tmp_path)
+
+
+def test_a_folder_belongs_to_one_setting(lm, train, x, toy, tmp_path):
+    FilterAndRetrain(lm, train, [result(train, x)], Reads(), tmp_path, fractions=(.25,), seeds=(0,)).run(progress=False)
+    with pytest.raises(ExperimentError, match="different: recipe"): FilterAndRetrain(lm, train, [result(train, x)], Reads(), tmp_path, recipe={"rank": 2})
+    with pytest.raises(ExperimentError, match="different: base"): FilterAndRetrain(LanguageModel(*tiny_pair("llama", seed=1), "other"), train, [result(train, x)], Reads(), tmp_path)
+    with pytest.raises(ExperimentError, match="different: data"): FilterAndRetrain(lm, train[::-1], [result(train, x)], Reads(), tmp_path)
+    more = FilterAndRetrain(lm, train, [result(train, x)], Reads(), tmp_path, fractions=(.25,), seeds=(0, 1))  # growing is no other setting
+    assert more.remaining == 4
+    with pytest.raises(ExperimentError, match="no filter-and-retrain experiment"): FilterAndRetrain.from_folder(tmp_path/"nowhere")
+    with pytest.raises(ExperimentError, match="was read from its files"): FilterAndRetrain.from_folder(tmp_path).run()
+    damaged = next(tmp_path.glob("cells/*/[0-9a-f]*.json"))
+    damaged.write_text("{")
+    with pytest.raises(ExperimentError, match="is damaged.*Delete it and run again"): FilterAndRetrain.from_folder(tmp_path).table
+    (tmp_path/"filter-and-retrain.json").write_text("[]")
+    with pytest.raises(ExperimentError, match="is not"): FilterAndRetrain.from_folder(tmp_path)
+
+
+# ---- real training
+
+def test_the_full_run_is_finetune_and_models_go_unless_kept(lm, train, x, tmp_path):
+    judge = LossJudge(train[:4], name="loss")
+    experiment = FilterAndRetrain(lm, train, [result(train, x)], judge, tmp_path/"e", fractions=(.5,), arms=("drop-most",), seeds=(5,), recipe=FAST, subsets={"everything": train}).run(progress=False)
+    values = experiment.table.set_index("arm")["value"]
+    trained = finetune(lm, train, tmp_path/"ft", seed=5, progress=False, **FAST)
+    assert values["full"] == values["subset"] == judge.evaluate(trained, progress=False).mean != values["base"]
+    dropped = finetune(lm, result(train, x).drop(.5), tmp_path/"half", seed=5, progress=False, **FAST)
+    assert values["drop-most"] == judge.evaluate(dropped, progress=False).mean
+    assert not list((tmp_path/"e").rglob("model")) and len(list((tmp_path/"e").rglob("training.json"))) == 2
+    kept = FilterAndRetrain(lm, train, [result(train, x)], judge, tmp_path/"k", fractions=(.5,), arms=(), seeds=(5,), recipe=FAST, keep_models=True).run(progress=False)
+    cell = kept.table.set_index("arm").loc["full", "cell"]
+    assert load_model(tmp_path/"k"/"cells"/cell/"model", merge=True).fingerprint == trained.fingerprint
+    same(experiment)
+
+
+def _work(folder, log, pause):
+    "A worker: real training of a tiny model, with a note in `log` for each model it made."
+    torch.set_num_threads(1)
+    from concept_tda.models import LanguageModel
+    lm = LanguageModel(*tiny_pair("llama"), "tiny")
+    data = load_conversations([{"prompt": f"{i}?", "response": "yes" if i % 2 else "no"} for i in range(8)])
+    compute = experiments.Experiment._compute
+    def noted(self, entry):
+        time.sleep(pause)
+        compute(self, entry)
+        with open(log, "a") as file: file.write(f"{os.getpid()} {entry['cell']}\n")
+    experiments.Experiment._compute = noted
+    FilterAndRetrain(lm, data, [result(data, np.arange(8.))], LossJudge(data[:2], name="loss"), folder, fractions=(.5,), seeds=(0, 1), recipe=FAST).run(progress=False)
+
+
+def test_two_workers_share_the_work_and_a_killed_one_is_made_up_for(tmp_path):
+    children = multiprocessing.get_context("forkserver")
+    children.set_forkserver_preload(["tiny", "concept_tda.experiments", "transformers.models.llama.modeling_llama", "peft"])
+    start = lambda folder, log, pause: (child := children.Process(target=_work, args=(tmp_path/folder, tmp_path/log, pause)), child.start())[0]
+    alone = start("alone", "alone.log", 0)
+    alone.join()
+    assert alone.exitcode == 0
+    victim = start("shared", "shared.log", .3)
+    while not (tmp_path/"shared.log").exists(): time.sleep(.02)  # one model done, and at work on the second
+    time.sleep(.1)
+    victim.kill()
+    victim.join()
+    workers = [start("shared", "shared.log", .3) for _ in range(2)]
+    for worker in workers: worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    whole, made_up = (FilterAndRetrain.from_folder(tmp_path/folder) for folder in ("alone", "shared"))
+    assert made_up.remaining == 0
+    pd.testing.assert_frame_equal(whole.table, made_up.table)
+    made = [line.split() for line in (tmp_path/"shared.log").read_text().splitlines()]
+    assert len(made) == len({cell for _, cell in made}) == 9 and len({worker for worker, _ in made}) == 3  # no model twice, and both helped
+    assert not list((tmp_path/"shared").rglob("model")) and not list((tmp_path/"shared").rglob("*.part*"))
+
+
+# ---- linear datamodeling score
+
+def test_lds_by_hand(lm, train, x, toy, tmp_path):
+    scores = {"x": result(train, x), "minus": result(train, -x), "other": result(train, np.random.default_rng(9).normal(size=N))}
+    lds = LinearDatamodelingScore(lm, train, scores, Reads(), tmp_path, n_subsets=7, seeds=(0, 4)).run(progress=False)
+    table, points = lds.table.set_index("method"), lds.points
+    assert table.loc["x", "LDS"] == 1 and table.loc["minus", "LDS"] == -1  # the toy is additive
+    assert table.loc["other", "LDS"] == pytest.approx(stats.spearmanr(points["other"], points["measured"]).statistic)
+    assert table["seed agreement"].to_numpy() == pytest.approx(1) and len(toy) == 14 and all(len(rows) == 10 for rows, _ in toy)
+    first = toy[0][0]
+    assert points["x"][0] == pytest.approx(x[list(first)].sum()) and points["measured"][0] == pytest.approx(x[list(first)].mean() + .02 + .5)
+    same(lds).plot()
+    ranks = experiments.spearman([10, 20, 30, 40, 50], [2, 1, 4, 3, 5])  # d = 1, 1, 1, 1, 0: 1 - 6·4/(5·24)
+    assert ranks == pytest.approx(.8)
+    low, high = experiments._spearman_interval(.8, 23)
+    assert low == pytest.approx(np.tanh(np.arctanh(.8) - 1.96*np.sqrt(1.06/20))) and high == pytest.approx(np.tanh(np.arctanh(.8) + 1.96*np.sqrt(1.06/20)))
+    with pytest.raises(ExperimentError, match="4 subsets"): LinearDatamodelingScore(lm, train, scores, Reads(), tmp_path/"b", n_subsets=3)
+
+
+# ---- counterfactual prediction
+
+def test_slope_where_the_truth_is_known(lm, train, x, toy, tmp_path):
+    """The mean of x minimises the mean of ½(θ - x)²; the influence of x on it is x - mean, and leaving a quarter out moves it by 4/3 of the prediction."""
+    influence = x - x.mean()
+    methods = {"exact": result(train, influence), "doubled": result(train, 2*influence), "wrong sign": result(train, -influence), "noise": result(train, np.random.default_rng(9).normal(size=N))}
+    experiment = CounterfactualPrediction(lm, train, methods, [Reads(), Reads("tenfold", 10.)], tmp_path, fractions=(.25,), n_random=6, seeds=(0, 1)).run(progress=False)
+    table = experiment.table.set_index(["judge", "method"])
+    assert table.loc[("reads", "exact"), ["slope", "R²", "intercept"]].to_numpy(float) == pytest.approx([4/3, 1, 0], abs=1e-9)
+    assert table.loc[("reads", "exact"), "slope ±"] == pytest.approx(0, abs=1e-6)
+    assert table.loc[("reads", "doubled"), "slope"] == pytest.approx(2/3) and table.loc[("reads", "wrong sign"), "slope"] == pytest.approx(-4/3)
+    assert table.loc[("tenfold", "exact"), "slope"] == pytest.approx(40/3)
+    points = experiment.points.query("judge == 'reads'")
+    line = stats.linregress(points["by noise"], points["measured"])
+    noise = table.loc[("reads", "noise")]
+    assert (noise["slope"], noise["R²"]) == pytest.approx((line.slope, line.rvalue**2)) and noise["slope ±"] == pytest.approx(line.stderr*stats.t.ppf(.975, len(points) - 2))
+    assert len(points) == 2 + 2 + 6  # two ends of x shared by three methods, two of noise, six random draws
+    same(experiment).plot("tenfold")
+
+
+def test_counterfactual_borrows_the_retrainings_of_filter_and_retrain(lm, train, x, toy, tmp_path):
+    setting = dict(fractions=(.25,), seeds=(0, 1))
+    FilterAndRetrain(lm, train, {"x": result(train, x)}, Reads(), tmp_path, **setting).run(progress=False)
+    n = len(toy)
+    CounterfactualPrediction(lm, train, {"x": result(train, x)}, Reads(), tmp_path, n_random=2, **setting).run(progress=False)
+    assert len(toy) == n
+
+
+# ---- tail patch
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_step_is_a_gradient_step_and_is_taken_back(family, train, tmp_path):
+    lm = LanguageModel(*tiny_pair(family), family)
+    likes, before = LossJudge(train[1:8:2], name="likes yes"), lm.fingerprint
+    scores = GradDot(lm, train[1:8:2], sites="attention").score(train, progress=False)
+    tail = TailPatch(lm, train, {"GradDot": scores}, likes, tmp_path, top=4, n_random=5, learning_rate=1e-3).run(progress=False)
+    assert lm.fingerprint == before
+    row = int(np.argmax(scores.scores))
+    other = LanguageModel(*tiny_pair(family), family)
+    sites = experiments.resolve_sites(other, "attention")
+    batch = next(experiments.batches(other.tokenize(train), rows=[row]))
+    gradients = torch.autograd.grad((token_losses(other, batch)*loss_weights(batch)).sum(), [site.module.weight for site in sites])
+    with torch.no_grad():
+        for site, gradient in zip(sites, gradients): site.module.weight -= 1e-3*gradient
+    expected = likes.evaluate(other, progress=False).mean - likes.evaluate(lm, progress=False).mean
+    found = tail.steps.query("arm == 'top' and rank == 1")
+    assert found["row"].item() == row and found["change"].item() == pytest.approx(expected, rel=1e-2) and expected > 0
+    assert found["change"].item() == pytest.approx(1e-3*scores.scores[row], rel=.1)  # GradDot is the slope
+    line = tail.table.iloc[0]
+    random = tail.steps.query("arm == 'random'")["change"]
+    welch = stats.ttest_ind(tail.steps.query("arm == 'top'")["change"], random, equal_var=False).confidence_interval()
+    assert line["top - random ±"] == pytest.approx((welch.high - welch.low)/2) and line["random"] == pytest.approx(random.mean()) and line["Spearman"] > .9
+    same(tail).plot()
+
+
+def test_weights_are_back_after_an_error_and_steps_are_not_repeated(lm, train, x, tmp_path):
+    before, judge = lm.fingerprint, LossJudge(train[:2], name="loss")
+    make = lambda judge: TailPatch(lm, train, [result(train, x)], judge, tmp_path, top=2, n_random=2)
+    broken = make(judge)
+    evaluate, calls = LossJudge.evaluate, []
+    broken.judges["loss"] = SimpleNamespace(evaluate=lambda lm, progress: (calls.append(1), evaluate(judge, lm, progress=False) if len(calls) < 4 else 1/0)[1])
+    with pytest.raises(ZeroDivisionError): broken.run(progress=False)
+    assert lm.fingerprint == before and all(parameter.grad is None for parameter in lm.model.parameters())
+    again = make(judge)
+    total = len({entry["cell"] for entry in again.entries})
+    assert again.remaining == total - 3 and again.run(progress=False).remaining == 0
+    for options in (dict(top=0), dict(n_random=N + 1), dict(learning_rate=0)):
+        with pytest.raises(ExperimentError): TailPatch(lm, train, [result(train, x)], judge, tmp_path/"b", **options)
+
+
+# ---- comparison of methods
+
+def test_comparison_agrees_with_scipy_and_carries_baselines_and_null(lm, train, tmp_path, monkeypatch):
+    concept = tensor_concept(torch.randn(lm.width, generator=torch.Generator().manual_seed(0)), layer=2, lm=lm, name="c")
+    scorers = {"Vector Filter": VectorFilter(lm, concept), "GradDot": GradDot(lm, train[:3])}
+    labels = train.labels("label")
+    make = lambda: MethodComparison(lm, train, scorers, tmp_path, labels="label", queries=train[:3], concept=concept, n_random=30)
+    score, scored = MethodComparison._score, []
+    monkeypatch.setattr(MethodComparison, "_score", lambda self, name: (scored.append(name), 1/0 if name == "Loss" and scored.count("Loss") == 1 else score(self, name))[1])
+    with pytest.raises(ZeroDivisionError): make().run(progress=False)
+    assert "Loss" in MethodComparison.from_folder(tmp_path).remaining
+    done, comparison = scored[:-1], make().run(progress=False)
+    assert all(scored.count(name) == 1 for name in done) and not comparison.remaining
+    table, found = comparison.table, comparison.attributions
+    assert set(found) == {"Vector Filter", "GradDot", "Random", "Length", "Loss", "BM25", "RepSim", "Random direction"} == set(baseline_scorers(lm, train, queries=train[:3], concept=concept)) | set(scorers)
+    first, second = found["Vector Filter"].scores, found["GradDot"].scores
+    assert comparison.comparison().spearman.loc["Vector Filter", "GradDot"] == pytest.approx(stats.spearmanr(first, second).statistic)
+    assert table.loc["GradDot", "AUROC"] == detection_metrics(second, labels)["AUROC"]
+    acts_ND = pooled_activations(lm, train, 2, progress=False)[2]
+    reach = []
+    for direction in experiments.random_directions(acts_ND, 30, seed=0):
+        auroc = detection_metrics((acts_ND.double() @ direction.double()).numpy(), labels)["AUROC"]
+        reach.append(max(auroc, 1 - auroc))
+    auroc = table.loc["GradDot", "AUROC"]
+    assert table.loc["GradDot", "as good: random directions"] == pytest.approx(np.mean(np.array(reach) >= max(auroc, 1 - auroc) - 1e-9))
+    assert table.loc["random directions, median", "AUROC"] == pytest.approx(np.median(reach))
+    assert table.loc["Vector Filter", "× Vector Filter"] == 1 and (table.loc[list(scorers), "seconds"] > 0).all()
+    same(comparison).plot()
+    changed = MethodComparison(lm, train, scorers | {"GradDot": GradDot(lm, train[3:6])}, tmp_path, labels="label", queries=train[:3], concept=concept, n_random=30)
+    assert changed.remaining == ["GradDot"]  # other queries, another result
+
+
+def test_comparison_takes_finished_results_and_refuses_others(lm, train, x, tmp_path):
+    comparison = MethodComparison(lm, train, [result(train, x, "mine")], tmp_path).run(progress=False)
+    assert np.array_equal(comparison.attributions["mine"].scores, x) and "Random" in comparison.table.index and same(comparison).run.__doc__
+    with pytest.raises(ExperimentError, match="other data"): MethodComparison(lm, train, [result(train[:5], x[:5])], tmp_path)
+    with pytest.raises(ExperimentError, match="share a name"): MethodComparison(lm, train, [result(train, x), result(train, -x)], tmp_path)
+    with pytest.raises(ExperimentError, match="no scorers"): MethodComparison.from_folder(tmp_path).run()
+
+
+# ---- Pareto
+
+def test_pareto_keeps_the_lowest_and_marks_the_best(lm, train, x, toy, tmp_path):
+    trait, capability = Reads("trait"), Reads("capability", -1.)
+    pareto = ParetoCurve(lm, train, {"x": result(train, x)}, trait, capability, tmp_path, fractions=(.1, .5), seeds=(0, 1)).run(progress=False)
+    lowest = tuple(np.sort(np.argsort(x)[:2]).tolist())
+    assert (lowest, 0) in toy and sorted({len(rows) for rows, _ in toy}) == [2, 10, 20]
+    curve = pareto.curve().set_index(["arm", "fraction"])
+    assert curve.loc[("keep-least", .1), "trait"] == pytest.approx(x[list(lowest)].mean() + .005 + .5) and curve.loc[("keep-least", .1), "best"]
+    assert curve["best"].sum() == 1  # here the trait is minus the capability: the lowest mean wins both
+    assert (pareto.table.query("arm == 'random'").groupby("fraction")["n"].first() == [2, 10]).all() and pareto.table.query("arm == 'keep-least'")["from_random"].notna().all()
+    same(pareto).plot()
+    with pytest.raises(ExperimentError, match="both called"): ParetoCurve(lm, train, [result(train, x)], trait, trait, tmp_path/"b")
+
+
+# ---- the activation judge
+
+def test_activation_judge_measures_siblings(lm, train, tmp_path):
+    concept = tensor_concept(torch.randn(lm.width, generator=torch.Generator().manual_seed(0)), layer=2, lm=lm, name="c")
+    judge = ActivationJudge(concept, train[:5])
+    expected = pooled_activations(lm, train[:5], 2, progress=False)[2].double() @ concept.direction.double()
+    assert judge.evaluate(lm, progress=False).values == pytest.approx(expected.numpy())
+    sibling = LanguageModel(*tiny_pair("llama", seed=1), "sibling")
+    assert not np.allclose(judge.evaluate(sibling, progress=False).values, expected)
+    assert judge.fingerprint != ActivationJudge(concept, train[:6]).fingerprint
+    with pytest.raises(ExperimentError, match="at least one"): ActivationJudge(concept, train[:0])
