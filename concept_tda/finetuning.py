@@ -112,6 +112,7 @@ def _rounded(model: nn.Module):
         for hook in widened: hook.remove()
         for module, weight in layers: module.weight = weight
 
+# %% ../nbs/12_finetuning.ipynb #0017
 def _add_gradient(
     lm: LanguageModel,  # With adapters
     tokenized,          # The data
@@ -132,7 +133,7 @@ def _add_gradient(
         if bar is not None: bar.update(batch.n_tokens)
     return total
 
-# %% ../nbs/12_finetuning.ipynb #001a
+# %% ../nbs/12_finetuning.ipynb #001b
 _CLIP = 1.0  # largest norm of the gradient of a step
 
 def _learning_rate(settings: dict, done: int, total: int) -> float:
@@ -166,7 +167,7 @@ def _train(lm: LanguageModel, tokenized, settings: dict, keeper, progress: bool,
             keeper.after_step(lm, optimizer, record, len(steps))
     return record
 
-# %% ../nbs/12_finetuning.ipynb #001c
+# %% ../nbs/12_finetuning.ipynb #001d
 _STATE, _STATE_SECONDS, _CHECKPOINTS = "state.safetensors", 60., "checkpoints"
 
 class _Keeper:
@@ -204,6 +205,7 @@ class _Keeper:
                 optimizer.state[parameter] = {"step": torch.tensor(float(len(kept["steps"])))} | {moment: tensors[f"{moment} {name}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
         return kept["steps"]
 
+# %% ../nbs/12_finetuning.ipynb #001e
 def _read_state(path: Path) -> tuple[dict, dict]:
     "Tensors of an unfinished training, and its key and steps. Raises `FinetuneError` where the file is damaged."
     from safetensors import SafetensorError, safe_open
@@ -212,7 +214,7 @@ def _read_state(path: Path) -> tuple[dict, dict]:
     except (OSError, ValueError, SafetensorError, AttributeError) as err:
         raise FinetuneError(f"{path}, the state of an unfinished training, is damaged ({err}). Delete it and fine-tune again.") from err
 
-# %% ../nbs/12_finetuning.ipynb #001e
+# %% ../nbs/12_finetuning.ipynb #0020
 _RECORD, _UNFINISHED = "training.json", "unfinished"
 _FORMAT = "concept_tda.finetune/1"
 _BEFORE = {"precision": "fp32", "warmup_steps": 0, "weight_decay": 0.0}  # settings that older records do not name
@@ -249,7 +251,7 @@ def _already_there(folder: Path, key: dict, checkpoints: int) -> bool:
     if checkpoints not in (0, kept): raise FinetuneError(f"{folder} holds this fine-tune with {kept} checkpoints, and {checkpoints} are asked for. Choose another folder, or delete this one.")
     return True
 
-# %% ../nbs/12_finetuning.ipynb #001f
+# %% ../nbs/12_finetuning.ipynb #0021
 def _last(path: Path) -> int:
     "Order of moving: what makes a folder a model comes after the weights, what makes it a finished fine-tune comes last."
     return {"config.json": 1, "adapter_config.json": 1, _RECORD: 2}.get(path.name, 0)
@@ -276,7 +278,7 @@ def _staged(folder: Path):
         if isinstance(err, FinetuneError) or not ((place/_STATE).exists() or (place/_RECORD).exists()): shutil.rmtree(place, ignore_errors=True)
         raise
 
-# %% ../nbs/12_finetuning.ipynb #0021
+# %% ../nbs/12_finetuning.ipynb #0023
 def _way_back(lm: LanguageModel) -> str | None:
     "The name that opens the base model again on this machine; None where there is none."
     path = Path(lm.name).expanduser()
@@ -291,7 +293,7 @@ def _save_adapter(peft_model, base: str, folder: Path):
     peft_model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub for the base's vocabulary
     (folder/"README.md").unlink(missing_ok=True)  # peft's model card is an empty form
 
-# %% ../nbs/12_finetuning.ipynb #0023
+# %% ../nbs/12_finetuning.ipynb #0025
 PRECISIONS = ("fp32", "bf16")
 
 def _is_whole(value, least): return isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -313,13 +315,14 @@ def _check_settings(lm, merge: bool, base: str | None, settings: dict):
         raise FinetuneError(f"an adapter needs a base model that can be opened again, and {lm.name!r} exists only in memory. Save it first "
                             "(lm.model.save_pretrained(folder); lm.tokenizer.save_pretrained(folder); load_model(folder)), or use merge=True.")
 
+# %% ../nbs/12_finetuning.ipynb #0027
 def _check_length(n_examples: int, settings: dict):
     "Refuse a run too short for its warm-up or its checkpoints."
     steps = settings["epochs"]*math.ceil(n_examples/settings["batch_size"])
     if settings["warmup_steps"] >= steps: raise FinetuneError(f"{n_examples} conversations make {steps} steps, all of them within the {settings['warmup_steps']} warm-up steps. Lower warmup_steps or batch_size, or raise epochs.")
     if settings["checkpoints"] > steps: raise FinetuneError(f"{n_examples} conversations make {steps} steps, too few for {settings['checkpoints']} checkpoints.")
 
-# %% ../nbs/12_finetuning.ipynb #0025
+# %% ../nbs/12_finetuning.ipynb #0029
 _HOW = ("micro_batch_size", "checkpoints")  # settings that leave the result alone
 
 def _key(base_fingerprint: str, tokenized, settings: dict) -> dict:
@@ -342,6 +345,7 @@ def _finish(peft_model, merge: bool):
     _own_weights(peft_model)  # merging writes into the base weights, which until here are those of the model it was made from
     return peft_model.merge_and_unload().requires_grad_(True).eval()
 
+# %% ../nbs/12_finetuning.ipynb #002b
 def _run(lm: LanguageModel, tokenized, folder: Path, settings: dict, key: dict, progress: bool, description: str) -> bool:
     "Train what `key` says into `folder`, unless it is there; whether anything was trained."
     if _already_there(folder, key, settings["checkpoints"]): return False
@@ -364,7 +368,7 @@ def _run(lm: LanguageModel, tokenized, folder: Path, settings: dict, key: dict, 
         with atomic_file(place/_RECORD) as part: part.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return True
 
-# %% ../nbs/12_finetuning.ipynb #0026
+# %% ../nbs/12_finetuning.ipynb #002c
 def finetune(
     lm: LanguageModel,           # Model to start from; stays exactly as it is
     data,                        # `Conversations` or `TokenizedConversations`
@@ -395,7 +399,7 @@ def finetune(
 
 _SETTINGS = {name: parameter.default for name, parameter in inspect.signature(finetune).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY and name not in ("merge", "progress")}
 
-# %% ../nbs/12_finetuning.ipynb #0028
+# %% ../nbs/12_finetuning.ipynb #002e
 def training_record(
     folder: str | Path, # Folder given to `finetune`
 ) -> dict:              # Settings, fingerprints of base and data, seconds, tokens per second, and under "steps" a DataFrame
@@ -403,7 +407,7 @@ def training_record(
     record = _read_record(Path(folder))
     return record | {"steps": pd.DataFrame(record["steps"])}
 
-# %% ../nbs/12_finetuning.ipynb #0034
+# %% ../nbs/12_finetuning.ipynb #003a
 @dataclass(frozen=True)
 class Retrained:
     "One fine-tuned model of `finetune_many`, on disk."
@@ -425,6 +429,7 @@ class Retrained:
         "Its `training_record`."
         return training_record(self.folder)
 
+# %% ../nbs/12_finetuning.ipynb #003c
 def _subset(name: str, subset, data):
     "The conversations a subset stands for; from `data` in the order of `data`."
     if data is None:
@@ -454,7 +459,7 @@ def _rows_of(name: str, wanted: list[str], ids: list[str], repeated: bool) -> li
         raise FinetuneError(f"the subset {name!r} has {len(strange)} of {len(counts)} ids that the data do not have{' that often' if strange[0] in rows else ''}: {', '.join(strange[:5])}.")
     return [row for id, count in counts.items() for row in rows[id][:count if repeated else None]]
 
-# %% ../nbs/12_finetuning.ipynb #0035
+# %% ../nbs/12_finetuning.ipynb #003d
 def finetune_many(
     lm: LanguageModel,         # Model to start from
     subsets: dict,             # By name: conversations; with `data` also ids, row numbers or a mask
@@ -488,7 +493,7 @@ def _each_run(lm, chosen, folder, every, progress):
             trained = _run(lm, tokenized, place, settings, key, progress, f"{name}, seed {settings['seed']}")
             yield Retrained(name, settings["seed"], place, len(tokenized), trained, lm)
 
-# %% ../nbs/12_finetuning.ipynb #003c
+# %% ../nbs/12_finetuning.ipynb #0044
 def training_checkpoints(
     folder: str | Path,      # Folder given to `finetune(..., checkpoints=n)`
     lm: LanguageModel | None = None, # The base model in memory: the adapters are put on it, and it is not opened anew for each
@@ -505,5 +510,5 @@ def training_checkpoints(
     places = [folder/checkpoint["folder"] for checkpoint in kept]
     return {"checkpoints": [str(place) if lm is None else opener(place) for place in places], "learning_rates": [checkpoint["learning_rate"] for checkpoint in kept]}
 
-# %% ../nbs/12_finetuning.ipynb #003f
+# %% ../nbs/12_finetuning.ipynb #0047
 RECIPES = {"persona-vectors": dict(rank=32, alpha=64, rslora=True, learning_rate=1e-5, epochs=1, batch_size=16)}
