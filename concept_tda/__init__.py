@@ -22,9 +22,9 @@ _PUBLIC = {
     "concepts": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
         "tensor_concept random_concepts LayerSweep sweep_layers",
     "attribution": "SIGN LEVELS VIEW_STYLE FORMAT_VERSION AttributionError rank_scores score_percentiles spearman "
-        "cut_rows detection_metrics Cost QueryCard safe_text colour_limit legend_html conversation_html card_html "
-        "histogram_svg Attribution prompt_text example_html examples_html attribution_html load_attribution "
-        "table_html Comparison comparison_html compare",
+        "cut_rows detection_metrics Cost QueryCard visible_text safe_text colour_limit legend_html "
+        "conversation_html card_html histogram_svg Attribution prompt_text example_html examples_html "
+        "attribution_html load_attribution table_html Comparison comparison_html compare",
     "gradients": "GradientError response_logits token_losses loss_weights site_flows SiteGradients watch_layers "
         "hidden_states",
     "curvature": "CurvatureError Identity Factors EKFAC",
@@ -32,15 +32,24 @@ _PUBLIC = {
     "directional": "Readout ActivationReadout ActivationGradientReadout LossReadout DirectionReadout "
         "StackedReadout ForwardReadout difference_scale DifferenceReadout EngineError direction_readout "
         "difference_adapters Pass shared_pass",
-    "scorers": "ScorerError Scorer score_together VectorFilter ActivationGradient Influence ConceptInfluence "
-        "InfluenceFunction GradDot",
+    "scorers": "ScorerError Scorer score_together VectorFilter ActivationGradient cached_generate "
+        "ProjectionDifference dataset_projection_difference Influence ConceptInfluence InfluenceFunction GradDot",
     "baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
-    "finetuning": "FinetuneError finetune training_record",
+    "finetuning": "PRECISIONS RECIPES FinetuneError finetune training_record Retrained finetune_many "
+        "training_checkpoints",
     "preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
     "neighbours": "CosineReadout GradCos CheckpointScorer TracIn AdamMoments walsh_hadamard Sketch LessReadout "
         "LESS exact_rows estimated_recall Cascade",
     "atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
     "planning": "PlanError Plan plan Check Diagnosis doctor",
+    "judges": "COHERENCE_PROMPT JudgeError Evaluation Judge ContrastJudge LossJudge AnswerJudge FunctionJudge "
+        "expected_score LocalJudge integer_probabilities JudgeUsage OpenAIJudge",
+    "personas": "PersonaError Trait traits load_trait persona_responses persona_concept SteeringError steer "
+        "SteeringCheck steering_check",
+    "experiments": "ExperimentError Experiment FilterAndRetrain ActivationJudge LinearDatamodelingScore "
+        "CounterfactualPrediction TailPatch baseline_scorers MethodComparison ParetoCurve",
+    "widgets": "MARKS WidgetError front_end near_duplicates percentiles_for_length null_z search_terms Review "
+        "ExampleBrowser embedded_browser concept_reading ConceptView ConceptExplorer",
     "reports": "write_report",
     "cli": "",
 }
