@@ -68,6 +68,7 @@ class _Retraining:
     def model(self, rows, seed, folder, keep):
         "The trained model and a record of its training; taken from `folder` where it lies there already."
         if rows is None: yield self.lm, None; return
+        gc.collect()  # the model before this one goes now, not when two more are there
         start, chosen = time.perf_counter(), self.data.select(rows)
         trained = finetune(self.lm, chosen, folder, seed=seed, merge=True, progress=False, **self.recipe)
         told = training_record(folder)
@@ -207,8 +208,6 @@ def _compute(self: Experiment, entry):
                 raise ExperimentError(f"the judge {judge['name']!r} gave no score for any of its {len(evaluation.values)} items on the base model, so it would not for the others either. "
                                       "Look at its answers, its prompt, and whether it fits this model.")
             evaluation.to_json(self._path(cell, judge))
-    del lm
-    gc.collect()
 
 # %% ../nbs/19_experiments.ipynb #0016
 @patch
