@@ -1,5 +1,6 @@
 """The documentation site: every notebook has its place, every public name its entry, every internal link its target."""
 
+import json
 import os
 import re
 import shutil
@@ -24,11 +25,48 @@ def places(contents) -> set[str]:
     return set().union(*map(places, contents))
 
 
-def test_every_notebook_is_in_the_sidebar():
-    sidebar = yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]
-    there = {str(path.relative_to(ROOT / "nbs")) for path in (ROOT / "nbs").rglob("*.ipynb")
-             if ".ipynb_checkpoints" not in path.parts}
-    assert places(sidebar["contents"]) == there
+def pages() -> set[str]:
+    """Every page there is, relative to nbs/."""
+    return {str(path.relative_to(ROOT / "nbs")) for path in (ROOT / "nbs").rglob("*")
+            if path.suffix in (".ipynb", ".md") and ".ipynb_checkpoints" not in path.parts}
+
+
+def sidebar() -> list:
+    return yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+
+
+def test_every_page_is_in_the_sidebar():
+    assert places(sidebar()) == pages()
+
+
+def test_every_page_is_rendered():
+    patterns = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["project"]["render"]
+    assert {str(path.relative_to(ROOT / "nbs")) for pattern in patterns for path in (ROOT / "nbs").glob(pattern.lstrip("/"))} == pages()
+
+
+def test_the_sidebar_has_its_sections():
+    names = [entry if isinstance(entry, str) else entry.get("section") or entry["href"] for entry in sidebar()]
+    assert names == ["Start here", "Tutorials", "Explained", "How to", "API", "limits.ipynb", "changelog.md"]
+
+
+def test_the_changelog_on_the_site_is_the_changelog():
+    assert (ROOT / "nbs" / "changelog.md").resolve() == ROOT / "CHANGELOG.md"
+
+
+PROSE_PAGES = sorted(path for folder in ("explained", "how-to", ".") for path in (ROOT / "nbs" / folder).glob("*.ipynb")
+                     if folder != "." or path.stem == "limits")
+
+
+@pytest.mark.parametrize("page", PROSE_PAGES, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
+def test_page_shows_results_and_describes_its_pictures(page):
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert outputs and not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+    for cell in cells:
+        source = "".join(cell["source"])
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])): assert "#| fig-alt:" in source, source
+        assert "default_exp" not in source and "#| export" not in source
+    if page.parent.name == "explained": assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
