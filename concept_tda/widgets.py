@@ -8,6 +8,7 @@ __all__ = ['MARKS', 'WidgetError', 'front_end', 'near_duplicates', 'percentiles_
 
 # %% ../nbs/20_widgets.ipynb #0003
 import getpass, json
+from collections import Counter
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
@@ -60,6 +61,7 @@ def near_duplicates(
 ) -> np.ndarray:             # int32 [N]; texts with the same number are near-duplicates
     "Group texts that say nearly the same; a group is numbered by its first member."
     parent = np.arange(len(texts), dtype=np.int32)
+    if not texts: return parent
     def root(i):
         while parent[i] != i: i = parent[i] = parent[parent[i]]
         return i
@@ -127,16 +129,15 @@ def null_z(
 def _facets(conversations, labels, label_name, column, most=40):
     "List of (name, values, codes [N] int16): the labels, then the metadata columns with 2 to `most` different plain values; -1 where a value is missing."
     facets = [] if labels is None else [(label_name, ["yes", "no"], np.where(labels, 0, 1).astype(np.int16))]
-    metadata = conversations.metadata
-    for name in metadata:
-        values = [None if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)) else value for value in metadata[name].tolist()]
+    for name in dict.fromkeys(name for c in conversations for name in c.metadata):
+        values = [c.metadata.get(name) for c in conversations]
+        values = [None if isinstance(value, float) and np.isnan(value) else value for value in values]
         if not all(value is None or isinstance(value, (str, bool, int)) for value in values): continue
         words = [None if value is None else str(value) for value in values]
-        counts = pd.Series([word for word in words if word is not None], dtype=object).value_counts()
-        if not 2 <= len(counts) <= min(most, max(2, len(values) // 2)): continue
-        if name == column and len(counts) == 2: continue   # the labels say the same
-        number = {word: code for code, word in enumerate(counts.index)}
-        facets.append((name, list(counts.index), np.array([-1 if word is None else number[word] for word in words], dtype=np.int16)))
+        counts = Counter(word for word in words if word is not None)
+        if not 2 <= len(counts) <= min(most, max(2, len(values) // 2)) or (name == column and len(counts) == 2): continue   # two labels: shown already
+        number = {word: code for code, (word, _) in enumerate(counts.most_common())}
+        facets.append((name, list(number), np.array([-1 if word is None else number[word] for word in words], dtype=np.int16)))
     return facets
 
 def _short_name(name, width=14): return name if len(name) <= width else "".join(word[0] for word in name.split()).upper() if " " in name else name[:width - 1] + "…"
@@ -164,8 +165,8 @@ class _Contents:
         return {self.result.label: self.result} | self.others
 
     def texts(self):
-        "Each example's text in lower case, with its id: what a search looks at."
-        if self._texts is None: self._texts = ["\n".join([*(m["content"] for m in c.messages), c.id]).lower() for c in self.result.conversations]
+        "Each example's text in lower case: what a search looks at."
+        if self._texts is None: self._texts = ["\n".join(m["content"] for m in c.messages).lower() for c in self.result.conversations]
         return self._texts
 
 # %% ../nbs/20_widgets.ipynb #0015
@@ -227,7 +228,7 @@ def _token_turns(tokens, scores, mask, roles=("prompt", "response")):
     "Stretches of prompt and response tokens with their scores."
     mask = np.asarray(mask, bool)
     edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
-    return [dict(role=roles[mask[a]], answer=bool(mask[a]), tokens=[visible_text(token) for token in tokens[a:b]], scores=scores[a:b])
+    return [dict(role=roles[int(mask[a])], answer=bool(mask[a]), tokens=[visible_text(token) for token in tokens[a:b]], scores=scores[a:b])
             for a, b in zip(edges, edges[1:]) if "".join(tokens[a:b]).strip()]   # the line break after the last turn is no turn of its own
 
 def _example(result, place):
@@ -503,8 +504,8 @@ def export(self: ExampleBrowser,
 ) -> tuple[Path, Path]:      # The data set; the record
     "Write the data set without what was dropped, and beside it a record of who decided what and why. Raises `WidgetError` rather than replacing a file."
     path = Path(path)
-    record = path.with_suffix(".decisions.json")
     if not path.name or path.suffix == ".json" or path.is_dir(): raise WidgetError(f"{str(path)!r} is not the name of a file for JSON lines: give one such as clean.jsonl")
+    record = path.with_suffix(".decisions.json")
     if there := [str(file) for file in (path, record) if file.exists() and not overwrite]: raise WidgetError(f"{there[0]} exists already: choose another name, or browser.export(path, overwrite=True)")
     kept = self.kept
     kept.to_json(path)

@@ -70,7 +70,7 @@ function kernelSource(model) {
 /** A source for a page without a kernel: everything is in `data`, as `embedded_browser` in Python writes it. */
 function embeddedSource(data) {
   const copies = new Map(), n = data.table.n;
-  const words = example => example.turns.map(turn => turn.text ?? turn.tokens.join("")).join("\n").toLowerCase() + `\n${example.id}`;
+  const words = example => example.turns.map(turn => turn.text ?? turn.tokens.join("")).join("\n").toLowerCase();
   let texts = null;
   return {
     table: data.table,
@@ -211,7 +211,7 @@ class Histogram {
   }
   set(values, pass, brush, label) { Object.assign(this, {values, pass, brush, label}); this.draw(); }
   x(value) { return this.span ? (value - this.low) / this.span : .5; }
-  value(x) { return this.low + this.span * Math.max(0, Math.min(1, x)); }
+  value(x) { return x >= 1 ? this.high : this.low + this.span * Math.max(0, x); }
 
   draw() {
     const {values, pass} = this, width = this.chart.clientWidth || 600, bins = Math.max(20, Math.min(80, Math.floor(width / 9)));
@@ -260,7 +260,7 @@ class Histogram {
   }
   press(event) {
     if (event.button) return;
-    const box = this.chart.getBoundingClientRect(), at = moved => this.value((moved.clientX - box.left) / box.width);
+    const box = this.chart.getBoundingClientRect(), edge = x => x < 6 ? 0 : x > box.width - 6 ? box.width : x, at = moved => this.value(edge(moved.clientX - box.left) / box.width);
     const side = this.handles.indexOf(event.target), start = side < 0 ? at(event) : (this.brush ?? [this.low, this.high])[1 - side], from = event.clientX;
     let far = side >= 0;
     const move = moved => {

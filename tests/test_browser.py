@@ -1,0 +1,489 @@
+"""The views in a real browser: with the widget's own script, a stand-in for the notebook's model, and the real Python object behind it; from a file without a kernel; and in a live JupyterLab."""
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chromium import Chromium, needs_browser
+from concept_tda.attribution import Attribution, QueryCard
+from concept_tda.conversations import Conversation, Conversations
+from concept_tda.widgets import ConceptView, ExampleBrowser, _hits, embedded_browser, front_end
+from test_attribution import HOSTILE
+
+pytestmark = needs_browser
+
+XSS = [*HOSTILE, "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "javascript:alert(1)", "<a href=javascript:alert(1)>x</a>", "<iframe srcdoc='<script>alert(1)</script>'>", "<|im_end|>", "<svg/onload=alert(1)>",
+       "${alert(1)}`'\"\\", "\u2028alert(1)\u2029", "\ud800 half", "__proto__", "constructor", "مرحبا <b>بالعالم</b> \u202e", "𝕊" * 30_000]
+PAGE = "<!doctype html><html><head><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><style>body{{margin:4px;color-scheme:light dark}}{style}</style></head><body><div id=here></div>{rest}</body></html>"
+STUB = """
+window.state = JSON.parse(atob('{state}'), (key, value) => value && value.bytes !== undefined ? new DataView(Uint8Array.from(atob(value.bytes), c => c.charCodeAt(0)).buffer) : value);
+const listeners = {{}};
+const fire = (name, ...values) => (listeners[name] ?? []).forEach(call => call(...values));
+window.deliver = (message, buffers) => fire('msg:custom', message, buffers.map(b => new DataView(Uint8Array.from(atob(b), c => c.charCodeAt(0)).buffer)));
+window.assign = (name, value) => {{ window.state[name] = value && value.bytes !== undefined ? new DataView(Uint8Array.from(atob(value.bytes), c => c.charCodeAt(0)).buffer) : value; fire('change:' + name); }};
+const model = {{get: name => window.state[name], on: (name, call) => (listeners[name] ??= []).push(call), off: (name, call) => {{ listeners[name] = (listeners[name] ?? []).filter(one => one !== call); }}, send: message => window.toPython(JSON.stringify(message))}};
+window.close_view = widget.render({{model, el: document.getElementById('here')}});
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with Chromium() as browser: yield browser
+
+
+def plain(value):
+    """A trait for JSON: bytes as base64, in dicts as well."""
+    if isinstance(value, (bytes, memoryview)): return {"bytes": base64.b64encode(bytes(value)).decode()}
+    return {key: plain(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+class StandIn:
+    """A page that shows a widget whose notebook is this test: what the page sends goes to the real object, and its answers and changed traits go back."""
+
+    def __init__(self, chromium, widget, tmp_path, names, **window):
+        self.widget, self.names = widget, names
+        state = base64.b64encode(json.dumps({name: plain(getattr(widget, name)) for name in names}).encode()).decode()
+        script = widget._esm.replace("export default", "const widget =") if isinstance(widget._esm, str) else str(widget._esm).replace("export default", "const widget =")
+        path = tmp_path / "page.html"
+        path.write_text(PAGE.format(style=widget._css, rest=f"<script type=module>{script}{STUB.format(state=state)}</script>"), encoding="utf-8")
+        self.page = chromium.open(**window)
+        self.page.send("Runtime.addBinding", name="toPython")
+        self.known = {name: plain(getattr(widget, name)) for name in names}
+        self.page.go(path.as_uri())
+
+    def pump(self):
+        """Hand over what the page has sent since the last time."""
+        self.page.send("Runtime.evaluate", expression="0")
+        while self.page.calls:
+            _, payload = self.page.calls.popleft()
+            sent = []
+            self.widget.send = lambda content, buffers=None: sent.append((content, [base64.b64encode(bytes(one)).decode() for one in buffers or []]))
+            self.widget._handle_custom_msg(json.loads(payload), [])
+            self.share()
+            for content, buffers in sent: self.page.value(f"window.deliver({json.dumps(content)}, {json.dumps(buffers)})")
+
+    def share(self):
+        """Traits that Python has changed."""
+        for name in self.names:
+            if (value := plain(getattr(self.widget, name))) != self.known[name]:
+                self.known[name] = value
+                self.page.value(f"window.assign({json.dumps(name)}, {json.dumps(value)})")
+
+    def wait(self, script): return self.page.wait(script, meanwhile=self.pump)
+    def value(self, script): self.pump(); return self.page.value(script)
+    def settle(self): self.wait("new Promise(done => setTimeout(() => done(true), 250))"); self.pump(); self.page.value("new Promise(done => setTimeout(() => done(true), 60))"); self.pump()
+    def rows(self): self.settle(); return self.value("[...document.querySelectorAll('.row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response')?.textContent ?? row.textContent)")
+    def status(self): self.settle(); return self.value("document.querySelector('.statusline [role=status]').textContent")
+    def choose(self, label, value): self.value(f"(() => {{ const pick = document.querySelector('[aria-label=\"{label}\"]'); pick.value = {json.dumps(value)}; pick.dispatchEvent(new Event('change')); pick.dispatchEvent(new Event('input')); }})()")
+
+
+TRAITS = ["table", "columns", "groups", "saved", "marks", "notes", "undoable"]
+
+
+def chats(texts): return Conversations([Conversation(({"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": text}), metadata={"kind": f"kind {i % 3}", "bad": i % 2 == 0}) for i, text in enumerate(texts)], "train")
+
+
+def several(n=40, texts=None, tokens=True, seed=0):
+    """Three methods with distinct scores; answers differ in length and are no near-duplicates."""
+    rng = np.random.default_rng(seed)
+    data = chats(texts or [f"answer {i} " + " ".join(str(word) for word in rng.integers(0, 10**6, 5 + i % 7)) for i in range(n)])
+    card = lambda method: QueryCard(method, "sycophancy", model="tiny", data="train", notes=["one example was cut"])
+    pieces = [["<|im_start|>", "user", "\n", c.prompt[0]["content"], *re.findall(r"(?s).{1,8}", c.response)] for c in data]
+    extra = dict(tokens=pieces, token_scores=[rng.normal(size=len(one)) for one in pieces], response_masks=[np.arange(len(one)) > 3 for one in pieces]) if tokens else {}
+    return [Attribution(data, rng.normal(size=len(data)), card("Concept Influence"), **extra), Attribution(data, rng.normal(size=len(data)), card("BM25")), Attribution(data, [len(c.response) + i / 1000 for i, c in enumerate(data)], card("Length"))]
+
+
+@pytest.fixture
+def live(chromium, tmp_path):
+    pages = []
+    def open_(results=None, window={}, **options):
+        results = results or several()
+        stand_in = StandIn(chromium, ExampleBrowser(results[0], results[1:], by="ada", **options), tmp_path, TRAITS, **window)
+        pages.append(stand_in)
+        stand_in.wait("document.querySelector('.reading .turn')")
+        return stand_in
+    yield open_
+    for stand_in in pages:
+        assert stand_in.page.errors == []
+        stand_in.page.close()
+
+
+def responses(result, order): return [" ".join(result.conversations[int(i)].response.split())[:240] for i in order]
+
+
+# looking ---------------------------------------------------------------------------------------------------------------------------
+
+def test_the_list_is_in_the_order_of_the_scores_at_both_ends(live):
+    results = several()
+    view = live(results)
+    order = np.argsort(-results[0].scores)
+    seen = view.rows()
+    assert seen == responses(results[0], order)[:len(seen)] and len(seen) >= 5
+    view.page.press("Tab")   # the list takes keys only when it is reached
+    view.value("document.querySelector('.rows').focus()")
+    view.page.press("End")
+    assert view.rows()[-1] == responses(results[0], order)[-1]
+    view.choose("Order", "low")
+    assert view.rows()[:5] == responses(results[0], order[::-1])[:5]
+    view.choose("Order", "file")
+    assert view.rows()[:5] == responses(results[0], range(5))
+    view.choose("Method", "1")
+    view.choose("Order", "high")
+    assert view.rows()[:5] == responses(results[0], np.argsort(-results[1].scores))[:5]
+
+
+def test_disagreements_of_two_methods_can_be_sorted_and_filtered(live):
+    results = several()
+    view = live(results)
+    gap = results[0].percentiles - results[1].percentiles
+    view.choose("Order", "above-1")
+    assert view.rows()[:6] == responses(results[0], np.argsort(-gap, kind="stable"))[:6]
+    view.choose("Smallest difference in percentile points", "30")
+    assert view.status().startswith(f"{(gap >= 30).sum()} of 40")
+    view.choose("Order", "below-2")
+    assert view.rows()[0] == responses(results[0], [np.argmax(results[2].percentiles - results[0].percentiles)])[0]
+
+
+def test_search_facets_and_length_narrow_the_list_together(live):
+    results = several()
+    view = live(results, labels="bad")
+    kinds = [c.metadata["kind"] for c in results[0].conversations]
+    view.value("document.querySelector('.ctda-view').focus()")
+    view.value("document.querySelector('.rows').focus()")
+    view.page.press("/")
+    view.page.type('"answer 1"')
+    expected = {i for i, c in enumerate(results[0].conversations) if "answer 1" in c.response}
+    view.wait(f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(expected)} of 40')")
+    boxes = view.value("[...document.querySelectorAll('fieldset')].map(one => one.querySelector('legend').textContent + '|' + [...one.querySelectorAll('.value')].map(v => v.textContent))")
+    assert boxes == ["bad|yes,no", "kind|kind 0,kind 1,kind 2"]
+    view.page.click("input[data-facet='1'][data-code='0']")
+    expected = {i for i in expected if kinds[i] == "kind 0"}
+    assert view.status().startswith(f"{len(expected)} of 40")
+    lengths = view.widget._contents.lengths
+    view.choose("Longest", str(int(np.median(lengths))))
+    assert view.status().startswith(f"{sum(lengths[i] <= np.median(lengths) for i in expected)} of 40")
+    view.value("[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()")
+    assert view.status().startswith("40 examples")
+
+
+@pytest.mark.parametrize("words", ["", "moon", '"the moon" -cheese', "-x", "ANSWER 1", 'no"quote', '"', "-", "  spaced   out "])
+def test_search_means_the_same_with_and_without_a_kernel(chromium, words):
+    texts = ["The moon is cheese", "the moon", "an x", "answer 1 2", "no\"quote", "a - b", "spaced out"]
+    page = chromium.open("about:blank")
+    lower = [text.lower() for text in texts]
+    found = page.value(f"(() => {{ {front_end('parts.js', 'browser.js')}; const terms = searchTerms({json.dumps(words)}), texts = {json.dumps(lower)}; return texts.flatMap((text, i) => found(text, terms) ? [i] : []); }})()")
+    page.close()
+    assert found == _hits(lower, words).tolist()
+
+
+def test_a_brush_on_the_histogram_filters_by_pointer_and_by_keys(live):
+    results = several()
+    view, scores = live(results), results[0].scores
+    x, y, width, height = view.page.box(".chart")
+    view.page.drag(x + width * .5, y + 20, x + width - 1, y + 20)
+    low = scores.min() + .5 * np.ptp(scores)
+    assert abs(int(view.status().split()[0]) - (scores >= low).sum()) <= 1
+    assert view.rows()[0] == responses(results[0], [scores.argmax()])[0]
+    for kind in ("mousePressed", "mouseReleased"): view.page.mouse(kind, x + width * .2, y + 40, clickCount=1)   # a click without a drag takes it away
+    assert view.status().startswith("40 examples")
+    view.value("document.querySelectorAll('.handle')[1].focus()")
+    for _ in range(4): view.page.press("PageDown")
+    high = scores.max() - .4 * np.ptp(scores)
+    assert view.status().startswith(f"{(scores <= high + 1e-12).sum()} of 40")
+    assert abs(float(view.value("document.activeElement.getAttribute('aria-valuenow')")) - high) < 1e-9
+    view.page.press("Escape")
+    assert view.status().startswith("40 examples")
+
+
+def test_tokens_show_their_exact_scores_on_hover_and_by_key(live):
+    results = several()
+    view, top = live(results), int(np.argmax(several()[0].scores))
+    spans = view.value("[...document.querySelectorAll('.reading .tokens span')].map(s => [s.textContent, s.title, s.style.background])")
+    assert [s[0] for s in spans] == results[0].tokens[top]
+    assert all(np.isclose(float(s[1].replace("−", "-")), score, rtol=1e-3) for s, score in zip(spans, results[0].token_scores[top]))
+    strongest = int(np.argmax(np.abs(results[0].token_scores[top])))
+    assert ("--more" if results[0].token_scores[top][strongest] > 0 else "--less") in spans[strongest][2]
+    view.page.hover(".reading .turn.answer .tokens span:nth-child(2)")
+    exact = lambda: float(view.value("document.querySelector('.readout b').textContent").replace("−", "-"))
+    assert np.isclose(exact(), results[0].token_scores[top][5], rtol=1e-4)
+    view.value("document.querySelector('.reading .turn.answer .tokens').focus()")
+    view.page.press("ArrowRight")
+    assert np.isclose(exact(), results[0].token_scores[top][6], rtol=1e-4)
+
+
+def test_near_duplicates_fold_and_unfold(live):
+    same = "I would call the station and ask for the lost umbrella before buying another one"
+    texts = [same + end for end in (" today", " soon", "")] + [f"something else entirely number {i} " + " ".join(str(j * i) for j in range(9)) for i in range(9)]
+    results = several(texts=texts)
+    view = live(results)
+    assert "2 near-duplicates folded" in view.status() and view.value("document.querySelector('.row').ariaSetSize") == "10"
+    assert view.value("[...document.querySelectorAll('.row .tag')].map(t => t.textContent)") == ["+2 alike"]
+    view.page.click(".tick input")
+    assert "folded" not in view.status() and view.value("document.querySelector('.row').ariaSetSize") == "12"
+
+
+# deciding --------------------------------------------------------------------------------------------------------------------------
+
+def test_decisions_by_key_reach_python_and_can_be_undone(live):
+    results = several()
+    view, order = live(results), np.argsort(-several()[0].scores)
+    view.value("document.querySelector('.rows').focus()")
+    view.page.press("d")
+    view.page.press("ArrowDown")
+    view.page.press("k")
+    view.settle()
+    decisions = view.widget.decisions
+    assert decisions.loc[order[0], "decision"] == "drop" and decisions.loc[order[1], "decision"] == "keep" and len(decisions) == 2
+    assert set(decisions.by) == {"ada"} and set(decisions.why) == {"one by one"} and decisions.loc[order[0], "id"] == results[0].ids[order[0]]
+    assert view.status().endswith("1 dropped · 1 kept")
+    view.page.press("z")
+    view.settle()
+    assert view.widget.decisions.index.tolist() == [order[0]] and view.status().endswith("1 dropped")
+    view.page.press("ArrowUp")
+    view.page.press("n")
+    view.page.type("praises a bad plan")
+    view.page.press("Enter", modifiers=2)
+    view.settle()
+    assert view.widget.decisions.loc[order[0], "note"] == "praises a bad plan"
+
+
+def test_decisions_in_bulk_say_which_filter_chose_them(live):
+    results = several()
+    view = live(results, record=None)
+    view.page.click("input[data-facet='0'][data-code='1']")
+    view.settle()
+    view.page.click(".actions button.drop")
+    view.settle()
+    chosen = [i for i, c in enumerate(results[0].conversations) if c.metadata["kind"] == "kind 1"]
+    decisions = view.widget.decisions
+    assert decisions.index.tolist() == chosen and set(decisions.decision) == {"drop"} and all("kind: kind 1" in why for why in decisions.why)
+    assert len(view.widget.kept) == 40 - len(chosen)
+
+
+def test_rows_selected_with_shift_are_decided_together(live):
+    results = several()
+    view, order = live(results), np.argsort(-several()[0].scores)
+    view.value("document.querySelector('.rows').focus()")
+    for _ in range(3): view.page.press("ArrowDown", modifiers=8)
+    view.page.press("k")
+    view.settle()
+    assert sorted(view.widget.decisions.index) == sorted(order[:4].tolist()) and set(view.widget.decisions.why) == {"one of 4 examples selected by hand"}
+
+
+def test_python_decisions_appear_and_export_answers_in_the_page(live, tmp_path):
+    results = several()
+    view = live(results)
+    view.widget.decide([int(results[0].top(1).rows[0])], "drop", "from Python")
+    view.share()
+    assert view.status().endswith("1 dropped") and view.value("document.querySelector('.decide textarea').value") == "from Python"
+    view.choose("File to write", str(tmp_path / "clean.jsonl"))
+    for expected in ("39 of 40 examples written", "exists already"):
+        view.value("[...document.querySelectorAll('footer button')].at(-1).click()")
+        view.settle()
+        assert expected in view.value("document.querySelector('footer [role=status]').textContent")
+    assert len((tmp_path / "clean.jsonl").read_text().splitlines()) == 39
+
+
+def test_a_key_pressed_while_writing_is_only_text(live):
+    view = live()
+    view.page.click("input[type=search]")
+    view.page.press("d")
+    view.settle()
+    assert view.widget.decisions.empty and view.value("document.querySelector('input[type=search]').value") == "d"
+
+
+def test_shortcuts_of_the_notebook_are_suppressed(live): assert live().value("document.querySelector('.ctda-view').hasAttribute('data-lm-suppress-shortcuts')")
+
+
+# size, safety, access ----------------------------------------------------------------------------------------------------------------
+
+def test_ten_thousand_examples_draw_only_what_is_in_view(live):
+    rng = np.random.default_rng(1)
+    data = chats([f"answer {i} is {i * 7919 % 10007}" for i in range(10_000)])
+    result = Attribution(data, rng.normal(size=10_000), QueryCard("Concept Influence", "sycophancy"))
+    view = live([result])
+    assert view.value("document.querySelectorAll('.row').length") < 30 and view.status().startswith("10,000 examples")
+    assert len(view.widget.saved) == 60 and len(json.dumps(view.widget.saved)) < 600_000
+    view.page.click(".row")
+    view.value("document.querySelector('.row.middle')?.click()")
+    view.value("document.querySelector('.rows').focus()")
+    for _ in range(60): view.page.press("PageDown")
+    assert "more between the two ends" in view.value("document.querySelector('.rows').textContent") or view.value("document.querySelector('.rows').scrollTop") > 0
+    view.choose("Order", "file")
+    view.value("document.querySelector('.rows').scrollTop = 74 * 5000")
+    assert " ".join(data[5000].response.split()) in view.rows()
+    view.page.click("input[type=search]")
+    view.page.type("7919")
+    view.wait(f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(_hits(view.widget._contents.texts(), '7919'))} of 10,000')")
+
+
+def harmless(page):
+    """No text has become an element, and nothing was run or asked for."""
+    assert page.value("document.querySelectorAll('#here :is(script, img, iframe, a, object, embed, link, style, base, form, svg[onload])').length") == 0
+    assert page.value("[...document.querySelectorAll('#here *')].every(node => [...node.attributes].every(one => !one.name.startsWith('on')))")
+    assert page.errors == [] and all(address.startswith(("file:", "data:", "about:")) for address in page.requests)
+
+
+def too_wide(page):
+    """What sticks out of the window, unless it can be scrolled by itself."""
+    return page.value("""document.documentElement.scrollWidth <= window.innerWidth ? [] : [...document.querySelectorAll('#here *')].filter(n => n.getBoundingClientRect().right > window.innerWidth + 1 && !n.closest('.wide, .row')).map(n => `${n.tagName}.${n.className} ${n.textContent.slice(0, 40)}`).slice(0, 5)""")
+
+
+def hostile_results():
+    data = Conversations([Conversation(({"role": "system", "content": text}, {"role": "user", "content": text}, {"role": "assistant", "content": text}), metadata={"kind": text[:60], f"name {text[:40]}": text[:3_000], "group": "a" if i % 2 else "<b>b</b>"}) for i, text in enumerate(XSS)], "<script>alert('data')</script>")
+    rng = np.random.default_rng(0)
+    card = lambda method: QueryCard(method, "<img src=x onerror=alert(1)>", model="</script><script>alert(1)</script>", data="<b>data</b>", notes=["<svg onload=alert(1)>"])
+    tokens = [[text, text[:50], "<|im_end|>"] for text in XSS]
+    return [Attribution(data, rng.normal(size=len(XSS)), card("<script>alert(2)</script>"), tokens=tokens, token_scores=[rng.normal(size=3) for _ in XSS], response_masks=[np.array([False, True, True])] * len(XSS)),
+            Attribution(data, rng.normal(size=len(XSS)), card("javascript:alert(3)"))]
+
+
+def test_hostile_texts_are_shown_and_not_run_with_a_kernel(live):
+    from concept_tda.attribution import visible_text
+    for results in (hostile_results(), [Attribution(r.conversations, r.scores, r.card) for r in hostile_results()]):
+        view = live(results, labels="group", positive="a")
+        view.widget.decide([int(row) for row in results[0].rows], "keep", note="<img src=x onerror=alert(4)></script>", why="<script>alert(5)</script>")
+        view.share()
+        view.value("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        view.value("document.querySelector('.rows').focus()")
+        view.value("document.querySelector('.tick input').click()")
+        shown = []
+        for _ in XSS:
+            view.settle()
+            shown.append(view.value("[...document.querySelectorAll('.reading .turn')].map(t => t.textContent).join('')"))
+            view.page.press("ArrowDown")
+        assert [text for text in XSS if not any(visible_text(text)[:2_000].strip() in one for one in shown)] == []
+        harmless(view.page)
+        view.value("window.close_view()")
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_hostile_texts_are_shown_and_not_run_from_a_file(chromium, tmp_path, width):
+    results = hostile_results()
+    page = open_embedded(chromium, tmp_path, embedded_browser(results[0], results[1:], labels="group", positive="a"), width=width)
+    page.value("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    page.value("document.querySelector('.rows').focus()")
+    for _ in XSS:
+        page.press("ArrowDown")
+        page.value("new Promise(done => setTimeout(done, 30))")
+        assert too_wide(page) == []
+    harmless(page)
+    assert page.value("document.querySelector('h3').textContent") == "<script>alert(2)</script>: <img src=x onerror=alert(1)>"
+    page.close()
+
+
+def open_embedded(chromium, tmp_path, data, **window):
+    script = front_end("parts.js", "browser.js") + "\nwindow.view = mountEmbedded(document.getElementById('here'), JSON.parse(document.getElementById('data').textContent));"
+    path = tmp_path / "embedded.html"
+    path.write_text(PAGE.format(style=front_end("views.css"), rest=f"<script type='application/json' id=data>{data}</script><script type=module>{script}</script>"), encoding="utf-8", errors="surrogatepass")
+    page = chromium.open(path.as_uri(), **window)
+    page.wait("document.querySelector('.reading .turn')")
+    return page
+
+
+def test_without_a_kernel_list_histogram_brush_search_and_highlights_work(chromium, tmp_path):
+    results = several()
+    page, scores = open_embedded(chromium, tmp_path, embedded_browser(results[0], results[1:], labels="bad")), results[0].scores
+    texts = lambda: page.value("new Promise(done => setTimeout(() => done([...document.querySelectorAll('.row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response').textContent)), 300))")
+    assert texts()[:4] == responses(results[0], np.argsort(-scores))[:4]
+    assert page.value("document.querySelectorAll('.reading .tokens span').length") == len(results[0].tokens[int(scores.argmax())])
+    page.click("input[type=search]")
+    page.type("17")
+    wanted = [i for i in np.argsort(-scores) if "17" in results[0].conversations[int(i)].text]
+    assert page.wait(f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(wanted)} of 40')") and texts()[:3] == responses(results[0], wanted)[:3]
+    page.value("[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()")
+    x, y, width, height = page.box(".chart")
+    page.drag(x + 1, y + 20, x + width * .25, y + 20)
+    low = scores.min() + .25 * np.ptp(scores)
+    assert abs(int(page.value("document.querySelector('.statusline [role=status]').textContent").split()[0]) - (scores <= low).sum()) <= 1
+    assert page.value("document.querySelectorAll('.decide button, footer').length") == 0   # nothing to decide where nobody listens
+    assert page.errors == [] and len(page.requests) == 1
+    page.close()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_text_has_enough_contrast(chromium, tmp_path, dark):
+    results = several()
+    page = open_embedded(chromium, tmp_path, embedded_browser(results[0], results[1:], labels="bad"), dark=dark)
+    worst = page.value("""(() => {
+      const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+      const mix = (colour, under) => { canvas.fillStyle = `rgb(${under})`; canvas.fillRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3); };
+      const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
+      const ground = node => { const line = []; for (let n = node; n; n = n.parentElement) line.unshift(getComputedStyle(n).backgroundColor); return line.reduce((under, colour) => mix(colour, under), [255, 255, 255]); };
+      let worst = [99, ''];
+      const walk = document.createTreeWalker(document.querySelector('.ctda-view'), NodeFilter.SHOW_TEXT);
+      while (walk.nextNode()) {
+        const node = walk.currentNode.parentElement;
+        if (!walk.currentNode.textContent.trim() || !node.offsetParent || node.matches('.special, option, .empty, .empty *')) continue;
+        const under = ground(node), a = light(mix(getComputedStyle(node).color, under)), b = light(under), ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+        if (ratio < worst[0]) worst = [ratio, node.className + ': ' + walk.currentNode.textContent.slice(0, 40)];
+      }
+      return worst;
+    })()""")
+    assert worst[0] >= 4.5, worst
+    page.close()
+
+
+def test_a_long_right_to_left_example_keeps_the_layout(live):
+    tokens = ["שלום ", "עולם "] * 2_500
+    data = chats(["".join(tokens), "short"])
+    rng = np.random.default_rng(0)
+    result = Attribution(data, [1., -1.], QueryCard("Concept Influence", "x"), tokens=[tokens, ["short"]], token_scores=[rng.normal(size=5_000), np.ones(1)], response_masks=[np.ones(5_000, bool), np.ones(1, bool)])
+    for width in (400, 1200):
+        view = live([result], window=dict(width=width))
+        assert view.value("document.documentElement.scrollWidth <= window.innerWidth")
+        assert view.value("getComputedStyle(document.querySelector('.reading .tokens')).direction") == "rtl" and view.value("document.querySelectorAll('.reading .tokens span').length") == 4_000
+        view.value("document.querySelector('.reading .more').click()")
+        assert view.value("document.querySelectorAll('.reading .tokens span').length") == 5_000
+        assert view.value("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_tab_reaches_everything_in_reading_order_and_all_controls_have_names(live):
+    view = live(labels="bad")
+    names = []
+    for _ in range(40):
+        view.page.press("Tab")
+        name = view.value("(() => { const n = document.activeElement; return n === document.body ? '' : (n.getAttribute('aria-label') || n.labels?.[0]?.textContent || n.textContent || '').trim().slice(0, 40); })()")
+        if name == "" and names: break
+        names.append(name)
+    assert all(names), names
+    place = lambda start: next(i for i, name in enumerate(names) if name.startswith(start))
+    assert place("Query card") < place("Lowest score shown") < place("Search in prompts") < place("Order") < place("Filters") < place("Examples") < place("✕ Drop") < place("File to write") < place("Keys")
+
+
+# the explorer ------------------------------------------------------------------------------------------------------------------------
+
+def test_the_explorer_draws_tokens_layers_neighbours_and_the_dial(chromium, tmp_path):
+    hostile = "<script>alert(1)</script>"
+    turn = dict(role="question", answer=False, tokens=["a", hostile], scores=[.5, -1.])
+    example = dict(row=3, value=2., response=hostile, turns=[dict(role="user", answer=False, text=hostile)])
+    reading = dict(concept=hostile, layer=1, place="here", unit="projection", centre=.25, limit=1., turns=[turn], layers=[0, 1, 2], sweep=[.1, -.5, 2.], sweep_words="words", nearest=[example], farthest=[example], among="among")
+    view = ConceptView(reading=reading, steering=[dict(strength=float(s), text=f"{hostile} {s}", value=1. * s) for s in (-1, 0, 1)], status="ready")
+    asked = []
+    view.on_msg(lambda _, message, __: asked.append(message))
+    stand_in = StandIn(chromium, view, tmp_path, ["reading", "steering", "status"])
+    page = stand_in.page
+    assert page.value("[...document.querySelectorAll('.conversation .tokens span')].map(s => s.textContent)") == ["a", hostile]
+    page.hover(".conversation .tokens span:nth-child(2)")
+    assert page.value("document.querySelector('.readout').textContent") == f'"{hostile}" −1 (projection −0.75)'
+    assert page.value("document.querySelector('.steered').textContent").startswith("strength +0")
+    page.value("document.querySelector('.dial').focus()")
+    page.press("ArrowRight")
+    assert page.value("document.querySelector('.steered').textContent").endswith(f"{hostile} 1")
+    page.value("document.querySelector('.sweep').focus()")
+    page.press("ArrowRight")
+    stand_in.pump()
+    assert [(one["kind"], one["layer"]) for one in asked] == [("layer", 2)]
+    page.value("window.assign('reading', {...window.state.reading, layer: 2})")
+    assert page.value("document.activeElement.getAttribute('aria-valuenow')") == "2" and page.value("document.querySelector('.steered').textContent").endswith(f"{hostile} 1")
+    harmless(page)
+    page.close()
