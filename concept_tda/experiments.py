@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .attribution import Attribution, QueryCard, _page_part, compare, cut_rows, detection_metrics, load_attribution, patch, safe_text, spearman, table_html
+from .attribution import Attribution, Cost, QueryCard, _page_part, compare, cut_rows, detection_metrics, load_attribution, patch, safe_text, spearman, table_html
 from .baselines import BM25, MeanLoss, RandomDirection, RandomScore, RepSim, ResponseLength
 from .concepts import random_directions
 from .conversations import Conversations, batches, load_conversations
@@ -406,26 +406,31 @@ _STYLES = {"drop-most": "-", "drop-least": "--", "keep-least": "-", "keep-most":
 @patch
 def plot(self: FilterAndRetrain,
     judge: str | None = None, # One judge; None draws all of them
+    column: str = "value",    # Or "from_base", "from_full", "from_random": the paired differences, whose intervals are tighter
 ):                            # The matplotlib figure
-    "Value against the share dropped, 95 % intervals over seeds; random removal in grey, base and full run as lines across."
+    "Value (or difference) against the share of examples, 95 % intervals over seeds; random removal in grey, base and full run as lines across."
     import matplotlib.pyplot as plt
-    summary, judges = self.summary(), [one for one in self.judge_records if judge in (None, one["name"])]
+    summary, judges, columns = self.summary(), [one for one in self.judge_records if judge in (None, one["name"])], ("value", "from_base", "from_full", "from_random")
     if not judges: raise ExperimentError(f"no judge {judge!r}; there are {', '.join(one['name'] for one in self.judge_records)}")
+    if column not in columns: raise ExperimentError(f"no column {column!r} to draw; there are {', '.join(columns)}")
     if summary.empty: raise ExperimentError("nothing is finished yet: run() first")
-    methods = list(self.about["cards"])
+    methods, fractions = list(self.about["cards"]), self.about["fractions"]
+    step = .012*(max(fractions) - min(fractions) or 1) if fractions else 0
     figure, axes = plt.subplots(1, len(judges), figsize=(1.6 + 4.6*len(judges), 3.6), layout="constrained", squeeze=False)
     for ax, one in zip(axes[0], judges):
-        part = summary[summary["judge"] == one["name"]]
-        for arm, style in (("base", ":"), ("full", "-")):
-            for value in part.loc[part["arm"] == arm, "value"]:
+        part = summary[(summary["judge"] == one["name"]) & summary[column].notna()]
+        for arm, style, above in (("base", ":", -9), ("full", "-", 2)):
+            for value in part.loc[part["arm"] == arm, column]:
                 ax.axhline(value, color="#777777", lw=1, ls=style)
-                ax.annotate(arm, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points", ha="right", fontsize=8, color="#555555")
-        for i, ((arm, method), line) in enumerate(part[part["fraction"].notna()].groupby(["arm", "method"], sort=False)):
+                ax.annotate(arm, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, above), textcoords="offset points", ha="right", fontsize=8, color="#555555")
+        lines = list(part[part["fraction"].notna()].groupby(["arm", "method"], sort=False))
+        for i, ((arm, method), line) in enumerate(lines):
             colour = "#888888" if arm == "random" else _COLOURS[methods.index(method) % len(_COLOURS)]
-            ax.errorbar(line["fraction"], line["value"], line["value ±"].fillna(0), color=colour, ls=_STYLES.get(arm, "-."), marker="o", ms=3.5, lw=1.4, capsize=2, label=f"{arm} {method}".strip())
-        for k, (_, row) in enumerate(part[part["arm"] == "subset"].iterrows()):
-            ax.axhline(row["value"], color="#333333", lw=1, ls=(0, (4, 2, 1, 2)), label=row["method"])
-        ax.set(title=one["name"], xlabel=self._fraction_name, ylabel=one["unit"])
+            ax.errorbar(line["fraction"] + step*(i - (len(lines) - 1)/2), line[column], line[f"{column} ±"].fillna(0), color=colour, ls=_STYLES.get(arm, "-."), marker="o", ms=3.5, lw=1.4, elinewidth=.9, capsize=2, label=f"{arm} {method}".strip())
+        for _, row in part[part["arm"] == "subset"].iterrows(): ax.axhline(row[column], color="#333333", lw=1, ls=(0, (4, 2, 1, 2)), label=row["method"])
+        if column != "value": ax.axhline(0, color="#777777", lw=.8)
+        ax.set_xticks(fractions, [f"{fraction:.3g}" for fraction in fractions])
+        ax.set(title=one["name"], xlabel=self._fraction_name, ylabel=one["unit"] if column == "value" else f"{column.replace('_', ' ')} ({one['unit']})")
         ax.spines[["top", "right"]].set_visible(False)
     handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
     if handles: figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right upper")
@@ -464,7 +469,7 @@ def _notes(self: FilterAndRetrain) -> str:
     return (f"{seeds} seed{'s' if seeds > 1 else ''}; ± is half a 95 % t-interval over the seeds, evaluation items fixed{' (none with one seed)' if seeds == 1 else ''}. "
             "Differences are paired by item; from_random: against random removal of as many examples with the same seed." + (f" Judges gave no score in {missing} cases." if missing else ""))
 
-# %% ../nbs/19_experiments.ipynb #002f
+# %% ../nbs/19_experiments.ipynb #0030
 class ActivationJudge(Judge):
     "Mean projection of held-out conversations' pooled activations on a concept's unit direction; one forward pass to its layer."
     unit = "activation"
@@ -487,7 +492,7 @@ class ActivationJudge(Judge):
         acts_ND = pooled_activations(lm, data, self.concept.layer, self.concept.pooling, progress=progress)[self.concept.layer]
         return data.ids, (acts_ND.double() @ self.concept.direction.double()).numpy(), None
 
-# %% ../nbs/19_experiments.ipynb #0032
+# %% ../nbs/19_experiments.ipynb #0033
 class LinearDatamodelingScore(Experiment):
     "Spearman's correlation, over random subsets, between the sum of an example's scores and the behaviour after training on the subset (METHODS §8)."
     kind = "linear-datamodeling-score"
@@ -515,7 +520,7 @@ class LinearDatamodelingScore(Experiment):
                     for seed in seeds for draw, rows in enumerate(subsets)]
         self._settle(entries, seeds=seeds, fraction=fraction, methods=list(results))
 
-# %% ../nbs/19_experiments.ipynb #0033
+# %% ../nbs/19_experiments.ipynb #0034
 def _points(self) -> pd.DataFrame: # Columns judge, draw, measured, one for each seed ("seed 0" …) and one for each method
     "One row for each subset and judge for which all seeds are finished: the measured behaviour and the predicted sums."
     rows = []
@@ -554,7 +559,7 @@ def _notes(self: LinearDatamodelingScore) -> str:
     return (f"Spearman's correlation over random subsets of {self.about['fraction']:.0%} of the data between the sum of scores and the judge's mean over {len(self.about['seeds'])} seed(s); "
             "low and high: 95 % interval over subsets. Chance is 0.")
 
-# %% ../nbs/19_experiments.ipynb #0034
+# %% ../nbs/19_experiments.ipynb #0035
 @patch
 def plot(self: LinearDatamodelingScore): # The matplotlib figure
     "One point for each method and judge, with its interval over subsets."
@@ -581,7 +586,7 @@ def _dot_plot(table, column, errors, label):
     plt.close(figure)
     return figure
 
-# %% ../nbs/19_experiments.ipynb #003a
+# %% ../nbs/19_experiments.ipynb #003b
 class CounterfactualPrediction(Experiment):
     "Predicted change of leaving out a subset, -Σs/N, against the change measured by retraining (METHODS §8)."
     kind = "counterfactual-prediction"
@@ -613,7 +618,7 @@ class CounterfactualPrediction(Experiment):
                     for seed in seeds for arm, name, fraction, rows, its in removed if seed in its]
         self._settle(entries, seeds=seeds, fractions=[float(fraction) for fraction in fractions], methods=list(results))
 
-# %% ../nbs/19_experiments.ipynb #003b
+# %% ../nbs/19_experiments.ipynb #003c
 def _changes(self) -> pd.DataFrame: # Columns judge, arm, method (that chose the subset), fraction, seeds, measured, and one for each method: its prediction
     "One row for each subset left out and judge: measured change (mean over the finished seeds) and predicted changes. A subset that two arms share comes once."
     rows, full = [], {entry["seed"]: entry["cell"] for entry in self.entries if entry["arm"] == "full"}
@@ -656,7 +661,7 @@ def _notes(self: CounterfactualPrediction) -> str:
     return ("Measured change of leaving out a subset (against the full run of the same seed, in the judge's units) regressed on the predicted one, -Σs/N (in units of the score). A right method has a positive slope; "
             "1 is to be expected only of exact influence on the judge's own quantity at the optimum. ± is half a 95 % interval that takes subsets as independent; they overlap, so it is too narrow.")
 
-# %% ../nbs/19_experiments.ipynb #003c
+# %% ../nbs/19_experiments.ipynb #003d
 @patch
 def plot(self: CounterfactualPrediction,
     judge: str | None = None, # One judge; the first if None
@@ -686,7 +691,7 @@ def plot(self: CounterfactualPrediction,
     plt.close(figure)
     return figure
 
-# %% ../nbs/19_experiments.ipynb #0041
+# %% ../nbs/19_experiments.ipynb #0042
 class _Step:
     "Takes one step on one example and takes it back."
     def __init__(self, lm, train, sites, learning_rate):
@@ -719,7 +724,7 @@ class _Step:
                 for site in self.sites:
                     if site.name in before: site.weight.copy_(before[site.name])
 
-# %% ../nbs/19_experiments.ipynb #0042
+# %% ../nbs/19_experiments.ipynb #0043
 class TailPatch(Experiment):
     "The change of the behaviour after one gradient step on each top example, against the same step on random ones (METHODS §8)."
     kind = "tail-patch"
@@ -757,7 +762,7 @@ def _steps(self) -> pd.DataFrame: # Columns arm, method, rank, row, judge, unit,
     return pd.DataFrame(rows, columns=["arm", "method", "rank", "row", "judge", "unit", "change"]).astype({"rank": "Int64"})
 TailPatch.steps = property(_steps)
 
-# %% ../nbs/19_experiments.ipynb #0043
+# %% ../nbs/19_experiments.ipynb #0044
 def _welch(first, second) -> tuple[float, float]: # Difference of the means, half the width of its 95 % interval
     "Welch's t-interval for two independent samples; NaN where one has fewer than two values."
     from scipy.stats import t
@@ -791,7 +796,7 @@ def _notes(self: TailPatch) -> str:
     return (f"Change of the judge's value after one step of gradient descent (learning rate {self.about['learning_rate']:g}, {self.about['sites']} sites) on one example. ± is half a 95 % t-interval over examples; "
             "Spearman: between score and change, over all examples stepped on (mostly ends of the lists).")
 
-# %% ../nbs/19_experiments.ipynb #0044
+# %% ../nbs/19_experiments.ipynb #0045
 @patch
 def plot(self: TailPatch,
     judge: str | None = None, # One judge; the first if None
@@ -816,7 +821,7 @@ def plot(self: TailPatch,
     plt.close(figure)
     return figure
 
-# %% ../nbs/19_experiments.ipynb #0049
+# %% ../nbs/19_experiments.ipynb #004a
 def baseline_scorers(
     lm,                       # `LanguageModel`
     train,                    # `Conversations` to be scored
@@ -826,13 +831,17 @@ def baseline_scorers(
     seed: int = 0,            # Of the random scores and the random direction
 ) -> dict[str, Scorer]:       # By name
     "The methods that every result must beat: random, length, loss, BM25, RepSim, random direction."
+    found = _cheap_to_make(lm, queries, concept, seed)
+    return found if concept is None else found | {RandomDirection.method: RandomDirection(lm, concept, train, seed)}
+
+def _cheap_to_make(lm, queries, concept, seed) -> dict[str, Scorer]:
+    "Those that need no pass over the data to exist."
     found = [RandomScore(seed), ResponseLength(), MeanLoss(lm)]
     if queries is not None: found.append(BM25(queries))
     if queries is not None and concept is not None: found.append(RepSim(lm, queries, concept.layer, concept.pooling))
-    if concept is not None: found.append(RandomDirection(lm, concept, train, seed))
     return {scorer.method: scorer for scorer in found}
 
-# %% ../nbs/19_experiments.ipynb #004a
+# %% ../nbs/19_experiments.ipynb #004b
 def _identity(value):
     "What tells two scorers apart, as plain data: contents where they have a fingerprint, the kind of thing otherwise."
     if value is None or isinstance(value, (bool, int, float, str)): return value
@@ -850,7 +859,7 @@ def _scorer_key(scorer) -> str:
     if "_key" not in vars(scorer): scorer._key = fingerprint(type(scorer).__name__, {name: _identity(value) for name, value in vars(scorer).items()})
     return scorer._key
 
-# %% ../nbs/19_experiments.ipynb #004b
+# %% ../nbs/19_experiments.ipynb #004c
 class MethodComparison:
     "The same examples scored by several methods: agreement, price, detection, and the null (Kowal et al. 2026, Fig. 3 and Table 1)."
     kind, _format = "method-comparison", "concept_tda.experiment/1"
@@ -866,7 +875,7 @@ class MethodComparison:
         queries = None,         # `Conversations` that show the behaviour, for the baselines BM25 and RepSim
         concept = None,         # `Concept` whose layer and pooling the null of random directions uses
         n_random: int = 100,    # Random directions in the null
-        add_baselines: bool = True, # Add `baseline_scorers(...)` that are not among the scorers by name
+        add_baselines: bool = True, # Add those of `baseline_scorers` that are not among the scorers by name; the random direction is the first of the null
         seed: int = 0,          # Of the baselines and the null
         **options,              # Of `score_together`: `max_tokens`, `token_budget`
     ):
@@ -874,10 +883,10 @@ class MethodComparison:
         listed = list(scorers.items()) if isinstance(scorers, dict) else [(one.card.method if isinstance(one, Attribution) else one.method, one) for one in scorers]
         if len(dict(listed)) < len(listed): raise ExperimentError(f"two methods share a name: {[name for name, _ in listed]}. Pass a dict with names of your own")
         self.scorers = dict(listed)
-        if add_baselines: self.scorers |= {name: one for name, one in baseline_scorers(lm, self.train, queries=queries, concept=concept, seed=seed).items() if name not in self.scorers}
+        if add_baselines: self.scorers |= {name: one for name, one in _cheap_to_make(lm, queries, concept, seed).items() if name not in self.scorers}
         if not self.scorers: raise ExperimentError("no methods to compare")
         if given := {name: result for name, result in self.scorers.items() if isinstance(result, Attribution)}: self.scorers |= _aligned_scores(given, self.train)
-        self.concept, self.null = concept, {"n": n_random, "seed": seed} if concept is not None else None
+        self.concept, self.null = concept, None if concept is None else {"n": n_random, "seed": seed}
         if isinstance(labels, str): labels = self.train.labels(labels, positive)
         self.labels = None if labels is None else [bool(label) for label in labels]
         if self.labels is not None: detection_metrics(np.arange(len(self.train), dtype=float), self.labels)  # refuses labels that do not fit, before anything runs
@@ -904,7 +913,7 @@ class MethodComparison:
 _NULL = "random directions (null)"
 _PAPER_SECONDS = {"Vector Filter": 57, "Projection Difference": 142, "Concept Influence": 1170, "Influence Function": 1161}  # Kowal et al. 2026, Table 1: 1,000 examples, without the Hessian
 
-# %% ../nbs/19_experiments.ipynb #004c
+# %% ../nbs/19_experiments.ipynb #004d
 @patch
 def run(self: MethodComparison,
     *,
@@ -928,16 +937,23 @@ def _score(self: MethodComparison, name) -> Attribution:
         acts_ND = pooled_activations(self.lm, data, self.concept.layer, self.concept.pooling, progress=False)[self.concept.layer]
         directions_nD = random_directions(acts_ND, self.null["n"], seed=self.null["seed"])
         card = QueryCard(method="Random direction", behaviour="covariance-matched random directions", model=self.lm.name, layer=self.concept.layer, pooling=self.concept.pooling,
-                         data=self.train.name, data_fingerprint=self.train.fingerprint, settings=self.null | {"seconds": time.perf_counter() - start})
+                         data=self.train.name, data_fingerprint=self.train.fingerprint, settings=self.null, cost=Cost(time.perf_counter() - start, data.n_tokens))
         return Attribution(self.train, acts_ND.double() @ directions_nD.double().T, card, queries=[f"direction {i}" for i in range(len(directions_nD))])
     scorer = self.scorers[name]
     if isinstance(scorer, Attribution): return scorer
     return next(iter(score_together([scorer], self.train, lm=self.lm, progress=False, **self.options).values()))
 
-# %% ../nbs/19_experiments.ipynb #004d
+# %% ../nbs/19_experiments.ipynb #004e
+@patch
+def _null(self: MethodComparison) -> Attribution | None:
+    "Scores [N, n] along the random directions, where they are there."
+    return load_attribution(self._path(_NULL)) if self.null and self._path(_NULL).exists() else None
+
 def _results(self) -> dict[str, Attribution]:
-    "The finished results by method, without the null."
-    return {name: load_attribution(self._path(name)) for name in self.keys if name != _NULL and self._path(name).exists()}
+    "The finished results by method; of the null the first direction."
+    found = {name: load_attribution(self._path(name)) for name in self.keys if name != _NULL and self._path(name).exists()}
+    if "Random direction" in self.keys or (null := self._null()) is None: return found
+    return found | {"Random direction": null.query(null.queries[0])}
 MethodComparison.attributions = property(_results)
 
 @patch
@@ -951,7 +967,7 @@ def comparison(self: MethodComparison,
 def _methods_table(self) -> pd.DataFrame: # Index: method; AUROC …, "as good: random directions", "|ρ| random directions", seconds, preparation, × Vector Filter, × in the paper
     "Detection (where there are labels), what random directions reach, and the price, one row for each method."
     table = self.comparison().table
-    null = load_attribution(self._path(_NULL)).values.T if self.null and self._path(_NULL).exists() else None
+    null = None if self._null() is None else self._null().values.T
     for name, result in self.attributions.items():
         table.loc[name, "preparation"] = result.card.settings.get("preparation_seconds", np.nan)
         if null is not None: table.loc[name, "|ρ| random directions"] = float(np.mean([abs(spearman(result.scores, scores)) for scores in null]))
@@ -966,10 +982,11 @@ def _with_null(table, null, labels):
     "Add the share of random directions that separate the labels as well as a method (either sign), and a row for their median and their best."
     reach = np.array([max(auroc, 1 - auroc) for auroc in (detection_metrics(scores, labels)["AUROC"] for scores in null)])
     table["as good: random directions"] = [float((reach >= max(auroc, 1 - auroc)).mean()) for auroc in table["AUROC"]]
+    table.loc["guessing (base rate)", "as good: random directions"] = np.nan
     for name, value in (("random directions, median", np.median(reach)), ("random directions, best 5 %", np.quantile(reach, .95))): table.loc[name, "AUROC"] = value
     return table
 
-# %% ../nbs/19_experiments.ipynb #004e
+# %% ../nbs/19_experiments.ipynb #004f
 @patch
 def plot(self: MethodComparison): # The matplotlib figure
     "Rank correlations between the methods (Fig. 3 of the paper), and seconds on a logarithmic scale (Table 1)."
@@ -1006,7 +1023,7 @@ def _repr_html_(self: MethodComparison):
     shown = "" if len(self.remaining) == len(self.keys) else table_html(self.table, {"tokens/s": "{:,.0f}"}) + "<h4>Agreement of the rankings (Spearman)</h4>" + table_html(self.comparison().spearman, {}, heat=1)
     return _page_part(f"<p class='quiet'>{safe_text(self._notes())}</p>{shown}")
 
-# %% ../nbs/19_experiments.ipynb #0053
+# %% ../nbs/19_experiments.ipynb #0054
 class ParetoCurve(FilterAndRetrain):
     "Train on the share of the data with the lowest scores, and judge trait and capability (Kowal et al. 2026, Fig. 5)."
     kind, _arms, _fraction_name = "pareto-curve", ("keep-least", "random"), "share of the examples kept"
@@ -1042,7 +1059,7 @@ def curve(self: ParetoCurve) -> pd.DataFrame: # Columns arm, method, fraction, n
     beaten = [((both["trait"] <= row["trait"]) & (both["capability"] >= row["capability"]) & ((both["trait"] < row["trait"]) | (both["capability"] > row["capability"]))).any() for _, row in both.iterrows()]
     return both.assign(best=~np.array(beaten, bool))
 
-# %% ../nbs/19_experiments.ipynb #0054
+# %% ../nbs/19_experiments.ipynb #0055
 @patch
 def plot(self: ParetoCurve): # The matplotlib figure
     "Trait (upwards: more harm) against capability, a line for each method from the smallest share to the largest, 95 % intervals over seeds."

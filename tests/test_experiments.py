@@ -165,8 +165,9 @@ def test_another_judge_later_leaves_the_first_alone(lm, train, x, toy, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     values = experiment.table.pivot(index="cell", columns="judge", values="value")
     assert (values["two"] - .5).to_numpy() == pytest.approx(2*(values["one"] - .5))
-    assert len(experiment.plot().axes) == 2 and len(experiment.plot("two").axes) == 1
-    with pytest.raises(ExperimentError, match="'three'"): experiment.plot("three")
+    assert len(experiment.plot(column="from_random").axes) == 2 and len(experiment.plot("two").axes) == 1
+    for wrong in (dict(judge="three"), dict(column="four")):
+        with pytest.raises(ExperimentError, match=f"{next(iter(wrong.values()))!r}"): experiment.plot(**wrong)
 
 
 def test_a_judge_without_a_word(lm, train, x, toy, tmp_path):
