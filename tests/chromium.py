@@ -112,7 +112,7 @@ class Page:
         if "exceptionDetails" in result: raise RuntimeError(result["exceptionDetails"].get("exception", {}).get("description") or result["exceptionDetails"]["text"])
         return result["result"].get("value")
 
-    def wait(self, script, seconds=15, pause=.03, meanwhile=None):
+    def wait(self, script, seconds=30, pause=.03, meanwhile=None):
         """Wait until an expression is truthy, and return it."""
         def check():
             if meanwhile: meanwhile()

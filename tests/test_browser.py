@@ -3,11 +3,9 @@ import base64
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -486,4 +484,75 @@ def test_the_explorer_draws_tokens_layers_neighbours_and_the_dial(chromium, tmp_
     page.value("window.assign('reading', {...window.state.reading, layer: 2})")
     assert page.value("document.activeElement.getAttribute('aria-valuenow')") == "2" and page.value("document.querySelector('.steered').textContent").endswith(f"{hostile} 1")
     harmless(page)
+    page.close()
+
+
+# a live notebook -------------------------------------------------------------------------------------------------------------------
+
+CELLS = ["""import numpy as np
+from concept_tda.attribution import Attribution, QueryCard
+from concept_tda.conversations import Conversation, Conversations
+data = Conversations([Conversation(({"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i} <script>alert(1)</script>"})) for i in range(30)], "train")
+browser = Attribution(data, np.arange(30) - 10.5, QueryCard("Concept Influence", "sycophancy")).inspect(by="ada", record="review.json")
+browser"""]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A JupyterLab server with one notebook; address, token and folder."""
+    import nbformat
+    folder = tmp_path_factory.mktemp("lab")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    nbformat.write(notebook, folder / "look.ipynb")
+    home = folder / "home"
+    home.mkdir()
+    environment = {**os.environ, "HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "JUPYTER_DATA_DIR": str(home / "data"), "IPYTHONDIR": str(home / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+                   "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"), "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=lookhere", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    log = (folder / "log.txt").open("w")
+    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        end = time.monotonic() + 90
+        while not (files := list((home / "runtime").glob("jpserver-*.json"))):
+            if server.poll() is not None or time.monotonic() > end: pytest.skip(f"JupyterLab did not start: {(folder / 'log.txt').read_text()[-500:]}")
+            time.sleep(.2)
+        time.sleep(.3)
+        yield json.loads(files[0].read_text())["url"], folder
+    finally:
+        server.terminate()
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: server.kill()
+        log.close()
+
+
+@pytest.mark.slow
+def test_keep_and_drop_in_a_live_jupyterlab_kernel(chromium, lab):
+    address, folder = lab
+    page = chromium.open(f"{address}lab/tree/look.ipynb?token=lookhere&reset", width=1400, height=1100)
+    page.wait("window.jupyterapp && jupyterapp.shell.currentWidget?.context?.isReady && jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", 90)
+    page.value("jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait("document.querySelector('.ctda-view .reading .turn')", 90)
+    assert page.value("document.querySelectorAll('.ctda-view script').length") == 0
+    assert page.value("document.querySelector('.ctda-view .row .response').textContent") == "answer 29 <script>alert(1)</script>"
+    page.value("document.querySelector('.ctda-view .rows').focus()")
+    page.press("d")
+    page.press("d")   # twice would delete a notebook's cell, were the shortcut not suppressed
+    page.press("ArrowDown")
+    page.press("k")
+    page.wait("document.querySelector('.ctda-view .statusline').textContent.includes('1 kept')", 30)
+    record = lambda: {one["row"]: one["decision"] for one in json.loads((folder / "review.json").read_text())["decisions"]}
+    end = time.monotonic() + 30
+    while record() != {29: "drop", 28: "keep"}:
+        assert time.monotonic() < end, record()
+        time.sleep(.1)
+    assert page.value("jupyterapp.shell.currentWidget.content.widgets.length") == 1
+    page.click(".ctda-view input[type=search]")
+    page.type("answer 7")
+    page.wait("document.querySelector('.ctda-view .statusline').textContent.startsWith('3 of 30')", 30)   # 7, 17 and 27
+    page.press("Escape")
+    # the decision is in the kernel's own object, and undoing there changes the view
+    page.value("""(async () => { const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel; const run = kernel.requestExecute({code: "assert browser.decisions.decision.to_dict() == {28: 'keep', 29: 'drop'}; browser.undo()"}); const reply = await run.done; if (reply.content.status !== 'ok') throw Error(reply.content.evalue); })()""")
+    page.wait("!document.querySelector('.ctda-view .statusline').textContent.includes('1 kept')", 30)
+    assert record() == {29: "drop"} and not any(error.startswith("dialog") for error in page.errors)
+    assert all(request.startswith((address, address.replace("http", "ws"), "data:", "blob:", "about:")) for request in page.requests), [r for r in page.requests if not r.startswith(address)]
     page.close()
