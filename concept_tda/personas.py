@@ -25,7 +25,7 @@ from .judges import Evaluation, JudgeError
 from .scorers import cached_generate
 from .storage import BlockStore, ConceptTDAError, cache_folder, code_version, fingerprint
 
-# %% ../nbs/18_personas.ipynb #0007
+# %% ../nbs/18_personas.ipynb #0009
 class PersonaError(ConceptTDAError):
     "A trait that cannot be used, or a persona concept that cannot be made; names the file and field, or what the judge said."
 
@@ -55,7 +55,7 @@ def _checked_pairs(pairs, where) -> tuple[tuple[str, str], ...]:
         if (before := [tuple(other) for other in pairs].index(tuple(pair))) != i: raise PersonaError(f"{where}[{i}] is the same pair as [{before}]")
     return tuple((positive, negative) for positive, negative in pairs)
 
-# %% ../nbs/18_personas.ipynb #0008
+# %% ../nbs/18_personas.ipynb #000a
 @dataclass(frozen=True, repr=False)
 class Trait:
     "What it takes to extract a persona vector and to measure its trait (Chen et al. 2025). Raises `PersonaError` where something is missing or occurs twice."
@@ -96,7 +96,7 @@ def _trait_html(trait) -> str:
     return (f"<div style='max-width:64em'><b>{escape(repr(trait))}</b><p>{escape(trait.description)}</p>"
             f"<table><tr><th style='text-align:left'>positive system prompt</th><th style='text-align:left'>negative</th></tr>{pairs}</table><small>First questions:<ul>{questions}</ul></small></div>")
 
-# %% ../nbs/18_personas.ipynb #000a
+# %% ../nbs/18_personas.ipynb #000c
 def _trait_folder(): return importlib.resources.files("concept_tda")/"data"/"traits"
 
 def traits() -> list[str]: # Names `load_trait` knows
@@ -125,7 +125,7 @@ def _require_fields(record, fields, path):
     if missing := [name for name in fields if name not in record]:
         raise PersonaError(f"{path}: the field{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'} missing. A trait has {', '.join(map(repr, fields))}")
 
-# %% ../nbs/18_personas.ipynb #000b
+# %% ../nbs/18_personas.ipynb #000d
 def load_trait(
     name_or_path,           # One of `traits()`, or a JSON file of your own or of Persona Vectors
     *,
@@ -157,7 +157,7 @@ def _persona_vectors_layout(record, path, evaluation) -> Trait:
     pairs = _pairs_of(record, "instruction", ("pos", "neg"), path)
     return Trait(path.stem, str(record.get("description", "")), pairs, record["questions"], others["questions"], record["eval_prompt"], source=str(path))
 
-# %% ../nbs/18_personas.ipynb #000f
+# %% ../nbs/18_personas.ipynb #0011
 def _asked(trait, samples) -> Conversations:
     "All questions under all system prompts, the positive before the negative one of each contrast."
     asked = []
@@ -192,7 +192,7 @@ def _kept(positive, negative, filtering, coherent, threshold, coherence_threshol
     if coherent: kept &= (positive["coherence"] >= coherence_threshold) & (negative["coherence"] >= coherence_threshold)
     return kept.to_numpy()
 
-# %% ../nbs/18_personas.ipynb #0010
+# %% ../nbs/18_personas.ipynb #0012
 def persona_responses(
     lm,                                # `LanguageModel` that plays the parts
     trait,                             # `Trait`, or what `load_trait` reads
@@ -224,7 +224,7 @@ def persona_responses(
     return Conversations([Conversation(c.messages, metadata=c.metadata | dict(trait_score=float(score), coherence_score=float(fluency), kept=bool(keep))) for c, score, fluency, keep in scored],
                          f"{trait.name}: answers of {lm.name}")
 
-# %% ../nbs/18_personas.ipynb #0016
+# %% ../nbs/18_personas.ipynb #0018
 def _spread(values) -> str:
     "Lowest, median and highest of some scores, and how many are missing."
     given = values[~np.isnan(values)]
@@ -257,7 +257,7 @@ def _filter_record(table, judge, coherence, threshold, coherence_threshold) -> d
         record |= dict(coherence_fingerprint=coherence.fingerprint, dropped_for_coherence=int((~(scores >= coherence_threshold)).any(1).sum()))
     return record | {"filter": "; ".join(rules) or "none: no judge was given, all answers count"}
 
-# %% ../nbs/18_personas.ipynb #0017
+# %% ../nbs/18_personas.ipynb #0019
 def persona_concept(
     lm,                                # `LanguageModel` whose trait it is
     trait,                             # `Trait`, or what `load_trait` reads: a name out of `traits()`, or a file
@@ -296,7 +296,7 @@ def persona_concept(
                  questions=len(trait.extraction_questions), samples=samples, temperature=temperature, max_new_tokens=max_new_tokens, answers_cut=int(table["answer_cut"].sum()), seed=seed)
     return replace(concept, provenance=concept.provenance | about | _filter_record(table, judge, coherence, **limits) | chosen)
 
-# %% ../nbs/18_personas.ipynb #001e
+# %% ../nbs/18_personas.ipynb #0020
 class SteeringError(ConceptTDAError):
     "A model that cannot be steered as asked."
 
@@ -348,7 +348,7 @@ class _TurnFinder:
         for row, (ids_T, there_T) in enumerate(zip(ids_BT.cpu(), there_BT)): found_BT[row, there_T] = self._mask(ids_T[there_T])
         return found_BT.to(ids_BT.device)
 
-# %% ../nbs/18_personas.ipynb #0020
+# %% ../nbs/18_personas.ipynb #0022
 def _n_cached(past) -> int:
     "How many tokens a cache holds."
     if past is None: return 0
@@ -406,7 +406,7 @@ def steer(
         if finder: stack.callback(lambda hooks: [hook.remove() for hook in hooks], [model.register_forward_pre_hook(find_positions, with_kwargs=True) for model in models.values()])
         yield lm
 
-# %% ../nbs/18_personas.ipynb #0024
+# %% ../nbs/18_personas.ipynb #0026
 def _judged(lm, concept, strength, judge, positions) -> Evaluation:
     "What the judge says of the steered model. Where answers are rated, only the answering is steered."
     def steered(): return steer(lm, concept, strength, positions=positions) if strength else ExitStack()
@@ -440,7 +440,7 @@ def _texts_of(judge, evaluation, data) -> Conversations:
     if hasattr(judge, "conversations"): return judge.conversations
     raise SteeringError(f"the judge {judge.name!r} has no texts to take the covariance of random directions from: pass data=, conversations with answers, or random_controls=0")
 
-# %% ../nbs/18_personas.ipynb #0025
+# %% ../nbs/18_personas.ipynb #0027
 @dataclass(frozen=True, repr=False)
 class SteeringCheck:
     "What a judge says of a model that is pushed along a concept, and along random directions of the same length."
@@ -470,6 +470,10 @@ class SteeringCheck:
         mean, error = self.spans[self.concept]
         return bool(self.slope > 0 and mean > 2*error and all(abs(slope) < self.slope for slope in self.random_slopes.values()))
     @property
+    def chance(self) -> float:
+        "How often a direction without any meaning would be the steepest of all and point upwards: 1 in 2 (controls + 1)."
+        return 1/(2*(len(self.random_slopes) + 1))
+    @property
     def verdict(self) -> str:
         "The same in words."
         mean, error = self.spans[self.concept]
@@ -497,7 +501,7 @@ def _plot_steering(check):
     plt.close(figure)  # shown once, as the value of the cell
     return figure
 
-# %% ../nbs/18_personas.ipynb #0026
+# %% ../nbs/18_personas.ipynb #0028
 def _paired(one, base) -> tuple[float, float, int]:
     "Mean and standard error of the difference by question, and the number of questions both have a value for."
     change = (one.by_question() - base.by_question()).dropna()

@@ -513,6 +513,7 @@ def test_known_direction_raises_and_its_opposite_does_not(lm):
     check = steering_check(lm, wordy(lm), counter(), strengths=(-1, 1, 2), progress=False)
     assert check.raises_trait and check.slope > .3 and "raises the trait" in check.verdict
     assert set(check.table["direction"]) == {"saying 'the'", "random 1", "random 2"} and check.table.groupby("direction")["strength"].apply(list).tolist() == [[-1, 0, 1, 2]] * 3
+    assert check.chance == 1/6
     zero = check.table[check.table["strength"] == 0]
     assert (zero["change"] == 0).all() and zero["mean"].nunique() == 1
     opposite = steering_check(lm, replace(wordy(lm), direction=-wordy(lm).direction), counter(), strengths=(-1, 1, 2), progress=False)
