@@ -166,7 +166,7 @@ class Experiment:
         new.judge_records, new.about, new.entries = record["judges"], record["about"], record["entries"]
         return new
 
-# %% ../nbs/19_experiments.ipynb #0013
+# %% ../nbs/19_experiments.ipynb #0014
 @patch
 def _path(self: Experiment, cell, judge): return self.folder/"cells"/cell/f"{judge['fingerprint']}.json"
 
@@ -193,7 +193,7 @@ def _evaluation(self: Experiment, cell, judge):
         except ConceptTDAError as err: raise ExperimentError(f"{path} is damaged ({err}). Delete it and run again; only this part is computed anew.") from err
     return self._evaluations[key]
 
-# %% ../nbs/19_experiments.ipynb #0015
+# %% ../nbs/19_experiments.ipynb #0016
 @patch
 def _compute(self: Experiment, entry):
     "Make and judge one entry of the plan; what is there already is not done again."
@@ -209,7 +209,7 @@ def _compute(self: Experiment, entry):
                                       "Look at its answers, its prompt, and whether it fits this model.")
             evaluation.to_json(self._path(cell, judge))
 
-# %% ../nbs/19_experiments.ipynb #0016
+# %% ../nbs/19_experiments.ipynb #0018
 @patch
 def run(self: Experiment,
     *,
@@ -240,7 +240,7 @@ def run(self: Experiment,
 @patch
 def _label(self: Experiment, entry): return " ".join(str(entry[name]) for name in ("arm", "method", "fraction", "seed") if entry.get(name) not in (None, ""))
 
-# %% ../nbs/19_experiments.ipynb #0017
+# %% ../nbs/19_experiments.ipynb #001a
 def _remaining(self) -> int:
     "Retrainings (and the base model) that still lack a judgement."
     return len(self._pending())
@@ -259,7 +259,7 @@ def estimate(self: Experiment) -> float: # Seconds for one process; NaN as long 
     per_example = sum(t["seconds"] for t in trainings)/sum(t["n"] for t in trainings)
     return float(sum(entry["n"]*per_example + np.mean(judging) for entry in self._pending()))
 
-# %% ../nbs/19_experiments.ipynb #0019
+# %% ../nbs/19_experiments.ipynb #001c
 def _count(n, fraction):
     "Number of examples that a share of `n` comes to."
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float, np.number)) or not 0 < fraction < 1: raise ExperimentError(f"fraction={fraction!r} is not between 0 and 1: 10 % is 0.1")
@@ -273,7 +273,7 @@ def _random_rows(n, count, draw) -> np.ndarray:
 
 def _all_but(n, rows): return np.setdiff1d(np.arange(n), rows)
 
-# %% ../nbs/19_experiments.ipynb #001a
+# %% ../nbs/19_experiments.ipynb #001e
 def _places(ids, wanted) -> list:
     "Position in `ids` of each id of `wanted`, None where there is none (left); an id may occur several times."
     places = {}
@@ -290,7 +290,7 @@ def _aligned_scores(attributions, train) -> dict[str, Attribution]:
                               "Score the data that you train on.")
     return named if first.ids == train.ids else {name: Attribution(train, result.scores[order], result.card) for name, result in named.items()}
 
-# %% ../nbs/19_experiments.ipynb #001c
+# %% ../nbs/19_experiments.ipynb #0020
 def _subset_rows(name, subset, train) -> np.ndarray:
     "Row numbers of a subset given as rows, a mask or `Conversations`."
     n = len(train)
@@ -313,7 +313,7 @@ def _checked_seeds(seeds):
     if not seeds or len(set(seeds)) < len(seeds): raise ExperimentError(f"seeds={seeds}: give at least one seed, each of them once")
     return seeds
 
-# %% ../nbs/19_experiments.ipynb #001e
+# %% ../nbs/19_experiments.ipynb #0022
 class FilterAndRetrain(Experiment):
     "Train from the base model without the highest (lowest, random) scores, and judge what comes out (METHODS §8)."
     kind, _arms = "filter-and-retrain", ("drop-most", "drop-least", "random")
@@ -352,7 +352,7 @@ class FilterAndRetrain(Experiment):
     def _n_dropped(self, n, fraction): return _count(n, fraction)
     def _rows_of(self, arm, scores, count): return _all_but(len(scores), cut_rows(scores, count=count, lowest=arm == "drop-least"))
 
-# %% ../nbs/19_experiments.ipynb #0020
+# %% ../nbs/19_experiments.ipynb #0024
 def _value(evaluation) -> float:
     "The judge's mean over questions; NaN where it gave no value at all (or has not spoken yet)."
     return evaluation.mean if evaluation is not None and np.isfinite(evaluation.values).any() else float("nan")
@@ -378,7 +378,7 @@ def _table(self) -> pd.DataFrame: # Columns arm, method, fraction, n, seed, judg
     return pd.DataFrame(rows, columns=columns).astype({"fraction": float, "seed": "Int64", "value": float})
 FilterAndRetrain.table = property(_table)
 
-# %% ../nbs/19_experiments.ipynb #0022
+# %% ../nbs/19_experiments.ipynb #0026
 def _interval(values) -> tuple[float, float, int]: # Mean, half the width of the 95 % interval (NaN for one value), number of values
     "Student's t over independent values; NaNs are left out."
     values = np.asarray(values, float)
@@ -399,7 +399,7 @@ def summary(self: FilterAndRetrain) -> pd.DataFrame: # By judge, arm, method, fr
         rows.append(row | {"missing": int(part["missing"].sum())})
     return pd.DataFrame(rows)
 
-# %% ../nbs/19_experiments.ipynb #0023
+# %% ../nbs/19_experiments.ipynb #0028
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#5b5bd6", "#000000")  # Okabe and Ito's, told apart by all readers
 _STYLES = {"drop-most": "-", "drop-least": "--", "keep-least": "-", "keep-most": "--"}
 
@@ -438,7 +438,7 @@ def plot(self: FilterAndRetrain,
     return figure
 FilterAndRetrain._fraction_name = "share of the examples dropped"
 
-# %% ../nbs/19_experiments.ipynb #0024
+# %% ../nbs/19_experiments.ipynb #0029
 @patch
 def _status(self: Experiment) -> str:
     "One line: what it is, and how far."
@@ -459,7 +459,7 @@ def _repr_html_(self: Experiment):
 
 _WHOLE = ("n", "seeds", "missing", "subsets", "examples", "random examples", "rank")
 
-# %% ../nbs/19_experiments.ipynb #0025
+# %% ../nbs/19_experiments.ipynb #002a
 @patch
 def _shown(self: FilterAndRetrain): return self.summary()
 
@@ -469,7 +469,7 @@ def _notes(self: FilterAndRetrain) -> str:
     return (f"{seeds} seed{'s' if seeds > 1 else ''}; ± is half a 95 % t-interval over the seeds, evaluation items fixed{' (none with one seed)' if seeds == 1 else ''}. "
             "Differences are paired by item; from_random: against random removal of as many examples with the same seed." + (f" Judges gave no score in {missing} cases." if missing else ""))
 
-# %% ../nbs/19_experiments.ipynb #0030
+# %% ../nbs/19_experiments.ipynb #0035
 class ActivationJudge(Judge):
     "Mean projection of held-out conversations' pooled activations on a concept's unit direction; one forward pass to its layer."
     unit = "activation"
@@ -492,7 +492,7 @@ class ActivationJudge(Judge):
         acts_ND = pooled_activations(lm, data, self.concept.layer, self.concept.pooling, progress=progress)[self.concept.layer]
         return data.ids, (acts_ND.double() @ self.concept.direction.double()).numpy(), None
 
-# %% ../nbs/19_experiments.ipynb #0033
+# %% ../nbs/19_experiments.ipynb #0038
 class LinearDatamodelingScore(Experiment):
     "Spearman's correlation, over random subsets, between the sum of an example's scores and the behaviour after training on the subset (METHODS §8)."
     kind = "linear-datamodeling-score"
@@ -520,7 +520,7 @@ class LinearDatamodelingScore(Experiment):
                     for seed in seeds for draw, rows in enumerate(subsets)]
         self._settle(entries, seeds=seeds, fraction=fraction, methods=list(results))
 
-# %% ../nbs/19_experiments.ipynb #0034
+# %% ../nbs/19_experiments.ipynb #003a
 def _points(self) -> pd.DataFrame: # Columns judge, draw, measured, one for each seed ("seed 0" …) and one for each method
     "One row for each subset and judge for which all seeds are finished: the measured behaviour and the predicted sums."
     rows = []
@@ -559,7 +559,7 @@ def _notes(self: LinearDatamodelingScore) -> str:
     return (f"Spearman's correlation over random subsets of {self.about['fraction']:.0%} of the data between the sum of scores and the judge's mean over {len(self.about['seeds'])} seed(s); "
             "low and high: 95 % interval over subsets. Chance is 0.")
 
-# %% ../nbs/19_experiments.ipynb #0035
+# %% ../nbs/19_experiments.ipynb #003b
 @patch
 def plot(self: LinearDatamodelingScore): # The matplotlib figure
     "One point for each method and judge, with its interval over subsets."
@@ -586,7 +586,7 @@ def _dot_plot(table, column, errors, label):
     plt.close(figure)
     return figure
 
-# %% ../nbs/19_experiments.ipynb #003b
+# %% ../nbs/19_experiments.ipynb #0041
 class CounterfactualPrediction(Experiment):
     "Predicted change of leaving out a subset, -Σs/N, against the change measured by retraining (METHODS §8)."
     kind = "counterfactual-prediction"
@@ -618,7 +618,7 @@ class CounterfactualPrediction(Experiment):
                     for seed in seeds for arm, name, fraction, rows, its in removed if seed in its]
         self._settle(entries, seeds=seeds, fractions=[float(fraction) for fraction in fractions], methods=list(results))
 
-# %% ../nbs/19_experiments.ipynb #003c
+# %% ../nbs/19_experiments.ipynb #0043
 def _changes(self) -> pd.DataFrame: # Columns judge, arm, method (that chose the subset), fraction, seeds, measured, and one for each method: its prediction
     "One row for each subset left out and judge: measured change (mean over the finished seeds) and predicted changes. A subset that two arms share comes once."
     rows, full = [], {entry["seed"]: entry["cell"] for entry in self.entries if entry["arm"] == "full"}
@@ -661,7 +661,7 @@ def _notes(self: CounterfactualPrediction) -> str:
     return ("Measured change of leaving out a subset (against the full run of the same seed, in the judge's units) regressed on the predicted one, -Σs/N (in units of the score). A right method has a positive slope; "
             "1 is to be expected only of exact influence on the judge's own quantity at the optimum. ± is half a 95 % interval that takes subsets as independent; they overlap, so it is too narrow.")
 
-# %% ../nbs/19_experiments.ipynb #003d
+# %% ../nbs/19_experiments.ipynb #0044
 @patch
 def plot(self: CounterfactualPrediction,
     judge: str | None = None, # One judge; the first if None
@@ -691,7 +691,7 @@ def plot(self: CounterfactualPrediction,
     plt.close(figure)
     return figure
 
-# %% ../nbs/19_experiments.ipynb #0042
+# %% ../nbs/19_experiments.ipynb #0049
 class _Step:
     "Takes one step on one example and takes it back."
     def __init__(self, lm, train, sites, learning_rate):
@@ -724,7 +724,7 @@ class _Step:
                 for site in self.sites:
                     if site.name in before: site.weight.copy_(before[site.name])
 
-# %% ../nbs/19_experiments.ipynb #0043
+# %% ../nbs/19_experiments.ipynb #004a
 class TailPatch(Experiment):
     "The change of the behaviour after one gradient step on each top example, against the same step on random ones (METHODS §8)."
     kind = "tail-patch"
@@ -762,7 +762,7 @@ def _steps(self) -> pd.DataFrame: # Columns arm, method, rank, row, judge, unit,
     return pd.DataFrame(rows, columns=["arm", "method", "rank", "row", "judge", "unit", "change"]).astype({"rank": "Int64"})
 TailPatch.steps = property(_steps)
 
-# %% ../nbs/19_experiments.ipynb #0044
+# %% ../nbs/19_experiments.ipynb #004c
 def _welch(first, second) -> tuple[float, float]: # Difference of the means, half the width of its 95 % interval
     "Welch's t-interval for two independent samples; NaN where one has fewer than two values."
     from scipy.stats import t
@@ -796,7 +796,7 @@ def _notes(self: TailPatch) -> str:
     return (f"Change of the judge's value after one step of gradient descent (learning rate {self.about['learning_rate']:g}, {self.about['sites']} sites) on one example. ± is half a 95 % t-interval over examples; "
             "Spearman: between score and change, over all examples stepped on (mostly ends of the lists).")
 
-# %% ../nbs/19_experiments.ipynb #0045
+# %% ../nbs/19_experiments.ipynb #004d
 @patch
 def plot(self: TailPatch,
     judge: str | None = None, # One judge; the first if None
@@ -821,7 +821,7 @@ def plot(self: TailPatch,
     plt.close(figure)
     return figure
 
-# %% ../nbs/19_experiments.ipynb #004a
+# %% ../nbs/19_experiments.ipynb #0052
 def baseline_scorers(
     lm,                       # `LanguageModel`
     train,                    # `Conversations` to be scored
@@ -841,7 +841,7 @@ def _cheap_to_make(lm, queries, concept, seed) -> dict[str, Scorer]:
     if queries is not None and concept is not None: found.append(RepSim(lm, queries, concept.layer, concept.pooling))
     return {scorer.method: scorer for scorer in found}
 
-# %% ../nbs/19_experiments.ipynb #004b
+# %% ../nbs/19_experiments.ipynb #0054
 def _identity(value):
     "What tells two scorers apart, as plain data: contents where they have a fingerprint, the kind of thing otherwise."
     if value is None or isinstance(value, (bool, int, float, str)): return value
@@ -859,7 +859,7 @@ def _scorer_key(scorer) -> str:
     if "_key" not in vars(scorer): scorer._key = fingerprint(type(scorer).__name__, {name: _identity(value) for name, value in vars(scorer).items()})
     return scorer._key
 
-# %% ../nbs/19_experiments.ipynb #004c
+# %% ../nbs/19_experiments.ipynb #0055
 class MethodComparison:
     "The same examples scored by several methods: agreement, price, detection, and the null (Kowal et al. 2026, Fig. 3 and Table 1)."
     kind, _format = "method-comparison", "concept_tda.experiment/1"
@@ -913,7 +913,7 @@ class MethodComparison:
 _NULL = "random directions (null)"
 _PAPER_SECONDS = {"Vector Filter": 57, "Projection Difference": 142, "Concept Influence": 1170, "Influence Function": 1161}  # Kowal et al. 2026, Table 1: 1,000 examples, without the Hessian
 
-# %% ../nbs/19_experiments.ipynb #004d
+# %% ../nbs/19_experiments.ipynb #0056
 @patch
 def run(self: MethodComparison,
     *,
@@ -943,7 +943,7 @@ def _score(self: MethodComparison, name) -> Attribution:
     if isinstance(scorer, Attribution): return scorer
     return next(iter(score_together([scorer], self.train, lm=self.lm, progress=False, **self.options).values()))
 
-# %% ../nbs/19_experiments.ipynb #004e
+# %% ../nbs/19_experiments.ipynb #0058
 @patch
 def _null(self: MethodComparison) -> Attribution | None:
     "Scores [N, n] along the random directions, where they are there."
@@ -986,7 +986,7 @@ def _with_null(table, null, labels):
     for name, value in (("random directions, median", np.median(reach)), ("random directions, best 5 %", np.quantile(reach, .95))): table.loc[name, "AUROC"] = value
     return table
 
-# %% ../nbs/19_experiments.ipynb #004f
+# %% ../nbs/19_experiments.ipynb #0059
 @patch
 def plot(self: MethodComparison): # The matplotlib figure
     "Rank correlations between the methods (Fig. 3 of the paper), and seconds on a logarithmic scale (Table 1)."
@@ -1023,7 +1023,7 @@ def _repr_html_(self: MethodComparison):
     shown = "" if len(self.remaining) == len(self.keys) else table_html(self.table, {"tokens/s": "{:,.0f}"}) + "<h4>Agreement of the rankings (Spearman)</h4>" + table_html(self.comparison().spearman, {}, heat=1)
     return _page_part(f"<p class='quiet'>{safe_text(self._notes())}</p>{shown}")
 
-# %% ../nbs/19_experiments.ipynb #0054
+# %% ../nbs/19_experiments.ipynb #005e
 class ParetoCurve(FilterAndRetrain):
     "Train on the share of the data with the lowest scores, and judge trait and capability (Kowal et al. 2026, Fig. 5)."
     kind, _arms, _fraction_name = "pareto-curve", ("keep-least", "random"), "share of the examples kept"
@@ -1059,7 +1059,7 @@ def curve(self: ParetoCurve) -> pd.DataFrame: # Columns arm, method, fraction, n
     beaten = [((both["trait"] <= row["trait"]) & (both["capability"] >= row["capability"]) & ((both["trait"] < row["trait"]) | (both["capability"] > row["capability"]))).any() for _, row in both.iterrows()]
     return both.assign(best=~np.array(beaten, bool))
 
-# %% ../nbs/19_experiments.ipynb #0055
+# %% ../nbs/19_experiments.ipynb #005f
 @patch
 def plot(self: ParetoCurve): # The matplotlib figure
     "Trait (upwards: more harm) against capability, a line for each method from the smallest share to the largest, 95 % intervals over seeds."
