@@ -728,7 +728,7 @@ def _neighbours(self: ConceptExplorer, projections, value, n=4):
     def one(place):
         conversation = self.train[int(place)]
         turns = [dict(role=visible_text(m["role"]), answer=m["role"] == "assistant", text=visible_text(m["content"])) for m in conversation.messages]
-        return dict(row=int(place), value=float(projections[place]), turns=turns, response=" ".join(visible_text(conversation.response[:300]).split())[:90])
+        return dict(row=int(place), value=float(projections[place]), turns=turns, response=" ".join(visible_text(conversation.response[:300]).split())[:90] + "…" * (len(conversation.response) > 90))
     share = 100 * (np.sum(projections < value) + np.sum(projections == value) / 2) / len(projections)
     return dict(nearest=[one(place) for place in order[:n]], farthest=[one(place) for place in order[::-1][:n]],
                 among=f"The answer above projects to {value:+.4g}, higher than {share:.0f} % of the {len(projections):,} training examples. Numbers are projections at this layer.")

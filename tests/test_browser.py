@@ -29,7 +29,8 @@ const fire = (name, ...values) => (listeners[name] ?? []).forEach(call => call(.
 window.deliver = (message, buffers) => fire('msg:custom', message, buffers.map(b => new DataView(Uint8Array.from(atob(b), c => c.charCodeAt(0)).buffer)));
 window.assign = (name, value) => {{ window.state[name] = value && value.bytes !== undefined ? new DataView(Uint8Array.from(atob(value.bytes), c => c.charCodeAt(0)).buffer) : value; fire('change:' + name); }};
 const model = {{get: name => window.state[name], on: (name, call) => (listeners[name] ??= []).push(call), off: (name, call) => {{ listeners[name] = (listeners[name] ?? []).filter(one => one !== call); }}, send: message => window.toPython(JSON.stringify(message))}};
-window.close_view = widget.render({{model, el: document.getElementById('here')}});
+window.draw_again = () => {{ window.close_view?.(); window.close_view = widget.render({{model, el: document.getElementById('here')}}); }};
+window.draw_again();
 """
 
 
@@ -275,6 +276,10 @@ def test_rows_selected_with_shift_are_decided_together(live):
     view.page.press("k")
     view.settle()
     assert sorted(view.widget.decisions.index) == sorted(order[:4].tolist()) and set(view.widget.decisions.why) == {"one of 4 examples selected by hand"}
+    view.page.press("d")   # and rows selected before the answer has come stay selected
+    view.page.press("ArrowDown", modifiers=8)
+    view.settle()
+    assert view.value("[...document.querySelectorAll('.bulk .quiet')].map(one => one.textContent)") == ["2 selected: "]
 
 
 def test_python_decisions_appear_and_export_answers_in_the_page(live, tmp_path):

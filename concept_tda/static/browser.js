@@ -635,10 +635,10 @@ class ExampleView {
     this.decide([this.cursor], mark, "one by one");
   }
   async decide(places, mark, why) {
-    places.forEach(place => { this.marks[place] = mark; });   // shown at once; the kernel's answer settles it
+    places.forEach(place => { this.marks[place] = mark; this.chosen.delete(place); });   // shown at once; the kernel's answer settles it
     this.draw();
     this.drawMarks();
-    try { await this.source.decide({places, mark, why}); this.chosen.clear(); } catch (error) { this.fail(error); }
+    try { await this.source.decide({places, mark, why}); } catch (error) { this.fail(error); }
     this.marks = this.source.marks();
     this.update();
     this.drawMarks();
@@ -698,7 +698,7 @@ class ExampleView {
         this.strip(column(`percentile${number}`)[place]), table.has_z ? el("td", {}, number ? "–" : signed(column("z")[place], 3)) : null)))));
     const alike = this.alike(place);
     return [el("div", {class: "decide"}), el("p", {class: "quiet"}, `row ${whole(column("row")[place])} · ${whole(column("length")[place])} ${table.length_unit} · higher than ${percent(column("similar")[place])} of the examples of similar length · id `, el("code", {}, example.id)),
-      numbers, hasTokens ? el("div", {class: "scale"}, legend(table.limit, table.token_words), readout) : null,
+      numbers, hasTokens ? el("div", {class: "scale"}, legend(table.limit, table.token_words, " One scale for all examples."), readout) : null,
       el("div", {class: "conversation"}, conversation(example.turns, table.limit, tell)), alike,
       example.metadata.length ? el("details", {open: example.metadata.length <= 6}, el("summary", {}, "Metadata"), facts(example.metadata)) : null].filter(Boolean);
   }

@@ -6,6 +6,7 @@ function sweepChart(reading, choose) {
   const x = at => 30 + (width - 60) * (layers.length > 1 ? at / (layers.length - 1) : .5), y = value => 10 + (height - 30) * (high - value) / span, here = layers.indexOf(layer);
   const points = layers.map((name, at) => svg("circle", {cx: x(at), cy: y(sweep[at]), r: name === layer ? 6 : 3.5, class: sweep[at] > 0 ? "more" : "less"}, svg("title", {}, `layer ${name}: ${signed(sweep[at])}`)));
   const labels = layers.map((name, at) => [name, at]).filter(([, at]) => layers.length <= 16 || at % Math.ceil(layers.length / 12) === 0 || at === here).map(([name, at]) => svg("text", {x: x(at), y: height - 3, "text-anchor": "middle", class: name === layer ? "here" : ""}, String(name)));
+  for (const value of [high, low]) if (value) labels.push(svg("text", {x: width - 2, y: y(value) + 4, "text-anchor": "end"}, signed(value, 2)));
   const chart = svg("svg", {viewBox: `0 0 ${width} ${height}`, class: "sweep", tabindex: 0, role: "slider", "aria-label": `Layer; ${reading.sweep_words}`, "aria-valuemin": layers[0], "aria-valuemax": layers.at(-1), "aria-valuenow": layer, "aria-valuetext": `layer ${layer}: ${signed(sweep[here])}`},
     svg("line", {x1: 20, x2: width - 20, y1: y(0), y2: y(0), class: "zero"}), svg("line", {x1: x(here), x2: x(here), y1: 6, y2: height - 18, class: "chosen"}),
     svg("polyline", {points: layers.map((_, at) => `${x(at)},${y(sweep[at])}`).join(" ")}), ...points, ...labels);

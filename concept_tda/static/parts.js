@@ -43,11 +43,11 @@ function ground(value, limit) {
 }
 
 /** The colour scale with both ends in numbers. */
-function legend(limit, what) {
+function legend(limit, what, more = "") {
   const steps = [-1, -.75, -.5, -.25, 0, .25, .5, .75, 1];
   return el("p", {class: "legend quiet"}, `${what}: ${signed(-limit, 2)} or less `,
     el("span", {class: "swatches", "aria-hidden": "true"}, ...steps.map(step => { const box = el("span"); box.style.background = ground(step, 1); return box; })),
-    ` ${signed(limit, 2)} or more. One scale for all examples.`);
+    ` ${signed(limit, 2)} or more.${more}`);
 }
 
 const SPECIAL = /^\s*(<\|.*\|>|<\/?s>|<(bos|eos|pad|(start|end)_of_turn)>|\[\/?INST\])\s*$/;   // template tokens, drawn pale
