@@ -28,7 +28,7 @@ _PUBLIC = {
     "gradients": "GradientError response_logits token_losses loss_weights site_flows SiteGradients watch_layers "
         "hidden_states",
     "curvature": "CurvatureError Identity Factors EKFAC",
-    "queries": "Query ConceptQuery LossQuery",
+    "queries": "Query ConceptQuery LossQuery QueryExpression query_expression",
     "directional": "Readout ActivationReadout ActivationGradientReadout LossReadout DirectionReadout "
         "StackedReadout ForwardReadout difference_scale DifferenceReadout EngineError direction_readout "
         "difference_adapters Pass shared_pass",

@@ -498,8 +498,8 @@ def bundled(
 ) -> Conversations:
     "Conversations that come with the library. An unknown name or split raises `ConversationError` listing those there are."
     root = importlib.resources.files("concept_tda")/"data"
-    there = {folder.name: sorted(f.name.removesuffix(".jsonl") for f in folder.iterdir() if f.name.endswith(".jsonl"))
-             for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(("_", "."))} if root.is_dir() else {}
+    splits = {folder.name: sorted(f.name.removesuffix(".jsonl") for f in folder.iterdir() if f.name.endswith(".jsonl")) for folder in root.iterdir() if folder.is_dir()} if root.is_dir() else {}
+    there = {folder: names for folder, names in splits.items() if names}  # traits lie there too
     if name not in there: raise ConversationError(f"no bundled data set is called {name!r}; there are: {_listing(sorted(there)) or 'none'}")
     if split not in there[name]: raise ConversationError(f"the bundled data set {name!r} has no split {split!r}; it has: {_listing(there[name])}")
     with importlib.resources.as_file(root/name/f"{split}.jsonl") as path: return load_conversations(path, name=f"{name}/{split}")

@@ -712,7 +712,7 @@ class _Step:
         start, before = time.perf_counter(), {}
         batch = next(batches(self.data, rows=rows, token_budget=10**9)).to(self.lm.device)
         with self.lm.undisturbed(), SiteGradients(self.sites) as gradients, torch.enable_grad():
-            (token_losses(self.lm, batch)*loss_weights(batch)).sum(1).mean().backward()
+            torch.autograd.backward((token_losses(self.lm, batch)*loss_weights(batch)).sum(1).mean())
         try:
             with torch.no_grad():
                 for site in self.sites:

@@ -129,7 +129,7 @@ def _add_gradient(
             loss = _example_losses(lm, batch).sum()/len(rows)
         total += loss.item()
         if not math.isfinite(total): break  # the caller knows which step this is
-        loss.backward()
+        torch.autograd.backward(loss)
         if bar is not None: bar.update(batch.n_tokens)
     return total
 

@@ -25,7 +25,7 @@ from .conversations import Conversation, Conversations, load_conversations, toke
 from .curvature import EKFAC, CurvatureError, Identity
 from .directional import ActivationGradientReadout, ActivationReadout, direction_readout, shared_pass
 from .models import ModelError, resolve_sites
-from .queries import ConceptQuery, LossQuery
+from .queries import ConceptQuery, LossQuery, query_expression
 from .storage import BlockStore, ConceptTDAError, cache_folder, code_version, fingerprint
 from .tracing import _as_prompts, generate, pooled_activations, pooling_weights
 
@@ -394,6 +394,19 @@ class ConceptInfluence(Influence):
     ):
         concept.check(lm)
         super().__init__(lm, ConceptQuery(concept, queries), sites=sites, curvature=curvature, **options)
+
+    def prepare(self, data):
+        sample = data.select(np.unique(np.linspace(0, len(data) - 1, 32).astype(int)).tolist())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its own threshold is for data of which few examples show the behaviour
+            self.expression = query_expression(self.lm, self.query.concept, self.query.examples, sample, progress=False)
+        if self.expression.z < 0: warnings.warn(f"The query examples show less of {self.query.concept.name!r} than the training data do ({self.expression}): influence on them may explain something else. "
+                                                "Choose answers that show the behaviour.", stacklevel=3)
+        return super().prepare(data)
+
+    def describe(self):
+        found = super().describe()
+        return found | {"notes": [*found["notes"], f"{self.expression}, of which {len(self.expression.train)} were looked at"]}
 
 class InfluenceFunction(Influence):
     "Classical influence on the likelihood of the query responses: ∇L(q)ᵀ H⁻¹ ∇L(z) (Koh & Liang 2017; METHODS §1, Eq. 1)."
