@@ -15,30 +15,32 @@ import numpy as np
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from .attribution import (VIEW_STYLE, Attribution, AttributionError, Comparison, card_html, colour_limit, compare, example_html,
-                                     histogram_svg, legend_html, table_html)
+from .attribution import (VIEW_STYLE, Attribution, AttributionError, Comparison, _part, card_html, colour_limit, compare, example_html,
+                                     histogram_svg, legend_html, table_html, visible_text)
 from .storage import atomic_file, code_version
+from .widgets import _browser_columns, _browser_table, _Contents, _example, _short_name, _within, front_end, near_duplicates
 
 # %% ../nbs/21_reports.ipynb #0005
 _TEMPLATES = {}
 _TEMPLATES["page"] = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{{ script_hash }}'; base-uri 'none'; form-action 'none'">
-<meta name="color-scheme" content="light dark"><title>{{ title }}</title>{{ style }}{{ view_style }}</head>
-<body class="ctda">
-<header><h1>{{ title }}</h1>
-<p class="quiet">{{ n_examples }} training examples from <b>{{ data }}</b>{% if models %} · {{ models|join(', ') }}{% endif %} · written {{ written }}</p>
-<nav>{% if several or labelled %}<a href="#methods">Methods compared</a> {% endif %}{% for m in methods %}<a href="#{{ m.anchor }}">{{ m.name }}</a> {% endfor %}<a href="#all">{{ 'All examples' if table.complete else 'Examples' }}</a> <a href="#again">How to reproduce</a></nav></header>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'sha256-{{ script_hash }}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'">
+<meta name="color-scheme" content="light dark"><title>{{ title }}</title>{{ style }}</head>
+<body class="page">
+<header class="ctda"><h1>{{ title }}</h1>
+<p class="quiet">{{ n_examples }} training examples from <b>{{ data_name }}</b>{% if models %} · {{ models|join(', ') }}{% endif %} · written {{ written }}</p>
+<nav>{% if several or labelled %}<a href="#methods">Methods compared</a> {% endif %}<a href="#all">Examples</a> {% for m in methods %}<a href="#{{ m.anchor }}">{{ m.name }}</a> {% endfor %}<a href="#again">How to reproduce</a></nav></header>
 <main>{% include "reading" %}
 {% if several or labelled %}{% include "methods" %}{% endif %}
-{% for m in methods %}{% include "method" %}{% endfor %}
 {% include "examples" %}
+{% for m in methods %}{% include "method" %}{% endfor %}
 {% include "again" %}</main>
-<script>{{ script }}</script></body></html>
+<script type="application/json" id="data">{{ data }}</script>
+<script type="module">{{ script }}</script></body></html>
 """
 
 # %% ../nbs/21_reports.ipynb #0007
-_TEMPLATES["reading"] = """<section class="reading"><h2>How to read this</h2>
+_TEMPLATES["reading"] = """<section class="reading part ctda"><h2>How to read this</h2>
 <p>Every method gives each training example one number. {% for sign in signs %}<b>{{ sign[0]|upper }}{{ sign[1:] }}.</b> {% endfor %}So the <span class="p5">highest</span> examples are the
 candidates for removal, and the <span class="n5">lowest</span> are those that hold the behaviour down. Only order and sign carry over between methods: each has its own unit.</p>
 <p><b>What a score does not show.</b> It is an estimate of a small change around the present model, not the result of training without the example. Finding labelled examples does not prove
@@ -46,7 +48,7 @@ that they cause the behaviour; often length or a few words find them as well, so
 """
 
 # %% ../nbs/21_reports.ipynb #0009
-_TEMPLATES["methods"] = """<section id="methods"><h2>Methods compared</h2>
+_TEMPLATES["methods"] = """<section id="methods" class="part ctda"><h2>Methods compared</h2>
 {{ method_table }}
 {% if labelled %}<p class="quiet">Detection of the {{ labelled }} labelled examples by high scores. AUROC: chance that a labelled example scores above another one. Precision@k: share of labelled ones among the k highest.
 The last line is what guessing gets. Ties count by their average.</p>{% endif %}
@@ -59,22 +61,20 @@ The last line is what guessing gets. Ties count by their average.</p>{% endif %}
 """
 
 # %% ../nbs/21_reports.ipynb #000b
-_TEMPLATES["method"] = """<section id="{{ m.anchor }}"><h2>{{ m.name }}</h2>
+_TEMPLATES["examples"] = """<section id="all" class="part"><div class="ctda"><h2>Look through the examples</h2>
+<p class="quiet">{% if n_shown == n_examples %}All {{ n_examples }} examples{% else %}{{ n_shown }} of the {{ n_examples }} examples, those nearest the two ends of {{ 'each ranking' if several else 'the ranking' }}, are in this page, and the histogram here
+counts only them{% endif %}. Drag over the histogram for a range of scores, search, or filter; choose an example to read it.{% if several and coloured %} The colours of the tokens are always those of <b>{{ coloured }}</b>.{% endif %}</p></div>
+<div id="browser"><p>This list needs its script, and scripts are blocked here. The highest and the lowest examples of every method can be read further down without one.</p></div></section>
+"""
+
+# %% ../nbs/21_reports.ipynb #000d
+_TEMPLATES["method"] = """<section id="{{ m.anchor }}" class="part ctda"><h2>{{ m.name }}</h2>
 {{ m.card }}{{ m.histogram }}{{ m.legend }}
 <details class="ends"{% if m.open %} open{% endif %}><summary>The {{ m.n }} highest and the {{ m.n }} lowest examples</summary>
 <div class="pair"><div><h3><span class="p5">Highest</span></h3>{{ m.highest }}</div><div><h3><span class="n5">Lowest</span></h3>{{ m.lowest }}</div></div></details></section>
 """
 
-_TEMPLATES["examples"] = """<section id="all"><h2>{{ 'All examples' if table.complete else 'Examples' }}</h2>
-<p class="quiet">{% if table.complete %}All {{ n_examples }} examples{% else %}The {{ table.rows|length }} of {{ n_examples }} examples at the two ends{% endif %} in the order of {{ methods[0].name }}; columns are ranks, 1 is the highest score.
-Texts are shortened.</p>
-<p class="tools" hidden><label>Filter <input type="search" placeholder="words in prompt or response"></label> <span class="quiet count"></span> <span class="quiet">Click a column to sort.</span></p>
-<div class="wide tall"><table class="examples"><thead><tr><th>row</th>{% for m in methods %}<th>{{ m.name }}</th>{% endfor %}{% if labelled %}<th>label</th>{% endif %}<th class="words">prompt → response</th></tr></thead>
-<tbody>{% for r in table.rows %}<tr><td>{{ r.row }}</td>{% for rank in r.ranks %}<td>{{ rank }}</td>{% endfor %}{% if labelled %}<td>{{ r.label }}</td>{% endif %}<td class="words" dir="auto">{{ r.text }}</td></tr>
-{% endfor %}</tbody></table></div></section>
-"""
-
-_TEMPLATES["again"] = """<section id="again"><h2>How to reproduce</h2>
+_TEMPLATES["again"] = """<section id="again" class="part ctda"><h2>How to reproduce</h2>
 <p>Each query card below holds everything that changes the numbers: the model and the data by a hash of their content, the layer, sites, curvature and damping, and the version of the library with a hash of its code.
 The same card gives the same scores. With the saved result (<code>.save(path)</code>) nothing needs to be computed again:</p>
 <pre>import concept_tda as ct
@@ -85,62 +85,42 @@ result.drop(fraction=0.1).to_json("kept.jsonl")       # the training file withou
 <p class="quiet">Report written with {{ versions }}.</p></section>
 """
 
-# %% ../nbs/21_reports.ipynb #000d
-_STYLE = """<style>
+# %% ../nbs/21_reports.ipynb #000f
+_STYLE = """
 :root{--page:#fff;--ink:#1c1f24;--line:#d6d9de;--panel:#f5f6f8;--link:#0b5cad}
 @media (prefers-color-scheme:dark){:root{--page:#15181c;--ink:#e4e6e9;--line:#3a3f47;--panel:#1d2126;--link:#7db8f5}}
-body.ctda{margin:0 auto;padding:1rem clamp(.8rem,3vw,2.5rem) 4rem;max-width:78rem;background:var(--page);color:var(--ink);font-size:15px;
+body.page{margin:0 auto;padding:1rem clamp(.8rem,3vw,2.5rem) 4rem;max-width:78rem;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+.page .part{border-top:1px solid var(--line);padding-top:1.2rem;margin-top:1.8rem}
+.page .ctda{max-width:none;font-size:15px;
 & h1{font-size:1.7rem;line-height:1.25;margin:.6rem 0 .2rem} & h2{font-size:1.25rem;margin:0 0 .5rem} & h3{font-size:1rem;margin:1rem 0 .3rem}
 & a{color:var(--link)} & nav{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin:.8rem 0}
-& section{border-top:1px solid var(--line);padding-top:1.2rem;margin-top:1.8rem}
-& .reading p{max-width:68ch;margin:.5rem 0} & :is(.reading,h3) span{padding:.05em .3em;border-radius:3px}
+&.reading p{max-width:68ch;margin:.5rem 0} &.reading span, & h3 span{padding:.05em .3em;border-radius:3px}
 & .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr));gap:0 1.5rem} & .pair>div{min-width:0}
 & .example{background:var(--panel)} & .ends>summary{font-weight:600;margin:.8rem 0 .2rem}
-& .tall{max-height:34rem;overflow:auto;border:1px solid var(--line);border-radius:6px} & .tall thead th{position:sticky;top:0;background:var(--panel)}
 & table{font-size:.92em} & .tops :is(td,th){text-align:start;vertical-align:top} & .tops td{min-width:9.5rem;max-width:18rem;white-space:normal!important;overflow-wrap:anywhere} & .tops td span{display:block}
 & .tops .labelled{border-inline-start:3px solid rgb(238,112,20)}
-& .examples :is(td,th).words{min-width:18rem;overflow-wrap:anywhere} & th.sorts{cursor:pointer}
-& input{font:inherit;padding:.25em .5em;width:min(22rem,60vw);background:var(--page);color:inherit;border:1px solid var(--line);border-radius:4px}
 & pre{background:var(--panel);padding:.7rem .9rem;border-radius:6px;font-size:.85em;white-space:pre-wrap}}
-@media print{body.ctda{& .tall{max-height:none} & :is(nav,.tools){display:none}}}
-</style>"""
-
-_SCRIPT = """
-const tools = document.querySelector('.tools'), table = document.querySelector('.examples');
-const body = table.tBodies[0], rows = [...body.rows], search = tools.querySelector('input'), count = tools.querySelector('.count');
-const texts = rows.map(row => row.lastElementChild.textContent.toLowerCase());
-search.addEventListener('input', () => {
-  const words = search.value.toLowerCase().split(/\\s+/).filter(Boolean);
-  let shown = 0;
-  rows.forEach((row, i) => { row.hidden = !words.every(word => texts[i].includes(word)); shown += !row.hidden; });
-  count.textContent = words.length ? `${shown} of ${rows.length}` : '';
-});
-[...table.tHead.rows[0].cells].slice(0, -1).forEach((head, i) => {
-  const sort = () => body.append(...[...rows].sort((a, b) => a.cells[i].textContent.localeCompare(b.cells[i].textContent, undefined, {numeric: true})));
-  head.className = 'sorts'; head.tabIndex = 0;
-  head.addEventListener('click', sort);
-  head.addEventListener('keydown', event => { if (event.key === 'Enter') sort(); });
-});
-tools.hidden = false;
+@media print{.page :is(nav,#all){display:none}}
 """
 
-# %% ../nbs/21_reports.ipynb #000f
+_START = """
+mountEmbedded(document.getElementById("browser"), JSON.parse(document.getElementById("data").textContent));
+document.querySelectorAll(".ends[open]").forEach(ends => { ends.open = false; });   // they are in the browser now
+addEventListener("beforeprint", () => document.querySelectorAll(".ends").forEach(ends => { ends.open = true; }));
+"""
+
+# %% ../nbs/21_reports.ipynb #0011
 def _characters_each(results, n):
-    "Characters of a turn to draw, so that all examples together stay under about 2 MB."
+    "Characters of a turn to draw, so that all examples drawn as HTML stay under about 600 kB."
     shown = sum(2 * n * (12 if result.token_scores is not None else 1.2) for result in results)   # bytes for each character
-    return int(np.clip(2e6 / (2 * shown), 400, 20_000))   # two turns an example, mostly
+    return int(np.clip(6e5 / (2 * shown), 300, 20_000))   # two turns an example, mostly
 
 def _shortened(text, width):
     "Text with white space collapsed, cut with an ellipsis."
     text = " ".join(text[:4 * width].split())
     return text if len(text) <= width else text[:width - 1] + "…"
 
-def _snippet(conversation, width):
-    "The last question and its answer on one line."
-    question = conversation.prompt[-1]["content"] if conversation.prompt else ""
-    return f"{_shortened(question, width // 3)} → {_shortened(conversation.response, width - width // 3)}"
-
-# %% ../nbs/21_reports.ipynb #0010
+# %% ../nbs/21_reports.ipynb #0012
 def _method_part(name, number, comparison, labels, n, most):
     "What the template of one method needs."
     results, result = comparison.attributions, comparison.attributions[name]
@@ -160,7 +140,7 @@ def _method_part(name, number, comparison, labels, n, most):
                 histogram=Markup(histogram_svg(result.scores, label=f"scores of {name}")), legend=Markup(legend_html(limit)) if limit else "",
                 highest=drawn(highest), lowest=drawn(lowest), json=json.dumps(result.card.to_dict(), indent=1, ensure_ascii=False, default=str))
 
-# %% ../nbs/21_reports.ipynb #0011
+# %% ../nbs/21_reports.ipynb #0013
 def _tops(comparison, labels, n=5):
     "The first examples of each method, in words."
     columns = []
@@ -170,16 +150,6 @@ def _tops(comparison, labels, n=5):
                              mark=" · labelled" if labels is not None and labels[i] else "") for i in order])
     return columns
 
-def _example_rows(comparison, labels, at_most):
-    "The table of examples in the order of the first method; both ends where there are too many."
-    results = list(comparison.attributions.values())
-    order = np.argsort(-results[0].scores, kind="stable")
-    complete = len(order) <= at_most
-    if not complete: order = np.concatenate([order[:at_most // 2], order[-(at_most // 2):]])
-    rows = [dict(row=int(results[0].rows[i]), ranks=[int(result.ranks[i]) for result in results], label=None if labels is None else "yes" if labels[i] else "no",
-                 text=_snippet(results[0].conversations[int(i)], 260)) for i in order]
-    return dict(rows=rows, complete=complete)
-
 def _versions():
     "The library, Python and the packages that change numbers."
     packages = []
@@ -188,7 +158,54 @@ def _versions():
         except PackageNotFoundError: continue
     return ", ".join([f"concept_tda {code_version()}", f"Python {platform.python_version()}", *packages])
 
-# %% ../nbs/21_reports.ipynb #0012
+# %% ../nbs/21_reports.ipynb #0015
+_MOST_BYTES = 2_900_000
+
+def _near_the_ends(rankings, at_most):
+    "Places of the examples nearest either end of any of the rankings, in file order."
+    orders = [np.argsort(-one.scores, kind="stable") for one in rankings]
+    nearest = np.stack([end for order in orders for end in (order, order[::-1])], axis=1).ravel()
+    return np.sort(list(dict.fromkeys(nearest.tolist()))[:at_most])
+
+def _texts(part, most):
+    "The examples to read in about `most` characters of JSON, and a sentence about what had to go."
+    if part.token_scores is None:
+        full = [_example(part, i) for i in range(len(part))]
+        if len(json.dumps(full)) <= most: return full, ""
+    order = np.argsort(-part.scores, kind="stable").tolist()
+    examples, note = _within(part, [place for pair in zip(order, order[::-1]) for place in pair], most)
+    bare = sum(not example["metadata"] and bool(one.metadata) for example, one in zip(examples, part.conversations))
+    return examples, f"{note} Metadata of {bare:,} examples is left out." if bare else note
+
+def _in_script(data):
+    "JSON in which no `<` can end the element around it."
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+# %% ../nbs/21_reports.ipynb #0016
+def _browser_data(results, labels, positive, at_most, room):
+    "The browser's data as JSON of at most about `room` bytes; the method whose token scores it shows, or None; how many examples it holds."
+    name = next((name for name, one in results.items() if one.token_scores is not None), next(iter(results)))
+    names = [name, *(other for other in results if other != name)]
+    contents = _Contents(results[name], {other: results[other] for other in names[1:]}, None, labels, positive, None)
+    places, table, coloured = _near_the_ends(contents.methods.values(), at_most), _browser_table(contents), None if results[name].token_scores is None else name
+    for method, label in zip(table["methods"], names): method |= dict(name=visible_text(label), short=visible_text(_short_name(label)))
+    table |= dict(n=len(places), title=visible_text(f"{name}: {contents.result.queries[0]}"))
+    if len(places) < len(contents.result): table["subtitle"] = f"{len(places):,} of {table['subtitle']}"
+    if len(names) > 1 and coloured: table["token_words"] = f"token scores of {visible_text(name)}"
+    rounded = {column: [float(f"{value:.6g}") for value in values[places]] if values.dtype.kind == "f" else values[places].tolist() for column, values in _browser_columns(contents).items()}
+    part, reading = _part(contents.result, places), table["reading"]
+    groups = near_duplicates(["\n".join(message["content"] for message in one.messages) for one in part.conversations]).tolist()
+    most = room - len(json.dumps([table, rounded, groups]))
+    for _ in range(4):   # escapes and other scripts take more bytes than characters; then there is less room than it seemed
+        examples, note = _texts(part, most)
+        data = _in_script(dict(table=table | dict(reading=f"{reading} {note}".strip()), columns=rounded, groups=groups, examples=examples))
+        size = len(data.encode("utf-8", "backslashreplace"))
+        if size <= room: break
+        most = .97 * most * room / size
+    return data, coloured, len(places)
+
+# %% ../nbs/21_reports.ipynb #0017
 def write_report(
     attributions,             # A result, a list of results, a dict of results by name, or a `Comparison`
     path: str | Path,         # Such as "report.html"
@@ -198,33 +215,40 @@ def write_report(
     positive=True,            # With a column name: the value that marks the labelled examples
     comparison: Comparison | None = None, # The table to show, where it was made already
     examples: int = 10,       # Examples drawn at each end of each method
-    rows: int = 1_000,        # At most this many lines in the table of all examples
+    rows: int = 1_000,        # At most this many examples in the list to look through, those at the ends of the rankings
 ) -> Path:
-    "Write one self-contained HTML file. Raises `AttributionError` for results on different examples, `StorageError` where the folder cannot be written."
+    "Write one self-contained HTML file of less than 3 MB. Raises `AttributionError` for results on different examples, `StorageError` where the folder cannot be written."
     if isinstance(attributions, Comparison): attributions, comparison = attributions.attributions, attributions
     comparison = comparison or compare(attributions, labels=labels, positive=positive)
+    chosen = labels if labels is None or isinstance(labels, str) else np.asarray(labels, bool)
     if isinstance(labels, str): labels = next(iter(comparison.attributions.values())).conversations.labels(labels, positive)
-    labels = None if labels is None else np.asarray(labels, bool)
-    page = _page(comparison, title, labels, examples, rows)
-    with atomic_file(path) as part: part.write_text(page, encoding="utf-8")
+    values = _page_values(comparison, title, None if labels is None else np.asarray(labels, bool), examples)
+    page = _page(values, lambda room: _browser_data(comparison.attributions, chosen, positive, rows, room))
+    with atomic_file(path) as part: part.write_bytes(page)
     return Path(path)
 
-# %% ../nbs/21_reports.ipynb #0013
-def _page(comparison, title, labels, n, rows):
-    "The whole page as text."
+# %% ../nbs/21_reports.ipynb #0018
+def _page_values(comparison, title, labels, n):
+    "What the templates need, but for the browser's data."
     results = comparison.attributions
     first = next(iter(results.values()))
     behaviours = list(dict.fromkeys(result.queries[0] for result in results.values()))
     two, most = dict.fromkeys(results, "{:.2f}"), _characters_each(results.values(), n)
-    environment = Environment(loader=DictLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template("page").render(
-        title=title or f"Which training examples raise {', '.join(behaviours)}?", data=first.conversations.name, n_examples=f"{len(first):,}",
+    script = front_end("parts.js", "browser.js") + _START
+    return dict(
+        title=title or f"Which training examples raise {', '.join(behaviours)}?", data_name=first.conversations.name, n_examples=f"{len(first):,}",
         models=list(dict.fromkeys(result.card.model for result in results.values() if result.card.model)),
         signs=list(dict.fromkeys(result.card.sign for result in results.values())),
         several=len(results) > 1, labelled=0 if labels is None else int(labels.sum()),
         method_table=Markup(table_html(comparison.table, {"seconds": "{:,.1f}", "tokens/s": "{:,.0f}"})), tops=_tops(comparison, labels),
         top=comparison.top, by_chance=comparison.top / len(first), spearman=Markup(table_html(comparison.spearman, two, heat=1)),
-        overlap=Markup(table_html(comparison.overlap, two, heat=1)), table=_example_rows(comparison, labels, rows),
+        overlap=Markup(table_html(comparison.overlap, two, heat=1)),
         methods=[_method_part(name, number, comparison, labels, n, most) for number, name in enumerate(results, 1)],
-        written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"), versions=_versions(), style=Markup(_STYLE), view_style=Markup(VIEW_STYLE),
-        script=Markup(_SCRIPT), script_hash=base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode())
+        written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"), versions=_versions(), style=Markup(f"{VIEW_STYLE}<style>{front_end('views.css')}{_STYLE}</style>"),
+        script=Markup(script), script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
+
+def _page(values, browser_data):
+    "The whole page as bytes; `browser_data` is asked for what fits in the room that is left."
+    template = Environment(loader=DictLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template("page")
+    fill = lambda data, coloured, n_shown: template.render(**values, data=Markup(data), coloured=coloured, n_shown=f"{n_shown:,}").encode("utf-8", "backslashreplace")   # half a character is no UTF-8
+    return fill(*browser_data(_MOST_BYTES - len(fill("", "", 0))))
