@@ -423,7 +423,7 @@ def plot(self: FilterAndRetrain,
             for value in part.loc[part["arm"] == arm, column]:
                 ax.axhline(value, color="#777777", lw=1, ls=style)
                 ax.annotate(arm, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, above), textcoords="offset points", ha="right", fontsize=8, color="#555555")
-        lines = list(part[part["fraction"].notna()].groupby(["arm", "method"], sort=False))
+        lines = list(part[part["fraction"].notna()].sort_values("fraction", kind="stable").groupby(["arm", "method"], sort=False))
         for i, ((arm, method), line) in enumerate(lines):
             colour = "#888888" if arm == "random" else _COLOURS[methods.index(method) % len(_COLOURS)]
             ax.errorbar(line["fraction"] + step*(i - (len(lines) - 1)/2), line[column], line[f"{column} ±"].fillna(0), color=colour, ls=_STYLES.get(arm, "-."), marker="o", ms=3.5, lw=1.4, elinewidth=.9, capsize=2, label=f"{arm} {method}".strip())
@@ -1064,7 +1064,7 @@ def curve(self: ParetoCurve) -> pd.DataFrame: # Columns arm, method, fraction, n
 def plot(self: ParetoCurve): # The matplotlib figure
     "Trait (upwards: more harm) against capability, a line for each method from the smallest share to the largest, 95 % intervals over seeds."
     import matplotlib.pyplot as plt
-    curve, methods = self.curve(), list(self.about["cards"])
+    curve, methods = self.curve().sort_values("fraction", kind="stable"), list(self.about["cards"])
     if curve.empty: raise ExperimentError("nothing is finished yet: run() first")
     figure, ax = plt.subplots(figsize=(6.6, 4.2), layout="constrained")
     for (arm, method), part in curve.groupby(["arm", "method"], sort=False):

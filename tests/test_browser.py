@@ -413,6 +413,68 @@ def test_without_a_kernel_list_histogram_brush_search_and_highlights_work(chromi
     page.close()
 
 
+def open_report(chromium, tmp_path, results, *, change=lambda page: page, **window):
+    """A written report in a page, with its policy."""
+    from concept_tda.reports import write_report
+    path = write_report(results, tmp_path / "report.html", labels="bad" if "bad" in results[0].conversations[0].metadata else None)
+    path.write_text(change(path.read_text()), encoding="utf-8")
+    return chromium.open(path.as_uri(), **window)
+
+
+def test_the_report_browses_from_a_file(chromium, tmp_path):
+    results = several()
+    page, scores = open_report(chromium, tmp_path, results), results[0].scores
+    page.wait("document.querySelector('#browser .reading .turn')")
+    status = lambda: page.value("new Promise(done => setTimeout(() => done(document.querySelector('#browser .statusline [role=status]').textContent), 300))")
+    texts = lambda: page.value("new Promise(done => setTimeout(() => done([...document.querySelectorAll('#browser .row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response').textContent)), 300))")
+    assert texts()[:4] == responses(results[0], np.argsort(-scores))[:4]
+    top = int(scores.argmax())
+    spans = page.value("[...document.querySelectorAll('#browser .reading .tokens span')].map(s => [s.textContent, s.title, getComputedStyle(s).backgroundColor])")
+    assert [s[0] for s in spans] == results[0].tokens[top] and np.allclose([float(s[1].replace("−", "-")) for s in spans], results[0].token_scores[top], rtol=1e-2)
+    strongest = int(np.argmax(np.abs(results[0].token_scores[top])))
+    assert ("238, 112, 20" if results[0].token_scores[top][strongest] > 0 else "42, 120, 220") in spans[strongest][2]
+    page.click("#browser input[type=search]")
+    page.type("17")
+    wanted = [i for i in np.argsort(-scores) if "17" in results[0].conversations[int(i)].text]
+    assert status().startswith(f"{len(wanted)} of 40") and texts()[:3] == responses(results[0], wanted)[:3]
+    page.value("[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()")
+    x, y, width, height = page.box(".chart")
+    page.drag(x + 1, y + 20, x + width * .25, y + 20)
+    assert abs(int(status().split()[0]) - (scores <= scores.min() + .25 * np.ptp(scores)).sum()) <= 1
+    assert page.value("[...document.querySelectorAll('.ends')].every(ends => !ends.open)")   # the static lists step back
+    assert page.errors == [] and len(page.requests) == 1 and page.requests[0].startswith("file:")
+    page.close()
+
+
+def test_a_report_whose_scripts_are_blocked_can_be_read(chromium, tmp_path):
+    results = several()
+    page = open_report(chromium, tmp_path, results, change=lambda page: re.sub(r"script-src 'sha256-[^']*'", "script-src 'none'", page))
+    assert "scripts are blocked here" in page.value("document.querySelector('#browser').innerText")
+    shown = page.value("document.querySelector('.ends').innerText")
+    assert all(" ".join(results[0].conversations[int(i)].response.split()) in " ".join(shown.split()) for i in [*np.argsort(scores := results[0].scores)[:3], *np.argsort(-scores)[:3]])
+    assert page.requests[1:] == []
+    page.close()
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_report_of_hostile_texts_shows_and_does_not_run_them(chromium, tmp_path, width):
+    from concept_tda.attribution import visible_text
+    page = open_report(chromium, tmp_path, hostile_results(), width=width)
+    page.wait("document.querySelector('#browser .reading .turn')")
+    page.value("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    page.value("(() => { const fold = document.querySelector('.tick input'); if (fold.checked) fold.click(); document.querySelector('.rows').focus(); })()")
+    shown = []
+    for _ in XSS:
+        shown.append(page.value("new Promise(done => setTimeout(() => done([...document.querySelectorAll('.reading .turn')].map(t => t.textContent).join('')), 40))"))
+        page.press("ArrowDown")
+    assert [text[:40] for text in XSS if not any(visible_text(text)[:2_000].strip() in one for one in shown)] == []
+    assert page.value("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.value("document.querySelectorAll('script').length") == 2 and page.value("document.querySelectorAll('body :is(img, iframe, object, embed, link, base, form, a:not([href^=\"#\"]))').length") == 0
+    assert page.value("[...document.querySelectorAll('*')].every(node => [...node.attributes].every(one => !one.name.startsWith('on')))")
+    assert page.errors == [] and len(page.requests) == 1
+    page.close()
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_text_has_enough_contrast(chromium, tmp_path, dark):
     results = several()
