@@ -97,7 +97,7 @@ body.page{margin:0 auto;padding:1rem clamp(.8rem,3vw,2.5rem) 4rem;max-width:78re
 &.reading p{max-width:68ch;margin:.5rem 0} &.reading span, & h3 span{padding:.05em .3em;border-radius:3px}
 & .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr));gap:0 1.5rem} & .pair>div{min-width:0}
 & .example{background:var(--panel)} & .ends>summary{font-weight:600;margin:.8rem 0 .2rem}
-& table{font-size:.92em} & .tops :is(td,th){text-align:start;vertical-align:top} & .tops td{min-width:9.5rem;max-width:18rem;white-space:normal!important;overflow-wrap:anywhere} & .tops td span{display:block}
+& table{font-size:.92em} & :is(th,td){padding:.2em .5em} & .tops :is(td,th){text-align:start;vertical-align:top} & .tops td{min-width:9.5rem;max-width:18rem;white-space:normal!important;overflow-wrap:anywhere} & .tops td span{display:block}
 & .tops .labelled{border-inline-start:3px solid rgb(238,112,20)}
 & pre{background:var(--panel);padding:.7rem .9rem;border-radius:6px;font-size:.85em;white-space:pre-wrap}}
 @media print{.page :is(nav,#all){display:none}}
