@@ -44,7 +44,7 @@ def _plain_errors(debug, stopped="Stopped."):
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 # %% ../nbs/22_cli.ipynb #000d
-_NEEDS = {"vector-filter": ("concept",), "activation-gradient": ("concept",), "concept-influence": ("concept", "queries"), "influence-function": ("queries",),
+_NEEDS = {"vector-filter": ("concept",), "activation-gradient": ("concept",), "projection-difference": ("concept",), "concept-influence": ("concept", "queries"), "influence-function": ("queries",),
           "graddot": ("queries",), "random": (), "length": (), "loss": (), "bm25": ("queries",), "repsim": ("queries", "layer")}
 
 _WAY_OUT = {"concept": ("--concept", "it needs a behaviour: --concept FILE, or --positive FILE --negative FILE --layer N"),
@@ -72,6 +72,7 @@ def _make_scorer(method, lm, concept, queries, layer, sites, curvature, seed):
     from concept_tda import baselines, scorers
     pooling = {"pooling": concept.pooling} if concept else {}
     make = {"vector-filter": lambda: scorers.VectorFilter(lm, concept), "activation-gradient": lambda: scorers.ActivationGradient(lm, concept),
+            "projection-difference": lambda: scorers.ProjectionDifference(lm, concept),
             "concept-influence": lambda: scorers.ConceptInfluence(lm, concept, queries, sites=sites, curvature=curvature),
             "influence-function": lambda: scorers.InfluenceFunction(lm, queries, sites=sites, curvature=curvature),
             "graddot": lambda: scorers.GradDot(lm, queries, sites=sites),
@@ -294,7 +295,7 @@ def report(
     labels: Annotated[str, typer.Option(help="A column of the training file that marks known examples of the behaviour.")] = None,
     positive: Annotated[str, typer.Option(help="The value in that column that marks them.")] = "true",
     examples: Annotated[int, typer.Option(help="Examples drawn at each end of each method.", min=1)] = 10,
-    rows: Annotated[int, typer.Option(help="At most this many lines in the table of all examples.", min=1)] = 1_000,
+    rows: Annotated[int, typer.Option(help="At most this many examples in the list to look through.", min=1)] = 1_000,
     debug: _Debug = False,
 ):
     "Write one HTML page of one result or several: cards, examples with their text, comparison. It needs no network."

@@ -396,7 +396,7 @@ class ConceptInfluence(Influence):
         super().__init__(lm, ConceptQuery(concept, queries), sites=sites, curvature=curvature, **options)
 
     def prepare(self, data):
-        sample = data.select(np.unique(np.linspace(0, len(data) - 1, 32).astype(int)).tolist())
+        sample = data.select(np.unique(np.linspace(0, len(data) - 1, 16).astype(int)).tolist())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own threshold is for data of which few examples show the behaviour
             self.expression = query_expression(self.lm, self.query.concept, self.query.examples, sample, progress=False)
