@@ -13,6 +13,7 @@ import yaml
 
 import check_links
 import concept_tda
+from chromium import Chromium, needs_browser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,6 +121,31 @@ def site(tmp_path_factory) -> Path:
 
 def test_site_has_no_broken_link(site):
     assert not check_links.broken_links(site)
+
+
+def test_site_loads_nothing_from_elsewhere(site):
+    pytest.importorskip("pypandoc", reason="without pandoc formulas are shown by a script from a CDN")
+    for page in site.rglob("*.html"):
+        for tag in re.findall(r"<(?:script|img|link)\b[^>]*>", page.read_text(encoding="utf-8")):
+            fetched = re.search(r"(?:src|href)=.https?://", tag) and not re.search(r"rel=.canonical", tag)
+            assert not fetched, f"{page.relative_to(site)}: {tag}"
+    for style in site.rglob("*.css"): assert not re.search(r"@import url\(.?https?:", style.read_text(encoding="utf-8")), style
+    assert "<math" in (site / "explained" / "influence.html").read_text(encoding="utf-8")
+
+
+@needs_browser
+def test_pages_open_without_errors_and_fit_the_screen(site):
+    problems = []
+    with Chromium() as browser:
+        for file in sorted(site.rglob("*.html")):
+            page, name = browser.open(f"file://{file}"), str(file.relative_to(site))
+            problems += [f"{name}: {error}" for error in page.errors]
+            problems += [f"{name}: asks for {address}" for address in page.requests if not address.startswith(("file:", "data:", "blob:"))]
+            for width in (1200, 400):
+                page.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+                if (needed := page.value("document.documentElement.scrollWidth")) > width: problems.append(f"{name}: {needed} pixels wide at {width}")
+            page.close()
+    assert not problems, "\n".join(problems)
 
 
 def test_site_has_an_entry_for_every_public_function_and_class(site):
