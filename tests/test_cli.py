@@ -102,7 +102,7 @@ def test_every_method_gives_the_scores_of_the_library(place, scored):
     concept = Concept.load(place / "flattery.safetensors")
     def ekfac(layer=None): return EKFAC.fit(lm, train, "attention", layer=layer, damping=0.3, cache=False, progress=False)
     library = {
-        "vector-filter": scorers.VectorFilter(lm, concept), "activation-gradient": scorers.ActivationGradient(lm, concept),
+        "vector-filter": scorers.VectorFilter(lm, concept), "activation-gradient": scorers.ActivationGradient(lm, concept), "projection-difference": scorers.ProjectionDifference(lm, concept),
         "concept-influence": scorers.ConceptInfluence(lm, concept, queries, curvature=ekfac(layer=1)),
         "influence-function": scorers.InfluenceFunction(lm, queries, curvature=ekfac()), "graddot": scorers.GradDot(lm, queries),
         "loss": baselines.MeanLoss(lm), "repsim": baselines.RepSim(lm, queries, 1)}
