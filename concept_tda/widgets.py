@@ -7,7 +7,7 @@ __all__ = ['MARKS', 'WidgetError', 'front_end', 'near_duplicates', 'percentiles_
            'ExampleBrowser', 'embedded_browser', 'concept_reading', 'ConceptView', 'ConceptExplorer']
 
 # %% ../nbs/20_widgets.ipynb #0003
-import getpass, json
+import base64, getpass, hashlib, html, json
 from collections import Counter
 from datetime import datetime, timezone
 from importlib.resources import files
@@ -528,14 +528,17 @@ def embedded_browser(
     most: int = 2_000_000,      # Characters of JSON for the texts; token scores and then long texts give way
 ) -> str:
     "JSON for `mountEmbedded` in browser.js; `<` is written so that no element can end early."
-    contents = _Contents(result, others, None, labels, positive, None)
+    return _embedded(_Contents(result, others, None, labels, positive, None), most)
+
+def _embedded(contents, most, groups=None):
+    "The same for contents that are prepared already."
     order = np.argsort(-contents.result.scores, kind="stable").tolist()
     examples, note = _within(contents.result, [place for pair in zip(order, order[::-1]) for place in pair], most)
     table = _browser_table(contents)
     table["reading"] = f"{table['reading']} {note}".strip()
-    texts = ["\n".join(m["content"] for m in c.messages) for c in contents.result.conversations]
+    if groups is None: groups = near_duplicates(["\n".join(m["content"] for m in c.messages) for c in contents.result.conversations])
     rounded = {name: [float(f"{value:.6g}") for value in values] if values.dtype.kind == "f" else values.tolist() for name, values in _browser_columns(contents).items()}
-    data = dict(table=table, columns=rounded, examples=examples, groups=near_duplicates(texts).tolist())
+    data = dict(table=table, columns=rounded, examples=examples, groups=groups.tolist())
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 # %% ../nbs/20_widgets.ipynb #0037
@@ -563,6 +566,43 @@ def _within(result, order, most):
     return [chosen.get(place, texts[place][0]) for place in range(n)], " ".join(notes)
 
 # %% ../nbs/20_widgets.ipynb #003a
+_FRAME = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'sha256-{hash}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'">
+<meta name="color-scheme" content="light dark"><title>Example browser</title><style>body {{ margin: 0; }}{style}</style></head>
+<body><div id="browser"><p>This view needs its script, and scripts are blocked here.</p></div>
+<script type="application/json" id="data">{data}</script><script type="module">{script}</script></body></html>"""
+
+class _OfflinePage:
+    "A browser that is drawn without a kernel: `html` is the whole page, `save(path)` writes it, a notebook shows it in a sandboxed frame."
+    def __init__(self, page, height, words): self.html, self.height, self.words = page, height, words
+
+    def __repr__(self): return self.words
+
+    def _repr_html_(self):
+        page = html.escape(self.html, quote=True).replace("\n", "&#10;")   # one line: whatever makes a site of the notebook finds no paragraph to touch
+        return f'<iframe title="Example browser" sandbox="allow-scripts" style="width:100%;height:{self.height}px;border:0" srcdoc="{page}"></iframe>'
+
+    def save(self, path: str | Path) -> Path:
+        "Write the page as a file that opens without a network."
+        with atomic_file(path) as part: part.write_text(self.html, encoding="utf-8")
+        return Path(path)
+
+# %% ../nbs/20_widgets.ipynb #003b
+@patch
+def page(self: ExampleBrowser,
+    height: int = 720,     # Of the frame, in pixels
+    *,
+    most: int = 2_000_000, # Characters of JSON for the texts; token scores and then long texts give way
+) -> _OfflinePage:         # Shows itself in a notebook; `.save(path)` writes it as a file
+    "The view as it works without a kernel, for a notebook that others only read. Decisions stay behind."
+    if not isinstance(height, int) or height < 200: raise WidgetError(f"height={height!r}: give at least 200 pixels, as an int")
+    script = front_end("parts.js", "browser.js") + '\nmountEmbedded(document.getElementById("browser"), JSON.parse(document.getElementById("data").textContent));'
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = _FRAME.format(hash=digest, style=front_end("views.css"), data=_embedded(self._contents, most, self.find_groups()), script=script)
+    text = text.encode("utf-8", "backslashreplace").decode()   # half a character is no UTF-8; as an escape JSON can hold it
+    return _OfflinePage(text, height, f"{self.result!r}\nExampleBrowser without a kernel, {len(text) / 1e3:,.0f} kB; drawn where notebooks show HTML")
+
+# %% ../nbs/20_widgets.ipynb #0041
 def _directions(lm, concept):
     "Layers, and unit directions [n, d] to read them with."
     import torch
@@ -590,7 +630,7 @@ def concept_reading(
     pooled = values @ pooling_weights(batch, one.pooling)[0].cpu()
     return dict(tokens=tokenized.tokens(0), response_mask=batch.response_mask[0].cpu().numpy(), layers=layers, values=values.numpy(), pooled=pooled.numpy())
 
-# %% ../nbs/20_widgets.ipynb #003c
+# %% ../nbs/20_widgets.ipynb #0043
 def _training_projections(lm, concepts, train, progress, slice_size=256):
     "{name: [n_layers, N]} pooled projections of the training examples."
     tokenized, found = lm.tokenize(train), {name: [] for name in concepts}
@@ -604,7 +644,7 @@ def _training_projections(lm, concepts, train, progress, slice_size=256):
             found[name].append(np.stack([(acts[pooling][layer] @ direction).numpy() for layer, direction in zip(layers, directions)]))
     return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
 
-# %% ../nbs/20_widgets.ipynb #003e
+# %% ../nbs/20_widgets.ipynb #0045
 class ConceptView(anywidget.AnyWidget):
     "The drawn part of a `ConceptExplorer`."
     _esm = front_end("parts.js", "explorer.js")
@@ -633,7 +673,7 @@ class ConceptExplorer(ipywidgets.VBox):
         super().__init__([ipywidgets.HBox([self.concept_pick, self.layer_pick], layout=ipywidgets.Layout(flex_flow="row wrap")), self.question, self.answer,
                           ipywidgets.HBox([self.read_button, self.steer_button], layout=ipywidgets.Layout(flex_flow="row wrap")), self.view])
 
-# %% ../nbs/20_widgets.ipynb #003f
+# %% ../nbs/20_widgets.ipynb #0046
 def _by_concept_name(concepts):
     "{name: concept}, names made different where they are not."
     given = list(concepts) if isinstance(concepts, (list, tuple)) else list(concepts.values()) if isinstance(concepts, dict) else [concepts]
@@ -661,7 +701,7 @@ def _make_selectors(self: ConceptExplorer, question, answer):
 
 def _own_layer(concept): return concept.layer if hasattr(concept, "direction") else concept.best_layer
 
-# %% ../nbs/20_widgets.ipynb #0041
+# %% ../nbs/20_widgets.ipynb #0048
 @patch
 def _guard(self: ConceptExplorer, act):
     "Do it, and show what goes wrong."
@@ -701,7 +741,7 @@ def _other_concept(self: ConceptExplorer):
     self.read = concept_reading(self.lm, chosen, self.messages)
     self._draw()
 
-# %% ../nbs/20_widgets.ipynb #0042
+# %% ../nbs/20_widgets.ipynb #0049
 @patch
 def _draw(self: ConceptExplorer):
     "Give the view what it needs for the chosen layer."
@@ -720,7 +760,7 @@ def _draw(self: ConceptExplorer):
     self.view.reading = dict(concept=visible_text(name), layer=layer, place=place, unit=unit, centre=centre, limit=colour_limit([values[1:]]), turns=stretches, layers=list(read["layers"]),
                              sweep=[float(value) for value in sweep], sweep_words=words, **({} if known is None else self._neighbours(known[at], float(read["pooled"][at]))))
 
-# %% ../nbs/20_widgets.ipynb #0043
+# %% ../nbs/20_widgets.ipynb #004a
 @patch
 def _neighbours(self: ConceptExplorer, projections, value, n=4):
     "The training examples with the highest and the lowest projection, and where this text stands among all."

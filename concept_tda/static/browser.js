@@ -12,7 +12,7 @@
 //
 // A "place" is an example's position in the result; its row is its line in the training file.
 
-const ROW = 74, END = 50, NONE = 0, KEEP = 1, DROP = 2, MIDDLE = -1;
+const ROW = 74, END = 50, EDGE = 6, NONE = 0, KEEP = 1, DROP = 2, MIDDLE = -1;
 const KINDS = {score: Float64Array, z: Float64Array, percentile: Float32Array, similar: Float32Array, rank: Int32Array, length: Int32Array, row: Int32Array, facet: Int16Array};
 const kindOf = name => KINDS[name.replace(/\d+$/, "")];
 
@@ -289,6 +289,121 @@ class Histogram {
   }
 }
 
+/** Every example as a point: the shown method's score across, as in the histogram above it, another method's rank or score up. A click chooses the example. */
+class Scatter {
+  constructor(source, {onPick, onChange}) {
+    Object.assign(this, {source, onPick, other: null, up: "rank", shown: null});
+    const option = (value, words) => el("option", {value}, words);
+    this.otherPick = el("select", {"aria-label": "Method to compare with", onchange: () => { this.other = Number(this.otherPick.value); onChange(); }});
+    this.upPick = el("select", {"aria-label": "Rank or score of the other method", onchange: () => { this.up = this.upPick.value; onChange(); }}, option("rank", "rank"), option("score", "score"));
+    this.across = el("span", {class: "quiet"});
+    this.canvas = el("canvas", {role: "img"});
+    this.spot = el("span", {class: "spot", "aria-hidden": "true", hidden: true});
+    this.plot = el("div", {class: "plot", onclick: event => this.pick(event), onpointermove: event => this.hover(event), onpointerleave: () => this.tell(null)}, this.canvas, this.spot);
+    this.top = el("span", {});
+    this.bottom = el("span", {});
+    this.readout = el("span", {class: "told", dir: "auto"});
+    this.node = el("details", {class: "scatter", ontoggle: () => this.drawSoon()}, el("summary", {}, "Two methods, example by example"),
+      el("div", {class: "line"}, el("label", {}, el("span", {class: "name"}, "Up "), this.upPick), el("label", {}, el("span", {class: "name"}, "by "), this.otherPick), this.across),
+      el("div", {class: "quiet"}, this.top), this.plot, el("div", {class: "quiet under"}, this.bottom, this.readout));
+    this.node.open = true;
+    new ResizeObserver(() => this.drawSoon()).observe(this.plot);
+  }
+
+  /** What to draw; another method is taken where the one beside is the one shown. */
+  set(method, pass) {
+    Object.assign(this, {method, pass});
+    const {methods} = this.source.table;
+    if (this.other === null || this.other === method) this.other = method === 0 ? 1 : 0;
+    this.otherPick.replaceChildren(...methods.flatMap((one, number) => number === method ? [] : [el("option", {value: number}, one.name)]));
+    this.otherPick.value = String(this.other);
+    const column = name => this.source.column(name), ends = values => values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+    this.acrossValues = column(`score${method}`);
+    this.upValues = column(`${this.up}${this.other}`);
+    [this.left, this.right] = ends(this.acrossValues);
+    [this.low, this.high] = ends(this.upValues);
+    const name = methods[this.other].name, number = value => this.up === "rank" ? `rank ${whole(value)}` : signed(value);
+    this.across.replaceChildren("· across: score by ", el("bdi", {}, methods[method].name), ", as above. Click a point to read it; by keyboard, choose an order under “where methods disagree”.");
+    this.top.replaceChildren("▲ ", el("bdi", {}, name), ` ${number(this.up === "rank" ? this.low : this.high)}`);
+    this.bottom.replaceChildren("▼ ", el("bdi", {}, name), ` ${number(this.up === "rank" ? this.high : this.low)}`);
+    this.canvas.setAttribute("aria-label", `Scatter of ${counted(this.acrossValues.length, "example")}: score by ${methods[method].name} across, ${this.up} by ${name} up`);
+    this.drawSoon();
+  }
+
+  x(place) { const share = this.right > this.left ? (this.acrossValues[place] - this.left) / (this.right - this.left) : .5; return Math.max(this.radius, Math.min(this.width - this.radius, share * this.width)); }
+  y(place) {
+    const share = this.high > this.low ? (this.upValues[place] - this.low) / (this.high - this.low) : .5;
+    return EDGE + (this.up === "rank" ? share : 1 - share) * (this.height - 2 * EDGE);
+  }
+
+  drawSoon() { this.frame = this.frame ?? requestAnimationFrame(() => { this.frame = null; this.draw(); }); }
+  draw() {
+    this.width = this.plot.clientWidth;
+    this.height = this.plot.clientHeight;
+    if (!this.width || !this.acrossValues) return;
+    const dots = window.devicePixelRatio || 1, pen = this.canvas.getContext("2d"), n = this.acrossValues.length, style = getComputedStyle(this.plot);
+    this.radius = n <= 500 ? 3.5 : n <= 3000 ? 2.5 : 1.5;
+    this.canvas.width = Math.round(this.width * dots);
+    this.canvas.height = Math.round(this.height * dots);
+    pen.scale(dots, dots);
+    const solid = n <= 500 ? .85 : .6, colours = {more: `rgba(${style.getPropertyValue("--more")},${solid})`, less: `rgba(${style.getPropertyValue("--less")},${solid})`};
+    const point = place => {
+      const x = this.x(place), y = this.y(place), r = this.radius;
+      if (n > 2000) return pen.fillRect(x - r, y - r, 2 * r, 2 * r);   // circles of 10,000 points are slow, and too small to tell from squares
+      pen.beginPath();
+      pen.arc(x, y, r, 0, 2 * Math.PI);
+      pen.fill();
+    };
+    pen.fillStyle = "rgba(128,128,128,.35)";   // reads on light and on dark ground
+    if (this.left < 0 && this.right > 0) pen.fillRect(this.width * -this.left / (this.right - this.left), 0, 1, this.height);
+    for (let place = 0; place < n; place++) if (!this.pass[place]) point(place);
+    for (const sign of ["less", "more"]) {
+      pen.fillStyle = colours[sign];
+      for (let place = 0; place < n; place++) if (this.pass[place] && this.acrossValues[place] > 0 === (sign === "more")) point(place);
+    }
+    this.mark(this.shown);
+  }
+
+  /** Put the ring around an example's point. */
+  mark(place) {
+    this.shown = place;
+    this.spot.hidden = place === null || place === MIDDLE || !this.width;
+    if (this.spot.hidden) return;
+    this.spot.style.left = `${this.x(place)}px`;
+    this.spot.style.top = `${this.y(place)}px`;
+  }
+
+  /** The example nearest to the pointer among those that pass the filters, or null. */
+  nearest(event, reach = 14) {
+    if (!this.width) return null;
+    const box = this.plot.getBoundingClientRect(), x = event.clientX - box.left - this.plot.clientLeft, y = event.clientY - box.top - this.plot.clientTop;
+    let best = null, least = reach * reach;
+    for (let place = 0; place < this.acrossValues.length; place++) {
+      if (!this.pass[place]) continue;
+      const far = (this.x(place) - x) ** 2 + (this.y(place) - y) ** 2;
+      if (far < least) { best = place; least = far; }
+    }
+    return best;
+  }
+  pick(event) { const place = this.nearest(event); if (place !== null) this.onPick(place); }
+  hover(event) {
+    const place = this.nearest(event);
+    this.plot.classList.toggle("on-point", place !== null);
+    this.tell(place);
+  }
+  tell(place) {
+    if (place === this.told) return;
+    this.told = place;
+    clearTimeout(this.telling);
+    if (place === null) return this.readout.replaceChildren();
+    const {column} = this.source, words = `row ${whole(column("row")[place])} · ${signed(this.acrossValues[place])} (rank ${whole(column(`rank${this.method}`)[place])}) · other: ${signed(column(`score${this.other}`)[place])} (rank ${whole(column(`rank${this.other}`)[place])})`;
+    this.readout.replaceChildren(words);
+    this.telling = setTimeout(async () => {
+      try { const [{response}] = await this.source.snippets([place]); if (this.told === place) this.readout.append(" · ", el("bdi", {}, response)); } catch { /* a kernel that is gone: the numbers stay */ }
+    }, 80);
+  }
+}
+
 /** The whole view. */
 class ExampleView {
   constructor(root, source) {
@@ -317,6 +432,7 @@ class ExampleView {
   build(root) {
     const {table} = this;
     this.histogram = new Histogram(brush => { this.select.brush = brush; this.filtersChanged(true); });
+    this.scatter = table.methods.length > 1 ? new Scatter(this.source, {onPick: place => { this.reveal(place); if (this.root.clientWidth < 720) this.reading.scrollIntoView({block: "nearest"}); }, onChange: () => this.scatter.set(this.select.method, this.view.pass)}) : null;
     this.search = el("input", {type: "search", placeholder: "words, \"a phrase\", -without", "aria-label": "Search in prompts and responses", oninput: () => this.searchSoon()});
     this.status = el("span", {role: "status", "aria-live": "polite"});
     this.waiting = el("span", {class: "waiting", hidden: true}, "Waiting for the kernel: it is busy, or this page has none.");
@@ -328,7 +444,7 @@ class ExampleView {
     this.actions = el("div", {class: "actions"});
     this.help = this.buildHelp();
     this.root = el("section", {class: "ctda-view", "aria-label": `Example browser: ${table.title}`, "data-lm-suppress-shortcuts": "true", "data-jp-suppress-context-menu": true, onkeydown: event => this.anywhere(event)},
-      el("div", {class: "inside"}, this.buildHead(), this.histogram.node, this.buildControls(), this.problem,
+      el("div", {class: "inside"}, this.buildHead(), this.histogram.node, this.scatter?.node ?? "", this.buildControls(), this.problem,
         el("div", {class: "statusline"}, this.status, this.waiting, this.actions),
         el("div", {class: "panes"}, el("div", {class: "left"}, this.buildEnds(), this.list), this.reading), this.buildFoot(), this.help));
     root.replaceChildren(this.root);
@@ -419,6 +535,7 @@ class ExampleView {
     const [order, against] = value.split("-"), {select} = this;
     Object.assign(select, {order, against: against === undefined ? null : Number(against)});
     if (select.against === null) { select.gap = 0; this.gapPick.value = "0"; }
+    else this.scatter.other = select.against;
     if (order === "similar" || order === "z") { select.method = 0; this.methodPick.value = "0"; }
     this.filtersChanged();
     this.first();
@@ -466,6 +583,7 @@ class ExampleView {
     this.gapBox.hidden = select.against === null;
     if (!brushing) this.histogram.set(select.scores, this.view.pass, select.brush, `scores of ${table.methods[select.method].name}`);
     else { this.histogram.pass = this.view.pass; this.histogram.draw(); }
+    this.scatter?.set(select.method, this.view.pass);
     this.drawFacets();
     this.drawStatus();
     this.draw();
@@ -532,6 +650,7 @@ class ExampleView {
     }
     if (!rows.length) drawn.push(el("p", {class: "nothing quiet"}, "No example passes these filters."));
     this.spacer.replaceChildren(...drawn);
+    this.scatter?.mark(this.cursor);
     if (this.cursor !== null && this.spacer.querySelector(".current")) this.list.setAttribute("aria-activedescendant", `${this.id}-${this.cursor}`);
     else this.list.removeAttribute("aria-activedescendant");
     if (missing.length) this.fetchSnippets(missing);
