@@ -12,7 +12,7 @@
 //
 // A "place" is an example's position in the result; its row is its line in the training file.
 
-const ROW = 74, END = 50, EDGE = 6, NONE = 0, KEEP = 1, DROP = 2, MIDDLE = -1;
+const ROW = 74, END = 50, EDGE = 10, NONE = 0, KEEP = 1, DROP = 2, MIDDLE = -1;
 const KINDS = {score: Float64Array, z: Float64Array, percentile: Float32Array, similar: Float32Array, rank: Int32Array, length: Int32Array, row: Int32Array, facet: Int16Array};
 const kindOf = name => KINDS[name.replace(/\d+$/, "")];
 
@@ -296,7 +296,7 @@ class Scatter {
     const option = (value, words) => el("option", {value}, words);
     this.otherPick = el("select", {"aria-label": "Method to compare with", onchange: () => { this.other = Number(this.otherPick.value); onChange(); }});
     this.upPick = el("select", {"aria-label": "Rank or score of the other method", onchange: () => { this.up = this.upPick.value; onChange(); }}, option("rank", "rank"), option("score", "score"));
-    this.across = el("span", {class: "quiet"});
+    this.across = el("span", {class: "quiet grow-text"});
     this.canvas = el("canvas", {role: "img"});
     this.spot = el("span", {class: "spot", "aria-hidden": "true", hidden: true});
     this.plot = el("div", {class: "plot", onclick: event => this.pick(event), onpointermove: event => this.hover(event), onpointerleave: () => this.tell(null)}, this.canvas, this.spot);
@@ -323,7 +323,7 @@ class Scatter {
     [this.left, this.right] = ends(this.acrossValues);
     [this.low, this.high] = ends(this.upValues);
     const name = methods[this.other].name, number = value => this.up === "rank" ? `rank ${whole(value)}` : signed(value);
-    this.across.replaceChildren("· across: score by ", el("bdi", {}, methods[method].name), ", as above. Click a point to read it; by keyboard, choose an order under “where methods disagree”.");
+    this.across.replaceChildren("Across: score by ", el("bdi", {}, methods[method].name), ". Click a point to read it; by keyboard, take an order “where methods disagree”.");
     this.top.replaceChildren("▲ ", el("bdi", {}, name), ` ${number(this.up === "rank" ? this.low : this.high)}`);
     this.bottom.replaceChildren("▼ ", el("bdi", {}, name), ` ${number(this.up === "rank" ? this.high : this.low)}`);
     this.canvas.setAttribute("aria-label", `Scatter of ${counted(this.acrossValues.length, "example")}: score by ${methods[method].name} across, ${this.up} by ${name} up`);
@@ -444,8 +444,8 @@ class ExampleView {
     this.actions = el("div", {class: "actions"});
     this.help = this.buildHelp();
     this.root = el("section", {class: "ctda-view", "aria-label": `Example browser: ${table.title}`, "data-lm-suppress-shortcuts": "true", "data-jp-suppress-context-menu": true, onkeydown: event => this.anywhere(event)},
-      el("div", {class: "inside"}, this.buildHead(), this.histogram.node, this.scatter?.node ?? "", this.buildControls(), this.problem,
-        el("div", {class: "statusline"}, this.status, this.waiting, this.actions),
+      el("div", {class: "inside"}, this.buildHead(), this.histogram.node, this.buildControls(), this.problem,
+        this.scatter?.node ?? "", el("div", {class: "statusline"}, this.status, this.waiting, this.actions),
         el("div", {class: "panes"}, el("div", {class: "left"}, this.buildEnds(), this.list), this.reading), this.buildFoot(), this.help));
     root.replaceChildren(this.root);
     new ResizeObserver(() => this.drawSoon()).observe(this.list);
