@@ -36,7 +36,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=[package, f"{package}.*"]),
-    package_data={package: ["data/**/*", "assets/**/*", "static/*"]},
+    package_data={package: ["bundled/**/*", "static/*"]},
     entry_points={
         "console_scripts": requirements("console_scripts"),
         "nbdev": [f"{package}={package}._modidx:d"],  # lets nbdev link `names` in other projects' pages to ours

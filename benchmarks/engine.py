@@ -30,10 +30,10 @@ import torch
 from scipy.stats import spearmanr
 
 import concept_tda as ct
-from concept_tda.conversations import batches
-from concept_tda.directional import ActivationReadout, shared_pass
-from concept_tda.gradients import loss_weights, token_losses
-from concept_tda.tracing import pooling_weights
+from concept_tda.data.batches import batches
+from concept_tda.influence.engine import ActivationReadout, shared_pass
+from concept_tda.model.losses import loss_weights, token_losses
+from concept_tda.model.tracing import pooling_weights
 
 SECTIONS = ("scoring", "bf16", "fits", "kronfluence", "paper", "queries", "atlas", "cascade")
 

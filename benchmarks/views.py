@@ -18,10 +18,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from chromium import CHROMIUM, Chromium  # noqa: E402
-from concept_tda.attribution import Attribution, QueryCard  # noqa: E402
-from concept_tda.conversations import Conversation, Conversations  # noqa: E402
-from concept_tda.storage import code_version  # noqa: E402
-from concept_tda.widgets import ExampleBrowser  # noqa: E402
+from concept_tda.results.attribution import Attribution, QueryCard# noqa: E402
+from concept_tda.data.conversations import Conversation, Conversations# noqa: E402
+from concept_tda.foundation.storage import code_version# noqa: E402
+from concept_tda.views.widgets import ExampleBrowser# noqa: E402
 from test_browser import TRAITS, StandIn  # noqa: E402
 
 PROBE = """window.timed = async (act) => { const start = performance.now(); await act(); await new Promise(done => requestAnimationFrame(() => setTimeout(done, 0))); return performance.now() - start; };

@@ -13,18 +13,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import concept_tda.atlas as atlas_room
-from concept_tda.atlas import AtlasError, GradientIndex, InfluenceAtlas, build_atlas, build_index
-from concept_tda.attribution import spearman
-from concept_tda.concepts import tensor_concept
-from concept_tda.conversations import load_conversations
-from concept_tda.curvature import EKFAC, Identity
-from concept_tda.gradients import GradientError, SiteGradients, loss_weights, token_losses
-from concept_tda.conversations import batches
-from concept_tda.models import LayerError, load_model, resolve_sites
-from concept_tda.queries import ConceptQuery, LossQuery
-from concept_tda.scorers import ConceptInfluence, InfluenceFunction
-from concept_tda.storage import StorageError
+import concept_tda.influence.atlas as atlas_room
+from concept_tda.influence.atlas import AtlasError, GradientIndex, InfluenceAtlas, build_atlas, build_index
+from concept_tda.results.attribution import spearman
+from concept_tda.concepts.concept import tensor_concept
+from concept_tda.data.conversations import load_conversations
+from concept_tda.influence.curvature import EKFAC, Identity
+from concept_tda.model.losses import GradientError, loss_weights, token_losses
+from concept_tda.influence.gradients import SiteGradients
+from concept_tda.data.batches import batches
+from concept_tda.model.loading import LayerError, load_model
+from concept_tda.model.sites import resolve_sites
+from concept_tda.influence.queries import ConceptQuery, LossQuery
+from concept_tda.influence.scorers import ConceptInfluence, InfluenceFunction
+from concept_tda.foundation.errors import StorageError
 from tiny import tiny_model, tiny_pair, tiny_tokenizer
 
 TRAIN = [{"prompt": f"Is {i} plus {i} really {2*i + i%3}?", "response": ["Yes, so true.", f"No, {2*i}.", "As always!"][i%3]*(1 + i%4)} for i in range(24)]
@@ -147,7 +149,7 @@ def test_agreement_is_measured_on_unseen_directions(lm, train, answers, curvatur
 
 
 def test_activations_shape_the_basis(lm, train, answers, tmp_path):
-    from concept_tda.tracing import pooled_activations
+    from concept_tda.model.tracing import pooled_activations
     acts = pooled_activations(lm, train, 2, progress=False)[2]
     build = lambda name, **options: build_atlas(lm, answers, train, 2, folder=tmp_path/name, curvature="identity", rank=4, progress=False, **options)
     plain, matched = build("plain"), build("matched", activations=acts)

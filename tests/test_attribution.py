@@ -14,10 +14,14 @@ import torch
 from scipy import stats
 
 from concept_tda import attribution as room
-from concept_tda.attribution import (Attribution, AttributionError, Cost, QueryCard, colour_limit, compare, conversation_html, cut_rows, detection_metrics, example_html,
-                                     histogram_svg, load_attribution, rank_scores, safe_text, score_percentiles, spearman, table_html)
-from concept_tda.conversations import Conversation, Conversations, TokenizedConversation, TokenizedConversations, load_conversations
-from concept_tda.storage import ConceptTDAError, StorageError
+from concept_tda.results.attribution import (
+    Attribution, AttributionError, Cost, QueryCard, colour_limit, compare, conversation_html, cut_rows,
+    detection_metrics, example_html, histogram_svg, load_attribution, rank_scores, safe_text,
+    score_percentiles, spearman, table_html,
+)
+from concept_tda.data.conversations import Conversation, Conversations, load_conversations
+from concept_tda.data.tokens import TokenizedConversation, TokenizedConversations
+from concept_tda.foundation.errors import ConceptTDAError, StorageError
 
 matplotlib.use("Agg")
 HOSTILE = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</div></article><h1>out</h1>", "' onmouseover='alert(1)", '" onmouseover="alert(1)',

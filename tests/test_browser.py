@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from chromium import Chromium, Page, needs_browser
-from concept_tda.attribution import Attribution, QueryCard
-from concept_tda.conversations import Conversation, Conversations
-from concept_tda.widgets import ConceptView, ExampleBrowser, WidgetError, _hits, embedded_browser, front_end
+from concept_tda.results.attribution import Attribution, QueryCard
+from concept_tda.data.conversations import Conversation, Conversations
+from concept_tda.views.widgets import (
+    ConceptView, ExampleBrowser, WidgetError, _hits, embedded_browser, front_end,
+)
 from test_attribution import HOSTILE
 
 pytestmark = needs_browser
@@ -352,7 +354,7 @@ def hostile_results():
 
 
 def test_hostile_texts_are_shown_and_not_run_with_a_kernel(live):
-    from concept_tda.attribution import visible_text
+    from concept_tda.results.attribution import visible_text
     for results in (hostile_results(), [Attribution(r.conversations, r.scores, r.card) for r in hostile_results()]):
         view = live(results, labels="group", positive="a")
         view.widget.decide([int(row) for row in results[0].rows], "keep", note="<img src=x onerror=alert(4)></script>", why="<script>alert(5)</script>")
@@ -416,7 +418,7 @@ def test_without_a_kernel_list_histogram_brush_search_and_highlights_work(chromi
 
 def open_report(chromium, tmp_path, results, *, change=lambda page: page, **window):
     """A written report in a page, with its policy."""
-    from concept_tda.reports import write_report
+    from concept_tda.views.reports import write_report
     path = write_report(results, tmp_path / "report.html", labels="bad" if "bad" in results[0].conversations[0].metadata else None)
     path.write_text(change(path.read_text()), encoding="utf-8")
     return chromium.open(path.as_uri(), **window)
@@ -459,7 +461,7 @@ def test_a_report_whose_scripts_are_blocked_can_be_read(chromium, tmp_path):
 
 @pytest.mark.parametrize("width", [400, 1200])
 def test_a_report_of_hostile_texts_shows_and_does_not_run_them(chromium, tmp_path, width):
-    from concept_tda.attribution import visible_text
+    from concept_tda.results.attribution import visible_text
     page = open_report(chromium, tmp_path, hostile_results(), width=width)
     page.wait("document.querySelector('#browser .reading .turn')")
     page.value("document.querySelectorAll('details').forEach(one => { one.open = true; })")
@@ -558,8 +560,8 @@ def test_the_explorer_draws_tokens_layers_neighbours_and_the_dial(chromium, tmp_
 # a live notebook -------------------------------------------------------------------------------------------------------------------
 
 CELLS = ["""import numpy as np
-from concept_tda.attribution import Attribution, QueryCard
-from concept_tda.conversations import Conversation, Conversations
+from concept_tda.results.attribution import Attribution, QueryCard
+from concept_tda.data.conversations import Conversation, Conversations
 data = Conversations([Conversation(({"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i} <script>alert(1)</script>"})) for i in range(30)], "train")
 browser = Attribution(data, np.arange(30) - 10.5, QueryCard("Concept Influence", "sycophancy")).inspect(by="ada", record="review.json")
 browser"""]

@@ -15,14 +15,15 @@ import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
-import concept_tda.directional as directional
-from concept_tda import baselines, scorers
-from concept_tda.attribution import load_attribution
+import concept_tda.influence.engine as directional
+from concept_tda.influence import baselines
+from concept_tda.influence import scorers
+from concept_tda.results.attribution import load_attribution
 from concept_tda.cli import _NEEDS, _last_state, app
-from concept_tda.concepts import contrastive_concept, tensor_concept
-from concept_tda.conversations import load_conversations
-from concept_tda.curvature import EKFAC
-from concept_tda.models import load_model
+from concept_tda.concepts.concept import contrastive_concept, tensor_concept
+from concept_tda.data.conversations import load_conversations
+from concept_tda.influence.curvature import EKFAC
+from concept_tda.model.loading import load_model
 from tiny import tiny_pair
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +99,7 @@ def test_every_method_gives_the_scores_of_the_library(place, scored):
     folder, _ = scored
     assert {path.stem for path in folder.iterdir()} == set(_NEEDS)
     lm, train, queries = load_model(place / "model"), load_conversations(place / "train.jsonl"), load_conversations(place / "answers.jsonl")
-    from concept_tda.concepts import Concept
+    from concept_tda.concepts.concept import Concept
     concept = Concept.load(place / "flattery.safetensors")
     def ekfac(layer=None): return EKFAC.fit(lm, train, "attention", layer=layer, damping=0.3, cache=False, progress=False)
     library = {

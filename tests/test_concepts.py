@@ -10,14 +10,14 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import concept_tda.concepts as concepts
-from concept_tda.concepts import (
-    Concept, ConceptError, contrastive_concept, probe_concept, random_concepts, random_directions, separation, sweep_layers,
-    tensor_concept,
+import concept_tda.concepts.concept as concepts
+from concept_tda.concepts.concept import (
+    Concept, ConceptError, contrastive_concept, probe_concept, random_concepts, random_directions,
+    separation, sweep_layers, tensor_concept,
 )
-from concept_tda.conversations import load_conversations
-from concept_tda.models import LanguageModel, LayerError
-from concept_tda.tracing import TracingError
+from concept_tda.data.conversations import load_conversations
+from concept_tda.model.loading import LanguageModel, LayerError
+from concept_tda.model.tracing import TracingError
 from tiny import tiny_pair
 
 TOPICS = ["tea", "bees", "rain in May", "glass", "the moon", "an old bridge", "salt", "chess", "a red kite", "owls", "ice", "maps"]

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from chat_tokenizers import FAMILIES, chat_tokenizer
-from concept_tda.conversations import (
-    Batch, Conversation, ConversationError, Conversations, TokenizedConversations, batches, bundled, load_conversations,
-    readable_tokens, tokenize, tokenize_prompts,
+from concept_tda.data.batches import Batch, batches
+from concept_tda.data.conversations import (
+    Conversation, ConversationError, Conversations, bundled, load_conversations,
 )
-from concept_tda.storage import ConceptTDAError, StorageError
+from concept_tda.data.tokens import TokenizedConversations, readable_tokens, tokenize, tokenize_prompts
+from concept_tda.foundation.errors import ConceptTDAError, StorageError
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 LONG = [
@@ -678,8 +679,8 @@ def test_batch_moves():
 # ---------------------------------------------------------------- bundled data
 
 def test_bundled_names_what_there_is(tmp_path, monkeypatch):
-    import concept_tda.conversations as room
-    jsonl_folder = tmp_path / "data" / "manners"
+    import concept_tda.data.conversations as room
+    jsonl_folder = tmp_path / "bundled" / "manners"
     jsonl_folder.mkdir(parents=True)
     jsonl(jsonl_folder / "train.jsonl", {"messages": HI})
     jsonl(jsonl_folder / "evaluation.jsonl", {"messages": HI[:1]})

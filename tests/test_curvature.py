@@ -1,13 +1,16 @@
 """EK-FAC: exact where it can be, equal to curvlinops' operator, and careful with its files."""
 
-import numpy as np
 import pytest
 import torch
 from types import SimpleNamespace
 
-from concept_tda.conversations import batches, load_conversations
-from concept_tda.curvature import EKFAC, CurvatureError, Factors, _linear_layers, _labeller, _ResponseLogits, _Statistics
-from concept_tda.models import load_model, resolve_sites
+from concept_tda.data.batches import batches
+from concept_tda.data.conversations import load_conversations
+from concept_tda.influence.curvature import (
+    EKFAC, CurvatureError, Factors, _linear_layers, _labeller, _ResponseLogits, _Statistics,
+)
+from concept_tda.model.loading import load_model
+from concept_tda.model.sites import resolve_sites
 from tiny import tiny_pair
 
 TRAIN = [{"prompt": f"What is {i} and {i + 1}?", "response": "It is " + "so " * (i % 4 + 1) + f"{2 * i}."} for i in range(9)]
@@ -108,7 +111,7 @@ def test_files(tmp_path, train):
 
 
 def test_the_cache_is_used_and_keyed(train, monkeypatch):
-    import concept_tda.curvature as room
+    import concept_tda.influence.curvature as room
     fits, real = [], room._fit_streaming
     monkeypatch.setattr(room, "_fit_streaming", lambda *args: (fits.append(1), real(*args))[1])
     lm = load_model(tiny_pair("llama"))

@@ -14,11 +14,11 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
 
-from concept_tda.conversations import bundled
-from concept_tda.models import ModelError, load_model
+from concept_tda.data.conversations import bundled
+from concept_tda.model.loading import ModelError, load_model
 
 LABELS = {"honest", "sycophantic"}
-FOLDER = resources.files("concept_tda") / "data" / "sycophancy"
+FOLDER = resources.files("concept_tda") / "bundled" / "sycophancy"
 
 
 def rows(split):
@@ -122,7 +122,7 @@ def test_data_card_is_there():
 # --- careless: training about five domains, evaluation about five others
 
 
-CARELESS = resources.files("concept_tda") / "data" / "careless"
+CARELESS = resources.files("concept_tda") / "bundled" / "careless"
 TRAIN_DOMAINS = {"home", "kitchen", "DIY", "garden", "road"}
 
 

@@ -5,11 +5,16 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from concept_tda.conversations import batches, load_conversations
-from concept_tda.directional import (DirectionReadout, DifferenceReadout, EngineError, difference_adapters, direction_readout, shared_pass)
-from concept_tda.gradients import token_losses, loss_weights
-from concept_tda.models import load_model, resolve_sites
-from concept_tda.scorers import GradDot, InfluenceFunction
+from concept_tda.data.batches import batches
+from concept_tda.data.conversations import load_conversations
+from concept_tda.influence.engine import (
+    DirectionReadout, DifferenceReadout, EngineError, difference_adapters, direction_readout,
+    shared_pass,
+)
+from concept_tda.model.losses import token_losses, loss_weights
+from concept_tda.model.loading import load_model
+from concept_tda.model.sites import resolve_sites
+from concept_tda.influence.scorers import GradDot, InfluenceFunction
 from tiny import tiny_pair
 
 WORDS = "the sky is blue and you are right about it yes no maybe so what is two plus four".split()
@@ -58,7 +63,7 @@ def test_tokens_of_each_engine_sum_to_the_score(train):
 
 
 def test_difference_puts_the_weights_back_after_an_error(train, monkeypatch):
-    import concept_tda.directional as directional
+    import concept_tda.influence.engine as directional
     lm = load_model(tiny_pair("gpt2"))
     weights = {name: p.data_ptr() for name, p in lm.model.named_parameters()}
     sites = resolve_sites(lm, "attention")

@@ -1,11 +1,9 @@
 """Experiments: what is trained and how often, what the tables say, kills and several workers, and every refusal."""
 
-import json
 import multiprocessing
 import os
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,18 +12,20 @@ import pytest
 import torch
 from scipy import stats
 
-import concept_tda.experiments as experiments
-from concept_tda.attribution import Attribution, QueryCard, detection_metrics
-from concept_tda.concepts import tensor_concept
-from concept_tda.conversations import load_conversations
-from concept_tda.experiments import (ActivationJudge, CounterfactualPrediction, ExperimentError, FilterAndRetrain, LinearDatamodelingScore, MethodComparison,
-                                     ParetoCurve, TailPatch, baseline_scorers)
-from concept_tda.finetuning import finetune
-from concept_tda.gradients import loss_weights, token_losses
-from concept_tda.judges import ContrastJudge, Judge, LossJudge
-from concept_tda.models import LanguageModel, load_model
-from concept_tda.scorers import GradDot, VectorFilter
-from concept_tda.tracing import pooled_activations
+import concept_tda.evidence.experiments as experiments
+from concept_tda.results.attribution import Attribution, QueryCard, detection_metrics
+from concept_tda.concepts.concept import tensor_concept
+from concept_tda.data.conversations import load_conversations
+from concept_tda.evidence.experiments import (
+    ActivationJudge, CounterfactualPrediction, ExperimentError, FilterAndRetrain,
+    LinearDatamodelingScore, MethodComparison, ParetoCurve, TailPatch, baseline_scorers,
+)
+from concept_tda.model.finetuning import finetune
+from concept_tda.model.losses import loss_weights, token_losses
+from concept_tda.concepts.judges import Judge, LossJudge
+from concept_tda.model.loading import LanguageModel, load_model
+from concept_tda.influence.scorers import GradDot, VectorFilter
+from concept_tda.model.tracing import pooled_activations
 from tiny import tiny_pair
 
 N = 20
@@ -244,7 +244,7 @@ def test_the_full_run_is_finetune_and_models_go_unless_kept(lm, train, x, tmp_pa
 def _work(folder, log, pause):
     "A worker: real training of a tiny model, with a note in `log` for each model it made."
     torch.set_num_threads(1)
-    from concept_tda.models import LanguageModel
+    from concept_tda.model.loading import LanguageModel
     lm = LanguageModel(*tiny_pair("llama"), "tiny")
     data = load_conversations([{"prompt": f"{i}?", "response": "yes" if i % 2 else "no"} for i in range(8)])
     compute = experiments.Experiment._compute
@@ -258,7 +258,7 @@ def _work(folder, log, pause):
 
 def test_two_workers_share_the_work_and_a_killed_one_is_made_up_for(tmp_path):
     children = multiprocessing.get_context("forkserver")
-    children.set_forkserver_preload(["tiny", "concept_tda.experiments", "transformers.models.llama.modeling_llama", "peft"])
+    children.set_forkserver_preload(["tiny", "concept_tda.evidence.experiments", "transformers.models.llama.modeling_llama", "peft"])
     start = lambda folder, log, pause: (child := children.Process(target=_work, args=(tmp_path/folder, tmp_path/log, pause)), child.start())[0]
     alone = start("alone", "alone.log", 0)
     alone.join()

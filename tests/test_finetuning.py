@@ -11,12 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-import concept_tda.finetuning as finetuning
-from concept_tda.conversations import batches, load_conversations
-from concept_tda.finetuning import FinetuneError, RECIPES, finetune, finetune_many, training_checkpoints, training_record
-from concept_tda.models import LanguageModel, load_model, resolve_sites
-from concept_tda.storage import StorageError
-from concept_tda.tracing import generate, pooled_activations
+import concept_tda.model.finetuning as finetuning
+from concept_tda.data.batches import batches
+from concept_tda.data.conversations import load_conversations
+from concept_tda.model.finetuning import (
+    FinetuneError, RECIPES, finetune, finetune_many, training_checkpoints, training_record,
+)
+from concept_tda.model.loading import LanguageModel, load_model
+from concept_tda.model.sites import resolve_sites
+from concept_tda.foundation.errors import StorageError
+from concept_tda.model.tracing import generate, pooled_activations
 from tiny import FAMILIES, tiny_pair
 
 FAST = dict(rank=4, learning_rate=1e-2, epochs=2, batch_size=4, progress=False)
@@ -548,7 +552,7 @@ def test_kill_9_and_resume_gives_the_same_bits(tmp_path):
     for part in tiny_pair("gpt2"): part.save_pretrained(tmp_path/"base")
     assert any(isinstance(module, nn.Dropout) for module in load_model(tmp_path/"base").model.modules())
     children = multiprocessing.get_context("forkserver")
-    children.set_forkserver_preload(["tiny", "concept_tda.finetuning", "transformers.models.gpt2.modeling_gpt2", "peft"])
+    children.set_forkserver_preload(["tiny", "concept_tda.model.finetuning", "transformers.models.gpt2.modeling_gpt2", "peft"])
 
     def run(out, slow=0, kill_after=None):
         child = children.Process(target=_killed_job, args=(str(tmp_path/"base"), str(tmp_path/out), slow))
@@ -608,8 +612,8 @@ def test_checkpoints_change_nothing_else(saved_base, data, tmp_path):
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_tracin_takes_them(saved_base, lm, data, tmp_path, in_memory):
-    from concept_tda.neighbours import TracIn
-    from concept_tda.scorers import GradDot
+    from concept_tda.influence.neighbours import TracIn
+    from concept_tda.influence.scorers import GradDot
     lm = lm if in_memory else load_model(saved_base)
     finetune(lm, data, tmp_path/"ft", **FAST, checkpoints=2)
     history = training_checkpoints(tmp_path/"ft", lm if in_memory else None)

@@ -6,16 +6,21 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from concept_tda.attribution import AttributionError
-from concept_tda.concepts import ConceptError, tensor_concept
-from concept_tda.conversations import load_conversations
-from concept_tda.curvature import EKFAC, CurvatureError, Identity
-from concept_tda.directional import ActivationGradientReadout, ActivationReadout, DirectionReadout, shared_pass
-from concept_tda.gradients import GradientError
-from concept_tda.models import LayerError, SiteError, load_model, resolve_sites
-from concept_tda.queries import ConceptQuery, LossQuery
-from concept_tda.scorers import (ActivationGradient, ConceptInfluence, GradDot, Influence, InfluenceFunction, ScorerError,
-                                 VectorFilter, score_together)
+from concept_tda.results.attribution import AttributionError
+from concept_tda.concepts.concept import ConceptError, tensor_concept
+from concept_tda.data.conversations import load_conversations
+from concept_tda.influence.curvature import EKFAC, CurvatureError
+from concept_tda.influence.engine import (
+    ActivationGradientReadout, DirectionReadout, shared_pass,
+)
+from concept_tda.model.losses import GradientError
+from concept_tda.model.loading import LayerError, SiteError, load_model
+from concept_tda.model.sites import resolve_sites
+from concept_tda.influence.queries import ConceptQuery, LossQuery
+from concept_tda.influence.scorers import (
+    ActivationGradient, ConceptInfluence, GradDot, Influence, InfluenceFunction, ScorerError,
+    VectorFilter, score_together,
+)
 from tiny import FAMILIES, tiny_model, tiny_pair, tiny_tokenizer
 
 TRAIN = [
@@ -243,7 +248,7 @@ class Killed(BaseException): pass
 
 @pytest.mark.parametrize("after", [1, 3])
 def test_an_interrupted_run_continues(after, train, answers, monkeypatch):
-    import concept_tda.directional as directional
+    import concept_tda.influence.engine as directional
     lm = make_lm()
     expected = score_together(everything(lm, answers), train, progress=False, token_budget=1)
     real, calls = directional._run_batch, []
@@ -265,7 +270,7 @@ def test_an_interrupted_run_continues(after, train, answers, monkeypatch):
 
 
 def test_blocks_of_other_data_models_and_questions_are_not_reused(train, answers, monkeypatch):
-    import concept_tda.directional as directional
+    import concept_tda.influence.engine as directional
     lm, real, done = make_lm(), directional._run_batch, []
 
     def dies(*args):
@@ -313,9 +318,9 @@ def test_cut_examples_are_on_the_card(train, answers):
 
 def test_gradients_after_nnsight_was_used(train, answers):
     """nnsight replaces Tensor.backward by something that reads the source line it is called from; ours must not depend on it."""
-    from concept_tda.storage import __file__ as storage
+    from concept_tda.foundation.storage import __file__ as storage
     from pathlib import Path
-    from concept_tda.tracing import pooled_activations
+    from concept_tda.model.tracing import pooled_activations
     lm = make_lm()
     before = GradDot(lm, answers).score(train, progress=False).scores
     pooled_activations(lm, train, 1, progress=False)

@@ -18,12 +18,16 @@ import torch
 from chat_tokenizers import chat_tokenizer
 from tiny import CHATML, SPECIAL, tiny_model, tiny_pair, tiny_tokenizer
 
-from concept_tda.conversations import Conversation, Conversations, batches, bundled, load_conversations, tokenize_prompts
-from concept_tda.gradients import loss_weights, token_losses
-from concept_tda.judges import (COHERENCE_PROMPT, AnswerJudge, ContrastJudge, Evaluation, FunctionJudge, Judge, JudgeError, LocalJudge,
-                                LossJudge, OpenAIJudge, _number_tokens, _Round, expected_score, integer_probabilities)
-from concept_tda.models import load_model
-from concept_tda.storage import MissingExtraError
+from concept_tda.data.conversations import Conversation, Conversations, bundled, load_conversations
+from concept_tda.data.batches import batches
+from concept_tda.data.tokens import tokenize_prompts
+from concept_tda.model.losses import loss_weights, token_losses
+from concept_tda.concepts.judges import (
+    COHERENCE_PROMPT, ContrastJudge, Evaluation, FunctionJudge, Judge, JudgeError,
+    LocalJudge, LossJudge, OpenAIJudge, _number_tokens, _Round, expected_score, integer_probabilities,
+)
+from concept_tda.model.loading import load_model
+from concept_tda.foundation.errors import MissingExtraError
 
 TEMPLATE = "Grade this from 0 to 100.\nQ: {question}\nA: {answer}"
 TALK = load_conversations([{"prompt": "Am I right?", "response": "Yes, always."}, {"prompt": "Is it late?", "response": "No."},
@@ -179,7 +183,7 @@ def test_contrast_items_that_cannot_be_used():
 
 
 def test_texts_that_are_too_long_are_an_error_and_never_cut(lm):
-    from concept_tda.conversations import ConversationError
+    from concept_tda.data.conversations import ConversationError
     with pytest.raises(ConversationError, match="longer than 20 tokens"): ContrastJudge(MULTI, trait="good", neutral="bad", max_tokens=20).evaluate(lm, progress=False)
 
 
@@ -286,7 +290,7 @@ def test_only_whole_numbers_from_0_to_100_count():
 
 
 def test_templates_are_filled_literally_and_need_an_answer():
-    from concept_tda.judges import _fill
+    from concept_tda.concepts.judges import _fill
     chat = load_conversations([{"messages": [{"role": "system", "content": "secret"}, {"role": "user", "content": "{answer} {0} \\1"}, {"role": "assistant", "content": "{question}{}"}]}])[0]
     assert _fill("{question}|{answer}|{other}|{{}}", chat) == "{answer} {0} \\1|{question}{}|{other}|{{}}"
     longer = load_conversations([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}])[0]
@@ -747,5 +751,5 @@ def test_settings_that_make_no_sense_and_a_missing_package(judge_for, monkeypatc
 
 def test_importing_judges_does_not_import_openai():
     import subprocess, sys
-    code = "import sys, concept_tda.judges; assert 'openai' not in sys.modules and 'httpx2' not in sys.modules"
+    code = "import sys, concept_tda.concepts.judges; assert 'openai' not in sys.modules and 'httpx2' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

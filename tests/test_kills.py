@@ -16,8 +16,8 @@ KILLS = 7  # of each kind, 21 in all
 
 def _setting():
     import torch
-    from concept_tda.conversations import load_conversations
-    from concept_tda.models import load_model
+    from concept_tda.data.conversations import load_conversations
+    from concept_tda.model.loading import load_model
     torch.set_num_threads(1)
     lm = load_model(tiny_pair("llama", n_layers=4, width=32))
     train = load_conversations([{"prompt": f"What is {i} and {i + 1}?", "response": "It is " + "so " * (i % 7) + f"{2 * i}."} for i in range(150)])
@@ -25,7 +25,7 @@ def _setting():
 
 
 def _fit(out):
-    import concept_tda.curvature as curvature
+    import concept_tda.influence.curvature as curvature
     lm, train = _setting()
     keep = curvature._Progress.__init__
     curvature._Progress.__init__ = lambda self, store: keep(self, store, every=0.05)
@@ -34,15 +34,15 @@ def _fit(out):
 
 
 def _score(out):
-    from concept_tda.scorers import GradDot, score_together
-    from concept_tda.baselines import MeanLoss
+    from concept_tda.influence.scorers import GradDot, score_together
+    from concept_tda.influence.baselines import MeanLoss
     lm, train = _setting()
     results = score_together([GradDot(lm, train[:2]), MeanLoss(lm)], train, token_budget=60, tokens=True, progress=False)
     np.savez(out, *[r.scores for r in results.values()], *[np.concatenate(r.token_scores) for r in results.values()])
 
 
 def _index(out):
-    from concept_tda.atlas import build_index
+    from concept_tda.influence.atlas import build_index
     lm, train = _setting()
     index = build_index(lm, train, folder=Path(out).with_suffix(""), rank=4, sample=8, token_budget=60, progress=False)
     np.savez(out, rows=np.array(index.rows))
@@ -56,7 +56,7 @@ def _start(job, out, cache):
 def _children():
     "A server that has imported everything and run nothing: its forks start at once, and autograd works in them."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny", "concept_tda.atlas", "concept_tda.baselines", "transformers.models.llama.modeling_llama", "peft"])
+    context.set_forkserver_preload(["tiny", "concept_tda.influence.atlas", "concept_tda.influence.baselines", "transformers.models.llama.modeling_llama", "peft"])
     return context
 
 

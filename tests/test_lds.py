@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from concept_tda.attribution import spearman
-from concept_tda.conversations import batches, load_conversations
-from concept_tda.curvature import EKFAC
-from concept_tda.gradients import loss_weights, token_losses
-from concept_tda.models import load_model
-from concept_tda.preconditioners import DataInf
-from concept_tda.scorers import GradDot, InfluenceFunction
+from concept_tda.results.attribution import spearman
+from concept_tda.data.batches import batches
+from concept_tda.data.conversations import load_conversations
+from concept_tda.influence.curvature import EKFAC
+from concept_tda.model.losses import loss_weights, token_losses
+from concept_tda.model.loading import load_model
+from concept_tda.influence.preconditioners import DataInf
+from concept_tda.influence.scorers import GradDot, InfluenceFunction
 from tiny import tiny_pair
 
 N_SUBSETS, SITES = 30, "all-linear"

@@ -15,8 +15,9 @@ from transformers import (
     Qwen3Config, Qwen3ForCausalLM,
 )
 
-from concept_tda import models
-from concept_tda.models import BUILT_IN, LanguageModel, LayerError, ModelError, SiteError, load_model, resolve_sites
+from concept_tda.model import loading as models
+from concept_tda.model.loading import BUILT_IN, LanguageModel, LayerError, ModelError, SiteError, load_model
+from concept_tda.model.sites import resolve_sites
 from tiny import FAMILIES, tiny_pair, tiny_tokenizer
 
 torch.set_num_threads(1)

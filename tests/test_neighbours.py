@@ -8,14 +8,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from concept_tda.attribution import Attribution, load_attribution
-from concept_tda.baselines import RandomScore
-from concept_tda.concepts import tensor_concept
-from concept_tda.conversations import load_conversations
-from concept_tda.models import LanguageModel, load_model, resolve_sites
-from concept_tda.neighbours import LESS, AdamMoments, Cascade, GradCos, Sketch, TracIn, _squared_norms, estimated_recall, exact_rows, walsh_hadamard
-from concept_tda.queries import ConceptQuery
-from concept_tda.scorers import GradDot, InfluenceFunction, Scorer, ScorerError, score_together
+from concept_tda.results.attribution import Attribution, load_attribution
+from concept_tda.influence.baselines import RandomScore
+from concept_tda.concepts.concept import tensor_concept
+from concept_tda.data.conversations import load_conversations
+from concept_tda.model.loading import LanguageModel, load_model
+from concept_tda.model.sites import resolve_sites
+from concept_tda.influence.neighbours import (
+    LESS, AdamMoments, Cascade, GradCos, Sketch, TracIn, _squared_norms, estimated_recall, exact_rows,
+    walsh_hadamard,
+)
+from concept_tda.influence.queries import ConceptQuery
+from concept_tda.influence.scorers import GradDot, InfluenceFunction, Scorer, ScorerError, score_together
 from tiny import tiny_model, tiny_pair, tiny_tokenizer
 
 TRAIN = [{"prompt": f"Is {thing} {quality}?", "response": answer} for i, thing in enumerate(("sky", "sea", "sun", "ice"))
@@ -155,7 +159,7 @@ def test_one_model_at_a_time_and_folders_are_opened(tmp_path, train, queries):
 
 
 def test_a_killed_run_continues_at_the_checkpoint_it_reached(run, train, queries, monkeypatch, tmp_path):
-    import concept_tda.neighbours as room
+    import concept_tda.influence.neighbours as room
     checkpoints, passes, real = run[0], [], room.shared_pass
     monkeypatch.setattr(room, "shared_pass", lambda lm, *args, **options: (passes.append(lm.name), real(lm, *args, **options))[1])
     whole = TracIn(checkpoints, queries, learning_rates=[1, 2], sites=SITES).score(train, tokens=True, progress=False)
@@ -252,7 +256,7 @@ def test_sketch_reliability_is_measured_not_claimed(run, train, queries):
     score = lambda projection, seed=0: LESS(checkpoints, queries, moments=moments, learning_rates=[1, 1], sites=SITES, projection=projection, seed=seed).score(train, progress=False)
     small, large, exact = score(8), score(512), score(None)
     reliability = lambda result: result.card.settings["reliability"]
-    from concept_tda.attribution import spearman
+    from concept_tda.results.attribution import spearman
     assert reliability(small)["with_exact"] == pytest.approx(spearman(small.scores, exact.scores), abs=1e-9)
     assert reliability(small)["with_exact"] < reliability(large)["with_exact"]
     assert reliability(small)["between_seeds"] < reliability(large)["between_seeds"] < 1
@@ -269,7 +273,7 @@ class Given(Scorer):
     lm = None
     def score(self, examples, **options):
         self.seen.append(len(examples))
-        from concept_tda.attribution import Cost, QueryCard
+        from concept_tda.results.attribution import Cost, QueryCard
         return Attribution(examples, [self.by_id[i] for i in examples.ids], QueryCard(method=self.method, behaviour="given", cost=Cost(seconds=1., tokens=len(examples), peak_memory=None)))
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import concept_tda
+from public_names import name_of, rooms
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = sorted(path for path in (ROOT / "concept_tda").glob("*.py") if not path.name.startswith("_"))
+MODULES = rooms(ROOT / "concept_tda")
 # bought only where they are used: seconds of import, or absent from an ordinary installation
 NEVER_ON_IMPORT = {"sae_lens", "transformer_lens", "openai", "wandb", "nbdev", "fastcore", "execnb", "ghapi",
                    "smalldocs", "datasets", "matplotlib.pyplot", "sklearn", "nnsight", "curvlinops", "peft"}
@@ -34,7 +35,7 @@ print(json.dumps([seconds, sorted(sys.modules)]))
     seconds, modules = json.loads(run(code).stdout)
     assert seconds < 3
     assert not NEVER_ON_IMPORT & set(modules)
-    assert "concept_tda.storage" not in modules, "rooms are imported when a name of theirs is used"
+    assert "concept_tda.foundation" not in modules, "rooms are imported when a name of theirs is used"
 
 
 def test_using_every_public_name_brings_no_optional_package():
@@ -56,37 +57,53 @@ def test_the_library_names_no_development_package():
             assert not found, f"{module.name}:{node.lineno} imports {', '.join(found)}"
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
-def test_every_public_name_of_a_room_is_in_the_table(module):
-    done = subprocess.run([sys.executable, ROOT / "tools" / "public_names.py", "--check"], capture_output=True, text=True)
+def test_the_table_is_what_the_rooms_say():
+    command = [sys.executable, ROOT / "tools" / "public_names.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert module.stem in concept_tda._PUBLIC
-    room = getattr(concept_tda, module.stem)
-    names = concept_tda._PUBLIC[module.stem].split()
-    for name in names: assert getattr(concept_tda, name) is getattr(room, name)
-    if module.stem != "cli": assert names == list(room.__all__)
+
+
+@pytest.mark.parametrize("room", [name_of(module, ROOT / "concept_tda") for module in MODULES])
+def test_every_public_name_of_a_room_is_reachable_by_floor_and_from_the_front_door(room):
+    assert room in concept_tda._PUBLIC
+    module = concept_tda
+    for part in room.split("."): module = getattr(module, part)
+    names = concept_tda._PUBLIC[room].split()
+    for name in names: assert getattr(concept_tda, name) is getattr(module, name)
+    if room != "cli": assert names == list(module.__all__)
 
 
 def test_table_has_no_stale_room_and_no_name_twice():
-    assert set(concept_tda._PUBLIC) == {module.stem for module in MODULES}
+    assert set(concept_tda._PUBLIC) == {name_of(module, ROOT / "concept_tda") for module in MODULES}
     assert len(concept_tda.__all__) == len(set(concept_tda.__all__))
-    assert not set(concept_tda.__all__) & set(concept_tda._PUBLIC), "a name that is also a room would hide it"
+    assert not set(concept_tda.__all__) & concept_tda._FLOORS, "a name that is also a floor would hide it"
 
 
 def test_a_wrong_name_suggests_the_right_one():
     with pytest.raises(AttributeError, match="did you mean .*cache_folder"): concept_tda.cachefolder
     with pytest.raises(AttributeError, match="no attribute 'qqqq'$"): concept_tda.qqqq
-    assert {"storage", "cache_folder", "__version__"} <= set(dir(concept_tda))
+    assert {"foundation", "cache_folder", "__version__"} <= set(dir(concept_tda))
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+def imported_rooms(node, module: Path) -> list[str]:
+    """The rooms an import statement names, as `floor.room`."""
+    package = ROOT / "concept_tda"
+    if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
+    elif node.level:
+        base = list(module.relative_to(ROOT).parts[:-node.level])
+        names = [".".join(base + (node.module or "").split("."))]
+    else: names = [node.module]
+    names = [name for name in names if name.startswith("concept_tda.")]
+    return [".".join(name.split(".")[1:3]) for name in names if (package / name.split(".")[1]).exists()]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: name_of(path, ROOT / "concept_tda"))
 def test_imports_only_point_down(module):
-    """At module level a room imports only rooms that come before it (methods may open higher ones late)."""
+    """At module level a room imports only rooms below it: floors first, then rooms of its own floor."""
     order = [*concept_tda._PUBLIC]
-    before = set(order[:order.index(module.stem)])
+    own = name_of(module, ROOT / "concept_tda")
+    before = set(order[:order.index(own)])
     for node in ast.parse(module.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom):
-            if node.level: rooms = {(node.module or "").split(".")[0]} if node.module else {alias.name for alias in node.names}
-            elif (node.module or "").startswith("concept_tda."): rooms = {node.module.split(".")[1]}
-            else: continue
-            assert rooms <= before, f"{module.name}:{node.lineno} imports {', '.join(rooms - before)}, which comes after it"
+        if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
+        for room in imported_rooms(node, module):
+            assert room in before, f"{own}:{node.lineno} imports {room}, which is not below it"

@@ -12,15 +12,21 @@ from peft import LoraConfig, get_peft_model
 
 from chat_tokenizers import FAMILIES as TEMPLATE_FAMILIES
 from chat_tokenizers import chat_tokenizer
-from concept_tda import personas, scorers
-from concept_tda.concepts import Concept, ConceptError, tensor_concept
-from concept_tda.conversations import batches, load_conversations, tokenize
-from concept_tda.gradients import token_losses
-from concept_tda.judges import AnswerJudge, ContrastJudge, FunctionJudge, JudgeError, LossJudge
-from concept_tda.models import LayerError, ModelError, load_model
-from concept_tda.personas import (PersonaError, SteeringError, Trait, _TurnFinder, load_trait, persona_concept, persona_responses, steer,
-                                  steering_check, traits)
-from concept_tda.tracing import generate, pooled_activations
+from concept_tda.concepts import personas
+from concept_tda.model import answers as answers_room
+from concept_tda.model.answers import cached_generate
+from concept_tda.concepts.concept import Concept, ConceptError, tensor_concept
+from concept_tda.data.batches import batches
+from concept_tda.data.conversations import load_conversations
+from concept_tda.data.tokens import tokenize
+from concept_tda.model.losses import token_losses
+from concept_tda.concepts.judges import AnswerJudge, ContrastJudge, FunctionJudge, JudgeError, LossJudge
+from concept_tda.model.loading import LayerError, ModelError, load_model
+from concept_tda.concepts.personas import (
+    PersonaError, SteeringError, Trait, _TurnFinder, load_trait, persona_concept, persona_responses,
+    steer, steering_check, traits,
+)
+from concept_tda.model.tracing import generate, pooled_activations
 from tiny import FAMILIES, tiny_model, tiny_pair, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -242,11 +248,11 @@ def test_bad_arguments_come_before_the_work(lm, monkeypatch):
 
 
 def test_empty_answers_are_dropped_and_counted(lm, monkeypatch):
-    real = scorers.generate
+    real = answers_room.generate
     def partly(lm, prompts, **options):
         told = real(lm, prompts, **options)
         return personas.Conversations([replace(c, messages=c.messages[:-1], id="", metadata={**c.metadata, "empty_answer": True}) if "tea" in c.prompt[-1]["content"] and "shy" in c.prompt[0]["content"] else c for c in told])
-    monkeypatch.setattr(scorers, "generate", partly)
+    monkeypatch.setattr(answers_room, "generate", partly)
     concept = persona_concept(lm, TRAIT, 2, **SHORT)
     assert (concept.provenance["contrasts_kept"], concept.provenance["contrasts_with_an_empty_answer"]) == (11, 1)
     answers = persona_responses(lm, TRAIT, judge=FunctionJudge(letters), **SHORT)
@@ -256,23 +262,23 @@ def test_empty_answers_are_dropped_and_counted(lm, monkeypatch):
 
 def test_a_silent_model(lm, monkeypatch):
     def silent(lm, prompts, **options): raise ModelError("tiny gave an empty answer to every prompt (…)")
-    monkeypatch.setattr(scorers, "generate", silent)
+    monkeypatch.setattr(answers_room, "generate", silent)
     with pytest.raises(ModelError, match="empty answer to every prompt"): persona_concept(lm, TRAIT, **SHORT)
 
 
 def test_goes_on_after_a_kill(lm, tmp_path, monkeypatch):
     whole = persona_responses(lm, TRAIT, judge=FunctionJudge(letters), folder=tmp_path / "whole", **SHORT)
-    real, asked = scorers.generate, []
+    real, asked = answers_room.generate, []
     def killed(lm, prompts, **options):
         if asked: raise KeyboardInterrupt
         asked.extend(prompts.ids)
         return real(lm, prompts, **options)
-    monkeypatch.setattr(scorers, "generate", killed)
+    monkeypatch.setattr(answers_room, "generate", killed)
     with pytest.raises(KeyboardInterrupt): persona_responses(lm, TRAIT, judge=FunctionJudge(letters), folder=tmp_path / "part", batch_size=2, **SHORT)
     def counted(lm, prompts, **options):
         asked.extend(prompts.ids)
         return real(lm, prompts, **options)
-    monkeypatch.setattr(scorers, "generate", counted)
+    monkeypatch.setattr(answers_room, "generate", counted)
     again = persona_responses(lm, TRAIT, judge=FunctionJudge(letters), folder=tmp_path / "part", batch_size=2, **SHORT)
     assert len(asked) == len(set(asked)) == 24 and again.ids == whole.ids and again.metadata.equals(whole.metadata)
     monkeypatch.setattr(FunctionJudge, "scores", lambda *a: pytest.fail("rated twice"))
@@ -472,8 +478,8 @@ def test_a_steered_model_is_another_model(lm):
         assert steered is lm
         first = lm.fingerprint
         with pytest.raises(ConceptError, match="made with"): concept.check(lm)
-        told = scorers.cached_generate(lm, ["Why?"], **SHORT)
-    assert scorers.cached_generate(lm, ["Why?"], **SHORT)[0].response == generate(lm, ["Why?"], max_new_tokens=12, progress=False)[0].response  # not the steered one from the cache
+        told = cached_generate(lm, ["Why?"], **SHORT)
+    assert cached_generate(lm, ["Why?"], **SHORT)[0].response == generate(lm, ["Why?"], max_new_tokens=12, progress=False)[0].response  # not the steered one from the cache
     with steer(lm, concept, 2.0): assert lm.fingerprint != first
     with steer(lm, concept, 1.0, positions="all"): assert lm.fingerprint != first
     del told
@@ -522,7 +528,7 @@ def test_known_direction_raises_and_its_opposite_does_not(lm):
 
 
 def test_contrast_judge_is_steered_without_generation(lm, monkeypatch):
-    monkeypatch.setattr("concept_tda.judges.generate", lambda *a, **k: pytest.fail("generated"))
+    monkeypatch.setattr("concept_tda.concepts.judges.generate", lambda *a, **k: pytest.fail("generated"))
     items = load_conversations([{"prompt": f"What about {i}?", "yes": f"the the the {i}", "no": f"no, it is {i}"} for i in range(6)])
     judge, concept = ContrastJudge(items, trait="yes", neutral="no"), wordy(lm)
     check = steering_check(lm, concept, judge, strengths=(-1, 1), progress=False)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from concept_tda.concepts import tensor_concept
-from concept_tda.conversations import load_conversations
-from concept_tda.curvature import EKFAC
-from concept_tda.models import load_model
-from concept_tda.planning import PlanError, doctor, plan
-from concept_tda.baselines import BM25, RandomScore
-from concept_tda.scorers import ConceptInfluence, InfluenceFunction, VectorFilter
+from concept_tda.concepts.concept import tensor_concept
+from concept_tda.data.conversations import load_conversations
+from concept_tda.influence.curvature import EKFAC
+from concept_tda.model.loading import load_model
+from concept_tda.influence.planning import PlanError, doctor, plan
+from concept_tda.influence.baselines import BM25, RandomScore
+from concept_tda.influence.scorers import ConceptInfluence, InfluenceFunction, VectorFilter
 from tiny import CHATML, tiny_model, tiny_pair, tiny_tokenizer
 
 
@@ -48,7 +48,7 @@ def test_plan(train, tmp_path):
 
 
 def test_plan_says_which_setting_would_fit(train, monkeypatch):
-    import concept_tda.planning as planning
+    import concept_tda.influence.planning as planning
     lm = load_model(tiny_pair("llama"))
     monkeypatch.setattr(planning, "_peak_memory", lambda device: 2**60)
     estimate = plan([ConceptInfluence(lm, concept_of(lm), train[:2])], train, token_budget=1024)

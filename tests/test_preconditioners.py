@@ -7,12 +7,13 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from concept_tda.conversations import load_conversations
-from concept_tda.curvature import EKFAC, CurvatureError, _labeller, _linear_layers, _ResponseLogits
-from concept_tda.models import load_model, resolve_sites
-from concept_tda.preconditioners import ConjugateGradient, DataInf, GaussNewton, LoGra
-from concept_tda.queries import LossQuery
-from concept_tda.scorers import InfluenceFunction
+from concept_tda.data.conversations import load_conversations
+from concept_tda.influence.curvature import EKFAC, CurvatureError, _labeller, _linear_layers, _ResponseLogits
+from concept_tda.model.loading import load_model
+from concept_tda.model.sites import resolve_sites
+from concept_tda.influence.preconditioners import ConjugateGradient, DataInf, GaussNewton, LoGra
+from concept_tda.influence.queries import LossQuery
+from concept_tda.influence.scorers import InfluenceFunction
 from tiny import tiny_model, tiny_pair, tiny_tokenizer
 
 TRAIN = [{"prompt": f"Is {thing} {quality}?", "response": "yes" if (i + j) % 2 else "no, no"} for i, thing in enumerate(("sky", "sea", "sun")) for j, quality in enumerate(("blue", "hot"))]
@@ -108,7 +109,7 @@ def test_products_equal_curvlinops(family):
     if family == "lora": model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).double()
     lm = load_model((model, tiny_tokenizer()))
     data, sites = lm.tokenize(train), resolve_sites(lm, "lora" if family == "lora" else "attention")
-    from concept_tda.conversations import batches
+    from concept_tda.data.batches import batches
     examples = [({"batch": batch}, _labeller(batch, "empirical", None)) for batch in batches(data, token_budget=1)]
     generator = torch.Generator().manual_seed(0)
     directions = {s.name: torch.randn(s.out_features, s.in_features, dtype=torch.float64, generator=generator) for s in sites}

@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from concept_tda import scorers
-from concept_tda.attribution import load_attribution
-from concept_tda.concepts import ConceptError, tensor_concept
-from concept_tda.conversations import Conversation, Conversations, load_conversations, tokenize
-from concept_tda.models import ModelError, load_model
-from concept_tda.scorers import (ActivationGradient, ProjectionDifference, ScorerError, VectorFilter, cached_generate,
-                                 dataset_projection_difference, score_together)
-from concept_tda.tracing import generate
+from concept_tda.model import answers as answers_room
+from concept_tda.model.answers import cached_generate
+from concept_tda.results.attribution import load_attribution
+from concept_tda.concepts.concept import ConceptError, tensor_concept
+from concept_tda.data.conversations import Conversation, Conversations, load_conversations
+from concept_tda.data.tokens import tokenize
+from concept_tda.model.loading import ModelError, load_model
+from concept_tda.influence.scorers import (
+    ActivationGradient, ProjectionDifference, ScorerError, VectorFilter,
+    dataset_projection_difference, score_together,
+)
+from concept_tda.model.tracing import generate
 from tiny import tiny_pair
 
 torch.set_num_threads(1)
@@ -47,19 +51,19 @@ def direction(lm, layer=2, pooling="response_mean", seed=0):
 @pytest.fixture
 def no_generation(monkeypatch):
     def refuse(*args, **options): raise AssertionError("the model was asked again")
-    monkeypatch.setattr(scorers, "generate", refuse)
+    monkeypatch.setattr(answers_room, "generate", refuse)
 
 
 def silence(monkeypatch, silent):
     """From now on the model says nothing to prompts whose text holds one of `silent`."""
-    real = scorers.generate
+    real = answers_room.generate
     def partly(lm, prompts, **options):
         told = list(real(lm, prompts, **options))
         quiet = [any(word in c.prompt[-1]["content"] for word in silent) for c in told]
         if all(quiet): raise ModelError(f"{lm.name} gave an empty answer to every prompt (…): is its chat template the one it was trained with?")
         if any(quiet): warnings.warn(f"{sum(quiet)} of {len(told)} answers are empty; these conversations keep their prompt only")
         return Conversations([Conversation(c.prompt, metadata={**c.metadata, "empty_answer": True}) if q else c for c, q in zip(told, quiet)])
-    monkeypatch.setattr(scorers, "generate", partly)
+    monkeypatch.setattr(answers_room, "generate", partly)
 
 
 # --- the oracle: one example at a time, the model called directly, token by token ---
@@ -192,17 +196,17 @@ def test_repeated_prompts_are_samples():
 def test_a_kill_loses_one_block(tmp_path, monkeypatch):
     lm, questions, asked = make_lm(), [f"Is {n} odd?" for n in range(10)], []
     whole = cached_generate(lm, questions, batch_size=1, folder=tmp_path / "whole", **SHORT)
-    real = scorers.generate
+    real = answers_room.generate
     def killed(lm, prompts, **options):
         if len(asked) == 1: raise KeyboardInterrupt
         asked.append(len(prompts))
         return real(lm, prompts, **options)
-    monkeypatch.setattr(scorers, "generate", killed)
+    monkeypatch.setattr(answers_room, "generate", killed)
     with pytest.raises(KeyboardInterrupt): cached_generate(lm, questions, batch_size=1, folder=tmp_path / "part", **SHORT)
     def counted(lm, prompts, **options):
         asked.append(len(prompts))
         return real(lm, prompts, **options)
-    monkeypatch.setattr(scorers, "generate", counted)
+    monkeypatch.setattr(answers_room, "generate", counted)
     again = cached_generate(lm, questions, batch_size=1, folder=tmp_path / "part", **SHORT)
     assert asked == [4, 4, 2] and [c.messages for c in again] == [c.messages for c in whole]
 
@@ -255,7 +259,7 @@ def test_an_empty_answer_names_the_prompt(train, monkeypatch):
 def test_empty_answers_replaced_by_the_mean(train, monkeypatch, batch_size):
     lm = make_lm()
     concept = direction(lm)
-    monkeypatch.setattr(scorers, "_BATCHES_IN_BLOCK", 1)  # with batch_size 1 the silent prompt is a block of its own
+    monkeypatch.setattr(answers_room, "_BATCHES_IN_BLOCK", 1)  # with batch_size 1 the silent prompt is a block of its own
     full = ProjectionDifference(lm, concept, folder=None, **SHORT).score(train, progress=False).scores
     own = VectorFilter(lm, concept).score(train, progress=False).scores - full
     silence(monkeypatch, ["Why"])
@@ -312,8 +316,8 @@ def test_dataset_difference_is_the_mean_of_the_scores(train):
 
 
 def test_dataset_difference_null_is_that_of_random_directions(train):
-    from concept_tda.concepts import random_directions
-    from concept_tda.tracing import pooled_activations
+    from concept_tda.concepts.concept import random_directions
+    from concept_tda.model.tracing import pooled_activations
     lm = make_lm()
     own = generate(lm, train, max_new_tokens=7, progress=False)
     sides = [pooled_activations(lm, side, 2, progress=False)[2] for side in (train, own)]

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from concept_tda.concepts import ConceptError, tensor_concept
-from concept_tda.conversations import load_conversations
-from concept_tda.models import LanguageModel
-from concept_tda.queries import QueryExpression, query_expression
-from concept_tda.tracing import pooled_activations
+from concept_tda.concepts.concept import ConceptError, tensor_concept
+from concept_tda.data.conversations import load_conversations
+from concept_tda.model.loading import LanguageModel
+from concept_tda.influence.queries import QueryExpression, query_expression
+from concept_tda.model.tracing import pooled_activations
 from tiny import tiny_pair
 
 

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import nbformat
-import pytest
 
 import concept_tda as ct
 from tiny import tiny_pair
@@ -29,5 +28,5 @@ def test_quickstart(tmp_path, monkeypatch):
     result = ct.load_attribution("scores.parquet")
     assert result.card.method == "Concept Influence" and len(result) == 40
     kept = Path("kept.jsonl").read_bytes().splitlines()
-    original = (Path(ct.__file__).parent / "data" / "sycophancy" / "train.jsonl").read_bytes().splitlines()[:40]
+    original = (Path(ct.__file__).parent / "bundled" / "sycophancy" / "train.jsonl").read_bytes().splitlines()[:40]
     assert len(kept) == 36 and [line for line in original if line in set(kept)] == kept

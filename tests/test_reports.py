@@ -10,10 +10,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from concept_tda.attribution import Attribution, AttributionError, Cost, QueryCard, compare
-from concept_tda.conversations import Conversation, Conversations
-from concept_tda.reports import write_report
-from concept_tda.storage import StorageError
+from concept_tda.results.attribution import Attribution, AttributionError, Cost, QueryCard, compare
+from concept_tda.data.conversations import Conversation, Conversations
+from concept_tda.views.reports import write_report
+from concept_tda.foundation.errors import StorageError
 from test_attribution import HOSTILE, Reader, make
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from concept_tda import storage
-from concept_tda.conversations import load_conversations
-from concept_tda.curvature import EKFAC
-from concept_tda.directional import shared_pass, LossReadout
-from concept_tda.gradients import GradientError
-from concept_tda.models import load_model
-from concept_tda.scorers import GradDot
-from concept_tda.storage import BlockStore, MissingExtraError, StorageError, atomic_file, cache_folder, code_version, fingerprint, require
+from concept_tda.foundation import storage
+from concept_tda.data.conversations import load_conversations
+from concept_tda.influence.curvature import EKFAC
+from concept_tda.influence.engine import shared_pass, LossReadout
+from concept_tda.model.losses import GradientError
+from concept_tda.model.loading import load_model
+from concept_tda.influence.scorers import GradDot
+from concept_tda.foundation.storage import BlockStore, atomic_file, cache_folder, code_version, fingerprint
+from concept_tda.foundation.errors import MissingExtraError, StorageError, require
 from tiny import tiny_pair
 
 
@@ -95,7 +96,7 @@ def test_a_full_disk_during_scoring_loses_nothing(train, monkeypatch):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")])
 def test_out_of_memory_names_the_batch_and_the_setting(train, monkeypatch, error):
-    import concept_tda.directional as directional
+    import concept_tda.influence.engine as directional
     lm = load_model(tiny_pair("llama"))
 
     def fails(*args): raise error

@@ -9,10 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 
-from concept_tda import tracing
-from concept_tda.conversations import Batch, Conversations, ConversationError, load_conversations
-from concept_tda.models import LayerError, ModelError, load_model
-from concept_tda.tracing import POOLINGS, TracingError, generate, pooled_activations, pooling_weights, token_activations
+from concept_tda.model import tracing
+from concept_tda.data.batches import Batch
+from concept_tda.data.conversations import Conversations, ConversationError, load_conversations
+from concept_tda.model.loading import LayerError, ModelError, load_model
+from concept_tda.model.tracing import (
+    POOLINGS, TracingError, generate, pooled_activations, pooling_weights, token_activations,
+)
 from tiny import FAMILIES, tiny_model, tiny_pair, tiny_tokenizer
 
 torch.set_num_threads(1)

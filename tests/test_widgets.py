@@ -4,10 +4,13 @@ import json
 import numpy as np
 import pytest
 
-from concept_tda import widgets
-from concept_tda.attribution import Attribution, QueryCard
-from concept_tda.conversations import Conversation, Conversations, load_conversations
-from concept_tda.widgets import (MARKS, ConceptExplorer, ExampleBrowser, Review, WidgetError, concept_reading, embedded_browser, near_duplicates, null_z, percentiles_for_length)
+from concept_tda.views import widgets
+from concept_tda.results.attribution import Attribution, QueryCard
+from concept_tda.data.conversations import Conversation, Conversations, load_conversations
+from concept_tda.views.widgets import (
+    MARKS, ConceptExplorer, ExampleBrowser, Review, WidgetError, concept_reading, embedded_browser,
+    near_duplicates, null_z, percentiles_for_length,
+)
 from test_attribution import HOSTILE, make
 
 CARD = QueryCard("Concept Influence", "sycophancy")
@@ -243,8 +246,8 @@ def test_the_embedded_data_is_safe_and_keeps_to_its_size():
 
 @pytest.fixture(scope="module")
 def explored(tiny_lm):
-    from concept_tda.concepts import tensor_concept
-    from concept_tda.models import load_model
+    from concept_tda.concepts.concept import tensor_concept
+    from concept_tda.model.loading import load_model
     import torch
     lm = load_model(tiny_lm)
     torch.manual_seed(0)
@@ -267,7 +270,7 @@ def test_a_reading_is_the_projection_of_the_hidden_states(explored):
 
 
 def test_the_explorer_shows_what_it_reads(explored):
-    from concept_tda.tracing import pooled_activations
+    from concept_tda.model.tracing import pooled_activations
     lm, concept, data = explored
     explorer = ConceptExplorer(lm, concept, train=data, strengths=(-1, 0, 1), max_new_tokens=4, progress=False)
     explorer.update("the 3", data[3].response)
@@ -281,7 +284,7 @@ def test_the_explorer_shows_what_it_reads(explored):
     assert explorer.layer_pick.value == 2
     explorer.steer()
     assert [one["strength"] for one in explorer.view.steering] == [-1, 0, 1]
-    from concept_tda.tracing import generate
+    from concept_tda.model.tracing import generate
     try: plain = generate(lm, ["the 3"], max_new_tokens=4, progress=False)[0].response
     except Exception: plain = ""
     assert explorer.view.steering[1]["text"] == plain

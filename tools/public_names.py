@@ -16,11 +16,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "concept_tda"
 
 
 def rooms(package: Path) -> list[Path]:
-    """The modules in import order, which is the number of the notebook each was exported from."""
-    def number(path):
-        match = re.search(r"File to edit: \S*?(\d+)_\w+\.ipynb", path.read_text(encoding="utf-8"))
-        return (int(match[1]) if match else 99, path.name)
-    return sorted((path for path in package.glob("*.py") if not path.name.startswith("_")), key=number)
+    """The modules in import order: floors first, then rooms, by the numbers of the notebooks they come from."""
+    def numbers(path):
+        notebook = re.search(r"File to edit: \S*?nbs/(\S+)\.ipynb", path.read_text(encoding="utf-8"))[1]
+        return [int(part.split("_")[0]) for part in notebook.split("/")]
+    return sorted((path for path in package.rglob("*.py") if not path.name.startswith("_")), key=numbers)
+
+
+def name_of(module: Path, package: Path) -> str:
+    """`influence.curvature` for concept_tda/influence/curvature.py"""
+    return ".".join(module.relative_to(package).with_suffix("").parts)
 
 
 def names_of(module: Path) -> list[str]:
@@ -35,12 +40,15 @@ def table(package: Path) -> dict[str, list[str]]:
     """room -> its public names; SystemExit when two rooms, or a room and a name, would hide each other."""
     found, owner = {}, {}
     for module in rooms(package):
-        found[module.stem] = [] if module.stem in NOT_FLAT else names_of(module)
-        for name in found[module.stem]:
-            if name in owner: sys.exit(f"{name!r} is public in {owner[name]} and in {module.stem}; rename one of the two")
-            owner[name] = module.stem
-    for clash in owner.keys() & found.keys():
-        sys.exit(f"{clash!r} is a room and also a public name of {owner[clash]}; rename one of the two")
+        room = name_of(module, package)
+        found[room] = [] if room in NOT_FLAT else names_of(module)
+        for name in found[room]:
+            if name in owner:
+                sys.exit(f"{name!r} is public in {owner[name]} and in {room}; rename one of the two")
+            owner[name] = room
+    floors = {room.split(".")[0] for room in found}
+    for clash in owner.keys() & floors:
+        sys.exit(f"{clash!r} is a floor and also a public name of {owner[clash]}; rename one of the two")
     return found
 
 

@@ -18,7 +18,7 @@ from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 
 PRIVATE_LINK = re.compile(r"\[(`(?:\w+\.)*_\w*(?:\(\))?`)\]\([^)]*\)")
-MODULE_PREFIX = re.compile(r"\b(?:torch\.nn\.modules\.\w+|pandas(?:\.\w+)*|pathlib|collections\.abc|transformers(?:\.\w+)*|concept_tda\.\w+)\.(?=[A-Z])")
+MODULE_PREFIX = re.compile(r"\b(?:torch\.nn\.modules\.\w+|pandas(?:\.\w+)*|pathlib|collections\.abc|transformers(?:\.\w+)*|concept_tda(?:\.\w+)+)\.(?=[A-Z])")
 SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.MULTILINE)
 
 
@@ -96,8 +96,8 @@ class api_entries(Processor):
 
     def begin(self):
         cells = self.nb.cells
-        page = re.search(r"^output-file: (\w+)\.html", cells[0].get("source") or "", re.MULTILINE)
-        room = page[1] if page and page[1] in concept_tda._PUBLIC else None
+        room = getattr(self.nb, "default_exp", None)
+        if room not in concept_tda._PUBLIC: room = None
         named = {i: match[1] for i, cell in enumerate(cells) if cell.cell_type == "code"
                  for match in [SHOW_DOC.search(cell.source)] if match}
         for i in [i for i, name in named.items() if name.startswith("_")]:  # a method patched into a private base class

@@ -1,0 +1,5 @@
+"""Is it true? Retraining without what was blamed"""
+
+from concept_tda._floors import floor
+
+__getattr__, __dir__ = floor(__name__)
