@@ -1,5 +1,6 @@
 """The documentation site: every notebook has its place, every public name its entry, every internal link its target."""
 
+import importlib
 import json
 import os
 import re
@@ -159,8 +160,9 @@ def test_pages_open_without_errors_and_fit_the_screen(site):
 def test_site_has_an_entry_for_every_public_function_and_class(site):
     missing = []
     for room, names in concept_tda._PUBLIC.items():
-        page = check_links.Page(site / f"{room}.html")
-        module = getattr(concept_tda, room)
+        module = importlib.import_module(f"concept_tda.{room}")
+        notebook = re.search(r"nbs/(\S+)\.ipynb", Path(module.__file__).read_text(encoding="utf-8"))[1]
+        page = check_links.Page((site / notebook).with_name(f"{room.split('.')[-1]}.html"))
         for name in (names.split() or module.__all__):
             thing = getattr(module, name)
             if not callable(thing) or getattr(thing, "__module__", None) != module.__name__: continue  # a constant

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import re
 import textwrap
+from pathlib import Path
 
 import concept_tda
 from fastcore.docments import MarkdownRenderer
@@ -96,8 +97,7 @@ class api_entries(Processor):
 
     def begin(self):
         cells = self.nb.cells
-        room = getattr(self.nb, "default_exp", None)
-        if room not in concept_tda._PUBLIC: room = None
+        room = room_of(Path(self.nb.path_))
         named = {i: match[1] for i, cell in enumerate(cells) if cell.cell_type == "code"
                  for match in [SHOW_DOC.search(cell.source)] if match}
         for i in [i for i, name in named.items() if name.startswith("_")]:  # a method patched into a private base class
@@ -112,6 +112,12 @@ class api_entries(Processor):
                                  "data": {"text/markdown": unlink_private(NbdevLookup().linkify(text)).splitlines(True)}}]
         for cell in cells:
             if cell.cell_type == "markdown": cell.source = unlink_private(cell.source)
+
+
+def room_of(page: Path) -> str | None:
+    """`influence.curvature` for nbs/50_influence/01_curvature.ipynb; None for a page that is no room."""
+    parts = [re.sub(r"^\d+_", "", part) for part in page.with_suffix("").parts]
+    return next((room for room in (".".join(parts[-2:]), parts[-1]) if room in concept_tda._PUBLIC), None)
 
 
 def unlink_private(text: str) -> str:
