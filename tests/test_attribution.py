@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from concept_tda import attribution as room
+from concept_tda.results import attribution as room
 from concept_tda.results.attribution import (
     Attribution, AttributionError, Cost, QueryCard, colour_limit, compare, conversation_html, cut_rows,
     detection_metrics, example_html, histogram_svg, load_attribution, rank_scores, safe_text,
