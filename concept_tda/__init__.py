@@ -14,7 +14,7 @@ from importlib import import_module as _import_module
 # --- table of public names: written by tools/public_names.py ---
 _PUBLIC = {
     "foundation.errors": "ConceptTDAError StorageError MissingExtraError require",
-    "foundation.storage": "fingerprint code_version cache_folder atomic_file BlockStore",
+    "foundation.storage": "fingerprint code_version cache_folder write_error atomic_file check_free BlockStore",
     "data.conversations": "ConversationError Conversation Conversations load_conversations bundled",
     "data.templates": "",
     "data.tokens": "TokenizedConversation readable_tokens TokenizedConversations tokenize tokenize_prompts",

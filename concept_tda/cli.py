@@ -123,12 +123,12 @@ def _result_paths(out, methods):
 def _check_writable(path):
     "Raise `StorageError` unless a file can be put at `path`."
     from concept_tda.foundation.errors import StorageError
-    from concept_tda.foundation.storage import _storage_error
+    from concept_tda.foundation.storage import write_error
     if path.is_dir(): raise StorageError(f"cannot write {path}: it is a folder. Name a file in it, or delete it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as err: raise _storage_error(path, err) from err
+    except OSError as err: raise write_error(path, err) from err
 
 # %% ../nbs/99_cli.ipynb #0019
 def _read_results(paths):

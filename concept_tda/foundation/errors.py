@@ -7,6 +7,7 @@ __all__ = ['ConceptTDAError', 'StorageError', 'MissingExtraError', 'require']
 
 # %% ../../nbs/00_foundation/00_errors.ipynb #imports
 import importlib
+from types import ModuleType
 
 # %% ../../nbs/00_foundation/00_errors.ipynb #0005
 class ConceptTDAError(Exception):
@@ -22,10 +23,12 @@ class MissingExtraError(ConceptTDAError, ImportError):
 def require(
     module: str, # Name to import, such as `sae_lens`
     extra: str,  # The extra of concept_tda that installs it
-):               # The imported module
+) -> ModuleType: # The imported module
     "Import an optional package, or raise `MissingExtraError` naming the extra to install."
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ModuleNotFoundError as err:
         if err.name != module.split(".")[0]: raise
-        raise MissingExtraError(f"This needs the package {module!r}, which is not installed. "
-                                f"Install it with: pip install 'concept_tda[{extra}]'") from None
+        raise MissingExtraError(
+            f"This needs the package {module!r}, which is not installed. "
+            f"Install it with: pip install 'concept_tda[{extra}]'") from None
