@@ -152,8 +152,8 @@ class Bench:
     def half_pass(self):
         "A function that scores the data with the model in bfloat16 along the query of the float32 model."
         half = ct.load_model(self.args.model, dtype=torch.bfloat16, device=self.args.device)
-        query = self.curvature.precondition(ct.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites))
-        readout = ct.DirectionReadout(ct.resolve_sites(half, "attention", layer=self.layer), query)
+        query = self.curvature.precondition(ct.influence.queries.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites))
+        readout = ct.influence.engine.DirectionReadout(ct.resolve_sites(half, "attention", layer=self.layer), query)
         return lambda: shared_pass(half, self.data, {"s": readout}, progress=False, token_budget=self.args.token_budget)["s"]
 
     def bf16(self):
@@ -215,7 +215,7 @@ class Bench:
         seconds = take_turns(self.args.rounds, **competitors)
         self.result["ratios"]["curvlinops_fit_vs_ours"] = ratio(seconds, "curvlinops", "streaming")
         if "kronfluence" in seconds: self.result["ratios"]["kronfluence_fit_vs_ours"] = ratio(seconds, "kronfluence", "streaming")
-        gradients = ct.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites)
+        gradients = ct.influence.queries.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites)
         flat = {name: torch.cat([g.flatten() for g in ct.EKFAC.fit(self.lm, self.fit_data, self.sites, backend=name, progress=False).precondition(gradients).values()]) for name in ("streaming", "curvlinops")}
         self.result["agreement"]["ekfac_query_cosine_to_curvlinops"] = torch.nn.functional.cosine_similarity(flat["streaming"].double(), flat["curvlinops"].double(), dim=0).item()
         self.result["seconds"]["fits"] = seconds
@@ -245,7 +245,7 @@ class Bench:
     def paper(self):
         "The paper's recipe: one example at a time, each padded to 1,536 tokens, weight gradients built, inner product; a few examples, per example."
         few = self.data.select(range(min(3, len(self.data))))
-        query = self.curvature.precondition(ct.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites))
+        query = self.curvature.precondition(ct.influence.queries.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites))
         weights = {site.name: site.module.weight for site in self.sites}
 
         def recipe():
@@ -259,7 +259,7 @@ class Bench:
                 for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values()))): (gradient * query[name]).sum().item()
                 for weight in weights.values(): weight.requires_grad_(False)
 
-        readout = ct.DirectionReadout(self.sites, query)
+        readout = ct.influence.engine.DirectionReadout(self.sites, query)
         ours = lambda: shared_pass(self.lm, few, {"s": readout}, progress=False, token_budget=self.args.token_budget)
         with self.lm.undisturbed(): seconds = take_turns(self.args.rounds, paper_recipe=recipe, ours=ours)
         self.result["ratios"]["paper_recipe_vs_ours"] = ratio(seconds, "paper_recipe", "ours")
@@ -268,14 +268,14 @@ class Bench:
     def many_directions(self, n, seed=0):
         "Covariance-matched random directions at the layer [n, width]."
         acts = ct.pooled_activations(self.lm, self.train, self.layer, progress=False)[self.layer]
-        return ct.random_directions(acts, n, seed=seed)
+        return ct.concepts.concept.random_directions(acts, n, seed=seed)
 
     def queries(self):
         "256 directions at once: the exact atlas answers any number of them; and 16 unrelated queries by the stacked engine."
         one = self.pass_seconds(self.influence())
-        gradients = self.curvature.precondition(ct.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites))
+        gradients = self.curvature.precondition(ct.influence.queries.ConceptQuery(self.concept, self.query_examples).gradients(self.lm, self.sites))
         sixteen = {name: torch.stack([g.roll(k, 0) for k in range(16)]) for name, g in gradients.items()}  # sixteen different queries of the same size
-        stacked = ct.StackedReadout(self.sites, sixteen)
+        stacked = ct.influence.engine.StackedReadout(self.sites, sixteen)
         directions = self.many_directions(256)
 
         def exact_256():
@@ -294,7 +294,7 @@ class Bench:
     def atlas(self):
         "The exact atlas: build, agreement with Concept Influence on directions it was not made for, and the price of a question afterwards; --ranks adds two-sided bases."
         acts = ct.pooled_activations(self.lm, self.train, self.layer, progress=False)[self.layer]
-        unseen, folder, builds = ct.random_directions(acts, 4, seed=1234), tempfile.mkdtemp(), {}
+        unseen, folder, builds = ct.concepts.concept.random_directions(acts, 4, seed=1234), tempfile.mkdtemp(), {}
         exact = lambda concept: self.influence(concept=concept).score(self.data, progress=False, token_budget=self.args.token_budget).scores
         truth = [exact(self.concept), *(exact(ct.tensor_concept(v, self.layer, lm=self.lm, name="random")) for v in unseen)]
         for name, rank in [("exact", None), *((f"rank_{rank}", rank) for rank in self.args.ranks)]:
@@ -317,7 +317,7 @@ class Bench:
     def cascade(self):
         "Cheap first, exact for the picked: recall of the exact top 10 against the cost, for several first stages."
         first = {"Vector Filter": ct.VectorFilter(self.lm, self.concept), "Activation Gradient": ct.ActivationGradient(self.lm, self.concept), "RepSim": ct.RepSim(self.lm, self.query_examples, layer=self.layer), "Loss": ct.MeanLoss(self.lm),
-                 "upper sites": ct.Influence(self.lm, ct.ConceptQuery(self.concept, self.query_examples), sites=[s for s in self.sites if s.block >= self.layer // 2], curvature=self.curvature, method="upper sites")}
+                 "upper sites": ct.influence.scorers.Influence(self.lm, ct.influence.queries.ConceptQuery(self.concept, self.query_examples), sites=[s for s in self.sites if s.block >= self.layer // 2], curvature=self.curvature, method="upper sites")}
         exact = ct.ConceptInfluence(self.lm, self.concept, self.query_examples, curvature=self.curvature)
         results = ct.score_together([*first.values(), exact], self.data, token_budget=self.args.token_budget, progress=False)
         scores = {name: results[scorer.method].scores for name, scorer in first.items()}
@@ -356,9 +356,9 @@ class Bench:
                        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
         self.result["setting"] = dict(model=self.args.model, model_fingerprint=self.lm.fingerprint, dtype=str(self.lm.dtype), layer=self.layer, n_layers=self.lm.n_layers, sites="attention", n_sites=len(self.sites), examples=len(self.data),
                                       tokens=int(self.data.n_tokens), data=self.train.name, data_fingerprint=self.data.fingerprint, rounds=self.args.rounds, token_budget=self.args.token_budget,
-                                      torch=torch.__version__, concept_tda=ct.code_version(), machine=machine, date=time.strftime("%Y-%m-%d"))
+                                      torch=torch.__version__, concept_tda=ct.foundation.storage.code_version(), machine=machine, date=time.strftime("%Y-%m-%d"))
         if self.args.out:
-            with ct.atomic_file(self.args.out) as part: part.write_text(json.dumps(self.result, indent=1, default=float))
+            with ct.foundation.storage.atomic_file(self.args.out) as part: part.write_text(json.dumps(self.result, indent=1, default=float))
 
     def table(self):
         print("\n| number | value |\n|---|---|")

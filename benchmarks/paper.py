@@ -90,7 +90,7 @@ class Study:
         if not done.exists():
             start, config = time.perf_counter(), self.config
             tuned = ct.finetune(self.lm, self.train, self.work / "tuned", seed=config["seeds"][0], **config["recipe"])
-            base_answers = ct.cached_generate(self.lm, self.train, max_new_tokens=config["own_tokens"], folder=self.work / "answers")
+            base_answers = ct.model.answers.cached_generate(self.lm, self.train, max_new_tokens=config["own_tokens"], folder=self.work / "answers")
             concept = self.concept(tuned)
             queries = self.positive[:config["queries"]]
             sample = self.train.select(np.sort(np.random.default_rng(0).permutation(len(self.train))[:config["curvature_examples"]]))
@@ -101,7 +101,7 @@ class Study:
             results = ct.score_together(scorers, self.train) | {"GradCos": ct.GradCos(tuned, queries).score(self.train)}
             study = ct.MethodComparison(tuned, self.train, results, comparison, labels=config["column"], positive=config["positive"], queries=queries, concept=concept).run()
             concept.save(self.work / "concept.safetensors")
-            with ct.atomic_file(done) as part: part.write_text(json.dumps(dict(seconds=time.perf_counter() - start, concept=concept.quality, own_answers=[c.text for c in results and scorers[-1].query.examples] if config["own_answers"] else [])))
+            with ct.foundation.storage.atomic_file(done) as part: part.write_text(json.dumps(dict(seconds=time.perf_counter() - start, concept=concept.quality, own_answers=[c.text for c in results and scorers[-1].query.examples] if config["own_answers"] else [])))
             del study
         return ct.MethodComparison.from_folder(comparison)
 
@@ -140,7 +140,7 @@ def report(study, out):
     out.mkdir(parents=True, exist_ok=True)
     comparison = study.scores()
     attributions = comparison.attributions
-    result = dict(config=study.config, code=ct.code_version(), date=time.strftime("%Y-%m-%d"), torch=torch.__version__, gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, cores=os.cpu_count(),
+    result = dict(config=study.config, code=ct.foundation.storage.code_version(), date=time.strftime("%Y-%m-%d"), torch=torch.__version__, gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, cores=os.cpu_count(),
                   n_train=len(study.train), train_ids=study.train.ids, labels=[c.metadata[study.config["column"]] for c in study.train],
                   scoring=json.loads((study.work / "scored.json").read_text()), methods=records(comparison.table.reset_index(names="method")),
                   spearman=json.loads(comparison.comparison().spearman.to_json()), scores={name: result.scores.tolist() for name, result in attributions.items()}, experiments={})
@@ -157,7 +157,7 @@ def report(study, out):
         if hasattr(experiment, "curve"): about["curve"] = records(experiment.curve())
         result["experiments"][name] = about
         if about["table"]: experiment.plot().savefig(out / f"{name}.png", dpi=110)
-    with ct.atomic_file(out / f"{study.config['name']}.json") as part: part.write_text(json.dumps(result, indent=1, default=str))
+    with ct.foundation.storage.atomic_file(out / f"{study.config['name']}.json") as part: part.write_text(json.dumps(result, indent=1, default=str))
     print(f"wrote {out}")
 
 

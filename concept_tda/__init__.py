@@ -3,77 +3,27 @@
     import concept_tda as ct
     lm = ct.load_model("smollm2-135m-instruct")
 
-Every public name of every room is reachable from here, and the rooms by floor: `ct.influence.curvature`. A room is
-imported when one of its names is first used, so that `import concept_tda` itself costs nothing."""
+The names a user needs are here, in the order of the work. Everything else is a floor and a room away:
+`ct.influence.curvature.Factors`. A room is imported when one of its names is first used, so that
+`import concept_tda` itself costs nothing."""
 
 __version__ = "0.1.0"
 
-from difflib import get_close_matches as _get_close_matches
-from importlib import import_module as _import_module
+from concept_tda._lazy import front_door as _front_door
 
-# --- table of public names: written by tools/public_names.py ---
-_PUBLIC = {
-    "foundation.errors": "ConceptTDAError StorageError MissingExtraError require",
-    "foundation.storage": "fingerprint code_version cache_folder write_error atomic_file check_free BlockStore",
-    "data.conversations": "ConversationError Conversation Conversations load_conversations bundled",
-    "data.templates": "",
-    "data.tokens": "TokenizedConversation readable_tokens TokenizedConversations tokenize tokenize_prompts",
-    "data.batches": "Batch batches",
-    "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel load_model",
-    "model.sites": "Site resolve_sites",
-    "model.losses": "GradientError response_logits token_losses loss_weights",
-    "model.tracing": "POOLINGS TracingError pooling_weights pooled_activations token_activations generate",
-    "model.answers": "answer_records with_record cached_generate",
-    "model.finetuning": "PRECISIONS RECIPES FinetuneError finetune training_record Retrained finetune_many "
-        "training_checkpoints",
-    "results.attribution": "SIGN LEVELS VIEW_STYLE FORMAT_VERSION AttributionError rank_scores score_percentiles "
-        "spearman cut_rows detection_metrics Cost QueryCard visible_text safe_text colour_limit legend_html "
-        "conversation_html card_html histogram_svg Attribution prompt_text example_html examples_html "
-        "attribution_html load_attribution table_html Comparison comparison_html compare",
-    "concepts.concept": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
-        "tensor_concept random_concepts LayerSweep sweep_layers",
-    "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge ContrastJudge LossJudge AnswerJudge "
-        "FunctionJudge expected_score LocalJudge integer_probabilities JudgeUsage OpenAIJudge",
-    "concepts.personas": "PersonaError Trait traits load_trait persona_responses persona_concept SteeringError "
-        "steer SteeringCheck steering_check",
-    "influence.gradients": "site_flows SiteGradients watch_layers hidden_states",
-    "influence.curvature": "CurvatureError Identity Factors EKFAC",
-    "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
-    "influence.queries": "Query ConceptQuery LossQuery QueryExpression query_expression",
-    "influence.engine": "Readout ActivationReadout ActivationGradientReadout LossReadout DirectionReadout "
-        "StackedReadout ForwardReadout difference_scale DifferenceReadout EngineError direction_readout "
-        "difference_adapters Pass shared_pass",
-    "influence.scorers": "ScorerError Scorer score_together VectorFilter ActivationGradient ProjectionDifference "
-        "dataset_projection_difference Influence ConceptInfluence InfluenceFunction GradDot",
-    "influence.neighbours": "CosineReadout GradCos CheckpointScorer TracIn AdamMoments walsh_hadamard Sketch "
-        "LessReadout LESS exact_rows estimated_recall Cascade",
-    "influence.baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
-    "influence.atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
-    "influence.planning": "PlanError Plan plan Check Diagnosis doctor",
-    "evidence.experiments": "ExperimentError Experiment FilterAndRetrain ActivationJudge LinearDatamodelingScore "
-        "CounterfactualPrediction TailPatch baseline_scorers MethodComparison ParetoCurve",
-    "views.widgets": "MARKS WidgetError front_end near_duplicates percentiles_for_length null_z search_terms "
-        "Review ExampleBrowser embedded_browser concept_reading ConceptView ConceptExplorer",
-    "views.reports": "write_report",
-    "cli": "",
+_FRONT_DOOR = {
+    "open": "load_model load_conversations bundled Conversation Conversations tokenize doctor plan",
+    "behaviour": "contrastive_concept probe_concept tensor_concept persona_concept random_concepts sweep_layers "
+        "Concept load_trait steer steering_check generate pooled_activations",
+    "score": "VectorFilter ActivationGradient ProjectionDifference ConceptInfluence InfluenceFunction GradDot "
+        "GradCos TracIn LESS Cascade EKFAC resolve_sites score_together build_atlas build_index",
+    "baselines": "RandomScore ResponseLength MeanLoss BM25 RepSim RandomDirection",
+    "look": "Attribution load_attribution compare ConceptExplorer write_report",
+    "train and judge": "finetune ContrastJudge LossJudge FunctionJudge LocalJudge OpenAIJudge",
+    "prove": "FilterAndRetrain ParetoCurve MethodComparison LinearDatamodelingScore CounterfactualPrediction "
+        "TailPatch",
+    "errors": "ConceptTDAError",
 }
-# --- end of table ---
 
-_ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names.split()}
-_FLOORS = {room.split(".")[0] for room in _PUBLIC}
-__all__ = [*_ROOM_OF]
-
-
-def __getattr__(name):
-    if name in _FLOORS: return _import_module(f"{__name__}.{name}")
-    if name in _ROOM_OF:
-        value = getattr(_import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
-        globals()[name] = value  # the next access does not come here
-        return value
-    close = [] if name.startswith("_") else _get_close_matches(name, [*_ROOM_OF, *_FLOORS], n=3)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
-
-
-def __dir__():
-    return sorted([*globals(), *_FLOORS, *_ROOM_OF])
+__all__ = [name for names in _FRONT_DOOR.values() for name in names.split()]
+__getattr__, __dir__ = _front_door(__name__, __all__)

@@ -2,13 +2,17 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import concept_tda
+from concept_tda._lazy import FLOORS, ROOM_OF
+from concept_tda._public import PUBLIC
 from public_names import name_of, rooms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +45,9 @@ print(json.dumps([seconds, sorted(sys.modules)]))
 def test_using_every_public_name_brings_no_optional_package():
     code = """
 import sys, json, concept_tda
+from importlib import import_module
+from concept_tda._public import PUBLIC
+for room in PUBLIC: import_module(f"concept_tda.{room}")
 for name in concept_tda.__all__: getattr(concept_tda, name)
 print(json.dumps(sorted(sys.modules)))
 """
@@ -64,25 +71,39 @@ def test_the_table_is_what_the_rooms_say():
 
 
 @pytest.mark.parametrize("room", [name_of(module, ROOT / "concept_tda") for module in MODULES])
-def test_every_public_name_of_a_room_is_reachable_by_floor_and_from_the_front_door(room):
-    assert room in concept_tda._PUBLIC
+def test_every_public_name_of_a_room_is_reachable_by_floor(room):
+    assert room in PUBLIC
     module = concept_tda
     for part in room.split("."): module = getattr(module, part)
-    names = concept_tda._PUBLIC[room].split()
-    for name in names: assert getattr(concept_tda, name) is getattr(module, name)
+    names = PUBLIC[room].split()
+    for name in names: assert getattr(module, name) is not None
     if room != "cli": assert names == list(module.__all__)
 
 
+def test_the_front_door_is_small_and_everything_at_it_is_used_on_a_page():
+    """About sixty names, in the order of the work; each of them on a page that a user reads."""
+    names = concept_tda.__all__
+    assert len(names) == len(set(names)) <= 65
+    for name in names: assert getattr(concept_tda, name) is getattr(import_module(f"concept_tda.{ROOM_OF[name]}"), name)
+    pages = [path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in pages)
+    unused = [name for name in names if not re.search(rf"\b{name}\b", text)]
+    assert not unused, f"at the front door, and on no page: {unused}"
+
+
+def test_a_name_behind_the_front_door_is_named_with_its_room():
+    with pytest.raises(AttributeError, match=r"it is concept_tda\.influence\.curvature\.Factors$"): concept_tda.Factors
+
+
 def test_table_has_no_stale_room_and_no_name_twice():
-    assert set(concept_tda._PUBLIC) == {name_of(module, ROOT / "concept_tda") for module in MODULES}
-    assert len(concept_tda.__all__) == len(set(concept_tda.__all__))
-    assert not set(concept_tda.__all__) & concept_tda._FLOORS, "a name that is also a floor would hide it"
+    assert set(PUBLIC) == {name_of(module, ROOT / "concept_tda") for module in MODULES}
+    assert not set(concept_tda.__all__) & FLOORS, "a name that is also a floor would hide it"
 
 
 def test_a_wrong_name_suggests_the_right_one():
-    with pytest.raises(AttributeError, match="did you mean .*cache_folder"): concept_tda.cachefolder
+    with pytest.raises(AttributeError, match="did you mean .*load_model"): concept_tda.loadmodel
     with pytest.raises(AttributeError, match="no attribute 'qqqq'$"): concept_tda.qqqq
-    assert {"foundation", "cache_folder", "__version__"} <= set(dir(concept_tda))
+    assert {"foundation", "load_model", "__version__"} <= set(dir(concept_tda))
 
 
 def imported_rooms(node, module: Path) -> list[str]:
@@ -100,7 +121,7 @@ def imported_rooms(node, module: Path) -> list[str]:
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: name_of(path, ROOT / "concept_tda"))
 def test_imports_only_point_down(module):
     """At module level a room imports only rooms below it: floors first, then rooms of its own floor."""
-    order = [*concept_tda._PUBLIC]
+    order = [*PUBLIC]
     own = name_of(module, ROOT / "concept_tda")
     before = set(order[:order.index(own)])
     for node in ast.parse(module.read_text(encoding="utf-8")).body:

@@ -14,6 +14,7 @@ import yaml
 
 import check_links
 import concept_tda
+from concept_tda._public import PUBLIC
 from chromium import Chromium, needs_browser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +90,7 @@ def test_links_of_documents(document):
 
 def test_contributing_names_every_room():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for room in concept_tda._PUBLIC: assert f"`{room}`" in text, f"CONTRIBUTING.md does not name {room}"
+    for room in PUBLIC: assert f"`{room}`" in text, f"CONTRIBUTING.md does not name {room}"
 
 
 def test_link_checker_finds_what_is_broken(tmp_path):
@@ -159,7 +160,7 @@ def test_pages_open_without_errors_and_fit_the_screen(site):
 
 def test_site_has_an_entry_for_every_public_function_and_class(site):
     missing = []
-    for room, names in concept_tda._PUBLIC.items():
+    for room, names in PUBLIC.items():
         module = importlib.import_module(f"concept_tda.{room}")
         notebook = re.search(r"nbs/(\S+)\.ipynb", Path(module.__file__).read_text(encoding="utf-8"))[1]
         page = check_links.Page((site / notebook).with_name(f"{room.split('.')[-1]}.html"))

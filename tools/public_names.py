@@ -1,4 +1,4 @@
-"""Writes the table of public names in concept_tda/__init__.py from the `__all__` of each room.
+"""Writes concept_tda/_public.py, the table of public names, from the `__all__` of each room.
 
     python tools/public_names.py            # rewrite the table where it is out of date
     python tools/public_names.py --check    # change nothing; exit 1 and say what is missing or stale
@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-START, END = "# --- table of public names: written by tools/public_names.py ---", "# --- end of table ---"
+HEAD = '"""Public names by room. Written by tools/public_names.py."""\n\n'
 NOT_FLAT = {"cli"}  # its functions are commands of the terminal: reachable as concept_tda.cli, not as concept_tda.show
 PACKAGE = Path(__file__).resolve().parent.parent / "concept_tda"
 
@@ -53,12 +53,12 @@ def table(package: Path) -> dict[str, list[str]]:
 
 
 def written(found: dict[str, list[str]]) -> str:
-    """The table as Python source, wrapped by hand at 116 characters."""
-    lines = ["_PUBLIC = {"]
+    """The table as Python source."""
+    lines = ["PUBLIC = {"]
     for room, names in found.items():
         line = f'    "{room}": "'
         for i, name in enumerate(names):
-            if len(line) + len(name) > 114:
+            if len(line) + len(name) > 108:
                 lines.append(line.rstrip() + ' "')
                 line = '        "'
             line += name + (" " if i + 1 < len(names) else "")
@@ -67,16 +67,13 @@ def written(found: dict[str, list[str]]) -> str:
 
 
 def main(check: bool) -> int:
-    init = PACKAGE / "__init__.py"
-    source = init.read_text(encoding="utf-8")
-    before, rest = source.split(START)
-    old, after = rest.split(END)
-    new = "\n" + written(table(PACKAGE)) + "\n"
-    if new == old: return 0
+    path = PACKAGE / "_public.py"
+    new = HEAD + written(table(PACKAGE)) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") == new: return 0
     if check:
-        print(f"{init} is out of date with the rooms' public names; run `make export`.", file=sys.stderr)
+        print(f"{path} is out of date with the rooms' public names; run `make export`.", file=sys.stderr)
         return 1
-    init.write_text(before + START + new + END + after, encoding="utf-8")
+    path.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -14,6 +14,8 @@ import textwrap
 from pathlib import Path
 
 import concept_tda
+from concept_tda._lazy import ROOM_OF
+from concept_tda._public import PUBLIC
 from fastcore.docments import MarkdownRenderer
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
@@ -26,6 +28,7 @@ SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.MULTILINE)
 def find(name: str, room: str | None):
     """The object behind a (dotted) name: in the page's own room, or anywhere in the library."""
     head, *rest = name.split(".")
+    room = room or ROOM_OF.get(head)
     module = importlib.import_module(f"concept_tda.{room}") if room else concept_tda
     thing = getattr(module, head)
     for part in rest: thing = inspect.getattr_static(thing, part)
@@ -117,7 +120,7 @@ class api_entries(Processor):
 def room_of(page: Path) -> str | None:
     """`influence.curvature` for nbs/50_influence/01_curvature.ipynb; None for a page that is no room."""
     parts = [re.sub(r"^\d+_", "", part) for part in page.with_suffix("").parts]
-    return next((room for room in (".".join(parts[-2:]), parts[-1]) if room in concept_tda._PUBLIC), None)
+    return next((room for room in (".".join(parts[-2:]), parts[-1]) if room in PUBLIC), None)
 
 
 def unlink_private(text: str) -> str:

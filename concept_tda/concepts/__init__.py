@@ -1,5 +1,5 @@
 """A behaviour: as a direction in the model, as a number on its answers"""
 
-from concept_tda._floors import floor
+from concept_tda._lazy import floor
 
 __getattr__, __dir__ = floor(__name__)

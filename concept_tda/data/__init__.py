@@ -1,5 +1,5 @@
 """From a file of chats to tokens that know which of them the assistant said"""
 
-from concept_tda._floors import floor
+from concept_tda._lazy import floor
 
 __getattr__, __dir__ = floor(__name__)

@@ -1,5 +1,5 @@
 """Is it true? Retraining without what was blamed"""
 
-from concept_tda._floors import floor
+from concept_tda._lazy import floor
 
 __getattr__, __dir__ = floor(__name__)

@@ -1,5 +1,5 @@
 """A language model: opening it, its sites, its losses, its activations, fine-tuning it"""
 
-from concept_tda._floors import floor
+from concept_tda._lazy import floor
 
 __getattr__, __dir__ = floor(__name__)

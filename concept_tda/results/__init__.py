@@ -1,5 +1,5 @@
 """What a method found: the one result type, and results side by side"""
 
-from concept_tda._floors import floor
+from concept_tda._lazy import floor
 
 __getattr__, __dir__ = floor(__name__)

@@ -1,5 +1,5 @@
 """Looking at a result: in a notebook, in one HTML file"""
 
-from concept_tda._floors import floor
+from concept_tda._lazy import floor
 
 __getattr__, __dir__ = floor(__name__)

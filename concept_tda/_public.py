@@ -1,0 +1,51 @@
+"""Public names by room. Written by tools/public_names.py."""
+
+PUBLIC = {
+    "foundation.errors": "ConceptTDAError StorageError MissingExtraError require",
+    "foundation.storage": "fingerprint code_version cache_folder write_error atomic_file check_free "
+        "BlockStore",
+    "data.conversations": "ConversationError Conversation Conversations load_conversations bundled",
+    "data.templates": "",
+    "data.tokens": "TokenizedConversation readable_tokens TokenizedConversations tokenize tokenize_prompts",
+    "data.batches": "Batch batches",
+    "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel load_model",
+    "model.sites": "Site resolve_sites",
+    "model.losses": "GradientError response_logits token_losses loss_weights",
+    "model.tracing": "POOLINGS TracingError pooling_weights pooled_activations token_activations generate",
+    "model.answers": "answer_records with_record cached_generate",
+    "model.finetuning": "PRECISIONS RECIPES FinetuneError finetune training_record Retrained finetune_many "
+        "training_checkpoints",
+    "results.attribution": "SIGN LEVELS VIEW_STYLE FORMAT_VERSION AttributionError rank_scores "
+        "score_percentiles spearman cut_rows detection_metrics Cost QueryCard visible_text safe_text "
+        "colour_limit legend_html conversation_html card_html histogram_svg Attribution prompt_text "
+        "example_html examples_html attribution_html load_attribution table_html Comparison comparison_html "
+        "compare",
+    "concepts.concept": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
+        "tensor_concept random_concepts LayerSweep sweep_layers",
+    "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge ContrastJudge LossJudge AnswerJudge "
+        "FunctionJudge expected_score LocalJudge integer_probabilities JudgeUsage OpenAIJudge",
+    "concepts.personas": "PersonaError Trait traits load_trait persona_responses persona_concept "
+        "SteeringError steer SteeringCheck steering_check",
+    "influence.gradients": "site_flows SiteGradients watch_layers hidden_states",
+    "influence.curvature": "CurvatureError Identity Factors EKFAC",
+    "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
+    "influence.queries": "Query ConceptQuery LossQuery QueryExpression query_expression",
+    "influence.engine": "Readout ActivationReadout ActivationGradientReadout LossReadout DirectionReadout "
+        "StackedReadout ForwardReadout difference_scale DifferenceReadout EngineError direction_readout "
+        "difference_adapters Pass shared_pass",
+    "influence.scorers": "ScorerError Scorer score_together VectorFilter ActivationGradient "
+        "ProjectionDifference dataset_projection_difference Influence ConceptInfluence InfluenceFunction "
+        "GradDot",
+    "influence.neighbours": "CosineReadout GradCos CheckpointScorer TracIn AdamMoments walsh_hadamard Sketch "
+        "LessReadout LESS exact_rows estimated_recall Cascade",
+    "influence.baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
+    "influence.atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
+    "influence.planning": "PlanError Plan plan Check Diagnosis doctor",
+    "evidence.experiments": "ExperimentError Experiment FilterAndRetrain ActivationJudge "
+        "LinearDatamodelingScore CounterfactualPrediction TailPatch baseline_scorers MethodComparison "
+        "ParetoCurve",
+    "views.widgets": "MARKS WidgetError front_end near_duplicates percentiles_for_length null_z search_terms "
+        "Review ExampleBrowser embedded_browser concept_reading ConceptView ConceptExplorer",
+    "views.reports": "write_report",
+    "cli": "",
+}
