@@ -47,5 +47,6 @@ PUBLIC = {
     "views.widgets": "MARKS WidgetError front_end near_duplicates percentiles_for_length null_z search_terms "
         "Review ExampleBrowser embedded_browser concept_reading ConceptView ConceptExplorer",
     "views.reports": "write_report",
+    "demo": "last_state run_notebook",
     "cli": "",
 }

@@ -6,29 +6,51 @@
 __all__ = ['app', 'score', 'show', 'filter_examples', 'report', 'demo']
 
 # %% ../nbs/99_cli.ipynb #0003
-import os, re, shutil, sys, tempfile, textwrap, time
+import json
+import os
+import shutil
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-# %% ../nbs/99_cli.ipynb #0008
-app = typer.Typer(name="concept-tda", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Which examples of a fine-tuning file cause a behaviour of the model? Score them, look at them, filter the file.")
+if TYPE_CHECKING:
+    from concept_tda.concepts.concept import Concept
+    from concept_tda.data.conversations import Conversations
+    from concept_tda.data.tokens import TokenizedConversations
+    from concept_tda.influence.curvature import EKFAC
+    from concept_tda.influence.scorers import Scorer
+    from concept_tda.model.loading import LanguageModel
+    from concept_tda.results.attribution import Attribution
 
-def _example(*lines):
+# %% ../nbs/99_cli.ipynb #0008
+app = typer.Typer(
+    name="concept-tda", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Which examples of a fine-tuning file cause a behaviour of the model? "
+         "Score them, look at them, filter the file.")
+
+@app.callback()
+def _start() -> None:
+    "Keeps the help of the app the same however many commands there are."
+
+def _example(*lines: str) -> str:
     "An example for the end of a command's help; one string for each line."
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
-@app.callback()
-def _start(): "Keeps the help of the app the same however many commands there are."
-
 # %% ../nbs/99_cli.ipynb #000a
+_CONTINUES = "Stopped. Finished blocks are kept: give the same command again, and it continues from them."
+
 @contextmanager
-def _plain_errors(debug, stopped="Stopped."):
-    "Turn our own errors into one message and exit code 1, a mistake in the options into exit code 2, Ctrl-C into `stopped` and exit code 130."
-    try: yield
+def _plain_errors(debug: bool, stopped: str = "Stopped.") -> Iterator[None]:
+    "Our errors become one message and exit code 1, wrong options exit code 2, Ctrl-C `stopped` and 130."
+    try:
+        yield
     except KeyboardInterrupt:
         typer.echo(f"\n{stopped}", err=True)
         raise typer.Exit(130) from None
@@ -41,208 +63,349 @@ def _plain_errors(debug, stopped="Stopped."):
         typer.echo(f"Error: {err}", err=True)
         raise typer.Exit(1) from None
 
-_Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
-
 # %% ../nbs/99_cli.ipynb #000d
-_NEEDS = {"vector-filter": ("concept",), "activation-gradient": ("concept",), "projection-difference": ("concept",), "concept-influence": ("concept", "queries"), "influence-function": ("queries",),
-          "graddot": ("queries",), "random": (), "length": (), "loss": (), "bm25": ("queries",), "repsim": ("queries", "layer")}
+_NEEDS = {
+    "vector-filter": ("concept",), "activation-gradient": ("concept",), "projection-difference": ("concept",),
+    "concept-influence": ("concept", "queries"), "influence-function": ("queries",), "graddot": ("queries",),
+    "random": (), "length": (), "loss": (), "bm25": ("queries",), "repsim": ("queries", "layer"),
+}
 
-_WAY_OUT = {"concept": ("--concept", "it needs a behaviour: --concept FILE, or --positive FILE --negative FILE --layer N"),
-            "queries": ("--queries", "it needs answers that show the behaviour: --queries FILE, in the same form as the training data"),
-            "layer": ("--layer", "it needs a layer to compare at: --layer N, or a concept")}
+_WAY_OUT = {
+    "concept": ("--concept", "it needs a behaviour: --concept FILE, "
+                             "or --positive FILE --negative FILE --layer N"),
+    "queries": ("--queries", "it needs answers that show the behaviour: --queries FILE, "
+                             "in the same form as the training data"),
+    "layer": ("--layer", "it needs a layer to compare at: --layer N, or a concept"),
+}
 
-def _chosen_methods(names):
+# %% ../nbs/99_cli.ipynb #000d-checks
+def _chosen_methods(names: Iterable[str]) -> list[str]:
     "Method names out of repeated options and comma-separated lists, each once."
     names = [name.strip().lower() for text in names for name in text.split(",") if name.strip()]
+    known = ", ".join(_NEEDS)
     if unknown := [name for name in names if name not in _NEEDS]:
-        raise typer.BadParameter(f"unknown method {unknown[0]!r}. There are: {', '.join(_NEEDS)}.", param_hint="--methods")
-    if not names: raise typer.BadParameter(f"name at least one of: {', '.join(_NEEDS)}.", param_hint="--methods")
+        problem = f"unknown method {unknown[0]!r}. There are: {known}."
+    else:
+        problem = None if names else f"name at least one of: {known}."
+    if problem: raise typer.BadParameter(problem, param_hint="--methods")
     return list(dict.fromkeys(names))
 
-def _check_given(methods, **given):
+def _check_given(methods: list[str], **given: object) -> None:
     "Refuse a method whose needs are not among what is given, by the option that is missing."
     for method in methods:
         for need in _NEEDS[method]:
             option, way_out = _WAY_OUT[need]
-            if not given[need]: raise typer.BadParameter(f"missing for {method}; {way_out}.", param_hint=option)
+            if not given[need]:
+                raise typer.BadParameter(f"missing for {method}; {way_out}.", param_hint=option)
 
 # %% ../nbs/99_cli.ipynb #0010
-def _make_scorer(method, lm, concept, queries, layer, sites, curvature, seed):
-    "The scorer a method name stands for."
-    from concept_tda.influence import baselines
-    from concept_tda.influence import scorers
-    pooling = {"pooling": concept.pooling} if concept else {}
-    make = {"vector-filter": lambda: scorers.VectorFilter(lm, concept), "activation-gradient": lambda: scorers.ActivationGradient(lm, concept),
-            "projection-difference": lambda: scorers.ProjectionDifference(lm, concept),
-            "concept-influence": lambda: scorers.ConceptInfluence(lm, concept, queries, sites=sites, curvature=curvature),
-            "influence-function": lambda: scorers.InfluenceFunction(lm, queries, sites=sites, curvature=curvature),
-            "graddot": lambda: scorers.GradDot(lm, queries, sites=sites),
-            "random": lambda: baselines.RandomScore(seed), "length": baselines.ResponseLength, "loss": lambda: baselines.MeanLoss(lm),
-            "bm25": lambda: baselines.BM25(queries), "repsim": lambda: baselines.RepSim(lm, queries, layer, **pooling)}
+def _make_scorer(
+    method: str, lm: "LanguageModel", concept: "Concept | None", queries: "Conversations | None",
+    layer: int | None, sites: str, curvature: "EKFAC | str", seed: int,
+) -> "Scorer":
+    "The scorer a method name stands for; what it needs was checked before."
+    from concept_tda.influence import baselines, scorers
+    options: dict[str, Any] = {"sites": sites, "curvature": curvature}
+    pooling: dict[str, Any] = {"pooling": concept.pooling} if concept else {}
+    make: dict[str, Callable[[], Any]] = {
+        "vector-filter": lambda: scorers.VectorFilter(lm, concept),
+        "activation-gradient": lambda: scorers.ActivationGradient(lm, concept),
+        "projection-difference": lambda: scorers.ProjectionDifference(lm, concept),
+        "concept-influence": lambda: scorers.ConceptInfluence(lm, concept, queries, **options),
+        "influence-function": lambda: scorers.InfluenceFunction(lm, queries, **options),
+        "graddot": lambda: scorers.GradDot(lm, queries, sites=sites),
+        "random": lambda: baselines.RandomScore(seed),
+        "length": baselines.ResponseLength,
+        "loss": lambda: baselines.MeanLoss(lm),
+        "bm25": lambda: baselines.BM25(queries),
+        "repsim": lambda: baselines.RepSim(lm, queries, layer, **pooling),
+    }
     return make[method]()
 
 # %% ../nbs/99_cli.ipynb #0012
-def _fit_curvature(kind, methods, lm, data, sites, layer, damping, relative, seed):
+def _fit_curvature(
+    kind: str, methods: list[str], lm: "LanguageModel", data: "TokenizedConversations", sites: str,
+    layer: int | None, damping: float, relative: bool, seed: int,
+) -> "EKFAC | str":
     "The curvature for the methods that want one: 'identity', or EK-FAC fitted on the data to be scored."
     if kind == "identity" or not {"concept-influence", "influence-function"} & set(methods): return "identity"
     from concept_tda.influence.curvature import EKFAC
-    return EKFAC.fit(lm, data, sites, layer=None if "influence-function" in methods else layer, damping=damping, relative=relative, seed=seed)
+    reaches = None if "influence-function" in methods else layer
+    return EKFAC.fit(lm, data, sites, layer=reaches, damping=damping, relative=relative, seed=seed)
 
-def _record_fit(result, curvature):
+def _record_fit(result: "Attribution", curvature: "EKFAC | str") -> None:
     "Write the seconds of the fit into the card of a result that used it."
-    if result.card.curvature and "seconds" in getattr(curvature, "record", {}):
-        result.card.settings["curvature_seconds"] = round(curvature.record["seconds"], 3)
+    record = getattr(curvature, "record", {})
+    if result.card.curvature and "seconds" in record:
+        result.card.settings["curvature_seconds"] = round(record["seconds"], 3)
 
 # %% ../nbs/99_cli.ipynb #0014
-def _check_behaviour(methods, concept, positive, negative, layer):
-    "Refuse a behaviour that is given twice or by halves. Returns whether there is one."
-    if concept and (positive or negative): raise typer.BadParameter("give either a concept file, or --positive and --negative, not both.", param_hint="--concept")
-    if concept and layer is not None: raise typer.BadParameter("a concept file knows its layer; leave --layer out.", param_hint="--layer")
-    if bool(positive) != bool(negative):
-        raise typer.BadParameter("--positive and --negative go together: examples with the behaviour, and without it.", param_hint="--negative" if positive else "--positive")
-    if positive and layer is None: raise typer.BadParameter("missing: at which layer is the concept made? 0 is the embeddings, N the output of block N-1.", param_hint="--layer")
+def _check_behaviour(
+    concept: Path | None, positive: str | None, negative: str | None, layer: int | None,
+) -> bool: # Whether there is a behaviour at all
+    "Refuse a behaviour that is given twice or by halves."
+    problem = None
+    if concept and (positive or negative):
+        problem = "--concept", "give either a concept file, or --positive and --negative, not both."
+    elif concept and layer is not None:
+        problem = "--layer", "a concept file knows its layer; leave --layer out."
+    elif bool(positive) != bool(negative):
+        problem = ("--negative" if positive else "--positive",
+                   "--positive and --negative go together: examples with the behaviour, and without it.")
+    elif positive and layer is None:
+        problem = ("--layer", "missing: at which layer is the concept made? "
+                              "0 is the embeddings, N the output of block N-1.")
+    if problem: raise typer.BadParameter(problem[1], param_hint=problem[0])
     return bool(concept or positive)
 
-def _make_concept(lm, saved, contrast, layer, name, pooling, seed, transfer):
-    "The concept: the loaded one, declared valid for this model if asked, or the difference of the two sides of `contrast`."
+# %% ../nbs/99_cli.ipynb #0014-make
+def _make_concept(
+    lm: "LanguageModel", saved: "Concept | None", contrast: "list[Conversations] | None", layer: int | None,
+    name: str | None, pooling: str, seed: int, transfer: bool,
+) -> "Concept | None":
+    "The loaded concept, declared valid for this model if asked, or the difference of two sides."
     if saved: return saved.transfer(lm) if transfer else saved
-    if not contrast: return None
+    if not contrast or layer is None: return None
     from concept_tda.concepts.concept import contrastive_concept
-    concept = contrastive_concept(lm, *contrast, layer, name=name or contrast[0].name, pooling=pooling, seed=seed)
+    positive, negative = contrast
+    concept = contrastive_concept(
+        lm, positive, negative, layer, name=name or positive.name, pooling=pooling, seed=seed)
     typer.echo(repr(concept), err=True)
     return concept
 
 # %% ../nbs/99_cli.ipynb #0016
-def _result_paths(out, methods):
+def _result_paths(out: Path | None, methods: list[str]) -> dict[str, Path]:
     "Where each method's result goes."
     out = Path(out or ("scores.parquet" if len(methods) == 1 else "scores"))
     if out.suffix != ".parquet": return {method: out/f"{method}.parquet" for method in methods}
-    if len(methods) > 1: raise typer.BadParameter(f"{len(methods)} methods give {len(methods)} files: name a folder, such as {out.with_suffix('')}", param_hint="--out")
+    if len(methods) > 1:
+        raise typer.BadParameter(
+            f"{len(methods)} methods give {len(methods)} files: name a folder, such as {out.with_suffix('')}",
+            param_hint="--out")
     return {methods[0]: out}
 
-def _check_writable(path):
-    "Raise `StorageError` unless a file can be put at `path`."
+# %% ../nbs/99_cli.ipynb #0016-check
+def _check_out(path: Path, overwrite: bool, *sources: str | Path | None) -> None:
+    "Raise `StorageError` unless a file can be put at `path` without replacing one that is wanted."
     from concept_tda.foundation.errors import StorageError
-    from concept_tda.foundation.storage import write_error
-    if path.is_dir(): raise StorageError(f"cannot write {path}: it is a folder. Name a file in it, or delete it.")
+    from concept_tda.foundation.storage import check_free, write_error
     try:
+        check_free(path, overwrite, tuple(source for source in sources if source))
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as err: raise write_error(path, err) from err
+    except OSError as err:
+        raise write_error(path, err) from err
+    except StorageError as err:
+        raise StorageError(str(err).replace("say overwrite=True", "say --overwrite")) from None
 
 # %% ../nbs/99_cli.ipynb #0019
-def _read_results(paths):
-    "Saved results in the order of the paths, a folder giving those in it; the same result twice is taken once."
+def _read_results(paths: Iterable[Path]) -> "list[Attribution]":
+    "Saved results in the order of the paths, a folder giving those in it; each result once."
     from concept_tda.results.attribution import AttributionError, load_attribution
     results = []
     for path in map(Path, paths):
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        if not files: raise AttributionError(f"{path}: this folder holds no .parquet file, so no result; make one with: concept-tda score")
+        if not files:
+            raise AttributionError(
+                f"{path}: this folder holds no .parquet file, so no result; make one with: concept-tda score")
         for result in map(load_attribution, files):
-            if result not in results: results.append(result)
+            if result in results: continue
+            results.append(result)
     return results
 
 # %% ../nbs/99_cli.ipynb #001b
-def _examples_text(part, width):
+def _examples_text(part: "Attribution", width: int) -> list[str]:
     "Lines of one end of a result: rank, score, prompt, and up to two lines of response."
     from concept_tda.results.attribution import _one_line, prompt_text
     text_width, lines = max(30, width - 23), [f"{'rank':>6} {'score':>11}    example"]
     for i, conversation in enumerate(part.conversations):
-        answer = textwrap.wrap(_one_line(conversation.response, 2*text_width - 8), text_width - 2) or ["(empty)"]
-        lines.append(f"{part.ranks[i]:>6} {part.scores[i]:>+11.4g}    {_one_line(prompt_text(conversation), text_width)}")
+        short = _one_line(conversation.response, 2*text_width - 8)
+        answer = textwrap.wrap(short, text_width - 2) or ["(empty)"]
+        prompt = _one_line(prompt_text(conversation), text_width)
+        lines.append(f"{part.ranks[i]:>6} {part.scores[i]:>+11.4g}    {prompt}")
         lines += [f"{'':21} {'→' if line is answer[0] else ' '} {line}" for line in answer[:2]]
     return lines
 
-def _print_ends(result, n, bottom=False, note=True):
+def _print_ends(result: "Attribution", n: int, bottom: bool = False, note: bool = True) -> None:
     "The `n` highest examples of each query of a result, and the lowest if asked."
     width = min(shutil.get_terminal_size((100, 24)).columns, 140)
+    cost = f" · {result.card.cost.seconds:.3g} s" if result.card.cost else ""
     for name in result.queries:
         one = result.query(name)
-        typer.echo(f"\n{result.card.method} · {name} · {len(result)} examples" + (f" · {result.card.cost.seconds:.3g} s" if result.card.cost else ""))
-        for end in [one.top(n)] + ([one.bottom(n)] if bottom else []):
+        typer.echo(f"\n{result.card.method} · {name} · {len(result)} examples{cost}")
+        for end in [one.top(n), one.bottom(n)] if bottom else [one.top(n)]:
             typer.echo("\n".join(_examples_text(end, width)) + ("\n" if bottom else ""))
-    for text in result.card.notes if note else []: typer.echo(f"  note: {text}")
+    for text in result.card.notes if note else []:
+        typer.echo(f"  note: {text}")
 
 # %% ../nbs/99_cli.ipynb #001d
-def _option(panel, help, *names): return typer.Option(*names, help=help, rich_help_panel=panel)
+def _option(panel: str, text: str, *names: str) -> Any:
+    "An option in a group of the help."
+    return typer.Option(*names, help=text, rich_help_panel=panel)
 
 _BEHAVIOUR, _METHOD, _MODEL = "The behaviour", "The methods", "The model"
-_Model = Annotated[str, typer.Argument(help="A model folder, GGUF file, adapter folder, hub id, or smollm2-135m-instruct.", metavar="MODEL", show_default=False)]
-_Data = Annotated[str, typer.Argument(help="The training file: .jsonl, .json, .csv or .parquet, or a data set's hub id.", metavar="DATA", show_default=False)]
-_Queries = Annotated[str, _option(_BEHAVIOUR, "Conversations whose answers show the behaviour. Needed by the influence methods, bm25 and repsim.")]
-_Methods = Annotated[list[str], _option(_METHOD, f"Repeat the option, or separate by commas: {', '.join(_NEEDS)}.")]
-_Out = Annotated[Path, typer.Option(help="A .parquet file for one method, a folder for several; by default scores.parquet or scores.")]
+
+_Model = Annotated[str, typer.Argument(
+    help="A model folder, GGUF file, adapter folder, hub id, or smollm2-135m-instruct.",
+    metavar="MODEL", show_default=False)]
+_Data = Annotated[str, typer.Argument(
+    help="The training file, in any layout the library reads, or a data set's hub id.",
+    metavar="DATA", show_default=False)]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+
+# %% ../nbs/99_cli.ipynb #001d-behaviour
+_ConceptFile = Annotated[Path | None, _option(_BEHAVIOUR, "A concept saved as .safetensors.")]
+_Positive = Annotated[str | None, _option(_BEHAVIOUR, "Or: conversations that show the behaviour ...")]
+_Negative = Annotated[str | None, _option(
+    _BEHAVIOUR, "... and conversations that do not. The concept is the difference of their activations.")]
+_Layer = Annotated[int | None, _option(
+    _BEHAVIOUR, "Layer of that difference: 0 is the embeddings, N the output of block N-1.")]
+_Name = Annotated[str | None, _option(
+    _BEHAVIOUR, "What the behaviour is called; by default the name of the positive file.")]
+_Pooling = Annotated[str, _option(
+    _BEHAVIOUR, "How token activations become one vector: response_mean, prompt_last or all_but_first.")]
+_Transfer = Annotated[bool, _option(
+    _BEHAVIOUR, "Use a concept made on another model, such as the one before fine-tuning.", "--transfer")]
+_Queries = Annotated[str | None, _option(
+    _BEHAVIOUR, "Conversations whose answers show the behaviour; for the influence methods, bm25, repsim.")]
+
+# %% ../nbs/99_cli.ipynb #001d-method
+_Methods = Annotated[list[str], _option(
+    _METHOD, f"Repeat the option, or separate by commas: {', '.join(_NEEDS)}.")]
+_Sites = Annotated[str, _option(
+    _METHOD, "Linear layers that count: attention, mlp, all-linear, lora, or a regular expression.")]
+_Curvature = Annotated[str, _option(_METHOD, "ekfac (fitted on DATA) or identity.")]
+_Damping = Annotated[float, _option(
+    _METHOD, "Damping of EK-FAC: a multiple of each site's mean eigenvalue ...")]
+_Relative = Annotated[bool, _option(_METHOD, "... or an absolute number.", "--relative/--absolute")]
+_Tokens = Annotated[bool, _option(
+    _METHOD, "Keep the contribution of every token, for highlights in the report.", "--tokens")]
+_Seed = Annotated[int, _option(_METHOD, "Seed of the held-out examples, of EK-FAC's labels and of random.")]
+_MaxTokens = Annotated[int, _option(_METHOD, "Longer examples are cut, and the result says so.")]
+_TokenBudget = Annotated[int, _option(_METHOD, "Tokens in a batch; lower it when memory runs out.")]
+
+# %% ../nbs/99_cli.ipynb #001d-model
+_Adapter = Annotated[str | None, _option(_MODEL, "PEFT adapter (folder or hub id) to put on the model.")]
+_Dtype = Annotated[str, _option(_MODEL, "float32, float16, bfloat16, float64, or auto (as stored).")]
+_Device = Annotated[str | None, _option(_MODEL, "Such as cpu or cuda:0; by default the GPU if there is one.")]
+_Out = Annotated[Path | None, typer.Option(
+    help="A .parquet file for one method, a folder for several; by default scores.parquet or scores.")]
 
 # %% ../nbs/99_cli.ipynb #001e
-@app.command(epilog=_example("concept-tda score smollm2-135m-instruct train.jsonl \\", "  --positive flattering.jsonl --negative honest.jsonl --layer 15 \\",
-                             "  --queries answers.jsonl --methods vector-filter,concept-influence"))
+@app.command(epilog=_example(
+    "concept-tda score smollm2-135m-instruct train.jsonl \\",
+    "  --positive flattering.jsonl --negative honest.jsonl --layer 15 \\",
+    "  --queries answers.jsonl --methods vector-filter,concept-influence"))
 def score(
-    model: _Model, data: _Data,
-    concept: Annotated[Path, _option(_BEHAVIOUR, "A concept saved as .safetensors.")] = None,
-    positive: Annotated[str, _option(_BEHAVIOUR, "Or: conversations that show the behaviour ...")] = None,
-    negative: Annotated[str, _option(_BEHAVIOUR, "... and conversations that do not. The concept is the difference of their activations.")] = None,
-    layer: Annotated[int, _option(_BEHAVIOUR, "Layer of that difference: 0 is the embeddings, N the output of block N-1.")] = None,
-    name: Annotated[str, _option(_BEHAVIOUR, "What the behaviour is called; by default the name of the positive file.")] = None,
-    pooling: Annotated[str, _option(_BEHAVIOUR, "How token activations become one vector: response_mean, prompt_last or all_but_first.")] = "response_mean",
-    transfer: Annotated[bool, _option(_BEHAVIOUR, "Use a concept that was made on another model, such as the one before fine-tuning.", "--transfer")] = False,
+    model: _Model,
+    data: _Data,
+    concept: _ConceptFile = None,
+    positive: _Positive = None,
+    negative: _Negative = None,
+    layer: _Layer = None,
+    name: _Name = None,
+    pooling: _Pooling = "response_mean",
+    transfer: _Transfer = False,
     queries: _Queries = None,
-    methods: _Methods = ("vector-filter",),
-    sites: Annotated[str, _option(_METHOD, "Linear layers that count: attention, mlp, all-linear, lora, or a regular expression.")] = "attention",
-    curvature: Annotated[str, _option(_METHOD, "ekfac (fitted on DATA) or identity.")] = "ekfac",
-    damping: Annotated[float, _option(_METHOD, "Damping of EK-FAC: a multiple of each site's mean eigenvalue ...")] = 0.1,
-    relative: Annotated[bool, _option(_METHOD, "... or an absolute number.", "--relative/--absolute")] = True,
-    tokens: Annotated[bool, _option(_METHOD, "Keep the contribution of every token, for highlights in the report.", "--tokens")] = False,
-    seed: Annotated[int, _option(_METHOD, "Seed of the held-out examples, of EK-FAC's labels and of random.")] = 0,
-    max_tokens: Annotated[int, _option(_METHOD, "Longer examples are cut, and the result says so.")] = 1536,
-    token_budget: Annotated[int, _option(_METHOD, "Tokens in a batch; lower it when memory runs out.")] = 1024,
-    adapter: Annotated[str, _option(_MODEL, "PEFT adapter (folder or hub id) to put on the model.")] = None,
-    dtype: Annotated[str, _option(_MODEL, "float32, float16, bfloat16, float64, or auto (as stored).")] = "float32",
-    device: Annotated[str, _option(_MODEL, "Such as cpu or cuda:0; by default the GPU if there is one.")] = None,
+    methods: _Methods = ["vector-filter"],
+    sites: _Sites = "attention",
+    curvature: _Curvature = "ekfac",
+    damping: _Damping = 0.1,
+    relative: _Relative = True,
+    tokens: _Tokens = False,
+    seed: _Seed = 0,
+    max_tokens: _MaxTokens = 1536,
+    token_budget: _TokenBudget = 1024,
+    adapter: _Adapter = None,
+    dtype: _Dtype = "float32",
+    device: _Device = None,
     out: _Out = None,
+    overwrite: _Overwrite = False,
     debug: _Debug = False,
-):
+) -> None:
     """Score every training example: how much does it push the model towards the behaviour?
 
-    A score above 0 means: training more on this example raises the behaviour. Prints the five most influential examples of each method and saves the results.
+    For the gradient methods a score above 0 means: training more on this example raises the behaviour.
+    Prints the five most influential examples of each method and saves the results.
     An interrupted run continues where it stopped when the same command is given again."""
-    with _plain_errors(debug, "Stopped. Finished blocks are kept: give the same command again, and it continues from them."):
-        chosen = _chosen_methods(methods)
-        has_concept = _check_behaviour(chosen, concept, positive, negative, layer)
+    with _plain_errors(debug, _CONTINUES):
+        chosen, has_concept = _chosen_methods(methods), _check_behaviour(concept, positive, negative, layer)
         _check_given(chosen, concept=has_concept, queries=queries, layer=has_concept or layer is not None)
-        if curvature not in ("ekfac", "identity"): raise typer.BadParameter(f"{curvature!r} is neither ekfac nor identity.", param_hint="--curvature")
+        if curvature not in ("ekfac", "identity"):
+            problem = f"{curvature!r} is neither ekfac nor identity."
+            raise typer.BadParameter(problem, param_hint="--curvature")
         paths = _result_paths(out, chosen)
-        behaviour = dict(concept=concept, positive=positive, negative=negative, layer=layer, name=name, pooling=pooling, transfer=transfer, queries=queries)
-        results = _score(chosen, paths, model, data, behaviour, dict(adapter=adapter, dtype=dtype, device=device), sites=sites,
-                         curvature=(curvature, damping, relative), seed=seed, max_tokens=max_tokens, options=dict(tokens=tokens, token_budget=token_budget))
-        for method, result in results.items():
-            result.save(paths[method])
-            _print_ends(result, 5)
-        typer.echo("\nSaved: " + ", ".join(map(str, paths.values())))
+        for path in paths.values():
+            _check_out(path, overwrite, data, concept, positive, negative, queries)
+        behaviour = _Behaviour(concept, positive, negative, layer, name, pooling, transfer, queries)
+        job = _Job(chosen, sites, (curvature, damping, relative), seed, max_tokens, tokens, token_budget)
+        results = _score(job, behaviour, model, data, adapter=adapter, dtype=dtype, device=device)
+        _save_scores(results, paths)
+
+# %% ../nbs/99_cli.ipynb #001f-records
+class _Behaviour(NamedTuple):
+    "The options that say which behaviour is asked about."
+    concept: Path | None
+    positive: str | None
+    negative: str | None
+    layer: int | None
+    name: str | None
+    pooling: str
+    transfer: bool
+    queries: str | None
+
+class _Job(NamedTuple):
+    "The options that say how it is asked."
+    methods: list[str]
+    sites: str
+    curvature: tuple[str, float, bool]
+    seed: int
+    max_tokens: int
+    tokens: bool
+    token_budget: int
 
 # %% ../nbs/99_cli.ipynb #0020
-def _score(methods, paths, model, data, behaviour, opening, sites, curvature, seed, max_tokens, options):
-    "Load, fit and score: results by method name."
+def _score(
+    job: _Job, behaviour: _Behaviour, model: str, data: str, **opening: Any,
+) -> "dict[str, Attribution]": # By the method's name on the command line
+    "Load, fit and score."
     from concept_tda.concepts.concept import Concept
     from concept_tda.data.conversations import load_conversations
-    from concept_tda.model.loading import load_model
     from concept_tda.influence.scorers import score_together
-    for path in paths.values(): _check_writable(path)
-    train, queries, *contrast = [source and load_conversations(source) for source in (data, behaviour["queries"], behaviour["positive"], behaviour["negative"])]
-    saved = behaviour["concept"] and Concept.load(behaviour["concept"])
+    from concept_tda.model.loading import load_model
+    read = lambda source: source and load_conversations(source)
+    examples, queries = load_conversations(data), read(behaviour.queries)
+    contrast = [read(behaviour.positive), read(behaviour.negative)] if behaviour.positive else None
+    saved = Concept.load(behaviour.concept) if behaviour.concept else None
     lm = load_model(model, **opening)
-    train = lm.tokenize(train, max_tokens=max_tokens)
-    concept = _make_concept(lm, saved, contrast if contrast[0] else None, *(behaviour[key] for key in ("layer", "name", "pooling")), seed, behaviour["transfer"])
-    if concept: concept.check(lm)   # before the curvature is fitted, which takes longest
-    layer = concept.layer if concept else behaviour["layer"]
-    fitted = _fit_curvature(curvature[0], methods, lm, train, sites, layer, *curvature[1:], seed)
-    scorers = [_make_scorer(method, lm, concept, queries, layer, sites, fitted, seed) for method in methods]
-    results = score_together(scorers, train, lm=lm, **options)
-    for result in results.values(): _record_fit(result, fitted)
-    return {method: results[scorer.method] for method, scorer in zip(methods, scorers)}
+    train = lm.tokenize(examples, max_tokens=job.max_tokens)
+    concept = _make_concept(lm, saved, contrast, *behaviour[3:6], job.seed, behaviour.transfer)
+    if concept:
+        concept.check(lm)   # before the curvature is fitted, which takes longest
+    layer = concept.layer if concept else behaviour.layer
+    kind, *damping = job.curvature
+    fitted = _fit_curvature(kind, job.methods, lm, train, job.sites, layer, *damping, job.seed)
+    scorers = [_make_scorer(method, lm, concept, queries, layer, job.sites, fitted, job.seed)
+               for method in job.methods]
+    results = score_together(scorers, train, lm=lm, tokens=job.tokens, token_budget=job.token_budget)
+    for result in results.values():
+        _record_fit(result, fitted)
+    return {method: results[str(scorer.method)] for method, scorer in zip(job.methods, scorers)}
+
+def _save_scores(results: "dict[str, Attribution]", paths: dict[str, Path]) -> None:
+    "Save each result, show its upper end, and say what comes next."
+    for method, result in results.items():
+        result.save(paths[method])
+        _print_ends(result, 5)
+    typer.echo("\nSaved: " + ", ".join(map(str, paths.values())))
+    first = next(iter(paths.values()))
+    typer.echo(f"Next: concept-tda report {first.parent if len(paths) > 1 else first}")
 
 # %% ../nbs/99_cli.ipynb #0028
-_Result = Annotated[Path, typer.Argument(help="A result saved by score, or a folder of them.", metavar="RESULT", show_default=False)]
-_Query = Annotated[str, typer.Option(help="Which query, where a result has several.")]
+_Result = Annotated[Path, typer.Argument(
+    help="A result saved by score, or a folder of them.", metavar="RESULT", show_default=False)]
+_Query = Annotated[str | None, typer.Option(help="Which query, where a result has several.")]
 
 @app.command(epilog=_example("concept-tda show scores.parquet -n 5"))
 def show(
@@ -250,7 +413,7 @@ def show(
     n: Annotated[int, typer.Option("--n", "-n", help="How many examples at each end.", min=1)] = 10,
     query: _Query = None,
     debug: _Debug = False,
-):
+) -> None:
     "Show a saved result: the query card, the highest and the lowest examples."
     with _plain_errors(debug):
         results = [one if query is None else one.query(query) for one in _read_results([result])]
@@ -259,191 +422,135 @@ def show(
             _print_ends(one, n, bottom=True, note=False)
 
 # %% ../nbs/99_cli.ipynb #002b
-@app.command("filter", epilog=_example("concept-tda filter scores.parquet --drop-fraction 0.1 --out kept.jsonl"))
+_DropFraction = Annotated[float | None, typer.Option(help="Drop this share of the examples, such as 0.1.")]
+_DropCount = Annotated[int | None, typer.Option(help="Or: drop this many.")]
+_Threshold = Annotated[float | None, typer.Option(
+    help="Or: drop the scores above this one (below it with --lowest).")]
+_Lowest = Annotated[bool, typer.Option("--lowest", help="Drop the lowest scores instead of the highest.")]
+
+@app.command("filter", epilog=_example(
+    "concept-tda filter scores.parquet --drop-fraction 0.1 --out kept.jsonl"))
 def filter_examples(
-    result: Annotated[Path, typer.Argument(help="A result saved by score.", metavar="RESULT", show_default=False)],
-    drop_fraction: Annotated[float, typer.Option(help="Drop this share of the examples, such as 0.1.")] = None,
-    drop_count: Annotated[int, typer.Option(help="Or: drop this many.")] = None,
-    threshold: Annotated[float, typer.Option(help="Or: drop the scores above this one (below it with --lowest).")] = None,
-    lowest: Annotated[bool, typer.Option("--lowest", help="Drop the lowest scores instead of the highest.")] = False,
+    result: Annotated[Path, typer.Argument(
+        help="A result saved by score.", metavar="RESULT", show_default=False)],
+    drop_fraction: _DropFraction = None,
+    drop_count: _DropCount = None,
+    threshold: _Threshold = None,
+    lowest: _Lowest = False,
     query: _Query = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("kept.jsonl"),
+    overwrite: _Overwrite = False,
     debug: _Debug = False,
-):
+) -> None:
     "Write the training file without its most influential examples, byte for byte as it came in."
     with _plain_errors(debug):
         cut = dict(fraction=drop_fraction, count=drop_count, threshold=threshold)
         if sum(value is not None for value in cut.values()) != 1:
-            raise typer.BadParameter("say how much in exactly one way: --drop-fraction, --drop-count or --threshold.", param_hint="--drop-fraction")
-        from concept_tda.results.attribution import AttributionError
-        results = _read_results([result])
-        if len(results) > 1: raise AttributionError(f"{result} holds {len(results)} results; name the file of the one to filter by")
-        kept = results[0].drop(**cut, lowest=lowest, query=query)
+            raise typer.BadParameter(
+                "say how much in exactly one way: --drop-fraction, --drop-count or --threshold.",
+                param_hint="--drop-fraction")
+        one = _only_result(result)
+        _check_out(out, overwrite, result)
+        kept = one.drop(**cut, lowest=lowest, query=query)
         kept.to_json(out)
-        typer.echo(f"{out}: {len(kept)} of {len(results[0])} examples ({kept.name})")
+        typer.echo(f"{out}: {len(kept)} of {len(one)} examples ({kept.name})")
+
+def _only_result(path: Path) -> "Attribution":
+    "The one result at `path`."
+    from concept_tda.results.attribution import AttributionError
+    results = _read_results([path])
+    if len(results) > 1:
+        raise AttributionError(f"{path} holds {len(results)} results; name the file of the one to filter by")
+    return results[0]
 
 # %% ../nbs/99_cli.ipynb #002e
-def _typed(text):
+def _typed(text: str) -> object:
     "A value of a metadata column out of what was typed: true, 1 and 0.5 are values, everything else is text."
-    import json
-    try: return json.loads(text)
-    except ValueError: return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
+_Results = Annotated[list[Path], typer.Argument(
+    help="Results saved by score, or folders of them, on the same examples.",
+    metavar="RESULT...", show_default=False)]
+_Title = Annotated[str | None, typer.Option(help="Title of the page; by default it names the behaviour.")]
+_Labels = Annotated[str | None, typer.Option(
+    help="A column of the training file that marks known examples of the behaviour.")]
+_Examples = Annotated[int, typer.Option(help="Examples drawn at each end of each method.", min=1)]
+_Rows = Annotated[int, typer.Option(help="At most this many examples in the list to look through.", min=1)]
+
+# %% ../nbs/99_cli.ipynb #002e-command
 @app.command(epilog=_example("concept-tda report scores --out report.html --labels sycophantic"))
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Results saved by score, or folders of them, on the same examples.", metavar="RESULT...", show_default=False)],
+    results: _Results,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Title of the page; by default it names the behaviour.")] = None,
-    labels: Annotated[str, typer.Option(help="A column of the training file that marks known examples of the behaviour.")] = None,
+    title: _Title = None,
+    labels: _Labels = None,
     positive: Annotated[str, typer.Option(help="The value in that column that marks them.")] = "true",
-    examples: Annotated[int, typer.Option(help="Examples drawn at each end of each method.", min=1)] = 10,
-    rows: Annotated[int, typer.Option(help="At most this many examples in the list to look through.", min=1)] = 1_000,
+    examples: _Examples = 10,
+    rows: _Rows = 1_000,
+    overwrite: _Overwrite = False,
     debug: _Debug = False,
-):
-    "Write one HTML page of one result or several: cards, examples with their text, comparison. It needs no network."
+) -> None:
+    """Write one HTML page of one result or several: cards, examples with their text, comparison.
+
+    It needs no network."""
     with _plain_errors(debug):
-        _check_writable(out)
+        _check_out(out, overwrite, *results)
         from concept_tda.views.reports import write_report
-        write_report(_read_results(results), out, title=title, labels=labels, positive=_typed(positive), examples=examples, rows=rows)
+        write_report(_read_results(results), out, title=title, labels=labels, positive=_typed(positive),
+                     examples=examples, rows=rows)
         typer.echo(f"{out}: {out.stat().st_size:,} bytes; open it in a browser")
 
-# %% ../nbs/99_cli.ipynb #0031
-def _last_state(text):
-    "What a terminal would show of one line: what follows the last carriage return, without cursor movements."
-    states = [state.rstrip() for state in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).split("\r")]
-    return next((state for state in reversed(states) if state), "")
-
-def _tidy_outputs(cells):
-    "Keep the last state of every line the cells printed: progress bars leave hundreds."
-    for cell in cells:
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream": output.text = "\n".join(map(_last_state, output.text.split("\n")))
-
-# %% ../nbs/99_cli.ipynb #0033
-class _Interrupted(Exception):
-    "Ctrl-C between two cells. An ordinary exception, because asyncio lets no KeyboardInterrupt pass without leaving the kernel behind."
-
-class _Screen:
-    "Tells a running notebook's story on the terminal: headings, times, and what its cells print."
-    def __init__(self):
-        self.live, self.start, self.section_start, self.ran, self.title = sys.stdout.isatty(), time.monotonic(), None, False, "its beginning"
-        self.pending, self.shown, self.interrupted = {}, 0., False
-
-    def end_section(self):
-        self.flush()
-        if self.ran: typer.echo(f"  [{time.monotonic() - self.section_start:.1f} s]")
-        self.ran = False
-
-    def begin_section(self, title):
-        self.end_section()
-        minutes, seconds = divmod(int(time.monotonic() - self.start), 60)
-        typer.echo(f"\n{minutes}:{seconds:02d}  {title}")
-        self.section_start, self.title = time.monotonic(), title
-
-    def begin_cell(self, cell):
-        if self.interrupted: raise _Interrupted
-        if cell.cell_type == "markdown":
-            without_code = re.sub(r"(?ms)^(```|~~~).*?^\1", "", cell.source)
-            for title in re.findall(r"(?m)^#{1,6}\s+(.*?)\s*$", without_code): self.begin_section(title)
-        elif cell.cell_type == "code" and cell.source.strip(): self.ran, self.section_start = True, self.section_start or time.monotonic()
-
-    def stream(self, name, text):
-        if self.live: return typer.echo(text, nl=False)
-        *lines, self.pending[name] = (self.pending.get(name, "") + text).split("\n")
-        for line in lines: typer.echo(f"  {_last_state(line)}")
-        if _last_state(self.pending[name]) and time.monotonic() - self.shown > 10:
-            typer.echo(f"  {_last_state(self.pending[name])}")
-            self.shown = time.monotonic()
-
-    def flush(self):
-        for text in self.pending.values():
-            if _last_state(text): typer.echo(f"  {_last_state(text)}")
-        self.pending = {}
-
-# %% ../nbs/99_cli.ipynb #0035
-_TEXT_BARS = "import sys, tqdm.std; sys.modules['tqdm.autonotebook'] = tqdm.std"
-
-def _client(notebook, folder, screen):
-    "An nbclient that runs `notebook` in `folder` and reports to `screen`."
-    import asyncio, signal
-    from concept_tda.foundation.errors import require
-    require("ipykernel", "dev")
-    client = require("nbclient", "dev").NotebookClient(notebook, timeout=None, startup_timeout=300, kernel_name="python3", coalesce_streams=True, record_timing=False,
-        resources={"metadata": {"path": str(folder)}}, extra_arguments=[f"--IPKernelApp.exec_lines={_TEXT_BARS}", "--IPKernelApp.log_level=40"])
-
-    def interrupt():
-        screen.interrupted = True
-        asyncio.ensure_future(client.km.interrupt_kernel())
-
-    async def listen(notebook):
-        try: asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
-        except (RuntimeError, ValueError): pass   # not in the main thread, or on Windows: then there is nothing to catch
-
-    client.on_notebook_start, client.on_cell_start = listen, lambda cell, cell_index: screen.begin_cell(cell)
-    process_message = client.process_message
-    def forward(message, cell, cell_index):
-        if message["msg_type"] == "stream": screen.stream(message["content"]["name"], message["content"]["text"])
-        return process_message(message, cell, cell_index)
-    client.process_message = forward
-    return client
-
-# %% ../nbs/99_cli.ipynb #0037
-def _run_notebook(source, folder):
-    "Execute the notebook `source` in `folder` and leave it there with its outputs."
-    from concept_tda.foundation.errors import ConceptTDAError, require
-    from concept_tda.foundation.storage import atomic_file
-    nbformat = require("nbformat", "dev")
-    notebook, screen, failure = nbformat.read(source, as_version=4), _Screen(), None
-    for cell in notebook.cells:
-        if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None
-    client = _client(notebook, folder, screen)
-    try: client.execute()
-    except Exception as err: failure = err
-    screen.end_section()
-    if failure and (screen.interrupted or hasattr(client, "_async_cleanup_kernel_future")): raise KeyboardInterrupt  # the latter: nbclient was stopped while the kernel started
-    _tidy_outputs(notebook.cells)
-    whole, partial = folder/source.name, folder/f"{source.stem}.failed.ipynb"
-    with atomic_file(partial if failure else whole) as part: nbformat.write(notebook, str(part))
-    if failure: raise ConceptTDAError(f"{source} failed in the section {screen.title!r}:\n  {_short_failure(failure)}\nAs far as it came, the notebook is in {partial}") from failure
-    partial.unlink(missing_ok=True)
-
-def _short_failure(err):
-    "The exception of a cell in at most five lines."
-    if type(err).__name__ == "DeadKernelError": return "the notebook's process died; usually the machine ran out of memory"
-    said = f"{err.ename}: {err.evalue}" if hasattr(err, "ename") else f"{type(err).__name__}: {err}"
-    return "\n  ".join(said.strip().splitlines()[:5])
-
 # %% ../nbs/99_cli.ipynb #0039
-_QUICKSTART, _DEMO_FILES = Path("nbs", "tutorials", "quickstart.ipynb"), ("quickstart.ipynb", "scores.parquet", "kept.jsonl", "report.html")
+_QUICKSTART = Path("nbs", "tutorials", "quickstart.ipynb")
+_DEMO_FILES = ("quickstart.ipynb", "scores.parquet", "kept.jsonl", "report.html")
 
-def _peak_memory():
-    "Peak memory in bytes of the largest process this one has started and seen end; None where the system does not tell."
-    try: import resource
-    except ImportError: return None
+def _peak_memory() -> int | None:
+    "Peak memory in bytes of the largest process this one started; None where the system does not tell."
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-def _print_demo(folder, started, seconds):
+def _fresh(path: Path, started: float) -> bool:
+    "Whether a file was written since `started`; file systems round."
+    return path.is_file() and path.stat().st_mtime >= started - 2
+
+# %% ../nbs/99_cli.ipynb #0039-print
+def _print_demo(folder: Path, started: float, seconds: float) -> None:
     "Top examples of each method, price, and files of a finished demo."
     from concept_tda.foundation.errors import ConceptTDAError
-    fresh = lambda path: path.is_file() and path.stat().st_mtime >= started - 2   # file systems round
-    if missing := [name for name in _DEMO_FILES if not fresh(folder/name)]:
-        raise ConceptTDAError(f"the notebook ran to its end but left no {', '.join(missing)} in {folder}; it is to write {', '.join(_DEMO_FILES[1:])}")
-    typer.echo("\nThe five most influential examples by each method. Score > 0: training more on the example raises the behaviour.")
-    for result in _read_results(filter(fresh, [folder/"scores.parquet", *sorted((folder/"scores").glob("*.parquet"))])): _print_ends(result, 5, note=False)
-    memory = f", {_peak_memory()/2**30:.1f} GiB of memory at the peak" if _peak_memory() else ""
-    typer.echo(f"\n{int(seconds//60)} min {seconds % 60:.0f} s{memory}. Left in {folder}{os.sep}:")
-    for name in _DEMO_FILES: typer.echo(f"  {name:<18} {(folder/name).stat().st_size:>12,} bytes")
+    if missing := [name for name in _DEMO_FILES if not _fresh(folder/name, started)]:
+        raise ConceptTDAError(f"the notebook ran to its end but left no {', '.join(missing)} in {folder}; "
+                              f"it is to write {', '.join(_DEMO_FILES[1:])}")
+    typer.echo("\nThe five most influential examples by each method.")
+    saved = [folder/"scores.parquet", *sorted((folder/"scores").glob("*.parquet"))]
+    for result in _read_results(path for path in saved if _fresh(path, started)):
+        _print_ends(result, 5, note=False)
+    memory = _peak_memory()
+    peak = f", {memory/2**30:.1f} GiB of memory at the peak" if memory else ""
+    typer.echo(f"\n{int(seconds//60)} min {seconds % 60:.0f} s{peak}. Left in {folder}{os.sep}:")
+    for name in _DEMO_FILES:
+        typer.echo(f"  {name:<18} {(folder/name).stat().st_size:>12,} bytes")
 
+# %% ../nbs/99_cli.ipynb #0039-command
 @app.command(epilog=_example("concept-tda demo"))
-def demo(debug: _Debug = False):
-    """Run the quickstart notebook: fine-tune a small model on flattery, then find the examples that taught it.
+def demo(debug: _Debug = False) -> None:
+    """Run the quickstart notebook: fine-tune a small model on flattery, find the examples that taught it.
 
-    To be called in a checkout of concept_tda, where make demo calls it; takes some minutes. Leaves four files in the folder demo."""
-    with _plain_errors(debug, "Stopped. Finished blocks are kept: give the same command again, and it continues from them."):
+    To be called in a checkout of concept_tda, where make demo calls it; takes some minutes.
+    Leaves four files in the folder demo."""
+    with _plain_errors(debug, _CONTINUES):
+        from concept_tda.demo import run_notebook
         from concept_tda.foundation.errors import ConceptTDAError
         if not _QUICKSTART.is_file():
-            raise ConceptTDAError(f"there is no {_QUICKSTART} in {Path.cwd()}: the demo runs in a checkout of concept_tda. Get one with git clone, change into it, and call: make demo")
+            raise ConceptTDAError(
+                f"there is no {_QUICKSTART} in {Path.cwd()}: the demo runs in a checkout of concept_tda. "
+                "Get one with git clone, change into it, and call: make demo")
         folder, started, start = Path("demo"), time.time(), time.monotonic()
-        _check_writable(folder/_DEMO_FILES[0])
-        _run_notebook(_QUICKSTART, folder)
+        _check_out(folder/_DEMO_FILES[0], overwrite=True)
+        run_notebook(_QUICKSTART, folder, typer.echo)
         _print_demo(folder, started, time.monotonic() - start)

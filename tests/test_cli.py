@@ -19,7 +19,8 @@ import concept_tda.influence.engine as directional
 from concept_tda.influence import baselines
 from concept_tda.influence import scorers
 from concept_tda.results.attribution import load_attribution
-from concept_tda.cli import _NEEDS, _last_state, app
+from concept_tda.cli import _NEEDS, app
+from concept_tda.demo import last_state
 from concept_tda.concepts.concept import contrastive_concept, tensor_concept
 from concept_tda.data.conversations import load_conversations
 from concept_tda.influence.curvature import EKFAC
@@ -295,6 +296,27 @@ def test_filter_refuses(scored, here):
     assert not Path("kept.jsonl").exists()
 
 
+def test_nothing_replaces_a_file_unless_told_so_and_never_the_source(place, scored, here):
+    one, train = scored[0] / "loss.parquet", Path("train.jsonl")
+    train.write_bytes((place / "train.jsonl").read_bytes())
+    before = train.read_bytes()
+    for options in (["--out", "train.jsonl"], ["--out", "./train.jsonl"]):
+        assert "exists already" in refused(1, "filter", one, "--drop-count", 1, *options)
+    model = place / "model"
+    Path("scores.parquet").write_bytes(b"three hours of work")
+    assert "exists already" in refused(1, "score", model, train, "--methods", "length")
+    assert Path("scores.parquet").read_bytes() == b"three hours of work"
+    ok("score", model, train, "--methods", "length", "--overwrite")
+    saved = Path("scores.parquet").read_bytes()
+    for command in (["filter", "scores.parquet", "--drop-count", "1"], ["report", "scores.parquet"]):
+        source = refused(1, *command, "--out", "scores.parquet", "--overwrite")
+        assert "made from" in source and Path("scores.parquet").read_bytes() == saved
+        ok(*command)
+        assert "exists already" in refused(1, *command)
+        ok(*command, "--overwrite")
+    assert train.read_bytes() == before
+
+
 def test_report_holds_every_method_once(scored, here):
     printed = ok("report", scored[0] / "loss.parquet", scored[0], "--labels", "flattering", "--title", "Who flatters?").stdout
     page = Path("report.html").read_text()
@@ -305,7 +327,7 @@ def test_report_holds_every_method_once(scored, here):
 def test_report_by_a_label_that_is_text(scored, here):
     ok("report", scored[0] / "loss.parquet", "--labels", "row", "--positive", "3")
     assert "1 labelled" in " ".join(Path("report.html").read_text().split())
-    assert "absent" in refused(1, "report", scored[0] / "loss.parquet", "--labels", "absent")
+    assert "absent" in refused(1, "report", scored[0] / "loss.parquet", "--labels", "absent", "--overwrite")
 
 
 def test_report_refuses_before_the_work(scored, here):
@@ -421,6 +443,6 @@ def test_ctrl_c_in_the_demo_reaches_the_cell_and_leaves_no_kernel_behind(here):
 
 
 def test_last_state_of_a_line():
-    assert _last_state("10%\r 55%\r100%   \r") == "100%"
-    assert _last_state("\x1b[A\r 3/3\x1b[K") == " 3/3"
-    assert _last_state("\r\r") == "" and _last_state("plain  text") == "plain  text"
+    assert last_state("10%\r 55%\r100%   \r") == "100%"
+    assert last_state("\x1b[A\r 3/3\x1b[K") == " 3/3"
+    assert last_state("\r\r") == "" and last_state("plain  text") == "plain  text"
