@@ -4,7 +4,12 @@ PUBLIC = {
     "foundation.errors": "ConceptTDAError StorageError MissingExtraError require",
     "foundation.storage": "fingerprint code_version cache_folder write_error atomic_file check_free "
         "BlockStore",
-    "data.conversations": "ConversationError Conversation Conversations load_conversations bundled",
+    "data.messages": "PASSED_ON REFUSED ROLES ConversationError shortened listing kind_of says_nothing Turn "
+        "read_message check_turns",
+    "data.layouts": "LAYOUTS ACCEPTED ANSWERS TREE_ROLES REFUSED_COLUMNS WEIGHTS SYSTEM_COLUMNS Layout "
+        "is_message_row chats_of_rows Chat read_chats",
+    "data.files": "COMPRESSIONS FORMATS Record plain table_records is_data_file bare_name read_file",
+    "data.conversations": "Conversation row_numbers Rows Conversations load_conversations bundled",
     "data.templates": "",
     "data.tokens": "TokenizedConversation readable_tokens TokenizedConversations tokenize tokenize_prompts",
     "data.batches": "Batch batches",

@@ -81,9 +81,12 @@ def test_instruction_with_input_and_system_column():
     assert c.messages[0]["role"] == "system" and c.metadata == {"n": 1}
 
 
-def test_system_column_stays_metadata_when_the_chat_has_a_system_prompt():
-    [c] = load_conversations([{"system": "other", "messages": LONG}])
-    assert c.messages == tuple(LONG) and c.metadata == {"system": "other"}
+def test_system_column_beside_a_system_prompt_must_be_the_same():
+    with pytest.raises(ConversationError, match=r"row 0: field 'system': differs from .*messages\[0\].content"):
+        load_conversations([{"system": "other", "messages": LONG}])
+    for system in (LONG[0]["content"], "", None):  # equal or empty: it says nothing new, and stays to be seen
+        [c] = load_conversations([{"system": system, "messages": LONG}])
+        assert c.messages == tuple(LONG) and c.metadata == {"system": system}
 
 
 def test_sharegpt_with_system_and_several_turns():
@@ -206,7 +209,7 @@ BROKEN = {
     "response is null": ({"prompt": "Hi", "response": None}, "field 'response': is null, expected text"),
     "content is a number": ({"messages": [user(3)]}, r"field 'messages\[0\].content': is a number, expected text"),
     "content is null": ({"messages": [user(), assistant(None)]}, r"field 'messages\[1\].content': is null, expected text"),
-    "content is parts": ({"messages": [user([{"type": "text", "text": "x"}])]}, "is a list, expected text; join the parts"),
+    "content is parts": ({"messages": [user([{"type": "text", "text": x} for x in "ab"])]}, "is a list, expected text; join the parts"),
     "input is a number": ({"instruction": "a", "input": 3, "output": "b"}, "field 'input': is a number"),
     "tool calls": ({"messages": [user(), {**assistant(), "tool_calls": [1]}]}, "tool calls are not supported"),
     "sharegpt role": ({"conversations": [{"from": "alice", "value": "x"}]}, r"field 'conversations\[0\].from': unknown role 'alice'"),
@@ -300,7 +303,8 @@ def test_paths_that_do_not_work(tmp_path):
 
 LINES = [
     b'{"prompt":"Caf\\u00e9","response":"ok","n":1e3}', '{"response" : "Café 漢 \u2028 x",  "prompt":"b", "z":[1,  2]}'.encode(),
-    b'  {"messages":[{"role":"user","content":"a\\/b"},{"content":"\\ud83d\\ude42","role":"assistant"}]}\t', b'{"prompt":"a","response":"b","prompt":"c"}',
+    b'  {"messages":[{"role":"user","content":"a\\/b"},{"content":"\\ud83d\\ude42","role":"assistant"}]}\t',
+    b'{"prompt":"a","response":"b","n":{"prompt":"c"}}',
 ]
 
 
