@@ -21,7 +21,7 @@ from chromium import CHROMIUM, Chromium  # noqa: E402
 from concept_tda.results.attribution import Attribution, QueryCard# noqa: E402
 from concept_tda.data.conversations import Conversation, Conversations# noqa: E402
 from concept_tda.foundation.storage import code_version# noqa: E402
-from concept_tda.views.widgets import ExampleBrowser# noqa: E402
+from concept_tda.views.browser import ExampleBrowser# noqa: E402
 from test_browser import TRAITS, StandIn  # noqa: E402
 
 PROBE = """window.timed = async (act) => { const start = performance.now(); await act(); await new Promise(done => requestAnimationFrame(() => setTimeout(done, 0))); return performance.now() - start; };

@@ -498,7 +498,7 @@ def report(
     It needs no network."""
     with _plain_errors(debug):
         _check_out(out, overwrite, *results)
-        from concept_tda.views.reports import write_report
+        from concept_tda.views.report import write_report
         write_report(_read_results(results), out, title=title, labels=labels, positive=_typed(positive),
                      examples=examples, rows=rows)
         typer.echo(f"{out}: {out.stat().st_size:,} bytes; open it in a browser")

@@ -15,9 +15,9 @@ import pytest
 from chromium import Chromium, Page, needs_browser
 from concept_tda.results.attribution import Attribution, QueryCard
 from concept_tda.data.conversations import Conversation, Conversations
-from concept_tda.views.widgets import (
-    ConceptView, ExampleBrowser, WidgetError, _hits, embedded_browser, front_end,
-)
+from concept_tda.views.browser import ExampleBrowser, embedded_browser
+from concept_tda.views.contents import WidgetError, front_end, hits
+from concept_tda.views.explorer import ConceptView
 from test_attribution import HOSTILE
 
 pytestmark = needs_browser
@@ -184,7 +184,7 @@ def test_search_means_the_same_with_and_without_a_kernel(chromium, words):
     lower = [text.lower() for text in texts]
     found = page.value(f"(() => {{ {front_end('parts.js', 'browser.js')}; const terms = searchTerms({json.dumps(words)}), texts = {json.dumps(lower)}; return texts.flatMap((text, i) => found(text, terms) ? [i] : []); }})()")
     page.close()
-    assert found == _hits(lower, words).tolist()
+    assert found == hits(lower, words).tolist()
 
 
 def test_a_brush_on_the_histogram_filters_by_pointer_and_by_keys(live):
@@ -329,7 +329,7 @@ def test_ten_thousand_examples_draw_only_what_is_in_view(live):
     assert " ".join(data[5000].response.split()) in view.rows()
     view.page.click("input[type=search]")
     view.page.type("7919")
-    view.wait(f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(_hits(view.widget._contents.texts(), '7919'))} of 10,000')")
+    view.wait(f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(hits(view.widget._contents.texts(), '7919'))} of 10,000')")
 
 
 def harmless(page):
@@ -418,7 +418,7 @@ def test_without_a_kernel_list_histogram_brush_search_and_highlights_work(chromi
 
 def open_report(chromium, tmp_path, results, *, change=lambda page: page, **window):
     """A written report in a page, with its policy."""
-    from concept_tda.views.reports import write_report
+    from concept_tda.views.report import write_report
     path = write_report(results, tmp_path / "report.html", labels="bad" if "bad" in results[0].conversations[0].metadata else None)
     path.write_text(change(path.read_text()), encoding="utf-8")
     return chromium.open(path.as_uri(), **window)

@@ -12,7 +12,7 @@ import pytest
 
 from concept_tda.results.attribution import Attribution, AttributionError, Cost, QueryCard, compare
 from concept_tda.data.conversations import Conversation, Conversations
-from concept_tda.views.reports import write_report
+from concept_tda.views.report import write_report
 from concept_tda.foundation.errors import StorageError
 from test_attribution import HOSTILE, Reader, make
 

@@ -4,13 +4,14 @@ import json
 import numpy as np
 import pytest
 
-from concept_tda.views import widgets
 from concept_tda.results.attribution import Attribution, QueryCard
 from concept_tda.data.conversations import Conversation, Conversations, load_conversations
-from concept_tda.views.widgets import (
-    MARKS, ConceptExplorer, ExampleBrowser, Review, WidgetError, concept_reading, embedded_browser,
-    near_duplicates, null_z, percentiles_for_length,
-)
+from concept_tda.results.duplicates import near_duplicates
+from concept_tda.views import contents
+from concept_tda.views.browser import ExampleBrowser, embedded_browser
+from concept_tda.views.contents import WidgetError, front_end, null_z, percentiles_for_length
+from concept_tda.views.explorer import ConceptExplorer, concept_reading
+from concept_tda.views.review import MARKS, Review
 from test_attribution import HOSTILE, make
 
 CARD = QueryCard("Concept Influence", "sycophancy")
@@ -95,7 +96,7 @@ def test_columns_hold_the_numbers_of_every_method(browser):
 
 def test_facets_have_few_plain_values_and_missing_ones_have_none():
     data = Conversations([Conversation(({"role": "user", "content": str(i)}, {"role": "assistant", "content": str(i)}), metadata={"topic": "ab"[i % 2], "number": i, "listed": [1], "same": 1} | ({"some": i % 2} if i > 3 else {})) for i in range(10)])
-    facets = widgets._facets(data, None, "", None)
+    facets = contents._facets(data, None, "", None)
     assert [(name, sorted(values)) for name, values, _ in facets] == [("topic", ["a", "b"]), ("some", ["0", "1"])]
     assert facets[1][2].tolist()[:4] == [-1] * 4 and [facets[1][1][code] for code in facets[1][2][4:]] == ["0", "1"] * 3
 
@@ -302,9 +303,9 @@ def test_the_explorer_shows_errors_where_one_looks(explored):
 
 
 def test_the_scripts_parse_no_markup_and_ask_for_nothing():
-    script = widgets.front_end("parts.js", "browser.js", "browser_widget.js", "explorer.js")
+    script = front_end("parts.js", "browser.js", "browser_widget.js", "explorer.js")
     for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "createContextualFragment", "DOMParser", "eval(", "new Function", "setAttribute(\"on", "fetch(", "XMLHttpRequest", "WebSocket", "import(", "importScripts", ".src ", ".href"):
         assert sink not in script, sink
     assert script.replace("http://www.w3.org/2000/svg", "").count("http") == 0
-    style = widgets.front_end("views.css")
+    style = front_end("views.css")
     assert "url(" not in style and "@import" not in style

@@ -831,7 +831,7 @@ def report(self: Attribution,
     **options,        # Passed to `write_report`: title, labels, examples
 ) -> Path:
     "Write this result as one self-contained HTML file."
-    from concept_tda.views.reports import write_report
+    from concept_tda.views.report import write_report
     return write_report(self, path, **options)
 
 # %% ../../nbs/30_results/00_attribution.ipynb #007f
@@ -841,7 +841,7 @@ def inspect(self: Attribution,
     **options, # Passed to `ExampleBrowser`: query, labels, positive, null, by, record
 ):
     "Open an `ExampleBrowser` on this result; what is decided there is in its `decisions`."
-    from concept_tda.views.widgets import ExampleBrowser
+    from concept_tda.views.browser import ExampleBrowser
     return ExampleBrowser(self, others, **options)
 
 # %% ../../nbs/30_results/00_attribution.ipynb #0084
