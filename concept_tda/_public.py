@@ -25,6 +25,7 @@ PUBLIC = {
         "colour_limit legend_html conversation_html card_html histogram_svg Attribution prompt_text "
         "example_html examples_html attribution_html load_attribution table_html Comparison comparison_html "
         "compare",
+    "results.duplicates": "near_duplicates",
     "concepts.concept": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
         "tensor_concept random_concepts LayerSweep sweep_layers",
     "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge ContrastJudge LossJudge AnswerJudge "
@@ -49,9 +50,13 @@ PUBLIC = {
     "evidence.experiments": "ExperimentError Experiment FilterAndRetrain ActivationJudge "
         "LinearDatamodelingScore CounterfactualPrediction TailPatch baseline_scorers MethodComparison "
         "ParetoCurve",
-    "views.widgets": "MARKS WidgetError front_end near_duplicates percentiles_for_length null_z search_terms "
-        "Review ExampleBrowser embedded_browser concept_reading ConceptView ConceptExplorer",
-    "views.reports": "write_report",
+    "views.contents": "Facet WidgetError front_end percentiles_for_length null_z short_name Contents "
+        "example_texts browser_table browser_columns rounded_columns token_turns written_turns "
+        "example_to_read snippet search_terms hits within from_both_ends json_in_script",
+    "views.review": "MARKS Review",
+    "views.browser": "embedded_contents embedded_browser script_hash OfflinePage ExampleBrowser",
+    "views.explorer": "concept_reading ConceptView ConceptExplorer",
+    "views.report": "write_report",
     "demo": "last_state run_notebook",
     "cli": "",
 }
