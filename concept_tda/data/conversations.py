@@ -30,10 +30,12 @@ def _message(given: dict) -> dict:
     "Role, content and what is passed on, in this order; raises for anything else."
     unknown = [key for key in given if key not in ("role", "content", *PASSED_ON)]
     if unknown or not {"role", "content"} <= given.keys():
-        raise ConversationError(f"a message of a Conversation holds role, content and perhaps {', '.join(PASSED_ON)}; found: "
+        raise ConversationError("a message of a Conversation holds role, content and perhaps "
+                                f"{', '.join(PASSED_ON)}; found: "
                                 f"{listing(given) or 'nothing'}. Put other fields into the metadata")
     passed = {key: given[key] for key in ("name", "reasoning_content") if given.get(key)}
-    if not given.get("train", True): passed["train"] = False
+    if not given.get("train", True):
+        passed["train"] = False
     return {"role": given["role"], "content": given["content"], **passed}
 
 
@@ -60,7 +62,8 @@ class _Chat:
     def __post_init__(self, original: dict | None) -> None:
         object.__setattr__(self, "messages", tuple(_message(message) for message in self.messages))
         object.__setattr__(self, "record", original)
-        if not self.id: object.__setattr__(self, "id", _content_hash(self.messages))
+        if not self.id:
+            object.__setattr__(self, "id", _content_hash(self.messages))
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -120,7 +123,8 @@ def row_numbers(
         raise ConversationError(f"rows are whole numbers in a list or a boolean mask, not {shortened(rows)}")
     outside = rows[(rows < -n) | (rows >= n)]
     if outside.size:
-        raise ConversationError(f"row {outside[0]} does not exist: there are {n} conversations, rows 0 to {n - 1}")
+        raise ConversationError(f"row {outside[0]} does not exist: there are {n} conversations, rows 0 to "
+                                f"{n - 1}")
     return rows % n if n else rows
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0014
@@ -159,7 +163,8 @@ def _json_text(value, id: str) -> str:
         text = json.dumps(value, ensure_ascii=False, default=str)
         return text.encode("utf-8", "backslashreplace").decode()
     except (TypeError, ValueError, RecursionError) as err:
-        raise ConversationError(f"conversation {id} holds metadata that cannot be written as JSON ({shortened(err)}); "
+        raise ConversationError(f"conversation {id} holds metadata that cannot be written as JSON "
+                                f"({shortened(err)}); "
                                 "use text as names, and nothing that holds itself") from None
 
 
@@ -176,7 +181,8 @@ def _jsonl_bytes(conversations: "Conversations") -> bytes:
     layout = conversations.layout
     newline = layout["newline"].encode()
     lines = [[_json_line(c), c.ending or newline] for c in conversations]
-    if lines and not layout["final_newline"]: lines[-1][1] = b""
+    if lines and not layout["final_newline"]:
+        lines[-1][1] = b""
     return layout["prefix"].encode() + b"".join(part for line in lines for part in line)
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0016
@@ -231,13 +237,21 @@ class _Columns(_Chats):
                                       None if record else raw, ending, record))
         return cls(items, name, layout)
 
+# %% ../../nbs/10_data/03_conversations.ipynb #0016b0
+def _series(values: list) -> pd.Series:
+    "A column; pandas' own type for text has no place for half a surrogate pair, so that such a column holds objects."
+    try:
+        return pd.Series(values)
+    except UnicodeEncodeError:
+        return pd.Series(values, dtype=object)
+
 # %% ../../nbs/10_data/03_conversations.ipynb #0016b
 class _Tables(_Columns):
     "What the conversations look like as tables, and as a file."
     @property
     def metadata(self) -> pd.DataFrame:
         "All metadata columns, one row per conversation; missing where a record lacks one."
-        columns = {key: [c.metadata.get(key) for c in self._items] for key in self._metadata_columns()}
+        columns = {key: _series([c.metadata.get(key) for c in self._items]) for key in self._metadata_columns()}
         return pd.DataFrame(columns, index=range(len(self)))
 
     def _metadata_columns(self) -> list[str]:
@@ -260,7 +274,8 @@ class _Tables(_Columns):
             raise ConversationError(f"{path}: JSON lines are written uncompressed; "
                                     f"name the file {path.stem} and compress it afterwards")
         content = _jsonl_bytes(self)
-        with atomic_file(path) as part: part.write_bytes(content)
+        with atomic_file(path) as part:
+            part.write_bytes(content)
         return path
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0010
@@ -269,9 +284,11 @@ def _label_values(conversations: "Conversations", column: str) -> list:
     without = [c.id for c in conversations if c.metadata.get(column) is None]
     if len(without) == len(conversations) > 0:
         there = ", ".join(conversations.metadata.columns) or "none"
-        raise ConversationError(f"{conversations.name!r} has no column {column!r}; its metadata columns are: {there}")
+        raise ConversationError(f"{conversations.name!r} has no column {column!r}; its metadata columns "
+                                f"are: {there}")
     if without:
-        raise ConversationError(f"{len(without)} conversations have no value in column {column!r}: {listing(without)}. "
+        raise ConversationError(f"{len(without)} conversations have no value in column {column!r}: "
+                                f"{listing(without)}. "
                                 "Fill it in or filter them out first.")
     return [c.metadata[column] for c in conversations]
 
@@ -316,7 +333,8 @@ class Conversations(_Tables):
     def duplicates(self) -> pd.DataFrame:
         "Chats that occur more than once: columns `id` and `rows` (list of row numbers)."
         rows: dict[str, list[int]] = {}
-        for row, id in enumerate(self.ids): rows.setdefault(id, []).append(row)
+        for row, id in enumerate(self.ids):
+            rows.setdefault(id, []).append(row)
         repeated = {id: where for id, where in rows.items() if len(where) > 1}
         return pd.DataFrame({"id": list(repeated), "rows": list(repeated.values())})
 
@@ -369,15 +387,18 @@ def _read_hub(name: str, split: str):
     try:
         return datasets.load_dataset(name, split=split)
     except Exception as err:
-        raise ConversationError(f"the data set {name!r} (split {split!r}) could not be loaded from the hub: {shortened(err, 200)}. "
-                                "There is no file or folder of that name either. Check the spelling and the network "
+        raise ConversationError(f"the data set {name!r} (split {split!r}) could not be loaded from the hub: "
+                                f"{shortened(err, 200)}. "
+                                "There is no file or folder of that name either. Check the spelling and the "
+                                "network "
                                 "(HF_HUB_OFFLINE must not be 1), or download it and pass the file.") from err
 
 # %% ../../nbs/10_data/03_conversations.ipynb #002c1
 def _path_of(source: str | Path) -> Path:
     "The path that a text stands for; text that cannot be one is an error that says what it looks like."
     if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):
-        raise ConversationError(f"{shortened(source, 40)!r} looks like the data itself; pass a path, or a list of records")
+        raise ConversationError(f"{shortened(source, 40)!r} looks like the data itself; pass a path, or a "
+                                "list of records")
     if str(source) in ("", "."): raise ConversationError("the path is empty; pass the name of a file")
     try:
         path = Path(source).expanduser()
@@ -411,7 +432,8 @@ def _of_table(rows, name: str, answer: str | None) -> Conversations:
 def _frame_rows(frame: pd.DataFrame) -> list[dict]:
     "The rows of a data frame, whose columns all have names of their own."
     twice = list(frame.columns[frame.columns.duplicated()])
-    if twice: raise ConversationError(f"DataFrame: two columns have the same name ({listing(twice)}); rename one")
+    if twice:
+        raise ConversationError(f"DataFrame: two columns have the same name ({listing(twice)}); rename one")
     return frame.to_dict("records")
 
 # %% ../../nbs/10_data/03_conversations.ipynb #002d
@@ -427,14 +449,16 @@ def load_conversations(
     if isinstance(source, (str, Path)): return _of_path(source, name, split, answer)
     if isinstance(source, pd.DataFrame): return _of_table(_frame_rows(source), name or "DataFrame", answer)
     if hasattr(source, "keys") and not isinstance(source, dict) or type(source).__name__ == "DatasetDict":
-        raise ConversationError(f"this data set has several splits ({listing(source.keys())}); pass one of them")
+        raise ConversationError(f"this data set has several splits ({listing(source.keys())}); pass one of "
+                                "them")
     if type(source).__module__.startswith("datasets"): return _of_table(source, name or "dataset", answer)
     if isinstance(source, (list, tuple)):
         if source and all(isinstance(item, Conversation) for item in source):
             return Conversations(source, name or "conversations")
         rows = [{"messages": item} if isinstance(item, list) else item for item in source]
         return _of_table(rows, name or "list", answer)
-    raise ConversationError(f"cannot read conversations from {kind_of(source)}; pass a path ({FORMATS}), a hub id, "
+    raise ConversationError(f"cannot read conversations from {kind_of(source)}; pass a path ({FORMATS}), a "
+                            "hub id, "
                             "a DataFrame, a datasets.Dataset or a list of records")
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0033
@@ -454,8 +478,10 @@ def bundled(
     root = importlib.resources.files("concept_tda")/"bundled"
     there = _bundled_splits(root)
     if name not in there:
-        raise ConversationError(f"no bundled data set is called {name!r}; there are: {listing(sorted(there)) or 'none'}")
+        raise ConversationError(f"no bundled data set is called {name!r}; there are: "
+                                f"{listing(sorted(there)) or 'none'}")
     if split not in there[name]:
-        raise ConversationError(f"the bundled data set {name!r} has no split {split!r}; it has: {listing(there[name])}")
+        raise ConversationError(f"the bundled data set {name!r} has no split {split!r}; it has: "
+                                f"{listing(there[name])}")
     with importlib.resources.as_file(root/name/f"{split}.jsonl") as path:
         return load_conversations(path, name=f"{name}/{split}")

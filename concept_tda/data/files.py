@@ -43,7 +43,8 @@ _DEEPEST = 100
 def _key(key, depth: int) -> str:
     "A field's name, which must be text."
     if isinstance(key, str): return key
-    raise ConversationError(f"holds a field whose name is {shortened(repr(key), 40)}, {kind_of(key)}; names must be text")
+    raise ConversationError(f"holds a field whose name is {shortened(repr(key), 40)}, {kind_of(key)}; names "
+                            "must be text")
 
 
 def plain(
@@ -52,10 +53,13 @@ def plain(
 ):
     "Python's own types for numpy's and pandas' (NaN becomes None). Raises `ConversationError` for what JSON cannot hold."
     if depth > _DEEPEST:
-        raise ConversationError(f"is nested more than {_DEEPEST} levels deep, or holds itself; flatten it, or leave the field out")
+        raise ConversationError(f"is nested more than {_DEEPEST} levels deep, or holds itself; flatten it, "
+                                "or leave the field out")
     if isinstance(value, (np.ndarray, list, tuple)): return [plain(item, depth + 1) for item in value]
-    if isinstance(value, dict): return {_key(key, depth): plain(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, np.generic): value = value.item()
+    if isinstance(value, dict):
+        return {_key(key, depth): plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, np.generic):
+        value = value.item()
     missing = value is pd.NaT or value is pd.NA or (isinstance(value, float) and value != value)
     return None if missing else value
 
@@ -87,7 +91,8 @@ _SIGNATURES = (
     (b"PK\x03\x04", "a zip archive (or a spreadsheet); unpack it, or export the sheet as CSV"),
     (b"SQLite format 3", "an SQLite database; export the table as CSV"),
     (b"%PDF", "a PDF document; pass a file of chat records"),
-    (b"version https://git-lfs", "the stub that Git LFS leaves in place of a large file; fetch the file with: git lfs pull"),
+    (b"version https://git-lfs", "the stub that Git LFS leaves in place of a large file; fetch the file "
+                                 "with: git lfs pull"),
     (b"<!DOCTYPE html", "a web page; fetch the data file itself"),
     (b"<html", "a web page; fetch the data file itself"),
 )
@@ -107,9 +112,9 @@ def _encoding_trouble(data: bytes, err: UnicodeDecodeError) -> str:
         return "(it looks like UTF-16). Save it as UTF-8, for instance with: iconv -f UTF-16 -t UTF-8 old > new"
     if b"\0" in data[:4096]:
         return f"({byte}), it looks like binary data. Pass a file of chat records"
+    if err.end == len(data) and err.reason == "unexpected end of data":
+        return f"({byte}): it ends in the middle of a character. It was cut off; fetch or write it again"
     if not data[:err.start].isascii() or not data[err.end:].decode("utf-8", "ignore").isascii():
-        if err.end == len(data) and err.reason == "unexpected end of data":
-            return f"({byte}): it ends in the middle of a character. It was cut off; fetch or write it again"
         return f"({byte}), though the rest of it is. Repair that place, or take the line out"
     return f"({byte}). Save it as UTF-8, for instance with: iconv -f LATIN1 -t UTF-8 old > new"
 
@@ -151,25 +156,30 @@ def _parse(text: str, decode: Callable = _DECODER.decode):
     try:
         value = decode(text)
     except _Repeated as err:
-        raise ConversationError(f"two fields of one object are called {shortened(repr(err.args[0]), 40)}, and one of them would be lost; "
+        raise ConversationError(f"two fields of one object are called {shortened(repr(err.args[0]), 40)}, "
+                                "and one of them would be lost; "
                                 "rename or remove one") from None
     except json.JSONDecodeError as err:
         raise ConversationError(f"broken JSON: {err.msg} at column {err.colno}") from None
     except RecursionError:
-        raise ConversationError(f"is nested more than {_DEEPEST} levels deep; flatten it, or leave the field out") from None
+        raise ConversationError(f"is nested more than {_DEEPEST} levels deep; flatten it, or leave the "
+                                "field out") from None
     except ValueError:
-        raise ConversationError("holds a number of several thousand digits; write it as text, or leave the field out") from None
+        raise ConversationError("holds a number of several thousand digits; write it as text, or leave the "
+                                "field out") from None
     return plain(value) if text.count("[") + text.count("{") > _DEEPEST else value
 
 # %% ../../nbs/10_data/02_files.ipynb #0212
 def _split_lines(path: Path, data: bytes) -> tuple[list[Record], bytes]:
     "Unparsed records with their bytes, and what stands before the first."
     prefix, records = b"", []
-    if data.startswith(codecs.BOM_UTF8): prefix, data = codecs.BOM_UTF8, data[len(codecs.BOM_UTF8):]
+    if data.startswith(codecs.BOM_UTF8):
+        prefix, data = codecs.BOM_UTF8, data[len(codecs.BOM_UTF8):]
     lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         newline = b"\n" if number < len(lines) else b""
-        if line.endswith(b"\r") and newline: line, newline = line[:-1], b"\r\n"
+        if line.endswith(b"\r") and newline:
+            line, newline = line[:-1], b"\r\n"
         if line.strip():
             records.append(Record(f"{path}, line {number}", None, line, newline))
         elif records:
@@ -188,7 +198,8 @@ def _read_jsonl(path: Path, data: bytes) -> tuple[list[Record], dict]:
             record.value = _parse(record.raw.decode())
         except ConversationError as err:
             record.problem = f"{err}: {shortened(record.raw.decode(), 60)}"
-    if records and not isinstance(records[0].value, dict): _check_one_a_line(path, text)
+    if records and not isinstance(records[0].value, dict):
+        _check_one_a_line(path, text)
     newline = "\r\n" if records and records[0].ending.startswith(b"\r\n") else "\n"
     return records, {"prefix": prefix.decode(), "newline": newline, "final_newline": bool(records and records[-1].ending)}
 
@@ -196,21 +207,28 @@ def _read_jsonl(path: Path, data: bytes) -> tuple[list[Record], dict]:
 def _check_one_a_line(path: Path, text: str) -> None:
     "Raise where a file called .jsonl is well-formed JSON of another shape."
     at = f"{path}, line 1: "
+    whole = None
     try:
         whole = _parse(text)
     except ConversationError:
-        whole = None
+        pass
     if isinstance(whole, list) and any(isinstance(record, dict) for record in whole):
-        raise ConversationError(at + "the file holds one JSON list, and .jsonl means a record on each line; let its name end in .json")
+        raise ConversationError(at + "the file holds one JSON list, and .jsonl means a record on each line; "
+                                     "let its name end in .json")
     try:
         first, _ = _parse(text.lstrip(), _DECODER.raw_decode)
     except ConversationError:
         return
     if isinstance(first, dict):
-        raise ConversationError(at + "the records are spread over several lines, and .jsonl means a record on each line. "
-                                "Write each on one line, or put them into one list, [{…}, {…}], in a file that ends in .json")
+        raise ConversationError(at + "the records are spread over several lines, and .jsonl means a record "
+                                     "on each line. "
+                                "Write each on one line, or put them into one list, [{…}, {…}], in a file "
+                                "that ends in .json")
 
 # %% ../../nbs/10_data/02_files.ipynb #0216
+_NOTES = ("dataset_info.json", "state.json", "dataset_dict.json")
+
+
 def _read_json(path: Path, data: bytes) -> tuple[list[Record], None]:
     "Records of a file that holds one JSON list."
     text = _text(path, data)
@@ -218,16 +236,23 @@ def _read_json(path: Path, data: bytes) -> tuple[list[Record], None]:
         value = _parse(text)
     except ConversationError as err:
         raise ConversationError(f"{path}, line {_broken_line(text)}: {err}{_lines_hint(text)}") from None
+    if path.name in _NOTES:
+        raise ConversationError(f"{path} belongs to a folder that datasets wrote; pass the folder")
     if not isinstance(value, list):
-        inside = [name for name, part in value.items() if isinstance(part, list)] if isinstance(value, dict) else []
-        hint = f". A list stands in the field {inside[0]!r}: write that list alone into the file" if len(inside) == 1 else ""
-        hint = _lines_hint(text) or hint
+        hint = _inner_list(value) or _lines_hint(text)
         raise ConversationError(f"{path}, line 1: the file holds {kind_of(value)}, "
                                 f"expected a list of records: [{{…}}, {{…}}]{hint}")
     records = [Record(f"{path}, record {number}", record) for number, record in enumerate(value, 1)]
     return records, None
 
 # %% ../../nbs/10_data/02_files.ipynb #0217
+def _inner_list(value) -> str:
+    "The way out where an object holds the list of records; nothing where it is a record itself."
+    lists = [name for name, part in value.items() if isinstance(part, list)] if isinstance(value, dict) else []
+    if len(lists) != 1 or lists[0] in _CHAT_COLUMNS: return ""
+    return f". A list stands in the field {lists[0]!r}: write that list alone into the file"
+
+
 def _broken_line(text: str) -> int:
     "The line at which JSON breaks off; 1 where the trouble has no place."
     try:
@@ -272,7 +297,8 @@ def _cells(path: Path, text: str) -> list[tuple[int, list[str]]]:
     limit = csv.field_size_limit(2**31 - 1)
     try:
         for cells in reader:
-            if cells: rows.append((reader.line_num, cells))
+            if cells:
+                rows.append((reader.line_num, cells))
             begins = reader.line_num + 1
     except csv.Error as err:
         raise ConversationError(f"{path}, line {begins}: broken CSV: {err}; close the quote, "
@@ -285,10 +311,12 @@ def _cells(path: Path, text: str) -> list[tuple[int, list[str]]]:
 def _header(path: Path, header: list[str]) -> list[str]:
     "The column names, each of which occurs once."
     if len(set(header)) < len(header):
-        raise ConversationError(f"{path}, line 1: two columns have the same name ({listing(header)}); rename one")
+        raise ConversationError(f"{path}, line 1: two columns have the same name ({listing(header)}); "
+                                "rename one")
     for mark, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(header) == 1 and mark in header[0]:
-            raise ConversationError(f"{path}, line 1: the cells are separated by {name}; write the file with commas")
+            raise ConversationError(f"{path}, line 1: the cells are separated by {name}; write the file "
+                                    "with commas")
     return header
 
 # %% ../../nbs/10_data/02_files.ipynb #021e
@@ -303,8 +331,10 @@ def _read_csv(path: Path, data: bytes, answer: str | None = None) -> tuple[list[
     complete = [(record, cells) for record, (_, cells) in zip(records, rows[1:]) if not record.problem]
     for i, column in enumerate(header):
         values = [cells[i] for _, cells in complete]
-        if column not in _CHAT_COLUMNS and column != answer: values = _typed(values)
-        for (record, _), value in zip(complete, values): record.value[column] = value
+        if column not in _CHAT_COLUMNS and column != answer:
+            values = _typed(values)
+        for (record, _), value in zip(complete, values):
+            record.value[column] = value
     return records, None
 
 # %% ../../nbs/10_data/02_files.ipynb #0220
@@ -312,8 +342,10 @@ def _table_of(path: Path, data: bytes, read: Callable, kind: str) -> tuple[list[
     "Records of a table that pyarrow reads."
     if not data: raise ConversationError(f"{path}: the file is empty")
     try:
-        rows = read(pa.BufferReader(data)).to_pylist()
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as err:
+        table = read(pa.BufferReader(data))
+        table.validate(full=True)  # damaged offsets would be followed into other memory
+        rows = table.to_pylist()
+    except Exception as err:  # a damaged file can break anything in a decoder
         raise ConversationError(f"{path}: not a readable {kind} file ({shortened(err, 100)}); "
                                 "it may be truncated, fetch or write it again") from None
     return table_records(rows, path), None
@@ -333,7 +365,8 @@ def _read_arrow(path: Path, data: bytes) -> tuple[list[Record], None]:
 # %% ../../nbs/10_data/02_files.ipynb #0222
 def _zstd(data: bytes) -> bytes:
     "The content of a zstd file; pyarrow brings the algorithm along."
-    with pa.input_stream(pa.BufferReader(data), compression="zstd") as stream: return stream.read()
+    with pa.input_stream(pa.BufferReader(data), compression="zstd") as stream:
+        return stream.read()
 
 
 COMPRESSIONS = {".gz": gzip.decompress, ".zst": _zstd, ".bz2": bz2.decompress, ".xz": lzma.decompress}
@@ -373,7 +406,8 @@ def _content(path: Path) -> bytes:
     try:
         return COMPRESSIONS[packed](data)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException) as err:
-        raise ConversationError(f"{path}: cannot be unpacked as {packed} ({shortened(err, 80)}); it may be truncated, "
+        raise ConversationError(f"{path}: cannot be unpacked as {packed} ({shortened(err, 80)}); it may be "
+                                "truncated, "
                                 "fetch or write it again, or let its name say what it is") from None
 
 # %% ../../nbs/10_data/02_files.ipynb #0225
@@ -391,7 +425,8 @@ def _saved_parts(folder: Path, split: str) -> list[Path]:
     if (folder/"dataset_dict.json").exists():
         splits = _noted(folder/"dataset_dict.json").get("splits") or []
         if split not in splits:
-            raise ConversationError(f"{folder}: the data set has the splits {listing(splits) or '(none)'}, and {split!r} was asked for; "
+            raise ConversationError(f"{folder}: the data set has the splits {listing(splits) or '(none)'}, "
+                                    f"and {split!r} was asked for; "
                                     "say split=…")
         folder = folder/split
     if not (folder/"state.json").exists(): return []
@@ -406,10 +441,12 @@ def _shards(folder: Path, split: str) -> list[Path]:
     names = sorted({part.name.rsplit("-", 3)[0] for part in parts})
     chosen = [part for part in parts if part.name.rsplit("-", 3)[0] == split]
     if not chosen:
-        raise ConversationError(f"{folder}: holds parts of {listing(names)}, and the split {split!r} was asked for; say split=…")
+        raise ConversationError(f"{folder}: holds parts of {listing(names)}, and the split {split!r} was "
+                                "asked for; say split=…")
     total = int(chosen[0].stem.rsplit("-", 1)[1])
     if len(chosen) != total:
-        raise ConversationError(f"{folder}: {len(chosen)} of {total} parts of {split!r} are there; fetch the others")
+        raise ConversationError(f"{folder}: {len(chosen)} of {total} parts of {split!r} are there; fetch "
+                                "the others")
     return chosen
 
 # %% ../../nbs/10_data/02_files.ipynb #0227
@@ -417,8 +454,7 @@ def _parts_of(folder: Path, split: str) -> list[Path]:
     "The files of a folder that make up one data set."
     parts = _saved_parts(folder, split) or _shards(folder, split)
     if parts: return parts
-    inside = sorted(path.name for path in folder.iterdir() if is_data_file(path) and path.name not in
-                    ("dataset_info.json", "state.json", "dataset_dict.json"))
+    inside = sorted(path.name for path in folder.iterdir() if is_data_file(path) and path.name not in _NOTES)
     files = f" of it: {listing(inside)}" if inside else f" ({FORMATS})"
     raise ConversationError(f"{folder} is a folder; pass one file{files}")
 
@@ -435,10 +471,12 @@ def read_file(
         raise ConversationError(f"{path}: holds no records; add some or pass another file")
     suffix = _suffixes(path)[0]
     if suffix not in _READERS:
-        raise ConversationError(f"{path}: unknown extension {path.suffix or '(none)'!r}; files are read by their extension: "
+        raise ConversationError(f"{path}: unknown extension {path.suffix or '(none)'!r}; files are read by "
+                                "their extension: "
                                 f"{FORMATS}, also with {', '.join(COMPRESSIONS)} behind it")
     if not path.exists():
-        raise ConversationError(f"there is no file {path} (looked in {path.absolute().parent}); check the path")
+        raise ConversationError(f"there is no file {path} (looked in {path.absolute().parent}); check the "
+                                "path")
     data = _content(path)
     records, layout = _read_csv(path, data, answer) if suffix == ".csv" else _READERS[suffix](path, data)
     if not records: raise ConversationError(f"{path}: holds no records; add some or pass another file")

@@ -8,6 +8,7 @@ __all__ = ['LAYOUTS', 'ACCEPTED', 'ANSWERS', 'TREE_ROLES', 'REFUSED_COLUMNS', 'W
 
 # %% ../../nbs/10_data/01_layouts.ipynb #imports
 import json
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,21 +24,41 @@ class Layout:
     fields: str   # What it is known by
     habit: str    # Whose it is
     becomes: str  # What is made of it
+    example: dict | list[dict]  # "Hi" and "Hello!" in this shape
 
 
+_SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+_NODES = {name: {"message": {"author": {"role": role}, "content": {"content_type": "text", "parts": [text]}}, "parent": parent}
+          for name, role, text, parent in (("a", "user", "Hi", None), ("b", "assistant", "Hello!", "a"))}
+_TREE = {"role": "prompter", "text": "Hi", "replies": [{"role": "assistant", "text": "Hello!", "replies": []}]}
+_ROWS = [{"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hi"},
+         {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "Hello!"}]
+
+# %% ../../nbs/10_data/01_layouts.ipynb #0105a
 LAYOUTS = (
-    Layout("messages: list of {role, content}", "OpenAI, TRL", "as it is"),
-    Layout("conversations: list of {from, value}", "ShareGPT", "human → user, gpt → assistant"),
-    Layout("conversations: list of texts", "LIMA", "user and assistant in turn"),
-    Layout("mapping and current_node", "export of ChatGPT", "the branch that ends at current_node"),
-    Layout("prompt: a node with replies", "OASST trees", "one chat for each thread, root to leaf"),
-    Layout("prompt with response (or completion)", "most of the rest", "user, assistant; a prompt alone is a question"),
+    Layout("messages: list of {role, content}", "OpenAI, TRL", "as it is",
+           {"messages": list(_SAID)}),
+    Layout("conversations: list of {from, value}", "ShareGPT", "human → user, gpt → assistant",
+           {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}),
+    Layout("conversations: list of texts", "LIMA", "user and assistant in turn",
+           {"conversations": ["Hi", "Hello!"]}),
+    Layout("mapping and current_node", "export of ChatGPT", "the branch that ends at current_node",
+           {"mapping": _NODES, "current_node": "b"}),
+    Layout("prompt: a node with replies", "OASST trees", "one chat for each thread, root to leaf",
+           {"prompt": _TREE}),
+    Layout("prompt with response (or completion)", "most of the rest", "user, assistant; a prompt alone is "
+                                                                       "a question",
+           {"prompt": "Hi", "response": "Hello!"}),
     Layout("prompt, chosen, rejected; prompt, aligned, misaligned", "preference data",
-           "user, assistant, once answer= says which column answers"),
+           "user, assistant, once answer= says which column answers",
+           {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}),
     Layout("instruction (and input, history) with output", "Alpaca",
-           "history; instruction, blank line, input → user; output → assistant"),
-    Layout("instruction, context, response", "Dolly", "like Alpaca, with context as its input"),
-    Layout("rows of message_id, parent_id, role, text", "OASST messages", "one chat for each thread, root to leaf"),
+           "history; instruction, blank line, input → user; output → assistant",
+           {"instruction": "Hi", "input": "", "output": "Hello!", "history": []}),
+    Layout("instruction, context, response", "Dolly", "like Alpaca, with context as its input",
+           {"instruction": "Hi", "context": "", "response": "Hello!", "category": "greeting"}),
+    Layout("rows of message_id, parent_id, role, text", "OASST messages", "one chat for each thread, root "
+                                                                          "to leaf", _ROWS),
 )
 ACCEPTED = "messages; conversations; prompt with response (or completion); instruction (and input) with output"
 
@@ -50,7 +71,8 @@ def _as_list(value, name: str) -> list:
         except (ValueError, RecursionError) as err:
             raise ConversationError(f"field {name!r}: is text that looks like JSON but is broken "
                                     f"({getattr(err, 'msg', 'nested too deeply')})") from None
-    if isinstance(value, (np.ndarray, tuple)): value = list(value)
+    if isinstance(value, (np.ndarray, tuple)):
+        value = list(value)
     if not isinstance(value, list):
         raise ConversationError(f"field {name!r}: is {kind_of(value)}, expected a list of messages")
     return value
@@ -71,7 +93,8 @@ def _listed_turns(value, name: str) -> list[Turn]:
 def _conversations_turns(value) -> list[Turn]:
     "Turns of a `conversations` field: messages, or LIMA's texts."
     said = _as_list(value, "conversations")
-    if not said or not all(isinstance(text, str) for text in said): return _listed_turns(said, "conversations")
+    if not said or not all(isinstance(text, str) for text in said):
+        return _listed_turns(said, "conversations")
     return [Turn(("user", "assistant")[i % 2], text, f"conversations[{i}]") for i, text in enumerate(said)]
 
 # %% ../../nbs/10_data/01_layouts.ipynb #010d
@@ -91,16 +114,19 @@ def _said(value, name: str, role: str) -> list[Turn]:
 def _choose(name: str, columns: list[str]) -> ConversationError:
     "The error for a row whose answer may be any of some columns."
     return ConversationError(
-        f"field {name!r}: the row has no response or completion, but may have an answer in: {', '.join(columns)}. "
+        f"field {name!r}: the row has no response or completion, but may have an answer in: "
+        f"{', '.join(columns)}. "
         f"Say which one is the answer, load_conversations(..., answer={columns[0]!r}), "
         f"or rename {'it' if len(columns) == 1 else 'them'} if the row is only a question")
 
 
 def _answer_column(record: dict, has: set[str], names: tuple[str, ...], answer: str | None) -> str | None:
     "The column that holds the answer, if there is one."
-    if answer is None: return next((name for name in (*filter(has.__contains__, names), *names) if name in record), None)
+    if answer is None:
+        return next((name for name in (*filter(has.__contains__, names), *names) if name in record), None)
     if answer in has: return answer
-    raise ConversationError(f"there is no column {answer!r} to read as the answer; found: {listing(sorted(has)) or 'none'}")
+    raise ConversationError(f"there is no column {answer!r} to read as the answer; found: "
+                            f"{listing(sorted(has)) or 'none'}")
 
 # %% ../../nbs/10_data/01_layouts.ipynb #0110
 def _pair_turns(record: dict, has: set[str], answer: str | None) -> tuple[list[Turn], set[str]]:
@@ -120,7 +146,8 @@ def _joined(question: list[Turn], answer: list[Turn], name: str) -> list[Turn]:
     if answer[0].role == "assistant": return question + answer
     pairs = [(turn.role, turn.content) for turn in question]
     if pairs and pairs != [(turn.role, turn.content) for turn in answer[:len(pairs)]]:
-        raise ConversationError(f"field {answer[0].where!r}: the chat in this column begins otherwise than {name!r}; "
+        raise ConversationError(f"field {answer[0].where!r}: the chat in this column begins otherwise than "
+                                f"{name!r}; "
                                 f"correct one of them, or leave {name!r} out")
     return answer
 
@@ -151,7 +178,8 @@ def _instruction_text(record: dict) -> tuple[object, set[str]]:
     filled = [name for name in extras if not says_nothing(record[name])]
     if len(filled) > 1:
         raise ConversationError("fields 'input' and 'context' are both filled; join them into 'input'")
-    if filled and isinstance(question, str): question = f"{question}\n\n{record[filled[0]]}"
+    if filled and isinstance(question, str):
+        question = f"{question}\n\n{record[filled[0]]}"
     return question, used | set(extras)
 
 # %% ../../nbs/10_data/01_layouts.ipynb #0116
@@ -171,7 +199,8 @@ def _nothing_usable(record: dict, has: set[str]) -> ConversationError:
     empty = sorted(set(record) - has)
     without = f" (empty: {listing(empty)})" if empty else ""
     way_out = "Rename the columns that hold the chat."
-    if {"chosen", "rejected"} & has: way_out = f"Say load_conversations(..., answer={sorted({'chosen', 'rejected'} & has)[0]!r})."
+    if {"chosen", "rejected"} & has:
+        way_out = f"Say load_conversations(..., answer={sorted({'chosen', 'rejected'} & has)[0]!r})."
     return ConversationError(f"no usable fields; found: {listing(sorted(has)) or 'none'}{without}; "
                              f"accepted are: {ACCEPTED}. {way_out}")
 
@@ -182,7 +211,8 @@ def _branch(mapping: dict, last) -> list[str]:
     while last is not None:
         node = mapping.get(last) if isinstance(last, str) else None
         if not isinstance(node, dict):
-            raise ConversationError(f"field 'mapping': holds no node {shortened(repr(last), 40)}, which another field names; "
+            raise ConversationError(f"field 'mapping': holds no node {shortened(repr(last), 40)}, which "
+                                    "another field names; "
                                     "export the chat again, or correct the name")
         if last in path:
             raise ConversationError(f"field 'mapping.{last}.parent': the nodes form a circle; "
@@ -199,27 +229,33 @@ def _node_turn(message, place: str) -> Turn | None:
         raise ConversationError(f"field '{place}': has no author or no content")
     kind, parts = content.get("content_type"), content.get("parts")
     if kind != "text" or not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise ConversationError(f"field '{place}.content': is of type {shortened(repr(kind), 40)}, and only text is read; "
+        raise ConversationError(f"field '{place}.content': is of type {shortened(repr(kind), 40)}, and only "
+                                "text is read; "
                                 "leave the chat out")
     if author.get("role") == "system" and not "".join(parts).strip(): return None
     if len(parts) != 1:
-        raise ConversationError(f"field '{place}.content.parts': has {len(parts)} parts; join them into one text")
+        raise ConversationError(f"field '{place}.content.parts': has {len(parts)} parts; join them into one "
+                                "text")
     return read_message({"role": author.get("role"), "content": parts[0]}, place)
 
 # %% ../../nbs/10_data/01_layouts.ipynb #011b
 def _exported_turns(record: dict) -> tuple[list[Turn], set[str]]:
     "Turns of the current branch of a ChatGPT export, and the fields that were used."
     mapping = record["mapping"]
-    if not isinstance(mapping, dict): raise ConversationError(f"field 'mapping': is {kind_of(mapping)}, expected an object of nodes")
+    if not isinstance(mapping, dict):
+        raise ConversationError(f"field 'mapping': is {kind_of(mapping)}, expected an object of nodes")
     if record.get("current_node") is None:
-        raise ConversationError("field 'current_node': is missing; it names the node of 'mapping' at which the chat ends. "
+        raise ConversationError("field 'current_node': is missing; it names the node of 'mapping' at which "
+                                "the chat ends. "
                                 "Add the id of the last message")
     turns = []
     for name in _branch(mapping, record["current_node"]):
         message = mapping[name].get("message")
         turn = None if message is None else _node_turn(message, f"mapping.{name}.message")
-        if turn: turns.append(turn)
-    if not turns: raise ConversationError("field 'mapping': the branch that ends at 'current_node' holds no messages")
+        if turn:
+            turns.append(turn)
+    if not turns:
+        raise ConversationError("field 'mapping': the branch that ends at 'current_node' holds no messages")
     return turns, {"mapping", "current_node"}
 
 # %% ../../nbs/10_data/01_layouts.ipynb #011d
@@ -257,7 +293,8 @@ def _lineage(name, parents: dict) -> list:
     "Names of the messages from the root to this one."
     path = []
     while name is not None:
-        if name in path: raise ConversationError("field 'parent_id': the messages form a circle; correct one of them")
+        if name in path:
+            raise ConversationError("field 'parent_id': the messages form a circle; correct one of them")
         path.append(name)
         name = parents[name]
     return path[::-1]
@@ -269,13 +306,15 @@ def _message_names(rows: list[tuple[str, dict]]) -> dict:
     for place, row in rows:
         name = row.get("message_id")
         if not isinstance(name, (str, int)) or name in parents:
-            raise ConversationError(f"{place}: field 'message_id': {shortened(repr(name), 40)} is no name or occurs twice; "
+            raise ConversationError(f"{place}: field 'message_id': {shortened(repr(name), 40)} is no name "
+                                    "or occurs twice; "
                                     "give each message a name of its own")
         parents[name] = row.get("parent_id")
     for place, row in rows:
         parent = row.get("parent_id")
         if parent is not None and (not isinstance(parent, (str, int)) or parent not in parents):
-            raise ConversationError(f"{place}: field 'parent_id': there is no message {shortened(repr(parent), 40)}; "
+            raise ConversationError(f"{place}: field 'parent_id': there is no message "
+                                    f"{shortened(repr(parent), 40)}; "
                                     "add it, or leave out the messages that hang on it")
     return parents
 
@@ -310,13 +349,17 @@ _INTO_CHAT = "it is part of what the model saw; write it into the messages, or r
 _THOUGHT = "write it into the answer's message as reasoning_content (layout messages), or rename the column if it is no thought"
 
 REFUSED_COLUMNS = {
-    "history": "earlier turns belong into the list of messages, before the question",
-    **dict.fromkeys(("tools", "functions"), "tools are not supported; write them into a system message, or leave the record out"),
+    "history": "write earlier turns into the list of messages, before the question; or rename the column if "
+               "it is no chat",
+    **dict.fromkeys(("tools", "functions"), "tools are not supported; write them into a system message, or "
+                                            "leave the record out"),
     **dict.fromkeys(("context", "documents"), _INTO_CHAT),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"),
-                    "only text is read; leave the record out, or rename the column if it is no part of the chat"),
+                    "only text is read; leave the record out, or rename the column if it is no part of the "
+                    "chat"),
     **dict.fromkeys(("chat_template_kwargs", "template_kwargs", "chat_template"),
-                    "settings of a template for single records are not supported; write what they change into the messages"),
+                    "settings of a template for single records are not supported; write what they change "
+                    "into the messages"),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought"), _THOUGHT),
 }
 WEIGHTS = ("weight", "sample_weight", "loss_weight")
@@ -330,7 +373,8 @@ def _check_columns(record: dict, used: set[str]) -> None:
     for name in WEIGHTS:
         weight = record.get(name)
         if isinstance(weight, (int, float)) and weight != 1:
-            raise ConversationError(f"field {name!r}: every record counts once here, and this one has {shortened(weight, 20)}; "
+            raise ConversationError(f"field {name!r}: every record counts once here, and this one has "
+                                    f"{shortened(weight, 20)}; "
                                     "leave records of weight 0 out, repeat others, or rename the column")
 
 # %% ../../nbs/10_data/01_layouts.ipynb #0127
@@ -344,7 +388,8 @@ def _with_system(record: dict, turns: list[Turn]) -> tuple[list[Turn], set[str]]
         system = record.get(name)
         if says_nothing(system): continue
         if not isinstance(system, str):
-            raise ConversationError(f"field {name!r}: is {kind_of(system)}, expected the system prompt as text; "
+            raise ConversationError(f"field {name!r}: is {kind_of(system)}, expected the system prompt as "
+                                    "text; "
                                     "rename the column if it is none")
         if turns[0].role != "system":
             turns, used = [Turn("system", system, name), *turns], {name}
@@ -367,7 +412,8 @@ def _chat(turns: list[Turn], metadata: dict, whole: bool = True) -> Chat:
     check_turns(turns)
     if any(turn.kept for turn in turns):
         if "message_fields" in metadata:
-            raise ConversationError("field 'message_fields': other fields of the messages are kept under this name; "
+            raise ConversationError("field 'message_fields': other fields of the messages are kept under "
+                                    "this name; "
                                     "rename the column")
         metadata = {**metadata, "message_fields": [turn.kept for turn in turns]}
     return Chat(tuple(turn.message for turn in turns), metadata, whole)
@@ -378,7 +424,8 @@ def _listed_record(record: dict, name: str, has: set[str], answer: str | None) -
     turns = _conversations_turns(record[name]) if name == "conversations" else _listed_turns(record[name], name)
     if answer is not None:
         if turns[-1].role == "assistant":
-            raise ConversationError(f"field {name!r}: ends with an answer already; take answer={answer!r} away, or leave the field out")
+            raise ConversationError(f"field {name!r}: ends with an answer already; take answer={answer!r} "
+                                    "away, or leave the field out")
         _answer_column(record, has, (), answer)
         return _joined(turns, _said(record[answer], answer, "assistant"), name), {name, answer}
     if turns[-1].role == "user" and {"chosen", "rejected"} <= has: raise _choose(name, ["chosen", "rejected"])
@@ -393,7 +440,8 @@ def _turns(record: dict, answer: str | None) -> tuple[list[Turn], set[str]]:
     if "mapping" in has: return _exported_turns(record)
     if "prompt" in has: return _pair_turns(record, has, answer)
     if "instruction" in has: return _instruction_turns(record, has, answer)
-    if answer in has and isinstance(record[answer], list): return _listed_turns(record[answer], answer), {answer}
+    if answer in has and isinstance(record[answer], list):
+        return _listed_turns(record[answer], answer), {answer}
     raise _nothing_usable(record, has)
 
 # %% ../../nbs/10_data/01_layouts.ipynb #012c
@@ -403,7 +451,11 @@ def read_chats(
 ) -> list[Chat]:
     "The chats of one record: one, or several where it is a tree. Raises `ConversationError` naming the field."
     if not isinstance(record, dict):
-        raise ConversationError(f"is {kind_of(record)}, expected an object with named fields; accepted are: {ACCEPTED}")
+        raise ConversationError(f"is {kind_of(record)}, expected an object with named fields; accepted are: "
+                                f"{ACCEPTED}")
+    for name in record:
+        if re.search("[\ud800-\udfff]", name):
+            raise ConversationError(f"field {name!r}: the name holds half of a surrogate pair; rename it")
     root = record.get("prompt")
     if isinstance(root, dict) and "replies" in root and not {"messages", "conversations"} & record.keys():
         _check_columns(record, {"prompt"})
@@ -418,5 +470,6 @@ def read_chats(
     metadata = {key: value for key, value in record.items() if key not in used}
     if "mapping" in used:
         told = sum(isinstance(node, dict) and node.get("message") is not None for node in record["mapping"].values())
-        if told > len(turns): metadata["other_messages"] = told - len(turns)
+        if told > len(turns):
+            metadata["other_messages"] = told - len(turns)
     return [_chat(turns, metadata)]

@@ -7,7 +7,6 @@ __all__ = ['PASSED_ON', 'REFUSED', 'ROLES', 'ConversationError', 'shortened', 'l
            'read_message', 'check_turns']
 
 # %% ../../nbs/10_data/00_messages.ipynb #imports
-import json
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -111,7 +110,8 @@ def _thought(message: dict, role: str, place: str) -> dict:
             raise ConversationError(at + f"a {role} message cannot hold a thought; "
                                     "write it into the content, or take the field out")
     if len(set(found.values())) > 1:
-        raise ConversationError(f"field '{place}': {' and '.join(found)} hold different thoughts; keep one of them")
+        raise ConversationError(f"field '{place}': {' and '.join(found)} hold different thoughts; keep one "
+                                "of them")
     return {"reasoning_content": value for value in found.values()}
 
 # %% ../../nbs/10_data/00_messages.ipynb #0014
@@ -121,13 +121,15 @@ def _train_flag(message: dict, role: str, place: str) -> dict:
     for name, value in flags.items():
         at = f"field '{place}.{name}': "
         if isinstance(value, str) or value not in (0, 1):
-            raise ConversationError(at + f"is {shortened(repr(value), 30)}; an answer is trained on (1, true) or not (0, false). "
+            raise ConversationError(at + f"is {shortened(repr(value), 30)}; an answer is trained on (1, "
+                                         "true) or not (0, false). "
                                     "Use one of these, or leave the record out")
         if value and role != "assistant":
             raise ConversationError(at + f"only answers are trained on, and this is a {role} message; "
                                     "say false here, or take the field out")
     if len({bool(value) for value in flags.values()}) > 1:
-        raise ConversationError(f"field '{place}': {' and '.join(flags)} say different things; keep one of them")
+        raise ConversationError(f"field '{place}': {' and '.join(flags)} say different things; keep one of "
+                                "them")
     return {"train": False} if role == "assistant" and flags and not any(flags.values()) else {}
 
 # %% ../../nbs/10_data/00_messages.ipynb #0016
@@ -150,7 +152,8 @@ def _text_of(content, where: str):
     if not isinstance(content, list) or not content: return content
     for i, part in enumerate(content):
         if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise ConversationError(f"field '{where}[{i}]': is a part of type {shortened(repr(part['type']), 30)}; {_PICTURES}")
+            raise ConversationError(f"field '{where}[{i}]': is a part of type "
+                                    f"{shortened(repr(part['type']), 30)}; {_PICTURES}")
     [part, *more] = content
     lone = not more and isinstance(part, dict) and isinstance(part.get("text"), str)
     return part["text"] if lone and all(says_nothing(part[key]) for key in part if key not in ("type", "text")) else content
@@ -178,10 +181,12 @@ def read_message(
 ) -> Turn:
     "One message of a file as a turn. Raises `ConversationError` naming the field."
     if not isinstance(message, dict):
-        raise ConversationError(f"field '{place}': is {kind_of(message)}, expected {{'role': …, 'content': …}}")
+        raise ConversationError(f"field '{place}': is {kind_of(message)}, expected "
+                                f"{{'role': …, 'content': …}}")
     for key in (role, content):
         if key not in message:
-            raise ConversationError(f"field '{place}': has no {key!r} (it has {listing(message) or 'nothing'})")
+            raise ConversationError(f"field '{place}': has no {key!r} (it has "
+                                    f"{listing(message) or 'nothing'})")
     speaker = _role_of(message[role], f"{place}.{role}", roles or ROLES)
     passed, kept = _sorted_fields(message, speaker, place, {role, content})
     where = f"{place}.{content}"
@@ -212,9 +217,11 @@ def _check_order(role: str, previous: str | None, where: str) -> None:
                                 "move it there or make it part of a user message")
     if role == previous:
         missing = "answer" if role == "user" else "question"
-        raise ConversationError(at + f"two {role} messages in a row; merge them or add the missing {missing} between")
+        raise ConversationError(at + f"two {role} messages in a row; merge them or add the missing "
+                                     f"{missing} between")
     if role == "assistant" and previous != "user":
-        raise ConversationError(at + "the assistant speaks before any user message; add the question it answers")
+        raise ConversationError(at + "the assistant speaks before any user message; add the question it "
+                                     "answers")
 
 # %% ../../nbs/10_data/00_messages.ipynb #0022
 def check_turns(
@@ -227,4 +234,5 @@ def check_turns(
         _check_order(turn.role, previous, turn.where)
         previous = turn.role
     if previous == "system":
-        raise ConversationError(f"field {turns[0].where!r}: there is only a system message; add a user message")
+        raise ConversationError(f"field {turns[0].where!r}: there is only a system message; add a user "
+                                "message")
