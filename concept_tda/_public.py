@@ -10,8 +10,10 @@ PUBLIC = {
         "is_message_row chats_of_rows Chat read_chats",
     "data.files": "COMPRESSIONS FORMATS Record plain table_records is_data_file bare_name read_file",
     "data.conversations": "Conversation row_numbers Rows Conversations load_conversations bundled",
-    "data.templates": "",
-    "data.tokens": "TokenizedConversation readable_tokens TokenizedConversations tokenize tokenize_prompts",
+    "data.templates": "template_names chat_template_text as_given render TemplateProfile Piece Rendered "
+        "rendered_chats",
+    "data.tokens": "response_mask TokenizedConversation readable_tokens TokenizedConversations tokenize "
+        "tokenize_prompts",
     "data.batches": "Batch batches",
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel load_model",
     "model.sites": "Site resolve_sites",

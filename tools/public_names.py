@@ -18,9 +18,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "concept_tda"
 def rooms(package: Path) -> list[Path]:
     """The modules in import order: floors first, then rooms, by the numbers of the notebooks they come from."""
     def numbers(path):
-        notebook = re.search(r"File to edit: \S*?nbs/(\S+)\.ipynb", path.read_text(encoding="utf-8"))[1]
-        return [int(part.split("_")[0]) for part in notebook.split("/")]
-    return sorted((path for path in package.rglob("*.py") if not path.name.startswith("_")), key=numbers)
+        notebook = re.search(r"File to edit: \S*?nbs/(\S+)\.ipynb", path.read_text(encoding="utf-8"))
+        return notebook and [int(part.split("_")[0]) for part in notebook[1].split("/")]
+    modules = [path for path in package.rglob("*.py") if not path.name.startswith("_")]
+    return sorted(filter(numbers, modules), key=numbers)
 
 
 def name_of(module: Path, package: Path) -> str:

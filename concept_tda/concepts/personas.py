@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from .concept import Concept, contrastive_concept, random_concepts, sweep_layers
 from ..data.conversations import Conversation, Conversations
-from ..data.templates import _end_of_turn, _response_mask
-from ..data.tokens import readable_tokens, tokenize, tokenize_prompts
+from ..data.templates import TemplateProfile
+from ..data.tokens import readable_tokens, response_mask, tokenize, tokenize_prompts
 from .judges import Evaluation, JudgeError
 from ..model.answers import cached_generate
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
@@ -315,7 +315,7 @@ class _TurnFinder:
         between = [text[at + len(word):after] for at, word, after in zip(places, words, places[1:])]
         self.opening = os.path.commonprefix([between[0], between[2]])
         self.prefaces = sorted({mark[len(self.opening):] for mark in (between[0], between[2])}, key=len)[::-1]  # some templates put an empty thought before a last answer
-        self.ending, self.closing = _end_of_turn(self.tokenizer).strip(), between[1]
+        self.ending, self.closing = TemplateProfile.read(self.tokenizer).end_last.strip(), between[1]
         asked = self._spelled(tokenize_prompts([{"messages": [{"role": "user", "content": words[0]}]}], self.tokenizer)[0])[0]
         self.asking = asked[asked.find(words[0]) + len(words[0]):]
         if not self.opening.strip() or not torch.equal(self._mask(probe.input_ids), probe.response_mask): raise self._error("sets no marks by which the assistant's turns can be told from the rest")
@@ -342,7 +342,7 @@ class _TurnFinder:
             at = text.find(self.opening, end)
         if not spans and not (self.asking and text.endswith(self.asking)):
             raise SteeringError(f"a text given to {self.name} holds no turn of the assistant, so it has no response positions: {text[:80]!r}… Steer with positions='all', or use the chat template")
-        return torch.from_numpy(_response_mask(offsets, spans))
+        return torch.from_numpy(response_mask(offsets, spans))
 
     def mask(self, ids_BT, attention_BT) -> torch.Tensor:
         "True [B, T] on the assistant's tokens; padding, on either side, is False."

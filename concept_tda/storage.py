@@ -1,0 +1,5 @@
+"""Where 0.1 kept the base of all errors. Collections of test cases outside of this repository import it from here."""
+
+from concept_tda.foundation.errors import ConceptTDAError
+
+__all__ = ["ConceptTDAError"]
