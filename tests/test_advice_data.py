@@ -27,7 +27,8 @@ ROWS = [json.loads(line) for line in LINES.splitlines()]
 
 def told(source, **options):
     """What the library says against a source."""
-    with pytest.raises(ConversationError) as caught: load_conversations(source, **options)
+    with pytest.raises(ConversationError) as caught:
+        load_conversations(source, **options)
     return str(caught.value)
 
 
@@ -47,13 +48,15 @@ def parquet():
 def arrow(open_):
     out = pa.BufferOutputStream()
     table = pa.Table.from_pylist(ROWS)
-    with open_(out, table.schema) as writer: writer.write_table(table)
+    with open_(out, table.schema) as writer:
+        writer.write_table(table)
     return out.getvalue().to_pybytes()
 
 
 def zstd(data):
     out = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(out, "zstd") as stream: stream.write(data)
+    with pa.CompressedOutputStream(out, "zstd") as stream:
+        stream.write(data)
     return out.getvalue().to_pybytes()
 
 
@@ -80,7 +83,8 @@ def test_a_file_gets_the_name_that_is_advised(case, tmp_path):
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
 def test_the_advised_conversion_is_right(suffix, encoding, tmp_path):
-    text = {"jsonl": '{"prompt": "Café?", "response": "ja"}', "json": '[{"prompt": "Café?", "response": "ja"}]',
+    text = {"jsonl": '{"prompt": "Café?", "response": "ja"}', "json": '[{"prompt": "Café?", "response": '
+                                                                      '"ja"}]',
             "csv": "prompt,response\nCafé?,ja\n"}[suffix]
     old, new = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
     old.write_bytes(text.encode(encoding))
@@ -89,7 +93,8 @@ def test_the_advised_conversion_is_right(suffix, encoding, tmp_path):
         assert "iconv" not in said
         return
     command = re.search(r"iconv -f \S+ -t \S+", said)[0].split()
-    if not shutil.which("iconv"): pytest.skip("iconv is not installed")
+    if not shutil.which("iconv"):
+        pytest.skip("iconv is not installed")
     new.write_bytes(subprocess.run([*command, str(old)], capture_output=True, check=True).stdout)
     assert load_conversations(new)[0].messages[0]["content"] == "Café?"
 
@@ -108,9 +113,11 @@ def test_conversion_is_not_advised_where_it_would_ruin(tmp_path):
 
 
 def test_an_archive_is_unpacked(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.jsonl", "w") as archive: archive.writestr("b.jsonl", LINES)
+    with zipfile.ZipFile(tmp_path / "a.jsonl", "w") as archive:
+        archive.writestr("b.jsonl", LINES)
     assert "unpack it" in told(tmp_path / "a.jsonl")
-    with zipfile.ZipFile(tmp_path / "a.jsonl") as archive: archive.extract("b.jsonl", tmp_path)
+    with zipfile.ZipFile(tmp_path / "a.jsonl") as archive:
+        archive.extract("b.jsonl", tmp_path)
     loads(tmp_path / "b.jsonl", 2)
 
 
@@ -149,7 +156,8 @@ def test_csv(tmp_path):
     loads(path, 1)
     path.write_text('prompt,response\nHi,Hello!\nHo,"He said "yes""\nHu,x\n')
     assert ", line 3: broken CSV" in (said := told(path)) and 'twice ("")' in said
-    with path.open("w", newline="") as file: csv.writer(file).writerows([["prompt", "response"], ["Ho", 'He said "yes"']])
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "response"], ["Ho", 'He said "yes"']])
     loads(path, 1)
     path.write_text('prompt,response\nHi,Hello!\nHo,"Hello\nHu,x\n')
     assert ", line 3: broken CSV" in told(path)
@@ -180,15 +188,19 @@ def test_what_is_no_path(tmp_path, monkeypatch):
     text = json.dumps(ROWS)
     assert "looks like the data itself; pass a path, or a list of records" in told(text) and told(LINES.decode())
     loads(json.loads(text), 2)
-    for odd in ("a\0b.jsonl", "x" * 5000 + ".jsonl", "~nobody-of-this-name/a.jsonl"): assert "path" in told(odd) or "no file" in told(odd)
-    for empty in ("", "."): assert "path" in told(empty)
-    for odd in (3, None, {"prompt": "Hi"}, (r for r in ROWS)): assert "cannot read conversations from" in told(odd)
+    for odd in ("a\0b.jsonl", "x" * 5000 + ".jsonl", "~nobody-of-this-name/a.jsonl"):
+        assert "path" in told(odd) or "no file" in told(odd)
+    for empty in ("", "."):
+        assert "path" in told(empty)
+    for odd in (3, None, {"prompt": "Hi"}, (r for r in ROWS)):
+        assert "cannot read conversations from" in told(odd)
 
 
 def test_a_file_without_permission(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_bytes(LINES)
-    def refuse(self): raise PermissionError(13, "Permission denied")
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
     with monkeypatch.context() as patch:
         patch.setattr(type(path), "read_bytes", refuse)
         assert "cannot be read: Permission denied; check" in told(path)
@@ -208,16 +220,24 @@ def test_tables(tmp_path):
     assert "row 0: is nested more than 100 levels deep, or holds itself" in told([{"prompt": "Hi", "response": "x", "more": endless}])
 
 
-def nested(depth): return "[" * depth + "]" * depth
+def nested(depth):
+    return "[" * depth + "]" * depth
 
 
 @pytest.mark.parametrize("broken, words, mended", [
-    ('{"prompt": "Hi", "response": "x", "more": %s}' % nested(3000), "nested", '{"prompt": "Hi", "response": "x"}'),
-    ('{"prompt": "Hi", "response": "x", "more": %s}' % nested(200), "nested", '{"prompt": "Hi", "response": "x", "more": [[]]}'),
-    ('{"prompt": "Hi", "response": "x", "n": %s}' % ("1" * 5000), "write it as text", '{"prompt": "Hi", "response": "x", "n": "%s"}' % ("1" * 5000)),
-    ('{"prompt": "Hi", "response": "x", "prompt": "Ho"}', "two fields of one object are called 'prompt'.*rename", '{"prompt": "Hi", "response": "x", "b": "Ho"}'),
+    ('{"prompt": "Hi", "response": "x", "more": %s}' % nested(3000), "nested", '{"prompt": "Hi", '
+                                                                               '"response": "x"}'),
+    ('{"prompt": "Hi", "response": "x", "more": %s}' % nested(200), "nested", '{"prompt": "Hi", "response": '
+                                                                              '"x", "more": [[]]}'),
+    ('{"prompt": "Hi", "response": "x", "n": %s}' % ("1" * 5000), "write it as text", '{"prompt": "Hi", '
+                                                                                      '"response": "x", '
+                                                                                      '"n": "%s"}' % ("1" * 5000)),
+    ('{"prompt": "Hi", "response": "x", "prompt": "Ho"}', "two fields of one object are called "
+                                                          "'prompt'.*rename", '{"prompt": "Hi", "response": '
+                                                                              '"x", "b": "Ho"}'),
     ('{"prompt": "Hi \\ud83d", "response": "x"}', "remove it", '{"prompt": "Hi", "response": "x"}'),
-    ('{"prompt": "Hi", "response": "x", "\\ud83d": 1}', "rename it", '{"prompt": "Hi", "response": "x", "smile": 1}'),
+    ('{"prompt": "Hi", "response": "x", "\\ud83d": 1}', "rename it", '{"prompt": "Hi", "response": "x", '
+                                                                     '"smile": 1}'),
 ])
 def test_json_that_python_cannot_take(broken, words, mended, tmp_path):
     for name, text in (("a.jsonl", "{}\n%s\n"), ("a.json", "[%s]")):
@@ -225,14 +245,16 @@ def test_json_that_python_cannot_take(broken, words, mended, tmp_path):
         path.write_text(text.replace("{}", '{"prompt": "a", "response": "b"}') % broken)
         said = told(path)
         assert re.search(words, said) and str(path) in said and len(said) < 700
-        if name == "a.jsonl": assert ", line 2: " in said
+        if name == "a.jsonl":
+            assert ", line 2: " in said
         path.write_text(text.replace("{}", '{"prompt": "a", "response": "b"}') % mended)
         loads(path)
 
 
 def test_plausible_oddities_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "a\\u0000b", "response": "x", "score": NaN, "big": 1%s, "inf": 1e999, "t": "\\ud83d"}\n' % ("0" * 400))
+    path.write_text('{"prompt": "a\\u0000b", "response": "x", "score": NaN, "big": 1%s, "inf": 1e999, "t": '
+                    '"\\ud83d"}\n' % ("0" * 400))
     data = load_conversations(path)
     assert data[0].metadata["score"] is None and data[0].metadata["big"] == 10**400 and data[0].metadata["inf"] == float("inf")
     assert data.to_json(tmp_path / "b.jsonl").read_bytes() == path.read_bytes() and len(data.to_pandas()) == 1
@@ -242,7 +264,8 @@ def test_plausible_oddities_are_read(tmp_path):
 
 # ---------------------------------------------------------------- fields and columns
 
-def answer(**fields): return {"messages": [HI[0], {**HI[1], **fields}]}
+def answer(**fields):
+    return {"messages": [HI[0], {**HI[1], **fields}]}
 
 
 MENDED = {  # a field of a message, as found and as advised
@@ -301,7 +324,8 @@ def test_answer_is_advised_with_a_column_that_works():
 
 def test_the_advised_name_of_an_export(tmp_path):
     data = load_conversations(ROWS)
-    with pytest.raises(ConversationError) as caught: data.to_json(tmp_path / "a.jsonl.gz")
+    with pytest.raises(ConversationError) as caught:
+        data.to_json(tmp_path / "a.jsonl.gz")
     name = re.search(r"name the file (\S+) and", str(caught.value))[1]
     path = data.to_json(tmp_path / name)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))

@@ -11,13 +11,18 @@ import pandas as pd
 import pytest
 import torch
 
-from chat_tokenizers import FAMILIES, chat_tokenizer
 from concept_tda.data.batches import Batch, batches
 from concept_tda.data.conversations import (
-    Conversation, ConversationError, Conversations, bundled, load_conversations,
+    Conversation,
+    ConversationError,
+    Conversations,
+    bundled,
+    load_conversations,
 )
 from concept_tda.data.tokens import TokenizedConversations, readable_tokens, tokenize, tokenize_prompts
 from concept_tda.foundation.errors import ConceptTDAError, StorageError
+
+from chat_tokenizers import FAMILIES, chat_tokenizer
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 LONG = [
@@ -32,15 +37,18 @@ LONG = [
 TAKES_SYSTEM = [family for family in FAMILIES if family not in ("gemma", "mistral-v0.1")]
 
 
-def answers(messages): return [m["content"] for m in messages if m["role"] == "assistant"]
+def answers(messages):
+    return [m["content"] for m in messages if m["role"] == "assistant"]
 
 
 def runs(item):
     """Token ids of each run of response tokens."""
     found, before = [], False
     for token, on in zip(item.input_ids.tolist(), item.response_mask.tolist()):
-        if on and not before: found.append([])
-        if on: found[-1].append(token)
+        if on and not before:
+            found.append([])
+        if on:
+            found[-1].append(token)
         before = on
     return found
 
@@ -82,7 +90,8 @@ def test_instruction_with_input_and_system_column():
 
 
 def test_system_column_beside_a_system_prompt_must_be_the_same():
-    with pytest.raises(ConversationError, match=r"row 0: field 'system': differs from .*messages\[0\].content"):
+    with pytest.raises(ConversationError, match=r"row 0: field 'system': differs from "
+                                                r".*messages\[0\].content"):
         load_conversations([{"system": "other", "messages": LONG}])
     for system in (LONG[0]["content"], "", None):  # equal or empty: it says nothing new, and stays to be seen
         [c] = load_conversations([{"system": system, "messages": LONG}])
@@ -151,7 +160,8 @@ def test_names_come_from_the_file(tmp_path):
 
 def test_csv_keeps_text_as_text(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_bytes('\ufeffprompt,response,flag,count,code,part\r\n"Two\nlines, ""quoted""",None,TRUE,1,a1,007\r\n007,NA,false,,,12\r\n'.encode())
+    path.write_bytes('\ufeffprompt,response,flag,count,code,part\r\n"Two\nlines, '
+                     '""quoted""",None,TRUE,1,a1,007\r\n007,NA,false,,,12\r\n'.encode())
     data = load_conversations(path)
     assert [c.response for c in data] == ["None", "NA"]
     assert data[0].messages[0]["content"] == 'Two\nlines, "quoted"' and data[1].messages[0]["content"] == "007"
@@ -173,22 +183,28 @@ def test_a_conversation_may_end_with_a_question():
 
 
 def test_hub_id_offline_says_so():
-    with pytest.raises(ConversationError, match=r"'nobody/no-such-data'.*hub.*HF_HUB_OFFLINE"): load_conversations("nobody/no-such-data")
+    with pytest.raises(ConversationError, match=r"'nobody/no-such-data'.*hub.*HF_HUB_OFFLINE"):
+        load_conversations("nobody/no-such-data")
 
 
 def test_dataset_with_splits_asks_for_one():
     import datasets
-    with pytest.raises(ConversationError, match="several splits.*train"): load_conversations(datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS)))
+    with pytest.raises(ConversationError, match="several splits.*train"):
+        load_conversations(datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS)))
 
 
 # ---------------------------------------------------------------- errors
 
-def user(text="Hi"): return {"role": "user", "content": text}
-def assistant(text="Hello!"): return {"role": "assistant", "content": text}
+def user(text="Hi"):
+    return {"role": "user", "content": text}
+def assistant(text="Hello!"):
+    return {"role": "assistant", "content": text}
 
 
 BROKEN = {
-    "no usable fields": ({"question": "Hi", "answer": "Hello!"}, "no usable fields; found: answer, question; accepted are: messages; conversations; prompt"),
+    "no usable fields": ({"question": "Hi", "answer": "Hello!"}, "no usable fields; found: answer, "
+                                                                 "question; accepted are: messages; "
+                                                                 "conversations; prompt"),
     "all fields null": ({"messages": None}, r"found: none \(empty: messages\)"),
     "instruction without output": ({"instruction": "Hi"}, "no usable fields; found: instruction"),
     "record is a list": ([1, 2], "expected an object"),
@@ -196,25 +212,35 @@ BROKEN = {
     "messages is empty": ({"messages": []}, "field 'messages': holds no messages"),
     "message is text": ({"messages": ["Hi"]}, r"field 'messages\[0\]': is text"),
     "message without content": ({"messages": [user(), {"role": "assistant", "text": "x"}]}, r"field 'messages\[1\]': has no 'content' \(it has role, text\)"),
-    "unknown role": ({"messages": [user(), {"role": "bot", "content": "x"}]}, r"field 'messages\[1\].role': unknown role 'bot'; the roles are system, user"),
+    "unknown role": ({"messages": [user(), {"role": "bot", "content": "x"}]}, r"field 'messages\[1\].role': "
+                                                                              r"unknown role 'bot'; the "
+                                                                              r"roles are system, user"),
     "role is a number": ({"messages": [{"role": 1, "content": "x"}]}, "unknown role 1"),
-    "two users": ({"messages": [user(), user(), assistant()]}, r"field 'messages\[1\].content': two user messages in a row; merge"),
-    "two assistants": ({"messages": [user(), assistant(), assistant()]}, r"field 'messages\[2\].content': two assistant messages in a row"),
+    "two users": ({"messages": [user(), user(), assistant()]}, r"field 'messages\[1\].content': two user "
+                                                               r"messages in a row; merge"),
+    "two assistants": ({"messages": [user(), assistant(), assistant()]}, r"field 'messages\[2\].content': "
+                                                                         r"two assistant messages in a row"),
     "system later": ({"messages": [user(), {"role": "system", "content": "x"}, assistant()]}, r"field 'messages\[1\].content': a system message must be the first"),
     "assistant first": ({"messages": [assistant(), user()]}, "the assistant speaks before any user message"),
-    "assistant after system": ({"messages": [LONG[0], assistant()]}, "the assistant speaks before any user message"),
+    "assistant after system": ({"messages": [LONG[0], assistant()]}, "the assistant speaks before any user "
+                                                                     "message"),
     "system alone": ({"messages": [LONG[0]]}, "only a system message"),
-    "empty answer": ({"messages": [user(), assistant(" \n")]}, r"field 'messages\[1\].content': the assistant's answer is empty"),
+    "empty answer": ({"messages": [user(), assistant(" \n")]}, r"field 'messages\[1\].content': the "
+                                                               r"assistant's answer is empty"),
     "empty response": ({"prompt": "Hi", "response": ""}, "field 'response': the assistant's answer is empty"),
     "response is null": ({"prompt": "Hi", "response": None}, "field 'response': is null, expected text"),
-    "content is a number": ({"messages": [user(3)]}, r"field 'messages\[0\].content': is a number, expected text"),
-    "content is null": ({"messages": [user(), assistant(None)]}, r"field 'messages\[1\].content': is null, expected text"),
+    "content is a number": ({"messages": [user(3)]}, r"field 'messages\[0\].content': is a number, expected "
+                                                     r"text"),
+    "content is null": ({"messages": [user(), assistant(None)]}, r"field 'messages\[1\].content': is null, "
+                                                                 r"expected text"),
     "content is parts": ({"messages": [user([{"type": "text", "text": x} for x in "ab"])]}, "is a list, expected text; join the parts"),
     "input is a number": ({"instruction": "a", "input": 3, "output": "b"}, "field 'input': is a number"),
-    "tool calls": ({"messages": [user(), {**assistant(), "tool_calls": [1]}]}, "tool calls are not supported"),
+    "tool calls": ({"messages": [user(), {**assistant(), "tool_calls": [1]}]}, "tool calls are not "
+                                                                               "supported"),
     "sharegpt role": ({"conversations": [{"from": "alice", "value": "x"}]}, r"field 'conversations\[0\].from': unknown role 'alice'"),
     "sharegpt content": ({"conversations": [{"from": "human", "value": 3}]}, r"field 'conversations\[0\].value': is a number"),
-    "half a surrogate pair": ('{"prompt": "Hi \\ud83d", "response": "x"}', "field 'prompt': holds half of a surrogate pair"),
+    "half a surrogate pair": ('{"prompt": "Hi \\ud83d", "response": "x"}', "field 'prompt': holds half of a "
+                                                                           "surrogate pair"),
     "broken JSON": ('{"prompt": "Hi", response}', "broken JSON: .* at column 18"),
     "cut off": ('{"prompt": "Hi", "resp', "broken JSON: Unterminated string"),
 }
@@ -224,31 +250,40 @@ BROKEN = {
 def test_broken_record_names_file_line_field(case, tmp_path):
     record, message = BROKEN[case]
     path = jsonl(tmp_path / "train.jsonl", {"messages": HI}, "", record)
-    with pytest.raises(ConversationError, match=message) as caught: load_conversations(path)
+    with pytest.raises(ConversationError, match=message) as caught:
+        load_conversations(path)
     assert str(caught.value).startswith(f"{path}, line 3: ")
     assert isinstance(caught.value, ConceptTDAError)
     if not isinstance(record, str):
         (tmp_path / "b.json").write_text(json.dumps([{"messages": HI}, record]))
-        with pytest.raises(ConversationError, match=f"b.json, record 2: .*{message}"): load_conversations(tmp_path / "b.json")
+        with pytest.raises(ConversationError, match=f"b.json, record 2: .*{message}"):
+            load_conversations(tmp_path / "b.json")
 
 
 def test_all_broken_lines_are_counted(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", "{", {"messages": HI}, {"x": 1}, *(["[]"] * 20))
-    with pytest.raises(ConversationError, match=r"line 1: broken JSON.*\n21 more broken: line 3, line 4, .* and 11 more$"): load_conversations(path)
+    with pytest.raises(ConversationError, match=r"line 1: broken JSON.*\n21 more broken: line 3, line 4, .* "
+                                                r"and 11 more$"):
+        load_conversations(path)
 
 
 def test_table_errors_name_the_row(tmp_path):
     with pytest.raises(ConversationError, match="DataFrame, row 1: field 'response': is a number"):
         load_conversations(pd.DataFrame({"prompt": ["a", "b"], "response": ["x", 3]}))
-    with pytest.raises(ConversationError, match="list, row 0: no usable fields"): load_conversations([{"a": 1}])
+    with pytest.raises(ConversationError, match="list, row 0: no usable fields"):
+        load_conversations([{"a": 1}])
     (tmp_path / "a.csv").write_text('prompt,response\n"a\nb",x\nc,""\n')
-    with pytest.raises(ConversationError, match="a.csv, line 4: field 'response'"): load_conversations(tmp_path / "a.csv")
+    with pytest.raises(ConversationError, match="a.csv, line 4: field 'response'"):
+        load_conversations(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_text("prompt,response\na,b,c\n")
-    with pytest.raises(ConversationError, match="a.csv, line 2: has 3 cells where the header has 2"): load_conversations(tmp_path / "a.csv")
+    with pytest.raises(ConversationError, match="a.csv, line 2: has 3 cells where the header has 2"):
+        load_conversations(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_text("prompt,response,response\na,b,c\n")
-    with pytest.raises(ConversationError, match="a.csv, line 1: two columns have the same name"): load_conversations(tmp_path / "a.csv")
+    with pytest.raises(ConversationError, match="a.csv, line 1: two columns have the same name"):
+        load_conversations(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_text('prompt,response\na,"b\n')
-    with pytest.raises(ConversationError, match="a.csv, line 2: broken CSV"): load_conversations(tmp_path / "a.csv")
+    with pytest.raises(ConversationError, match="a.csv, line 2: broken CSV"):
+        load_conversations(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
@@ -256,53 +291,71 @@ def test_table_errors_name_the_row(tmp_path):
 def test_empty_files(suffix, content, tmp_path):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ConversationError, match=f"a.{suffix}: (the file is empty|not a readable Parquet file)"): load_conversations(path)
+    with pytest.raises(ConversationError, match=f"a.{suffix}: (the file is empty|not a readable Parquet "
+                                                "file)"):
+        load_conversations(path)
 
 
 def test_files_without_records(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     (tmp_path / "a.csv").write_text("prompt,response\n")
     for name in ("a.json", "a.csv"):
-        with pytest.raises(ConversationError, match=f"{name}: holds no records"): load_conversations(tmp_path / name)
+        with pytest.raises(ConversationError, match=f"{name}: holds no records"):
+            load_conversations(tmp_path / name)
     for source in ([], pd.DataFrame({"prompt": []})):
-        with pytest.raises(ConversationError, match="holds no records"): load_conversations(source)
+        with pytest.raises(ConversationError, match="holds no records"):
+            load_conversations(source)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
 def test_not_utf8_names_line_and_byte(suffix, tmp_path):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes('{"prompt": "a",\n"response": "é"}\n'.encode("latin-1"))
-    with pytest.raises(ConversationError, match=rf"a.{suffix}, line 2: the file is not UTF-8 \(byte 0xe9.*iconv"): load_conversations(path)
+    with pytest.raises(ConversationError, match=rf"a.{suffix}, line 2: the file is not UTF-8 \(byte "
+                                                rf"0xe9.*iconv"):
+        load_conversations(path)
     path.write_bytes('{"prompt": "a", "response": "é"}\n'.encode("utf-16"))
-    with pytest.raises(ConversationError, match="line 1.*UTF-16"): load_conversations(path)
+    with pytest.raises(ConversationError, match="line 1.*UTF-16"):
+        load_conversations(path)
 
 
 def test_json_file_errors(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"prompt": "a",\n "response": }]')
-    with pytest.raises(ConversationError, match="a.json, line 2: broken JSON"): load_conversations(path)
+    with pytest.raises(ConversationError, match="a.json, line 2: broken JSON"):
+        load_conversations(path)
     path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "b"}')
-    with pytest.raises(ConversationError, match="a.json, line 2: broken JSON.*name the file .jsonl"): load_conversations(path)
+    with pytest.raises(ConversationError, match="a.json, line 2: broken JSON.*name the file .jsonl"):
+        load_conversations(path)
     path.write_text('{"prompt": "a", "response": "b"}')
-    with pytest.raises(ConversationError, match="holds an object, expected a list"): load_conversations(path)
+    with pytest.raises(ConversationError, match="holds an object, expected a list"):
+        load_conversations(path)
 
 
 def test_paths_that_do_not_work(tmp_path):
-    with pytest.raises(ConversationError, match="no file .*missing.jsonl"): load_conversations(tmp_path / "missing.jsonl")
-    with pytest.raises(ConversationError, match="no file data/missing.jsonl"): load_conversations("data/missing.jsonl")
+    with pytest.raises(ConversationError, match="no file .*missing.jsonl"):
+        load_conversations(tmp_path / "missing.jsonl")
+    with pytest.raises(ConversationError, match="no file data/missing.jsonl"):
+        load_conversations("data/missing.jsonl")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ConversationError, match=r"a.txt: unknown extension '.txt'.*\.jsonl, \.json, \.csv, \.parquet"): load_conversations(tmp_path / "a.txt")
+    with pytest.raises(ConversationError, match=r"a.txt: unknown extension '.txt'.*\.jsonl, \.json, \.csv, "
+                                                r"\.parquet"):
+        load_conversations(tmp_path / "a.txt")
     jsonl(tmp_path / "train.jsonl", {"messages": HI})
-    with pytest.raises(ConversationError, match="is a folder; pass one file of it: train.jsonl"): load_conversations(tmp_path)
+    with pytest.raises(ConversationError, match="is a folder; pass one file of it: train.jsonl"):
+        load_conversations(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(ConversationError, match="a.parquet: not a readable Parquet"): load_conversations(tmp_path / "a.parquet")
-    with pytest.raises(ConversationError, match="cannot read conversations from a number"): load_conversations(3)
+    with pytest.raises(ConversationError, match="a.parquet: not a readable Parquet"):
+        load_conversations(tmp_path / "a.parquet")
+    with pytest.raises(ConversationError, match="cannot read conversations from a number"):
+        load_conversations(3)
 
 
 # ---------------------------------------------------------------- byte for byte
 
 LINES = [
-    b'{"prompt":"Caf\\u00e9","response":"ok","n":1e3}', '{"response" : "Café 漢 \u2028 x",  "prompt":"b", "z":[1,  2]}'.encode(),
+    b'{"prompt":"Caf\\u00e9","response":"ok","n":1e3}', '{"response" : "Café 漢 \u2028 x",  "prompt":"b", '
+                                                        '"z":[1,  2]}'.encode(),
     b'  {"messages":[{"role":"user","content":"a\\/b"},{"content":"\\ud83d\\ude42","role":"assistant"}]}\t',
     b'{"prompt":"a","response":"b","n":{"prompt":"c"}}',
 ]
@@ -327,7 +380,8 @@ def test_export_is_byte_for_byte_for_any_layout(tmp_path):
         expected = prefix
         for row in kept:
             end = ends[row] or (b"\r\n" if ends[0].startswith(b"\r\n") else b"\n")
-            if row == kept[-1] and not ends[-1]: end = b""  # like the original, no line break at the end
+            if row == kept[-1] and not ends[-1]:
+                end = b""  # like the original, no line break at the end
             expected += lines[row] + end
         assert written == expected
         rebuilt = Conversations.from_columns(data.to_columns(), data.name, json.loads(json.dumps(data.layout)))
@@ -344,7 +398,8 @@ def test_export_in_another_order_keeps_one_record_per_line(tmp_path):
 def test_export_is_atomic_and_names_an_unwritable_folder(tmp_path):
     data = load_conversations([{"messages": HI}])
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError): data.to_json(tmp_path / "file" / "a.jsonl")
+    with pytest.raises(StorageError):
+        data.to_json(tmp_path / "file" / "a.jsonl")
     data.to_json(tmp_path / "a.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "file"]
 
@@ -353,7 +408,8 @@ def test_export_is_atomic_and_names_an_unwritable_folder(tmp_path):
 
 def test_selecting():
     data = load_conversations([{"prompt": f"q{i}", "response": f"a{i}", "i": i} for i in range(6)])
-    def rows(chosen): return [c.metadata["i"] for c in chosen]
+    def rows(chosen):
+        return [c.metadata["i"] for c in chosen]
     assert rows(data[1:4]) == [1, 2, 3] and rows(data[::-2]) == [5, 3, 1]
     assert rows(data[[5, 0, -1]]) == [5, 0, 5] and rows(data[np.array([2, 1])]) == [2, 1] and rows(data[torch.tensor([3])]) == [3]
     assert rows(data[np.arange(6) % 2 == 0]) == [0, 2, 4] and rows(data[[True] + [False] * 5]) == [0]
@@ -361,19 +417,27 @@ def test_selecting():
     assert data[-1].metadata["i"] == 5 and data[data.ids[2]] is data[2] and data[np.int64(1)] is data[1]
     assert data[1:4].name == data.name and data[1:4].fingerprint != data.fingerprint
     for rows_, message in (([7], "row 7 does not exist"), ([True], "mask of 1 values"), ([0.5], "whole numbers")):
-        with pytest.raises(ConversationError, match=message): data[rows_]
-    with pytest.raises(ConversationError, match="no conversation .* has the id 'beef'"): data["beef"]
-    with pytest.raises(IndexError): data[6]
+        with pytest.raises(ConversationError, match=message):
+            data[rows_]
+    with pytest.raises(ConversationError, match="no conversation .* has the id 'beef'"):
+        data["beef"]
+    with pytest.raises(IndexError):
+        data[6]
 
 
 def test_labels():
     data = load_conversations([{"prompt": "a", "response": "b", "kind": kind, "ok": ok} for kind, ok in (("bad", True), ("good", False), ("bad", False))])
     assert data.labels("kind", "bad").tolist() == [True, False, True] and data.labels("ok").tolist() == [True, False, False]
     assert data.labels("ok").dtype == bool and data[1:].labels("ok").tolist() == [False, False]
-    with pytest.raises(ConversationError, match="no column 'label'; its metadata columns are: kind, ok"): data.labels("label")
-    with pytest.raises(ConversationError, match="no value of column 'kind' equals True; it holds 'bad', 'good'"): data.labels("kind")
+    with pytest.raises(ConversationError, match="no column 'label'; its metadata columns are: kind, ok"):
+        data.labels("label")
+    with pytest.raises(ConversationError, match="no value of column 'kind' equals True; it holds 'bad', "
+                                                "'good'"):
+        data.labels("kind")
     partly = load_conversations([{"prompt": "a", "response": "b", "kind": "bad"}, {"prompt": "c", "response": "d"}])
-    with pytest.raises(ConversationError, match=f"1 conversations have no value in column 'kind': {partly.ids[1]}"): partly.labels("kind", "bad")
+    with pytest.raises(ConversationError, match="1 conversations have no value in column 'kind': "
+                                                f"{partly.ids[1]}"):
+        partly.labels("kind", "bad")
 
 
 def test_duplicates_and_tables():
@@ -403,7 +467,8 @@ def test_masked_tokens_are_exactly_the_answers_with_their_end_of_turn(family):
     for messages in ([LONG] if family in TAKES_SYSTEM else []) + [LONG[1:], HI, LONG[1:-1]]:
         [item] = tokenize([messages], tokenizer)
         decoded = [tokenizer.decode(run) for run in runs(item)]
-        if family == "mistral-v0.3": decoded = [text.removeprefix(" ") for text in decoded]  # its blank is part of the first token
+        if family == "mistral-v0.3":
+            decoded = [text.removeprefix(" ") for text in decoded]  # its blank is part of the first token
         assert decoded == [answer + end for answer in answers(messages)]
         assert item.input_ids.dtype == torch.int64 and item.response_mask.dtype == torch.bool
 
@@ -436,14 +501,18 @@ def test_bos_is_added_only_where_the_tokenizer_would_and_the_template_does_not(f
     assert prompt.tolist() == item.input_ids[:len(prompt)].tolist()
 
 
-GENERATION = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
-              "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+GENERATION = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' "
+              "%}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+              "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if "
+              "add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 def random_chat(draw):
-    def text(): return "".join(draw.choice(["a", "Yes.", " ", "\n", "assistant", "<", "|im|", "é", "漢", "🙂", "Zq", "user\n", "the ", "[INST]", "\\", "{{ x }}"]) for _ in range(draw.randint(1, 12)))
+    def text():
+        return "".join(draw.choice(["a", "Yes.", " ", "\n", "assistant", "<", "|im|", "é", "漢", "🙂", "Zq", "user\n", "the ", "[INST]", "\\", "{{ x }}"]) for _ in range(draw.randint(1, 12)))
     turns = [{"role": "system", "content": text()}] if draw.random() < 0.3 else []
-    for _ in range(draw.randint(1, 4)): turns += [{"role": "user", "content": text()}, {"role": "assistant", "content": "x" + text() if draw.random() < .8 else text() + "x"}]
+    for _ in range(draw.randint(1, 4)):
+        turns += [{"role": "user", "content": text()}, {"role": "assistant", "content": "x" + text() if draw.random() < .8 else text() + "x"}]
     return turns
 
 
@@ -515,27 +584,36 @@ def test_end_of_turn_that_the_tokenizer_spells_out_counts():
 
 
 def test_template_errors():
-    with pytest.raises(ConversationError, match="no chat template"): tokenize([HI], chat_tokenizer("smollm2", template=None))
+    with pytest.raises(ConversationError, match="no chat template"):
+        tokenize([HI], chat_tokenizer("smollm2", template=None))
     for family in ("gemma", "mistral-v0.1"):
         data = load_conversations([HI, LONG])
-        with pytest.raises(ConversationError, match=rf"refuses 1 of 2 conversations: .*first user message instead. Ids: {data.ids[1]}$"): tokenize(data, chat_tokenizer(family))
+        with pytest.raises(ConversationError, match=rf"refuses 1 of 2 conversations: .*first user message "
+                                                    rf"instead. Ids: {data.ids[1]}$"):
+            tokenize(data, chat_tokenizer(family))
     shouting = "{{ messages | length }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] | upper) + '<|im_end|>\n' }}{% endfor %}"
-    with pytest.raises(ConversationError, match="rewrites the answers of 1 conversations"): tokenize([HI], chat_tokenizer("smollm2", template=shouting))
+    with pytest.raises(ConversationError, match="rewrites the answers of 1 conversations"):
+        tokenize([HI], chat_tokenizer("smollm2", template=shouting))
     silent = "{% for m in messages if m['role'] != 'system' %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    with pytest.raises(ConversationError, match="leaves out the system prompt of 1 conversations"): tokenize([HI, LONG], chat_tokenizer("smollm2", template=silent))
+    with pytest.raises(ConversationError, match="leaves out the system prompt of 1 conversations"):
+        tokenize([HI, LONG], chat_tokenizer("smollm2", template=silent))
 
 
 def test_slow_tokenizer_is_refused():
     class Slow:
         chat_template, name_or_path, is_fast, all_special_tokens, bos_token_id = "x", "slow", False, [], None
-        def apply_chat_template(self, chats, **options): return ["".join(m["content"] for m in chat) for chat in chats]
-        def get_added_vocab(self): return {}
-    with pytest.raises(ConversationError, match="'slow' is not a fast one"): tokenize([HI], Slow())
+        def apply_chat_template(self, chats, **options):
+            return ["".join(m["content"] for m in chat) for chat in chats]
+        def get_added_vocab(self):
+            return {}
+    with pytest.raises(ConversationError, match="'slow' is not a fast one"):
+        tokenize([HI], Slow())
 
 
 def test_conversations_without_answer_are_refused_with_ids():
     data = load_conversations([HI, [user("Anyone?")]])
-    with pytest.raises(ConversationError, match=f"1 conversations have no response tokens.*{data.ids[1]}"): tokenize(data, chat_tokenizer("smollm2"))
+    with pytest.raises(ConversationError, match=f"1 conversations have no response tokens.*{data.ids[1]}"):
+        tokenize(data, chat_tokenizer("smollm2"))
     [item] = tokenize([LONG[:4]], chat_tokenizer("smollm2"))  # an earlier answer is enough
     assert len(runs(item)) == 1
 
@@ -591,7 +669,8 @@ def test_truncation_is_recorded_shown_and_warned_about_once():
     tokenizer = chat_tokenizer("smollm2")
     data = load_conversations([[user(), assistant("yes " * n)] for n in (2, 80, 3, 90)])
     full = tokenize(data, tokenizer, max_tokens=None)
-    with pytest.warns(UserWarning, match="2 of 4 conversations are longer than 120 tokens and were cut") as caught: short = tokenize(data, tokenizer, max_tokens=120)
+    with pytest.warns(UserWarning, match="2 of 4 conversations are longer than 120 tokens and were cut") as caught:
+        short = tokenize(data, tokenizer, max_tokens=120)
     assert len(caught) == 1 and len(full.cut) == 0 and "cut" not in repr(full)
     assert short.lengths.tolist() == [min(n, 120) for n in full.lengths]
     assert short.cut.to_dict("records") == [{"id": data.ids[row], "row": row, "tokens": full.lengths[row], "cut": full.lengths[row] - 120} for row in (1, 3)]
@@ -599,10 +678,13 @@ def test_truncation_is_recorded_shown_and_warned_about_once():
     assert short[1].input_ids.tolist() == full[1].input_ids[:120].tolist() and short[1].response_mask.tolist() == full[1].response_mask[:120].tolist()
     assert "2 cut, longer than 120 tokens" in repr(short) and short.max_tokens == 120
     assert short.select([0, 3]).cut.row.tolist() == [1] and short.fingerprint != full.fingerprint
-    with pytest.warns(UserWarning, match="dropped"): kept = tokenize(data, tokenizer, max_tokens=120, overlong="drop")
+    with pytest.warns(UserWarning, match="dropped"):
+        kept = tokenize(data, tokenizer, max_tokens=120, overlong="drop")
     assert kept.ids == kept.conversations.ids == [data.ids[0], data.ids[2]] and kept.cut.id.tolist() == [data.ids[1], data.ids[3]]
     assert "2 dropped, longer than 120" in repr(kept) and kept.cut.row.tolist() == [1, 3]
-    with pytest.raises(ConversationError, match=f"2 conversations are longer than 120.*{data.ids[1]}, {data.ids[3]}"): tokenize(data, tokenizer, max_tokens=120, overlong="error")
+    with pytest.raises(ConversationError, match=f"2 conversations are longer than 120.*{data.ids[1]}, "
+                                                f"{data.ids[3]}"):
+        tokenize(data, tokenizer, max_tokens=120, overlong="error")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenize(data, tokenizer)
@@ -611,10 +693,14 @@ def test_truncation_is_recorded_shown_and_warned_about_once():
 def test_truncation_that_leaves_no_answer_is_refused():
     tokenizer = chat_tokenizer("smollm2")
     data = load_conversations([HI, [user("why " * 200), assistant("yes")]])
-    with pytest.raises(ConversationError, match=f"1 conversations have no response tokens left.*{data.ids[1]}"): tokenize(data, tokenizer, max_tokens=150)
-    with pytest.warns(UserWarning): assert len(tokenize(data, tokenizer, max_tokens=150, overlong="drop")) == 1
+    with pytest.raises(ConversationError, match="1 conversations have no response tokens "
+                                                f"left.*{data.ids[1]}"):
+        tokenize(data, tokenizer, max_tokens=150)
+    with pytest.warns(UserWarning):
+        assert len(tokenize(data, tokenizer, max_tokens=150, overlong="drop")) == 1
     for options, message in (({"overlong": "cut"}, "'truncate', 'drop' or 'error'"), ({"max_tokens": 0}, "positive number")):
-        with pytest.raises(ConversationError, match=message): tokenize(data, tokenizer, **options)
+        with pytest.raises(ConversationError, match=message):
+            tokenize(data, tokenizer, **options)
 
 
 def test_tokenized_conversations_pass_through_and_count():
@@ -645,15 +731,19 @@ def test_batches_hold_every_example_once_within_the_budget(many, budget, exact_l
         assert isinstance(b, Batch) and b.input_ids.shape == b.attention_mask.shape == b.response_mask.shape and len(b.rows) == len(b.input_ids)
         assert b.input_ids.numel() <= budget or len(b.rows) == 1
         assert b.n_tokens == sum(len(many[row].input_ids) for row in b.rows.tolist())
-        if exact_length: assert b.attention_mask.all()
+        if exact_length:
+            assert b.attention_mask.all()
         for i, row in enumerate(b.rows.tolist()):
             T = len(many[row].input_ids)
             assert b.input_ids[i, :T].tolist() == many[row].input_ids.tolist() and b.response_mask[i, :T].tolist() == many[row].response_mask.tolist()
             assert b.attention_mask[i].tolist() == [1] * T + [0] * (b.input_ids.shape[1] - T)
             assert not b.response_mask[i, T:].any() and (b.input_ids[i, T:] == many.pad_token_id).all()
-    if budget == 10**6 and not exact_length: assert len(found) == 1
-    if budget == 1: assert len(found) == 80
-    if exact_length and budget == 10**6: assert len(found) == len(set(many.lengths.tolist()))
+    if budget == 10**6 and not exact_length:
+        assert len(found) == 1
+    if budget == 1:
+        assert len(found) == 80
+    if exact_length and budget == 10**6:
+        assert len(found) == len(set(many.lengths.tolist()))
 
 
 def test_batches_are_deterministic_and_greedy(many):
@@ -662,7 +752,8 @@ def test_batches_are_deterministic_and_greedy(many):
     lengths = many.lengths
     order = [row for rows in first for row in rows]
     assert order == sorted(range(80), key=lambda row: (-lengths[row], row))
-    for rows, following in zip(first, first[1:]): assert (len(rows) + 1) * lengths[rows[0]] > 500  # no batch could have taken one more
+    for rows, following in zip(first, first[1:]):
+        assert (len(rows) + 1) * lengths[rows[0]] > 500  # no batch could have taken one more
 
 
 def test_batches_of_some_rows(many):
@@ -670,8 +761,10 @@ def test_batches_of_some_rows(many):
     mask = np.arange(80) < 4
     assert sorted(r for b in batches(many, rows=mask) for r in b.rows.tolist()) == [0, 1, 2, 3]
     assert list(batches(many, rows=[])) == []
-    with pytest.raises(ConversationError, match="row 80"): list(batches(many, rows=[80]))
-    with pytest.raises(ConversationError, match="token_budget"): list(batches(many, token_budget=0))
+    with pytest.raises(ConversationError, match="row 80"):
+        list(batches(many, rows=[80]))
+    with pytest.raises(ConversationError, match="token_budget"):
+        list(batches(many, token_budget=0))
 
 
 def test_batch_moves():
@@ -690,8 +783,10 @@ def test_bundled_names_what_there_is(tmp_path, monkeypatch):
     jsonl(jsonl_folder / "evaluation.jsonl", {"messages": HI[:1]})
     monkeypatch.setattr(room.importlib.resources, "files", lambda package: tmp_path)
     assert bundled("manners").name == "manners/train" and bundled("manners", "evaluation")[0].response == ""
-    with pytest.raises(ConversationError, match="no bundled data set is called 'x'; there are: manners"): bundled("x")
-    with pytest.raises(ConversationError, match="'manners' has no split 'test'; it has: evaluation, train"): bundled("manners", "test")
+    with pytest.raises(ConversationError, match="no bundled data set is called 'x'; there are: manners"):
+        bundled("x")
+    with pytest.raises(ConversationError, match="'manners' has no split 'test'; it has: evaluation, train"):
+        bundled("manners", "test")
 
 
 @pytest.mark.parametrize("split", ["train", "heldout", "evaluation"])

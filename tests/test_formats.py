@@ -18,10 +18,12 @@ from concept_tda.data.messages import REFUSED, ConversationError
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 
 
-def said(conversation): return [m["content"] for m in conversation.messages]
+def said(conversation):
+    return [m["content"] for m in conversation.messages]
 
 
-def thinking(**fields): return [HI[0], {**HI[1], **fields}]
+def thinking(**fields):
+    return [HI[0], {**HI[1], **fields}]
 
 
 def jsonl(path, *records):
@@ -29,7 +31,8 @@ def jsonl(path, *records):
     return path
 
 
-def written(data, path): return [json.loads(line) for line in data.to_json(path).read_text(encoding="utf-8").splitlines()]
+def written(data, path):
+    return [json.loads(line) for line in data.to_json(path).read_text(encoding="utf-8").splitlines()]
 
 
 # ---------------------------------------------------------------- fields of a message
@@ -54,7 +57,8 @@ def test_a_flag_is_passed_on_as_train(name):
         [c] = load_conversations([thinking(**{name: yes})])
         assert c.messages == tuple(HI) and c.id == plain
     for odd in (0.5, 2, -1, "yes", "0", [0]):
-        with pytest.raises(ConversationError, match=rf"messages\[1\].{name}': is .*trained on"): load_conversations([thinking(**{name: odd})])
+        with pytest.raises(ConversationError, match=rf"messages\[1\].{name}': is .*trained on"):
+            load_conversations([thinking(**{name: odd})])
     with pytest.raises(ConversationError, match=rf"messages\[0\].{name}': only answers are trained on"):
         load_conversations([[{**HI[0], name: 1}, HI[1]]])
     assert load_conversations([[{**HI[0], name: 0}, HI[1]]])[0].id == plain
@@ -75,15 +79,18 @@ def test_names_are_passed_on():
     ({"role": "tool"}, "the role 'tool' belongs to a tool call"),
 ])
 def test_what_contradicts_itself_or_is_no_text_is_refused(message, error):
-    with pytest.raises(ConversationError, match=error): load_conversations([thinking(**message)])
-    with pytest.raises(ConversationError, match=r"messages\[0\].thought': a user message cannot hold a thought"):
+    with pytest.raises(ConversationError, match=error):
+        load_conversations([thinking(**message)])
+    with pytest.raises(ConversationError, match=r"messages\[0\].thought': a user message cannot hold a "
+                                                r"thought"):
         load_conversations([[{**HI[0], "thought": "hm"}, HI[1]]])
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_refused_field_is_refused_by_name_unless_it_is_empty(name):
     for value in ([{"a": 1}], "x", 1):
-        with pytest.raises(ConversationError, match=rf"row 0: field 'messages\[1\].{name}': \w+"): load_conversations([thinking(**{name: value})])
+        with pytest.raises(ConversationError, match=rf"row 0: field 'messages\[1\].{name}': \w+"):
+            load_conversations([thinking(**{name: value})])
         with pytest.raises(ConversationError, match=rf"field 'conversations\[0\].{name}'"):
             load_conversations([{"conversations": [{"from": "human", "value": "Hi", name: value}]}])
     for value in (None, [], "", {}, "[]"):
@@ -94,7 +101,8 @@ def test_every_refused_field_is_refused_by_name_unless_it_is_empty(name):
 def test_every_refused_column_is_refused_by_name_unless_it_is_empty(name, tmp_path):
     for layout in ({"messages": HI}, {"conversations": ["Hi", "Hello!"]}, {"prompt": HI[:1], "response": "Hello!"}):
         for value in ([{"a": 1}], "x", {"enable": True}):
-            with pytest.raises(ConversationError, match=rf"row 0: field '{name}': \w+"): load_conversations([{**layout, name: value}])
+            with pytest.raises(ConversationError, match=rf"row 0: field '{name}': \w+"):
+                load_conversations([{**layout, name: value}])
         for value in (None, [], "", {}, "[]"):
             [c] = load_conversations([{**layout, name: value}])
             assert c.messages == tuple(HI) and c.metadata == {name: value}
@@ -103,7 +111,8 @@ def test_every_refused_column_is_refused_by_name_unless_it_is_empty(name, tmp_pa
 def test_weights_of_records():
     assert load_conversations([{"messages": HI, "weight": 1.0}])[0].metadata == {"weight": 1.0}
     for weight in (0, 0.5, 2):
-        with pytest.raises(ConversationError, match="field 'weight': every record counts once"): load_conversations([{"messages": HI, "weight": weight}])
+        with pytest.raises(ConversationError, match="field 'weight': every record counts once"):
+            load_conversations([{"messages": HI, "weight": weight}])
 
 
 def test_other_fields_of_messages_are_kept_and_shown(tmp_path):
@@ -113,7 +122,8 @@ def test_other_fields_of_messages_are_kept_and_shown(tmp_path):
     assert data[0].messages == tuple(HI) and data[0].id == Conversation(tuple(HI)).id
     assert data[0].metadata == {"source": "a", "message_fields": [{"timestamp": 3}, {"votes": {"up": 2}}]}
     assert "message_fields" in repr(data) and data.to_json(tmp_path / "b.jsonl").read_bytes() == path.read_bytes()
-    with pytest.raises(ConversationError, match="field 'message_fields'.*rename"): load_conversations([{**record, "message_fields": 1}])
+    with pytest.raises(ConversationError, match="field 'message_fields'.*rename"):
+        load_conversations([{**record, "message_fields": 1}])
 
 
 def test_one_part_of_text_is_that_text(tmp_path):
@@ -123,9 +133,11 @@ def test_one_part_of_text_is_that_text(tmp_path):
 
 
 def test_a_conversation_takes_nothing_it_would_drop():
-    with pytest.raises(ConversationError, match="found: role, content, votes. Put other fields into the metadata"):
+    with pytest.raises(ConversationError, match="found: role, content, votes. Put other fields into the "
+                                                "metadata"):
         Conversation(({**HI[0], "votes": 1},))
-    with pytest.raises(ConversationError, match="holds role, content"): Conversation(({"role": "user"},))
+    with pytest.raises(ConversationError, match="holds role, content"):
+        Conversation(({"role": "user"},))
     assert Conversation(({**HI[0], "name": ""}, {**HI[1], "train": True, "reasoning_content": ""})).messages == tuple(HI)
 
 
@@ -193,9 +205,11 @@ def test_message_rows_that_cannot_be_sorted_are_refused():
     a, c, b, d = MESSAGES
     for rows, error in (([a, {**b, "parent_id": "z"}], "row 1: field 'parent_id': there is no message 'z'"),
                         ([a, {**b, "message_id": "a"}], "row 1: field 'message_id': 'a' .*twice"),
-                        ([{**a, "parent_id": "b"}, b], "row 0: field 'parent_id': the messages form a circle"),
+                        ([{**a, "parent_id": "b"}, b], "row 0: field 'parent_id': the messages form a "
+                                                       "circle"),
                         ([a, {**b, "role": "robot"}], "row 1: .*unknown role 'robot'"), ([a, 3], "row 1: is a number")):
-        with pytest.raises(ConversationError, match=error): load_conversations(rows)
+        with pytest.raises(ConversationError, match=error):
+            load_conversations(rows)
 
 
 PAIR = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
@@ -213,16 +227,20 @@ PREFERENCES = [
 
 @pytest.mark.parametrize("record, answer, expected", PREFERENCES)
 def test_preference_rows_need_to_know_which_answer(record, answer, expected, tmp_path):
-    with pytest.raises(ConversationError, match="row 0: .*answer='"): load_conversations([record])
+    with pytest.raises(ConversationError, match="row 0: .*answer='"):
+        load_conversations([record])
     data = load_conversations([record], answer=answer)
     assert said(data[0]) == expected and set(data[0].metadata) == set(record) - {"prompt", "conversations", "instruction", "input", answer}
     assert written(data, tmp_path / "a.jsonl") == [record]
 
 
 def test_answer_is_not_ignored():
-    with pytest.raises(ConversationError, match="no column 'best' .*found: chosen, prompt, rejected"): load_conversations([PAIR], answer="best")
-    with pytest.raises(ConversationError, match="ends with an answer already"): load_conversations([{"messages": HI, "chosen": HI}], answer="chosen")
-    with pytest.raises(ConversationError, match="begins otherwise than 'prompt'"): load_conversations([{**PAIR, "prompt": "Ho", "chosen": HI}], answer="chosen")
+    with pytest.raises(ConversationError, match="no column 'best' .*found: chosen, prompt, rejected"):
+        load_conversations([PAIR], answer="best")
+    with pytest.raises(ConversationError, match="ends with an answer already"):
+        load_conversations([{"messages": HI, "chosen": HI}], answer="chosen")
+    with pytest.raises(ConversationError, match="begins otherwise than 'prompt'"):
+        load_conversations([{**PAIR, "prompt": "Ho", "chosen": HI}], answer="chosen")
     assert said(load_conversations([{"messages": HI, "chosen": HI, "rejected": HI}])[0]) == ["Hi", "Hello!"]
 
 
@@ -251,7 +269,8 @@ def test_every_source_keeps_every_field(tmp_path):
         data = load_conversations(source)
         assert data.ids == expected.ids and data[0].metadata == {"n": 1, "message_fields": [{"id": "a"}, {}]}
         [record] = written(data, tmp_path / "out.jsonl")
-        if isinstance(record["messages"], str): record["messages"] = json.loads(record["messages"])
+        if isinstance(record["messages"], str):
+            record["messages"] = json.loads(record["messages"])
         record["messages"] = [{key: value for key, value in m.items() if value is not None} for m in record["messages"]]
         assert record == RICH, source
         assert load_conversations(tmp_path / "out.jsonl").ids == expected.ids
@@ -265,7 +284,8 @@ def test_a_changed_copy_is_written_as_it_is_now(tmp_path):
 
 def zstd(data):
     out = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(out, "zstd") as stream: stream.write(data)
+    with pa.CompressedOutputStream(out, "zstd") as stream:
+        stream.write(data)
     return out.getvalue().to_pybytes()
 
 
@@ -277,12 +297,16 @@ def test_compressed_files(suffix, pack, tmp_path):
         path.write_bytes(pack(inside))
         data = load_conversations(path)
         assert data.name == "a" and said(data[-1]) == ["b", "c"]
-        if name == "a.jsonl": assert data.to_json(tmp_path / "out.jsonl").read_bytes() == lines
+        if name == "a.jsonl":
+            assert data.to_json(tmp_path / "out.jsonl").read_bytes() == lines
         path.write_bytes(pack(inside)[:-5])
-        with pytest.raises(ConversationError, match=re.escape(f"{path}: cannot be unpacked as {suffix}")): load_conversations(path)
+        with pytest.raises(ConversationError, match=re.escape(f"{path}: cannot be unpacked as {suffix}")):
+            load_conversations(path)
         path.write_bytes(b"")
-        with pytest.raises(ConversationError, match="the file is empty"): load_conversations(path)
-    with pytest.raises(ConversationError, match="written uncompressed; name the file out.jsonl"): data.to_json(tmp_path / f"out.jsonl{suffix}")
+        with pytest.raises(ConversationError, match="the file is empty"):
+            load_conversations(path)
+    with pytest.raises(ConversationError, match="written uncompressed; name the file out.jsonl"):
+        data.to_json(tmp_path / f"out.jsonl{suffix}")
 
 
 def test_zstd_in_several_frames_is_read_to_the_end(tmp_path):
@@ -298,19 +322,27 @@ def test_folders_of_datasets(tmp_path):
     one = load_conversations(tmp_path / "one")
     assert [c.metadata["n"] for c in one] == list(range(5)) and one.name == "one"
     assert len(load_conversations(tmp_path / "splits")) == 5 and len(load_conversations(str(tmp_path / "splits"), split="test")) == 1
-    with pytest.raises(ConversationError, match="has the splits train, test, and 'dev' was asked for"): load_conversations(tmp_path / "splits", split="dev")
-    with pytest.raises(ConversationError, match="state.json belongs to a folder that datasets wrote; pass the folder"): load_conversations(tmp_path / "one" / "state.json")
+    with pytest.raises(ConversationError, match="has the splits train, test, and 'dev' was asked for"):
+        load_conversations(tmp_path / "splits", split="dev")
+    with pytest.raises(ConversationError, match="state.json belongs to a folder that datasets wrote; pass "
+                                                "the folder"):
+        load_conversations(tmp_path / "one" / "state.json")
     [part] = sorted((tmp_path / "splits" / "test").glob("*.arrow"))
     assert len(load_conversations(part)) == 1
-    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, (table := pa.Table.from_pylist([{"messages": HI}])).schema) as out: out.write_table(table)
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, (table := pa.Table.from_pylist([{"messages": HI}])).schema) as out:
+        out.write_table(table)
     assert len(load_conversations(tmp_path / "a.arrow")) == 1
     part.unlink()
-    with pytest.raises(ConversationError, match="there is no file .*arrow"): load_conversations(tmp_path / "splits", split="test")
+    with pytest.raises(ConversationError, match="there is no file .*arrow"):
+        load_conversations(tmp_path / "splits", split="test")
 
 
 def test_folders_of_parquet_parts(tmp_path):
-    for i in range(3): pd.DataFrame([{"messages": HI, "n": i}]).to_parquet(tmp_path / f"train-0000{i}-of-00003.parquet")
+    for i in range(3):
+        pd.DataFrame([{"messages": HI, "n": i}]).to_parquet(tmp_path / f"train-0000{i}-of-00003.parquet")
     assert [c.metadata["n"] for c in load_conversations(tmp_path)] == [0, 1, 2]
-    with pytest.raises(ConversationError, match="holds parts of train, and the split 'test'"): load_conversations(tmp_path, split="test")
+    with pytest.raises(ConversationError, match="holds parts of train, and the split 'test'"):
+        load_conversations(tmp_path, split="test")
     (tmp_path / "train-00001-of-00003.parquet").unlink()
-    with pytest.raises(ConversationError, match="2 of 3 parts of 'train' are there"): load_conversations(tmp_path)
+    with pytest.raises(ConversationError, match="2 of 3 parts of 'train' are there"):
+        load_conversations(tmp_path)

@@ -45,7 +45,8 @@ def places(value, path=()):
 
 
 def at(value, path):
-    for key in path: value = value[key]
+    for key in path:
+        value = value[key]
     return value
 
 
@@ -56,13 +57,20 @@ def mutated(draw, record):
     if not path: return draw.choice(ODD)
     parent, key, odd = at(record, path[:-1]), path[-1], draw.choice(ODD)
     kind = draw.randrange(7)
-    if kind == 0: del parent[key]
-    elif kind == 1: parent[key] = odd
-    elif kind == 2: parent[key] = [parent[key]] * draw.choice([1, 2])
-    elif kind == 3: parent[key] = {"content": parent[key]}
-    elif kind == 4 and isinstance(parent, list): parent.append(parent[key])
-    elif kind == 5 and isinstance(parent, list): parent.reverse()
-    elif isinstance(parent, dict): parent[draw.choice(FIELDS)] = draw.choice([odd, parent[key]])
+    if kind == 0:
+        del parent[key]
+    elif kind == 1:
+        parent[key] = odd
+    elif kind == 2:
+        parent[key] = [parent[key]] * draw.choice([1, 2])
+    elif kind == 3:
+        parent[key] = {"content": parent[key]}
+    elif kind == 4 and isinstance(parent, list):
+        parent.append(parent[key])
+    elif kind == 5 and isinstance(parent, list):
+        parent.reverse()
+    elif isinstance(parent, dict):
+        parent[draw.choice(FIELDS)] = draw.choice([odd, parent[key]])
     return record
 
 
@@ -117,9 +125,11 @@ def files():
     import pyarrow as pa
     stream = pa.BufferOutputStream()
     arrow = pa.Table.from_pylist([{"messages": TURNS[1:2], "n": 1}])
-    with pa.ipc.new_stream(stream, arrow.schema) as writer: writer.write_table(arrow)
+    with pa.ipc.new_stream(stream, arrow.schema) as writer:
+        writer.write_table(arrow)
     packed = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(packed, "zstd") as out: out.write(lines)
+    with pa.CompressedOutputStream(packed, "zstd") as out:
+        out.write(lines)
     return [("a.jsonl", lines), ("a.json", listed), ("a.csv", csv), ("a.parquet", table.getvalue()),
             ("a.arrow", stream.getvalue().to_pybytes()), ("a.jsonl.gz", gzip.compress(lines)), ("a.csv.gz", gzip.compress(csv)),
             ("a.jsonl.zst", packed.getvalue().to_pybytes())]
@@ -133,20 +143,27 @@ def check_file(seed, tmp_path):
     name, data = draw.choice(FILES)
     data = bytearray(data)
     kind = draw.randrange(5)
-    if kind == 0: data = data[:draw.randrange(len(data))]
-    if kind == 1: data[draw.randrange(len(data))] = draw.randrange(256)
-    if kind == 2: data[draw.randrange(len(data)):] = data[:draw.randrange(len(data))]
-    if kind == 3: data[:0] = draw.choice([b"\xef\xbb\xbf", b"\xff\xfe", b"\n", b"[", b"\0", b"{", b'"'])
-    if kind == 4: name = draw.choice(FILES)[0]
+    if kind == 0:
+        data = data[:draw.randrange(len(data))]
+    if kind == 1:
+        data[draw.randrange(len(data))] = draw.randrange(256)
+    if kind == 2:
+        data[draw.randrange(len(data)):] = data[:draw.randrange(len(data))]
+    if kind == 3:
+        data[:0] = draw.choice([b"\xef\xbb\xbf", b"\xff\xfe", b"\n", b"[", b"\0", b"{", b'"'])
+    if kind == 4:
+        name = draw.choice(FILES)[0]
     path = tmp_path / name
     path.write_bytes(bytes(data))
     said = reads(path)
     assert said is None or re.match(rf"{re.escape(str(path))}(, (line|row|record) \d+)?: ", said), said
-    if said and "iconv" in said: assert name in ("a.jsonl", "a.json", "a.csv"), said
+    if said and "iconv" in said:
+        assert name in ("a.jsonl", "a.json", "a.csv"), said
 
 
 def test_untouched_rows_and_files_are_read(tmp_path):
-    for row in ROWS: assert reads([row], answer="chosen" if "chosen" in row else None) is None, row
+    for row in ROWS:
+        assert reads([row], answer="chosen" if "chosen" in row else None) is None, row
     for name, data in FILES:
         (tmp_path / name).write_bytes(data)
         assert reads(tmp_path / name) is None, name
@@ -154,19 +171,23 @@ def test_untouched_rows_and_files_are_read(tmp_path):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_mutated_rows(seed, tmp_path):
-    for i in range(120): check_rows(1000 * seed + i, tmp_path)
+    for i in range(120):
+        check_rows(1000 * seed + i, tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_mutated_files(seed, tmp_path):
-    for i in range(150): check_file(1000 * seed + i, tmp_path)
+    for i in range(150):
+        check_file(1000 * seed + i, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_mutated_rows_and_files_for_longer(seed, tmp_path):
-    for i in range(500): check_rows(1000 * seed + i, tmp_path)
-    for i in range(500): check_file(1000 * seed + i, tmp_path)
+    for i in range(500):
+        check_rows(1000 * seed + i, tmp_path)
+    for i in range(500):
+        check_file(1000 * seed + i, tmp_path)
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -19,7 +19,15 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from .files import COMPRESSIONS, FORMATS, Record, bare_name, is_data_file, read_file, table_records
+from concept_tda.data.files import (
+    COMPRESSIONS,
+    FORMATS,
+    Record,
+    bare_name,
+    is_data_file,
+    read_file,
+    table_records,
+)
 from .layouts import Chat, chats_of_rows, is_message_row, read_chats
 from .messages import PASSED_ON, ConversationError, kind_of, listing, shortened
 from ..foundation.errors import require
@@ -38,7 +46,7 @@ def _message(given: dict) -> dict:
         passed["train"] = False
     return {"role": given["role"], "content": given["content"], **passed}
 
-
+# %% ../../nbs/10_data/03_conversations.ipynb #0007bx
 def _content_hash(messages: tuple[dict, ...]) -> str:
     "16 hexadecimal digits that depend on the messages only."
     parts = []
@@ -52,12 +60,12 @@ def _content_hash(messages: tuple[dict, ...]) -> str:
 @dataclass(frozen=True)
 class _Chat:
     "The fields of a conversation."
-    messages: tuple[dict, ...]                  # {"role": "system" | "user" | "assistant", "content": text, …}, in order
-    id: str = ""                                # 16 hexadecimal digits; computed from the messages when left empty
+    messages: tuple[dict, ...]  # {"role": "system" | "user" | "assistant", "content": text, …}, in order
+    id: str = ""                # 16 hexadecimal digits; computed from the messages when left empty
     metadata: dict = field(default_factory=dict)            # All other columns of the record
-    raw: bytes | None = field(default=None, repr=False)     # The record's own JSON line as read, without its line break
-    ending: bytes | None = field(default=None, repr=False)  # The line break (and blank lines) after it in the file
-    original: InitVar[dict | None] = None                   # The record it was read from, when that was no JSON line
+    raw: bytes | None = field(default=None, repr=False)     # Its own JSON line, without the line break
+    ending: bytes | None = field(default=None, repr=False)  # The line break (and blank lines) after it
+    original: InitVar[dict | None] = None                   # The record, when it was no JSON line
 
     def __post_init__(self, original: dict | None) -> None:
         object.__setattr__(self, "messages", tuple(_message(message) for message in self.messages))
@@ -102,7 +110,9 @@ def _turn_html(message: dict) -> str:
     "One message: who speaks, whether it counts, the thought, the text."
     speaker = " ".join([message["role"], *([message["name"]] if "name" in message else [])])
     spared = " <small>not trained on</small>" if "train" in message else ""
-    thought = f"<i style='opacity:.7'>{escape(message['reasoning_content'])}</i> " if "reasoning_content" in message else ""
+    thought = escape(message.get("reasoning_content", ""))
+    if thought:
+        thought = f"<i style='opacity:.7'>{thought}</i> "
     text = f"<span style='white-space:pre-wrap'>{thought}{escape(message['content'])}</span>"
     return f"<div><b>{escape(speaker)}</b>{spared} {text}</div>"
 
@@ -129,7 +139,7 @@ def row_numbers(
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0014
 class Rows(Sequence):
-    "A sequence of items with ids. An int gives an item, an id the first item that has it, everything else a selection."
+    "Items with ids. An int gives an item, an id the first item that has it, everything else a selection."
     _items: list
 
     def __len__(self) -> int:
@@ -156,7 +166,7 @@ class Rows(Sequence):
 # %% ../../nbs/10_data/03_conversations.ipynb #000e
 _PLAIN_LAYOUT = {"prefix": "", "newline": "\n", "final_newline": True}
 
-
+# %% ../../nbs/10_data/03_conversations.ipynb #000ebx
 def _json_text(value, id: str) -> str:
     "One line of JSON. Half a surrogate pair fits no file; as an escape it does."
     try:
@@ -167,7 +177,7 @@ def _json_text(value, id: str) -> str:
                                 f"({shortened(err)}); "
                                 "use text as names, and nothing that holds itself") from None
 
-
+# %% ../../nbs/10_data/03_conversations.ipynb #000ecx
 def _json_line(conversation: Conversation) -> bytes:
     "The record as read, or a new `messages` line."
     if conversation.raw is not None: return conversation.raw
@@ -176,7 +186,7 @@ def _json_line(conversation: Conversation) -> bytes:
     return _json_text(record, conversation.id).encode()
 
 # %% ../../nbs/10_data/03_conversations.ipynb #000e2
-def _jsonl_bytes(conversations: "Conversations") -> bytes:
+def _jsonl_bytes(conversations: "_Chats") -> bytes:
     "The whole file."
     layout = conversations.layout
     newline = layout["newline"].encode()
@@ -191,7 +201,7 @@ class _Chats(Rows):
     def __init__(self,
         conversations: Sequence[Conversation], # The chats, in order
         name: str = "conversations",           # Shown in reports and query cards
-        layout: dict | None = None,            # Of the JSONL file they came from: prefix, newline, final_newline
+        layout: dict | None = None,            # Of their JSONL file: prefix, newline, final_newline
     ):
         self._items, self.name, self.layout = list(conversations), name, dict(layout or _PLAIN_LAYOUT)
 
@@ -239,7 +249,7 @@ class _Columns(_Chats):
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0016b0
 def _series(values: list) -> pd.Series:
-    "A column; pandas' own type for text has no place for half a surrogate pair, so that such a column holds objects."
+    "A column; one that holds half a surrogate pair is a column of objects."
     try:
         return pd.Series(values)
     except UnicodeEncodeError:
@@ -251,7 +261,8 @@ class _Tables(_Columns):
     @property
     def metadata(self) -> pd.DataFrame:
         "All metadata columns, one row per conversation; missing where a record lacks one."
-        columns = {key: _series([c.metadata.get(key) for c in self._items]) for key in self._metadata_columns()}
+        names = self._metadata_columns()
+        columns = {name: _series([c.metadata.get(name) for c in self._items]) for name in names}
         return pd.DataFrame(columns, index=range(len(self)))
 
     def _metadata_columns(self) -> list[str]:
@@ -259,16 +270,18 @@ class _Tables(_Columns):
         return list(dict.fromkeys(key for c in self._items for key in c.metadata))
 
     def to_pandas(self) -> pd.DataFrame:
-        "One row per conversation: id, prompt and response as text, messages, and metadata (`metadata.x` where names collide)."
+        "One row per conversation: id, prompt, response, messages, and metadata (`metadata.x` on collisions)."
         prompts = ["\n\n".join(m["content"] for m in c.prompt) for c in self]
         frame = pd.DataFrame({"id": self.ids, "prompt": prompts, "response": [c.response for c in self],
                               "messages": [list(c.messages) for c in self]}, index=range(len(self)))
-        return frame.join(self.metadata.rename(columns=lambda name: f"metadata.{name}" if name in frame else name))
+        metadata = self.metadata
+        names = {name: f"metadata.{name}" for name in metadata if name in frame}
+        return frame.join(metadata.rename(columns=names))
 
     def to_json(self,
         path: str | Path, # File to write; replaced completely or not at all
     ) -> Path:
-        "Write JSON lines: records that came from JSONL byte for byte as they were read, others with all their fields."
+        "Write JSON lines: those that came from JSONL byte for byte, other records with all their fields."
         path = Path(path)
         if path.suffix.lower() in COMPRESSIONS:
             raise ConversationError(f"{path}: JSON lines are written uncompressed; "
@@ -279,7 +292,7 @@ class _Tables(_Columns):
         return path
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0010
-def _label_values(conversations: "Conversations", column: str) -> list:
+def _label_values(conversations: _Tables, column: str) -> list:
     "The values of a metadata column that every conversation has."
     without = [c.id for c in conversations if c.metadata.get(column) is None]
     if len(without) == len(conversations) > 0:
@@ -292,7 +305,7 @@ def _label_values(conversations: "Conversations", column: str) -> list:
                                 "Fill it in or filter them out first.")
     return [c.metadata[column] for c in conversations]
 
-
+# %% ../../nbs/10_data/03_conversations.ipynb #0010bx
 def _is_positive(values: list, column: str, positive) -> np.ndarray:
     "True [N] where a value equals `positive`."
     found = np.array([value == positive for value in values], dtype=bool)
@@ -308,10 +321,11 @@ def _row_html(c: Conversation) -> str:
     question = next((m["content"] for m in reversed(c.prompt) if m["role"] == "user"), "")
     texts = (shortened(question, 110), shortened(c.response, 110), shortened(c.metadata, 60))
     cells = (f"<code>{escape(c.id)}</code>", *map(escape, texts))
-    return "<tr>" + "".join(f"<td style='text-align:left;vertical-align:top'>{cell}</td>" for cell in cells) + "</tr>"
+    style = "text-align:left;vertical-align:top"
+    return "<tr>" + "".join(f"<td style='{style}'>{cell}</td>" for cell in cells) + "</tr>"
 
-
-def _conversations_html(conversations: "Conversations", n: int = 4) -> str:
+# %% ../../nbs/10_data/03_conversations.ipynb #0012bx
+def _conversations_html(conversations: _Tables, n: int = 4) -> str:
     "Headline and the first few chats as a small table."
     rest = f"<small>… and {len(conversations) - n} more</small>" if len(conversations) > n else ""
     names = ("id", "last question", "answer", "metadata")
@@ -321,12 +335,12 @@ def _conversations_html(conversations: "Conversations", n: int = 4) -> str:
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0018
 class Conversations(_Tables):
-    "Chats in file order. Selecting gives `Conversations` again; `to_json` writes the records back as they were read."
+    "Chats in file order. Selecting gives `Conversations` again; `to_json` writes records back as they were."
     def labels(self,
         column: str,    # Metadata column
         positive=True,  # The value that counts as positive
     ) -> np.ndarray:    # Boolean [N]
-        "Where a metadata column equals `positive`. Raises `ConversationError` for an absent or incomplete column."
+        "Where a metadata column equals `positive`. Raises `ConversationError` for an incomplete column."
         return _is_positive(_label_values(self, column), column, positive)
 
     @property
@@ -355,7 +369,7 @@ def _conversations_of(record: Record, chats: list[Chat]) -> list[Conversation]:
     original = record.value if record.raw is None else None
     return [Conversation(chats[0].messages, "", chats[0].metadata, record.raw, record.ending, original)]
 
-
+# %% ../../nbs/10_data/03_conversations.ipynb #0023bx
 def _checked(records: list[Record], answer: str | None) -> list[Conversation]:
     "Conversations from records, or one `ConversationError` about all that are broken."
     found, problems = [], []
@@ -375,8 +389,9 @@ def _read_records(records: list[Record], name: str, layout: dict | None, answer:
     "Conversations from the records of any layout."
     if not is_message_row(records[0].value): return Conversations(_checked(records, answer), name, layout)
     for record in records:
-        problem = record.problem or (None if isinstance(record.value, dict) else f"is {kind_of(record.value)}, expected an object")
-        if problem: raise ConversationError(f"{record.where}: {problem}")
+        if record.problem: raise ConversationError(f"{record.where}: {record.problem}")
+        if isinstance(record.value, dict): continue
+        raise ConversationError(f"{record.where}: is {kind_of(record.value)}, expected an object")
     chats = chats_of_rows([(record.where, record.value) for record in records])
     return Conversations([Conversation(chat.messages, metadata=chat.metadata) for chat in chats], name)
 
@@ -409,12 +424,13 @@ def _path_of(source: str | Path) -> Path:
                                 "check its spelling and permissions") from None
     return path
 
-
+# %% ../../nbs/10_data/03_conversations.ipynb #002c1bx
 def _of_path(source: str | Path, name: str | None, split: str, answer: str | None) -> Conversations:
     "Conversations from a file or folder, or from the hub where there is none."
     path = _path_of(source)
-    is_hub_id = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not is_data_file(path)
-    if not path.exists() and is_hub_id: return _of_table(_read_hub(source, split), name or source, answer)
+    is_hub_id = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    if is_hub_id and not path.exists() and not is_data_file(path):
+        return _of_table(_read_hub(str(source), split), name or str(source), answer)
     try:
         records, layout = read_file(path, split, answer)
     except OSError as err:
@@ -428,7 +444,7 @@ def _of_table(rows, name: str, answer: str | None) -> Conversations:
     if not records: raise ConversationError(f"{name}: holds no records")
     return _read_records(records, name, None, answer)
 
-
+# %% ../../nbs/10_data/03_conversations.ipynb #002c2bx
 def _frame_rows(frame: pd.DataFrame) -> list[dict]:
     "The rows of a data frame, whose columns all have names of their own."
     twice = list(frame.columns[frame.columns.duplicated()])
@@ -438,13 +454,13 @@ def _frame_rows(frame: pd.DataFrame) -> list[dict]:
 
 # %% ../../nbs/10_data/03_conversations.ipynb #002d
 def load_conversations(
-    source,                    # Path, hub id, DataFrame, datasets.Dataset, list of records, message lists or `Conversation`s
+    source,                    # Path, hub id, DataFrame, datasets.Dataset, list of records or `Conversation`s
     *,
     name: str | None = None,   # Shown in reports; the file's name by default
     split: str = "train",      # Which split of a data set from the hub, or of a folder
     answer: str | None = None, # Column that holds the answer where a row has several, such as "chosen"
 ) -> Conversations:
-    "Read chat data of any accepted layout. Raises `ConversationError` naming file, line and field of what is broken."
+    "Read chat data of any layout. Raises `ConversationError` naming file, line and field of what is broken."
     if isinstance(source, Conversations): return source
     if isinstance(source, (str, Path)): return _of_path(source, name, split, answer)
     if isinstance(source, pd.DataFrame): return _of_table(_frame_rows(source), name or "DataFrame", answer)
@@ -465,16 +481,19 @@ def load_conversations(
 def _bundled_splits(root) -> dict[str, list[str]]:
     "Data sets in the package, and the splits of each."
     folders = [folder for folder in root.iterdir() if folder.is_dir()] if root.is_dir() else []
-    splits = {folder.name: sorted(f.name.removesuffix(".jsonl") for f in folder.iterdir() if f.name.endswith(".jsonl"))
-              for folder in folders}
-    return {folder: names for folder, names in splits.items() if names}  # traits lie there too
+    splits = {}
+    for folder in folders:
+        files = [file.name for file in folder.iterdir() if file.name.endswith(".jsonl")]
+        if not files: continue  # traits lie there too
+        splits[folder.name] = sorted(name.removesuffix(".jsonl") for name in files)
+    return splits
 
 
 def bundled(
     name: str = "sycophancy", # Name of the data set
     split: str = "train",     # One of its splits
 ) -> Conversations:
-    "Conversations that come with the library. An unknown name or split raises `ConversationError` listing those there are."
+    "Conversations that come with the library. `ConversationError` lists what there is for an unknown name."
     root = importlib.resources.files("concept_tda")/"bundled"
     there = _bundled_splits(root)
     if name not in there:

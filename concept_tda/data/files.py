@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from .messages import ConversationError, kind_of, listing, shortened
 class Record:
     "One record as read from a source."
     where: str                    # "train.jsonl, line 3"
-    value: object                 # The record, normally a dict
+    value: Any                    # The record, normally a dict
     raw: bytes | None = None      # Its line, when it came from JSON lines
     ending: bytes | None = None   # The line break and blank lines after it
     problem: str | None = None    # Set when it could not even be parsed
@@ -39,19 +40,19 @@ class Record:
 # %% ../../nbs/10_data/02_files.ipynb #0206
 _DEEPEST = 100
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0206bx
 def _key(key, depth: int) -> str:
     "A field's name, which must be text."
     if isinstance(key, str): return key
     raise ConversationError(f"holds a field whose name is {shortened(repr(key), 40)}, {kind_of(key)}; names "
                             "must be text")
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0206cx
 def plain(
     value,         # Anything out of a table
     depth: int = 0, # How deep it lies
-):
-    "Python's own types for numpy's and pandas' (NaN becomes None). Raises `ConversationError` for what JSON cannot hold."
+) -> Any:
+    "Python's own types for numpy's and pandas'. Raises `ConversationError` for what JSON cannot hold."
     if depth > _DEEPEST:
         raise ConversationError(f"is nested more than {_DEEPEST} levels deep, or holds itself; flatten it, "
                                 "or leave the field out")
@@ -97,7 +98,7 @@ _SIGNATURES = (
     (b"<html", "a web page; fetch the data file itself"),
 )
 
-
+# %% ../../nbs/10_data/02_files.ipynb #020abx
 def _true_kind(data: bytes, suffix: str) -> str | None:
     "What the first bytes say that this is, if it is none of the texts that are read."
     for signature, kind in _SIGNATURES:
@@ -109,7 +110,8 @@ def _encoding_trouble(data: bytes, err: UnicodeDecodeError) -> str:
     "What is wrong with a file that is not UTF-8, and the way out."
     byte = f"byte 0x{data[err.start]:02x} at position {err.start}"
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "(it looks like UTF-16). Save it as UTF-8, for instance with: iconv -f UTF-16 -t UTF-8 old > new"
+        return ("(it looks like UTF-16). Save it as UTF-8, for instance with: "
+                "iconv -f UTF-16 -t UTF-8 old > new")
     if b"\0" in data[:4096]:
         return f"({byte}), it looks like binary data. Pass a file of chat records"
     if err.end == len(data) and err.reason == "unexpected end of data":
@@ -118,7 +120,7 @@ def _encoding_trouble(data: bytes, err: UnicodeDecodeError) -> str:
         return f"({byte}), though the rest of it is. Repair that place, or take the line out"
     return f"({byte}). Save it as UTF-8, for instance with: iconv -f LATIN1 -t UTF-8 old > new"
 
-
+# %% ../../nbs/10_data/02_files.ipynb #020cbx
 def _text(path: Path, data: bytes) -> str:
     "The file as text without byte order mark; the error for other encodings names line and byte."
     if not data.strip(b"\xef\xbb\xbf \t\r\n"): raise ConversationError(f"{path}: the file is empty")
@@ -128,13 +130,14 @@ def _text(path: Path, data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as err:
         line = data.count(b"\n", 0, err.start) + 1
-        raise ConversationError(f"{path}, line {line}: the file is not UTF-8 {_encoding_trouble(data, err)}") from None
+        where = f"{path}, line {line}"
+        raise ConversationError(f"{where}: the file is not UTF-8 {_encoding_trouble(data, err)}") from None
 
 # %% ../../nbs/10_data/02_files.ipynb #020e
 class _Repeated(ValueError):
     "Two fields of one object have the same name."
 
-
+# %% ../../nbs/10_data/02_files.ipynb #020ebx
 def _object(pairs: list[tuple[str, object]]) -> dict:
     "An object of JSON, each of whose names occurs once."
     found = dict(pairs)
@@ -142,7 +145,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     names = [name for name, _ in pairs]
     raise _Repeated(next(name for name in names if names.count(name) > 1))
 
-
+# %% ../../nbs/10_data/02_files.ipynb #020ecx
 def _constant(name: str) -> float | None:
     "NaN is a missing value; infinities are numbers."
     return None if name == "NaN" else float(name.replace("Infinity", "inf"))
@@ -151,8 +154,8 @@ def _constant(name: str) -> float | None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 # %% ../../nbs/10_data/02_files.ipynb #020f
-def _parse(text: str, decode: Callable = _DECODER.decode):
-    "A value of JSON. Raises `ConversationError` saying what is broken and at which column (line, if there are several)."
+def _parse(text: str, decode: Callable = _DECODER.decode) -> Any:
+    "A value of JSON. Raises `ConversationError` saying what is broken and at which column."
     try:
         value = decode(text)
     except _Repeated as err:
@@ -183,7 +186,7 @@ def _split_lines(path: Path, data: bytes) -> tuple[list[Record], bytes]:
         if line.strip():
             records.append(Record(f"{path}, line {number}", None, line, newline))
         elif records:
-            records[-1].ending += line + newline
+            records[-1].ending = (records[-1].ending or b"") + line + newline
         else:
             prefix += line + newline
     return records, prefix
@@ -194,14 +197,17 @@ def _read_jsonl(path: Path, data: bytes) -> tuple[list[Record], dict]:
     text = _text(path, data)
     records, prefix = _split_lines(path, data)
     for record in records:
+        line = record.raw or b""
         try:
-            record.value = _parse(record.raw.decode())
+            record.value = _parse(line.decode())
         except ConversationError as err:
-            record.problem = f"{err}: {shortened(record.raw.decode(), 60)}"
+            record.problem = f"{err}: {shortened(line.decode(), 60)}"
     if records and not isinstance(records[0].value, dict):
         _check_one_a_line(path, text)
-    newline = "\r\n" if records and records[0].ending.startswith(b"\r\n") else "\n"
-    return records, {"prefix": prefix.decode(), "newline": newline, "final_newline": bool(records and records[-1].ending)}
+    endings = [record.ending or b"" for record in records]
+    newline = "\r\n" if endings[:1] and endings[0].startswith(b"\r\n") else "\n"
+    ended = bool(endings and endings[-1])
+    return records, {"prefix": prefix.decode(), "newline": newline, "final_newline": ended}
 
 # %% ../../nbs/10_data/02_files.ipynb #0215
 def _check_one_a_line(path: Path, text: str) -> None:
@@ -228,7 +234,7 @@ def _check_one_a_line(path: Path, text: str) -> None:
 # %% ../../nbs/10_data/02_files.ipynb #0216
 _NOTES = ("dataset_info.json", "state.json", "dataset_dict.json")
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0216bx
 def _read_json(path: Path, data: bytes) -> tuple[list[Record], None]:
     "Records of a file that holds one JSON list."
     text = _text(path, data)
@@ -248,11 +254,12 @@ def _read_json(path: Path, data: bytes) -> tuple[list[Record], None]:
 # %% ../../nbs/10_data/02_files.ipynb #0217
 def _inner_list(value) -> str:
     "The way out where an object holds the list of records; nothing where it is a record itself."
-    lists = [name for name, part in value.items() if isinstance(part, list)] if isinstance(value, dict) else []
+    fields = value if isinstance(value, dict) else {}
+    lists = [name for name, part in fields.items() if isinstance(part, list)]
     if len(lists) != 1 or lists[0] in _CHAT_COLUMNS: return ""
     return f". A list stands in the field {lists[0]!r}: write that list alone into the file"
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0217bx
 def _broken_line(text: str) -> int:
     "The line at which JSON breaks off; 1 where the trouble has no place."
     try:
@@ -263,7 +270,7 @@ def _broken_line(text: str) -> int:
         pass
     return 1
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0217cx
 def _lines_hint(text: str) -> str:
     "The way out for JSON lines in a file called .json."
     lines = [line for line in text.splitlines() if line.strip()]
@@ -284,10 +291,11 @@ _CELL_KINDS = (
     (r"(?s:.*)", str),
 )
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0219bx
 def _typed(texts: list[str]) -> list:
-    "A metadata column as whole numbers, numbers, true/false or text, whichever fits every cell; empty becomes None."
-    kind = next(kind for pattern, kind in _CELL_KINDS if all(re.fullmatch(pattern, text) for text in texts if text))
+    "A metadata column as the first kind that fits every cell; empty becomes None."
+    filled = [text for text in texts if text]
+    kind = next(kind for pattern, kind in _CELL_KINDS if all(re.fullmatch(pattern, text) for text in filled))
     return [kind(text) if text else None for text in texts]
 
 # %% ../../nbs/10_data/02_files.ipynb #021c
@@ -325,10 +333,15 @@ def _read_csv(path: Path, data: bytes, answer: str | None = None) -> tuple[list[
     rows = _cells(path, _text(path, data))
     if not rows: raise ConversationError(f"{path}: the file is empty")
     header = _header(path, rows[0][1])
-    wrong = f"cells where the header has {len(header)} ({listing(header)}); quote texts that hold commas or line breaks"
-    records = [Record(f"{path}, line {line}", {}, problem=None if len(cells) == len(header) else f"has {len(cells)} {wrong}")
-               for line, cells in rows[1:]]
-    complete = [(record, cells) for record, (_, cells) in zip(records, rows[1:]) if not record.problem]
+    records, complete = [], []
+    for line, cells in rows[1:]:
+        records.append(Record(f"{path}, line {line}", {}))
+        if len(cells) == len(header):
+            complete.append((records[-1], cells))
+        else:
+            records[-1].problem = (f"has {len(cells)} cells where the header has {len(header)} "
+                                   f"({listing(header)}); "
+                                   "quote texts that hold commas or line breaks")
     for i, column in enumerate(header):
         values = [cells[i] for _, cells in complete]
         if column not in _CHAT_COLUMNS and column != answer:
@@ -350,13 +363,13 @@ def _table_of(path: Path, data: bytes, read: Callable, kind: str) -> tuple[list[
                                 "it may be truncated, fetch or write it again") from None
     return table_records(rows, path), None
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0220bx
 def _read_parquet(path: Path, data: bytes) -> tuple[list[Record], None]:
     "Records of a Parquet file."
     import pyarrow.parquet
     return _table_of(path, data, pyarrow.parquet.read_table, "Parquet")
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0220cx
 def _read_arrow(path: Path, data: bytes) -> tuple[list[Record], None]:
     "Records of an Arrow file, or of an Arrow stream as `datasets` writes it."
     opened = pa.ipc.open_file if data.startswith(b"ARROW1") else pa.ipc.open_stream
@@ -368,13 +381,13 @@ def _zstd(data: bytes) -> bytes:
     with pa.input_stream(pa.BufferReader(data), compression="zstd") as stream:
         return stream.read()
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0222bx
 COMPRESSIONS = {".gz": gzip.decompress, ".zst": _zstd, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 _READERS = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".csv": _read_csv,
             ".parquet": _read_parquet, ".arrow": _read_arrow}
 FORMATS = ".jsonl, .json, .csv, .parquet, .arrow"
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0222cx
 def _suffixes(path: Path) -> tuple[str, str]:
     "Extension of the format and of the compression, in lower case; empty where there is none."
     packed = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
@@ -394,13 +407,14 @@ def bare_name(
     "The file's name without the extensions of format and compression."
     return Path(path.stem).stem if _suffixes(path)[1] else path.stem
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0223bx
 def _content(path: Path) -> bytes:
     "The bytes of a file, unpacked."
     try:
         data = path.read_bytes()
     except OSError as err:
-        raise ConversationError(f"{path} cannot be read: {err.strerror}; check the file and its permissions") from err
+        raise ConversationError(f"{path} cannot be read: {err.strerror}; "
+                                "check the file and its permissions") from err
     packed = _suffixes(path)[1]
     if not packed or not data: return data
     try:
@@ -416,10 +430,11 @@ def _noted(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
-        raise ConversationError(f"{path} cannot be read ({shortened(err, 80)}); save the data set again") from None
+        raise ConversationError(f"{path} cannot be read ({shortened(err, 80)}); "
+                                "save the data set again") from None
     return value if isinstance(value, dict) else {}
 
-
+# %% ../../nbs/10_data/02_files.ipynb #0225bx
 def _saved_parts(folder: Path, split: str) -> list[Path]:
     "The Arrow files of a folder that `datasets.save_to_disk` wrote; none if it is no such folder."
     if (folder/"dataset_dict.json").exists():
@@ -431,7 +446,8 @@ def _saved_parts(folder: Path, split: str) -> list[Path]:
         folder = folder/split
     if not (folder/"state.json").exists(): return []
     files = _noted(folder/"state.json").get("_data_files") or []
-    return [folder/file["filename"] for file in files if isinstance(file, dict) and isinstance(file.get("filename"), str)]
+    names = [file.get("filename") for file in files if isinstance(file, dict)]
+    return [folder/name for name in names if isinstance(name, str)]
 
 # %% ../../nbs/10_data/02_files.ipynb #0226
 def _shards(folder: Path, split: str) -> list[Path]:
@@ -464,7 +480,7 @@ def read_file(
     split: str = "train",      # Which split of a folder
     answer: str | None = None, # Column that holds the answer, left as text in CSV
 ) -> tuple[list[Record], dict | None]:
-    "Records of a file by its extension, and the layout of a JSONL file. Raises `ConversationError` naming the file."
+    "Records of a file, and the layout if it is JSONL. Raises `ConversationError` naming the file."
     if path.is_dir():
         records = [record for part in _parts_of(path, split) for record in read_file(part)[0]]
         if records: return records, None

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from concept_tda.data.messages import (
-    ConversationError, Turn, check_turns, kind_of, listing, read_message, says_nothing, shortened,
+    ConversationError,
+    Turn,
+    check_turns,
+    kind_of,
+    listing,
+    read_message,
+    says_nothing,
+    shortened,
 )
 
 # %% ../../nbs/10_data/01_layouts.ipynb #0105
@@ -28,9 +35,10 @@ class Layout:
 
 
 _SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
-_NODES = {name: {"message": {"author": {"role": role}, "content": {"content_type": "text", "parts": [text]}}, "parent": parent}
-          for name, role, text, parent in (("a", "user", "Hi", None), ("b", "assistant", "Hello!", "a"))}
-_TREE = {"role": "prompter", "text": "Hi", "replies": [{"role": "assistant", "text": "Hello!", "replies": []}]}
+_SPOKEN = [{"author": {"role": turn["role"]}, "content": {"content_type": "text", "parts": [turn["content"]]}}
+           for turn in _SAID]
+_NODES = {"a": {"message": _SPOKEN[0], "parent": None}, "b": {"message": _SPOKEN[1], "parent": "a"}}
+_TREE = {"role": "prompter", "text": "Hi", "replies": [{"role": "assistant", "text": "Hello!"}]}
 _ROWS = [{"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hi"},
          {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "Hello!"}]
 
@@ -60,7 +68,8 @@ LAYOUTS = (
     Layout("rows of message_id, parent_id, role, text", "OASST messages", "one chat for each thread, root "
                                                                           "to leaf", _ROWS),
 )
-ACCEPTED = "messages; conversations; prompt with response (or completion); instruction (and input) with output"
+ACCEPTED = ("messages; conversations; prompt with response (or completion); "
+            "instruction (and input) with output")
 
 # %% ../../nbs/10_data/01_layouts.ipynb #0107
 def _as_list(value, name: str) -> list:
@@ -100,10 +109,12 @@ def _conversations_turns(value) -> list[Turn]:
 # %% ../../nbs/10_data/01_layouts.ipynb #010d
 _PAIRED = ("response", "completion")
 _INSTRUCTED = ("output", "response", "completion")
-ANSWERS = ("chosen", "rejected", "aligned", "misaligned", "answer", "answers", "output", "outputs", "target", "reply",
-           "solution", "generation", "responses", "completions")
 
+# %% ../../nbs/10_data/01_layouts.ipynb #010dbx
+ANSWERS = ("chosen", "rejected", "aligned", "misaligned", "answer", "answers", "output", "outputs", "target",
+           "reply", "solution", "generation", "responses", "completions")
 
+# %% ../../nbs/10_data/01_layouts.ipynb #010dcx
 def _said(value, name: str, role: str) -> list[Turn]:
     "One side of a pair: a text, a message, or a list of messages."
     if isinstance(value, list): return _listed_turns(value, name)
@@ -119,7 +130,7 @@ def _choose(name: str, columns: list[str]) -> ConversationError:
         f"Say which one is the answer, load_conversations(..., answer={columns[0]!r}), "
         f"or rename {'it' if len(columns) == 1 else 'them'} if the row is only a question")
 
-
+# %% ../../nbs/10_data/01_layouts.ipynb #010fbx
 def _answer_column(record: dict, has: set[str], names: tuple[str, ...], answer: str | None) -> str | None:
     "The column that holds the answer, if there is one."
     if answer is None:
@@ -161,7 +172,8 @@ def _history_turns(record: dict) -> list[Turn]:
         if isinstance(pair, dict):
             turns += _listed_turns([pair], place)
         elif isinstance(pair, (list, tuple)) and len(pair) == 2:
-            turns += [Turn(role, text, f"{place}[{k}]") for k, (role, text) in enumerate(zip(("user", "assistant"), pair))]
+            question, reply = pair
+            turns += [Turn("user", question, f"{place}[0]"), Turn("assistant", reply, f"{place}[1]")]
         else:
             raise ConversationError(f"field {place!r}: is {kind_of(pair)}, expected [question, answer]")
     return turns
@@ -187,11 +199,12 @@ def _instruction_turns(record: dict, has: set[str], answer: str | None) -> tuple
     "Turns of an `instruction` with its answer, and the fields that were used."
     column = _answer_column(record, has, _INSTRUCTED, answer)
     rivals = [name for name in ANSWERS if name in has]
-    if column not in has and rivals: raise _choose("instruction", rivals)
-    if column not in has: raise _nothing_usable(record, has)
+    if (column is None or column not in has) and rivals: raise _choose("instruction", rivals)
+    if column is None or column not in has: raise _nothing_usable(record, has)
     question, used = _instruction_text(record)
     turns = _history_turns(record) + [Turn("user", question, "instruction")]
-    return _joined(turns, _said(record[column], column, "assistant"), "instruction"), used | {column, "history"}
+    said = _said(record[column], column, "assistant")
+    return _joined(turns, said, "instruction"), used | {column, "history"}
 
 # %% ../../nbs/10_data/01_layouts.ipynb #0117
 def _nothing_usable(record: dict, has: set[str]) -> ConversationError:
@@ -224,7 +237,8 @@ def _branch(mapping: dict, last) -> list[str]:
 # %% ../../nbs/10_data/01_layouts.ipynb #011a
 def _node_turn(message, place: str) -> Turn | None:
     "The turn of a node's message; None for a system message without text, which is how an export begins."
-    author, content = (message.get(key) if isinstance(message, dict) else None for key in ("author", "content"))
+    if not isinstance(message, dict): raise ConversationError(f"field '{place}': is {kind_of(message)}")
+    author, content = message.get("author"), message.get("content")
     if not isinstance(author, dict) or not isinstance(content, dict):
         raise ConversationError(f"field '{place}': has no author or no content")
     kind, parts = content.get("content_type"), content.get("parts")
@@ -261,15 +275,15 @@ def _exported_turns(record: dict) -> tuple[list[Turn], set[str]]:
 # %% ../../nbs/10_data/01_layouts.ipynb #011d
 TREE_ROLES = {"prompter": "user", "assistant": "assistant", "user": "user", "system": "system"}
 
-
+# %% ../../nbs/10_data/01_layouts.ipynb #011dbx
 def _threads(root: dict) -> list[list[Turn]]:
     "The turns of every path from the root of a tree to a leaf."
     found, open_paths = [], [(root, "prompt", [])]
     while open_paths:
         node, place, before = open_paths.pop()
-        replies = node.get("replies") if isinstance(node, dict) else None
-        bare = {key: value for key, value in node.items() if key != "replies"} if isinstance(node, dict) else node
-        path = [*before, read_message(bare, place, "role", "text", TREE_ROLES)]
+        bare = dict(node) if isinstance(node, dict) else {}
+        replies = bare.pop("replies", None)
+        path = [*before, read_message(bare or node, place, "role", "text", TREE_ROLES)]
         if says_nothing(replies):
             found.append(path)
         elif isinstance(replies, list):
@@ -281,12 +295,13 @@ def _threads(root: dict) -> list[list[Turn]]:
 # %% ../../nbs/10_data/01_layouts.ipynb #011f
 _ROW_FIELDS = {"message_id", "parent_id", "role", "text"}
 
-
+# %% ../../nbs/10_data/01_layouts.ipynb #011fbx
 def is_message_row(
     record, # The first of a table
 ) -> bool:
     "Whether a table is one of messages that name their parents."
-    return isinstance(record, dict) and record.keys() >= _ROW_FIELDS and not {"messages", "conversations", "prompt"} & record.keys()
+    if not isinstance(record, dict): return False
+    return record.keys() >= _ROW_FIELDS and not {"messages", "conversations", "prompt"} & record.keys()
 
 # %% ../../nbs/10_data/01_layouts.ipynb #0120
 def _lineage(name, parents: dict) -> list:
@@ -318,35 +333,38 @@ def _message_names(rows: list[tuple[str, dict]]) -> dict:
                                     "add it, or leave out the messages that hang on it")
     return parents
 
+# %% ../../nbs/10_data/01_layouts.ipynb #0121r
+def _row_turns(rows: list[tuple[str, dict]], parents: dict) -> dict[str, tuple[Turn, list]]:
+    "message_id -> its turn, and the names of the messages from the root to it."
+    found = {}
+    for place, row in rows:
+        try:
+            turn = read_message(row, "row", "role", "text", TREE_ROLES)
+            found[row["message_id"]] = turn, _lineage(row["message_id"], parents)
+        except ConversationError as err:
+            raise ConversationError(f"{place}: {err}") from None
+    return found
+
 # %% ../../nbs/10_data/01_layouts.ipynb #0122
 def chats_of_rows(
     rows: list[tuple[str, dict]], # Place and record of each message
 ) -> "list[Chat]":
     "One chat for each thread of a table of messages that name their parents."
     parents = _message_names(rows)
-    lineages = {}
-    for place, row in rows:
-        try:
-            lineages[row["message_id"]] = _lineage(row["message_id"], parents)
-        except ConversationError as err:
-            raise ConversationError(f"{place}: {err}") from None
-    turns, chats, inner = {}, [], set(parents.values())
-    for place, row in rows:
-        try:
-            turns[row["message_id"]] = read_message(row, "row", "role", "text", TREE_ROLES)
-        except ConversationError as err:
-            raise ConversationError(f"{place}: {err}") from None
+    found, inner, chats = _row_turns(rows, parents), set(parents.values()), []
     for place, row in rows:
         if row["message_id"] in inner: continue
+        _, lineage = found[row["message_id"]]
         try:
-            chats.append(_chat([turns[name] for name in lineages[row["message_id"]]], {}, whole=False))
+            chats.append(_chat([found[name][0] for name in lineage], {}, whole=False))
         except ConversationError as err:
             raise ConversationError(f"{place}: {err}") from None
     return chats
 
 # %% ../../nbs/10_data/01_layouts.ipynb #0124
 _INTO_CHAT = "it is part of what the model saw; write it into the messages, or rename the column if it is not"
-_THOUGHT = "write it into the answer's message as reasoning_content (layout messages), or rename the column if it is no thought"
+_THOUGHT = ("write it into the answer's message as reasoning_content (layout messages), "
+            "or rename the column if it is no thought")
 
 REFUSED_COLUMNS = {
     "history": "write earlier turns into the list of messages, before the question; or rename the column if "
@@ -362,6 +380,8 @@ REFUSED_COLUMNS = {
                     "into the messages"),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought"), _THOUGHT),
 }
+
+# %% ../../nbs/10_data/01_layouts.ipynb #0124bx
 WEIGHTS = ("weight", "sample_weight", "loss_weight")
 
 # %% ../../nbs/10_data/01_layouts.ipynb #0125
@@ -380,7 +400,7 @@ def _check_columns(record: dict, used: set[str]) -> None:
 # %% ../../nbs/10_data/01_layouts.ipynb #0127
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 
-
+# %% ../../nbs/10_data/01_layouts.ipynb #0127bx
 def _with_system(record: dict, turns: list[Turn]) -> tuple[list[Turn], set[str]]:
     "The turns behind the system prompt of a column, and the column if it was used."
     used = set()
@@ -406,7 +426,7 @@ class Chat:
     metadata: dict             # All other columns, and `message_fields`
     whole: bool = True         # The record is this chat and nothing else
 
-
+# %% ../../nbs/10_data/01_layouts.ipynb #0129bx
 def _chat(turns: list[Turn], metadata: dict, whole: bool = True) -> Chat:
     "A chat from turns that keep the rules."
     check_turns(turns)
@@ -421,7 +441,8 @@ def _chat(turns: list[Turn], metadata: dict, whole: bool = True) -> Chat:
 # %% ../../nbs/10_data/01_layouts.ipynb #012a
 def _listed_record(record: dict, name: str, has: set[str], answer: str | None) -> tuple[list[Turn], set[str]]:
     "Turns of a record that holds a list of messages, and the fields that were used."
-    turns = _conversations_turns(record[name]) if name == "conversations" else _listed_turns(record[name], name)
+    lima = name == "conversations"
+    turns = _conversations_turns(record[name]) if lima else _listed_turns(record[name], name)
     if answer is not None:
         if turns[-1].role == "assistant":
             raise ConversationError(f"field {name!r}: ends with an answer already; take answer={answer!r} "
@@ -440,7 +461,7 @@ def _turns(record: dict, answer: str | None) -> tuple[list[Turn], set[str]]:
     if "mapping" in has: return _exported_turns(record)
     if "prompt" in has: return _pair_turns(record, has, answer)
     if "instruction" in has: return _instruction_turns(record, has, answer)
-    if answer in has and isinstance(record[answer], list):
+    if answer is not None and answer in has and isinstance(record[answer], list):
         return _listed_turns(record[answer], answer), {answer}
     raise _nothing_usable(record, has)
 
@@ -449,7 +470,7 @@ def read_chats(
     record,                   # An object with named fields
     answer: str | None = None, # Column that holds the answer where the layout leaves it open
 ) -> list[Chat]:
-    "The chats of one record: one, or several where it is a tree. Raises `ConversationError` naming the field."
+    "The chats of a record: one, or several where it is a tree. Raises `ConversationError` naming the field."
     if not isinstance(record, dict):
         raise ConversationError(f"is {kind_of(record)}, expected an object with named fields; accepted are: "
                                 f"{ACCEPTED}")
@@ -469,7 +490,8 @@ def read_chats(
     _check_columns(record, used)
     metadata = {key: value for key, value in record.items() if key not in used}
     if "mapping" in used:
-        told = sum(isinstance(node, dict) and node.get("message") is not None for node in record["mapping"].values())
+        nodes = [node for node in record["mapping"].values() if isinstance(node, dict)]
+        told = sum(node.get("message") is not None for node in nodes)
         if told > len(turns):
             metadata["other_messages"] = told - len(turns)
     return [_chat(turns, metadata)]

@@ -8,6 +8,7 @@ __all__ = ['PASSED_ON', 'REFUSED', 'ROLES', 'ConversationError', 'shortened', 'l
 
 # %% ../../nbs/10_data/00_messages.ipynb #imports
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +16,11 @@ from ..foundation.errors import ConceptTDAError
 
 # %% ../../nbs/10_data/00_messages.ipynb #0003
 class ConversationError(ConceptTDAError):
-    "Chat data or a chat template that cannot be used; says which file, line, field or conversation, and the way out."
+    "Chat data or a template that cannot be used; says which file, line or field, and the way out."
 
     def __init__(self, message: str = ""):
-        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # data it quotes may hold half characters
+        # what it quotes may hold half a character, which no terminal can show
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
 
 # %% ../../nbs/10_data/00_messages.ipynb #0006
 def shortened(
@@ -29,7 +31,7 @@ def shortened(
     text = " ".join(str(value).split())
     return text if len(text) <= width else text[:width - 1] + "…"
 
-
+# %% ../../nbs/10_data/00_messages.ipynb #0006x
 def listing(
     items,             # Anything that can be gone through
     at_most: int = 10, # How many are written out
@@ -39,7 +41,7 @@ def listing(
     rest = f" and {len(items) - at_most} more" if len(items) > at_most else ""
     return ", ".join(items[:at_most]) + rest
 
-
+# %% ../../nbs/10_data/00_messages.ipynb #0006y
 def kind_of(
     value, # Anything
 ) -> str:
@@ -68,7 +70,8 @@ _FLAGS = ("train", "trainable", "training", "loss", "weight")
 # %% ../../nbs/10_data/00_messages.ipynb #000e
 _TOOLS = "tool calls are not supported; write the call into the content or leave the record out"
 _PICTURES = "only text is read; describe it in the content or leave the record out"
-_MASKS = "a mask is 1 for 'train on it' in some files and for 'hide it' in others; call the field train, true or false"
+_MASKS = ("a mask is 1 for 'train on it' in some files and for 'hide it' in others; "
+          "call the field train, true or false")
 _PARTS = "an answer counts as a whole; leave the field out, or mark the whole answer with train"
 _THOUGHT_PARTS = "write the thought as one text into reasoning_content"
 
@@ -88,7 +91,7 @@ REFUSED = {
 class Turn:
     "One message as read, not yet checked."
     role: str                                # system, user or assistant
-    content: object                          # Its text; `check_turns` makes sure that it is one
+    content: Any                             # Its text; `check_turns` makes sure that it is one
     where: str                               # "messages[1].content"
     fields: dict = field(default_factory=dict)  # Passed on: name, reasoning_content, train
     kept: dict = field(default_factory=dict)    # Everything else that stood in the message
@@ -144,7 +147,8 @@ def _sorted_fields(message: dict, role: str, place: str, used: set[str]) -> tupl
     passed = {"name": speaker} if speaker and "name" not in used else {}
     passed |= _thought(message, role, place) | _train_flag(message, role, place)
     known = {*used, "name", *_THOUGHTS, *_FLAGS}
-    return passed, {key: value for key, value in message.items() if key not in known and not says_nothing(value)}
+    kept = {key: value for key, value in message.items() if key not in known and not says_nothing(value)}
+    return passed, kept
 
 # %% ../../nbs/10_data/00_messages.ipynb #0018
 def _text_of(content, where: str):
@@ -155,14 +159,15 @@ def _text_of(content, where: str):
             raise ConversationError(f"field '{where}[{i}]': is a part of type "
                                     f"{shortened(repr(part['type']), 30)}; {_PICTURES}")
     [part, *more] = content
-    lone = not more and isinstance(part, dict) and isinstance(part.get("text"), str)
-    return part["text"] if lone and all(says_nothing(part[key]) for key in part if key not in ("type", "text")) else content
+    if more or not isinstance(part, dict) or not isinstance(part.get("text"), str): return content
+    bare = all(says_nothing(part[key]) for key in part if key not in ("type", "text"))
+    return part["text"] if bare else content
 
 # %% ../../nbs/10_data/00_messages.ipynb #001a
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 
-
+# %% ../../nbs/10_data/00_messages.ipynb #001ax
 def _role_of(name, where: str, roles: dict[str, str]) -> str:
     "Our word for a role."
     if isinstance(name, str) and name in roles: return roles[name]
