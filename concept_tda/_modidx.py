@@ -657,6 +657,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'concept_tda/data/layouts.py'),
                                           'concept_tda.data.layouts._pair_turns': ( '10_data/layouts.html#_pair_turns',
                                                                                     'concept_tda/data/layouts.py'),
+                                          'concept_tda.data.layouts._row_turns': ( '10_data/layouts.html#_row_turns',
+                                                                                   'concept_tda/data/layouts.py'),
                                           'concept_tda.data.layouts._said': ('10_data/layouts.html#_said', 'concept_tda/data/layouts.py'),
                                           'concept_tda.data.layouts._threads': ( '10_data/layouts.html#_threads',
                                                                                  'concept_tda/data/layouts.py'),
