@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from .conversations import Conversations, Rows, load_conversations, row_numbers
-from .messages import ConversationError, listing
+from .messages import ConversationError, listing, shortened
 from .templates import Rendered, TemplateProfile, as_given, render, rendered_chats
 from ..foundation.storage import fingerprint
 
@@ -54,7 +54,13 @@ def _encoded(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[int], list
     options = dict(add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
                    return_token_type_ids=False, verbose=False)
     for i in range(0, len(texts), 512):
-        encoded = tokenizer(texts[i:i + 512], **options)
+        try:
+            encoded = tokenizer(texts[i:i + 512], **options)
+        except Exception as err:  # settings that no text can be read with, from whichever file of the tokenizer
+            raise ConversationError(
+                f"the tokenizer of {getattr(tokenizer, 'name_or_path', '')!r} cannot read a text: "
+                f"{type(err).__name__}: {shortened(err, 200)}. Its files may be damaged: fetch or save them again."
+            ) from err
         yield from zip(encoded["input_ids"], encoded["offset_mapping"])
 
 def _token_ids(tokenizer: Any, chats: list[Rendered]) -> Iterator[tuple[list[int], np.ndarray]]:

