@@ -119,6 +119,18 @@ def _undisturbed(model, tokenizer):
         for config, flag in caching: config.use_cache = flag
         tokenizer.padding_side, tokenizer.pad_token = side, pad
 
+# %% ../../nbs/20_model/00_loading.ipynb #vocabulary
+def _check_vocabulary(model: nn.Module, tokenizer, name: str) -> None:
+    "Refuse a tokenizer that can give ids the embedding has no row for."
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows)
+    if not beyond: return
+    id, token = beyond[0]
+    raise ModelError(
+        f"the tokenizer of {name} knows more than the model: {len(beyond)} tokens, the first {token!r} with id {id}, "
+        f"have no row in the embedding (rows 0 to {rows - 1}). Give the tokenizer the model was trained with, or let "
+        f"the model grow: model.resize_token_embeddings({beyond[-1][0] + 1})")
+
 # %% ../../nbs/20_model/00_loading.ipynb #000c
 def _facts(lm):
     "What a model shows of itself, as {what: text}."
@@ -447,18 +459,6 @@ def _check_architectures(config, source) -> None:
         raise ModelError(
             f"{source} was saved as {other[0]}, which has no language-model head of its own: open the causal "
             "language model (…ForCausalLM), not an embedding, reward or classification model made from it.")
-
-# %% ../../nbs/20_model/00_loading.ipynb #vocabulary
-def _check_vocabulary(model: nn.Module, tokenizer, name: str) -> None:
-    "Refuse a tokenizer that can give ids the embedding has no row for."
-    rows = model.get_input_embeddings().weight.shape[0]
-    beyond = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows)
-    if not beyond: return
-    id, token = beyond[0]
-    raise ModelError(
-        f"the tokenizer of {name} knows more than the model: {len(beyond)} tokens, the first {token!r} with id {id}, "
-        f"have no row in the embedding (rows 0 to {rows - 1}). Give the tokenizer the model was trained with, or let "
-        f"the model grow: model.resize_token_embeddings({beyond[-1][0] + 1})")
 
 # %% ../../nbs/20_model/00_loading.ipynb #0025-words
 def _first_line(err):
