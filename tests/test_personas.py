@@ -388,10 +388,10 @@ def test_pooled_activations_move_by_alpha_v(family):
     plain, clean = pooled_activations(lm, CHATS, [0, 1, 2, 3], progress=False), traces_of(lm)
     with steer(lm, concept, 1.5): steered = pooled_activations(lm, CHATS, [1, 2, 3], progress=False)
     with steer(lm, direction(lm, 0), 1.5): lowest = pooled_activations(lm, CHATS, 0, progress=False)[0]
-    torch.testing.assert_close(lowest, plain[0] + 1.5 * concept.norm * concept.direction, atol=1e-4, rtol=0)
+    torch.testing.assert_close(lowest, plain[0] + 1.5 * concept.norm * concept.direction.to(lowest), atol=1e-4, rtol=0)
     assert traces_of(lm) == clean
     torch.testing.assert_close(steered[1], plain[1])
-    torch.testing.assert_close(steered[2], plain[2] + 1.5 * concept.norm * concept.direction, atol=1e-4, rtol=0)
+    torch.testing.assert_close(steered[2], plain[2] + 1.5 * concept.norm * concept.direction.to(lowest), atol=1e-4, rtol=0)
     assert (steered[3] - plain[3]).abs().max() > 1e-2
 
 

@@ -8,7 +8,7 @@ __all__ = ['ConceptError', 'Concept', 'random_directions', 'separation', 'contra
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0003
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from html import escape
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..foundation.errors import ConceptTDAError
 from ..foundation.storage import atomic_file, code_version, fingerprint
-from ..model.tracing import POOLINGS, pooled_activations
+from ..model.tracing import POOLINGS, pooled_activations, work_dtype
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0005
 class ConceptError(ConceptTDAError):
@@ -65,11 +65,15 @@ def _concept_html(concept) -> str:
     return f"<table><caption><b>Concept: {escape(concept.name)}</b></caption>{body}</table>"
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #000c
+def _kept_dtype(vector) -> torch.dtype:
+    "float64 for what came in float64 tensors, else float32."
+    return torch.float64 if getattr(vector, "dtype", None) == torch.float64 else torch.float32
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Concept:
     "A unit direction of the residual stream at one layer, with its origin and its measured quality (METHODS §2)."
     name: str                                      # What the behaviour is called
-    direction: Tensor                              # [d] float32, unit length, from negative to positive
+    direction: Tensor                              # [d], unit length, from negative to positive; float32, or float64 as given
     layer: int                                     # l of `hidden_states[l]`, the output of block l-1
     norm: float | None = None                      # Length before normalising; measured when not given
     pooling: str = "response_mean"                 # How the activations of a text become one vector
@@ -78,8 +82,9 @@ class Concept:
     model: str | None = None                       # Name of the model it was made with
     model_fingerprint: str | None = None           # Hash of that model's config and weights
     model_width: int | None = None                 # d of that model
+    precision: InitVar[torch.dtype | None] = None  # Type to keep the direction in; None: float64 as it came, else float32
 
-    def __post_init__(self):
+    def __post_init__(self, precision: torch.dtype | None = None):
         what = f"concept {self.name!r}"
         vector = _checked_direction(self.direction, what)
         norm = float(vector.norm() if self.norm is None else self.norm)
@@ -89,7 +94,7 @@ class Concept:
         if self.model_width not in (None, len(vector)):
             raise ConceptError(f"{what}: the direction has {len(vector)} entries but its model has width {self.model_width}.")
         _check_pooling(self.pooling, what)
-        settled = dict(direction=(vector/vector.norm()).float(), norm=norm, layer=int(self.layer), model_width=len(vector))
+        settled = dict(direction=(vector/vector.norm()).to(precision or _kept_dtype(self.direction)), norm=norm, layer=int(self.layer), model_width=len(vector))
         for key, value in settled.items(): object.__setattr__(self, key, value)
 
     @property
@@ -194,16 +199,16 @@ def random_directions(
     n: int,          # How many
     *,
     seed: int = 0,   # The same seed gives the same directions
-) -> Tensor:         # [n, d] float32, unit rows
+) -> Tensor:         # [n, d] unit rows, float32 (float64 for float64 activations)
     "Covariance-matched random directions, the null model for any concept result (METHODS §2)."
-    acts_ND = torch.as_tensor(acts_ND).detach().to("cpu", torch.float64)
+    kept, acts_ND = _kept_dtype(acts_ND), torch.as_tensor(acts_ND).detach().to("cpu", torch.float64)
     if acts_ND.ndim != 2 or len(acts_ND) < 2: raise ConceptError(f"random_directions needs activations [N, d] with N ≥ 2, got shape {list(acts_ND.shape)}.")
     if not torch.isfinite(acts_ND).all(): raise ConceptError("random_directions: the activations hold NaN or infinite values.")
     if n < 1: raise ConceptError(f"random_directions: n must be at least 1, got {n}.")
     centred_ND = acts_ND - acts_ND.mean(0)
     if centred_ND.norm() < 1e-12: raise ConceptError("random_directions: all activations are the same, so they have no covariance to match.")
     weights_nN = torch.randn(n, len(acts_ND), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.nn.functional.normalize(weights_nN @ centred_ND, dim=1).float()
+    return torch.nn.functional.normalize(weights_nN @ centred_ND, dim=1).to(kept)
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0025
 def _auc(positive_KP: np.ndarray, negative_KM: np.ndarray) -> np.ndarray:
@@ -323,7 +328,7 @@ def _collect(lm, positive, negative, layers: list[int], pooling: str, name: str,
 # %% ../../nbs/40_concepts/00_concept.ipynb #002f
 def _make_concept(lm, contrast: _Contrast, layer: int, direction: Tensor, quality: dict, *, name: str, pooling: str, model_fingerprint: str, **settings) -> Concept:
     "Wrap a fitted direction up with everything known about it."
-    return Concept(name, direction, layer, pooling=pooling, quality=quality, provenance=settings | contrast.provenance, model=lm.name, model_fingerprint=model_fingerprint, model_width=lm.width)
+    return Concept(name, direction, layer, precision=work_dtype(lm), pooling=pooling, quality=quality, provenance=settings | contrast.provenance, model=lm.name, model_fingerprint=model_fingerprint, model_width=lm.width)
 
 def _check_held_out(held_out: float):
     "Refuse a fraction that leaves nothing to fit on."
@@ -457,7 +462,8 @@ def tensor_concept(
         tensor_or_path = _pick_tensor(Path(tensor_or_path), key)
     vector = _checked_direction(tensor_or_path if row is None else _pick_row(tensor_or_path, row, what), what)
     provenance = {"method": "given direction", "source": source} | ({"key": key} if key else {}) | ({"row": row} if row is not None else {})
-    concept = Concept(name, vector, layer, pooling=pooling, provenance=provenance | {"code": code_version()})
+    kept = _kept_dtype(torch.from_numpy(tensor_or_path) if isinstance(tensor_or_path, np.ndarray) else tensor_or_path)
+    concept = Concept(name, vector, layer, precision=kept, pooling=pooling, provenance=provenance | {"code": code_version()})
     if lm is None: return concept
     concept.check(lm)
     return replace(concept, model=lm.name, model_fingerprint=lm.fingerprint)

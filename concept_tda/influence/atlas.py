@@ -92,7 +92,7 @@ def _collect(lm, data, rows, sites, collectors, token_budget, bar):
         for collector in collectors: collector.begin(batch)
         with torch.enable_grad(), site_flows(sites, receive):
             losses_BT = token_losses(lm, batch)
-            torch.autograd.backward((losses_BT*loss_weights(batch).to(losses_BT.device)).sum())
+            torch.autograd.backward((losses_BT*loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT.device)).sum())
         for values, collector in zip(found, collectors): values.append(collector.rows())
         order += batch.rows.tolist()
         bar.update(batch.n_tokens)
@@ -107,7 +107,7 @@ class _QueryGraph:
     "A batch of query examples, forward and backward, with a graph from place-holder directions to the output gradients of the sites."
     def __init__(self, lm, batch, layer, pooling, sites, frames, share, copies):
         self.copies, self.names, outputs, inputs = copies, [s.name for s in sites], {}, {}
-        weights_BT = pooling_weights(batch, pooling)*share
+        weights_BT = pooling_weights(batch, pooling, _work_dtype(lm))*share
         self.kept_BT = weights_BT.flip(1).cumsum(1).flip(1) > 0   # a token after the last pooled one has no say
         def watch(site):
             def hook(module, args, output): inputs[site.name], outputs[site.name] = args[0].detach(), _require_grad(output)
@@ -225,7 +225,7 @@ def _direction_flows(lm, queries, layer, pooling, directions_Kd, sites, frames, 
     for batch in batches(queries, token_budget=token_budget):
         batch, n = batch.to(lm.device), len(batch.rows)
         copies = min(len(directions_Kd), max(1, token_budget//batch.input_ids.numel()))
-        weights_BT = pooling_weights(batch, pooling)/len(queries)
+        weights_BT = pooling_weights(batch, pooling, _work_dtype(lm))/len(queries)
         kept_BT, inputs = weights_BT.flip(1).cumsum(1).flip(1) > 0, {}
         def on_flow(site, x, delta):
             frame, kept = frames[site.name], kept_BT.to(x.device)

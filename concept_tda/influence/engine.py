@@ -57,7 +57,7 @@ class ActivationReadout(Readout):
 
     def hidden(self, hidden_BTd):
         directions_Qd, hidden_BTd = self.directions_Qd.to(self.tokens_QBT), hidden_BTd.detach().to(self.tokens_QBT)
-        weights_BT = pooling_weights(self.batch, self.pooling).to(self.tokens_QBT)
+        weights_BT = pooling_weights(self.batch, self.pooling, self.tokens_QBT.dtype).to(self.tokens_QBT)
         self.tokens_QBT += torch.einsum("btd,qd->qbt", hidden_BTd, directions_Qd)*weights_BT
         if self.cosine:
             norms_B = torch.einsum("bt,btd->bd", weights_BT, hidden_BTd).norm(dim=1)
@@ -125,7 +125,7 @@ class ForwardReadout(DirectionReadout):
     engine, runs_alone = "forward", True
 
     def run(self, lm, batch):
-        weights_BT = loss_weights(batch).to(lm.device)
+        weights_BT = loss_weights(batch, dtype=self.tokens_QBT.dtype).to(lm.device)
         for query in range(self.n_queries):
             def add_tangent(site):
                 def hook(module, args, output):
@@ -165,7 +165,7 @@ class DifferenceReadout(DirectionReadout):
 
     def run(self, lm, batch):
         if lm.dtype.itemsize < 4: raise EngineError(f"the difference engine compares losses of two nearly equal models, which {lm.dtype} cannot tell apart: load the model in float32, or use engine='reverse'")
-        weights_BT, scales = loss_weights(batch).to(lm.device), difference_scale(self.watched, self.directions, self.step)
+        weights_BT, scales = loss_weights(batch, dtype=self.tokens_QBT.dtype).to(lm.device), difference_scale(self.watched, self.directions, self.step)
         for query, epsilon in enumerate(scales):
             losses = []
             for sign in (-1, 1):
@@ -286,7 +286,8 @@ def _run_batch(lm, batch, readouts, watch):
             try: lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             except _Reached: pass
             return watch.end_phase()
-        losses_BT, weights_BT = token_losses(lm, batch), loss_weights(batch).to(lm.device)
+        losses_BT = token_losses(lm, batch)
+        weights_BT = loss_weights(batch, dtype=losses_BT.dtype).to(lm.device)
         for name in backward_names: watch.heard(name)
         for name, r in readouts.items():
             if r.wants_losses: watch.call(name, r.losses, losses_BT, weights_BT)

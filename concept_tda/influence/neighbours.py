@@ -242,7 +242,7 @@ class AdamMoments:
                 for batch in batches(data, rows=rows):
                     batch = batch.to(lm.device)
                     losses_BT = token_losses(lm, batch)
-                    torch.autograd.backward((losses_BT*loss_weights(batch).to(losses_BT)).sum()/len(rows))
+                    torch.autograd.backward((losses_BT*loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT)).sum()/len(rows))
             for name, g in gradients.items():
                 first[name].mul_(betas[0]).add_(g, alpha=1 - betas[0])
                 second[name].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])

@@ -48,7 +48,7 @@ def _example_gradients(lm, data, sites, token_budget, progress, title):
         for batch in batches(data, token_budget=token_budget):
             batch = batch.to(lm.device)
             losses_BT = token_losses(lm, batch)
-            torch.autograd.backward((losses_BT*loss_weights(batch).to(losses_BT)).sum())
+            torch.autograd.backward((losses_BT*loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT)).sum())
             yield batch.rows, dict(found)
             found.clear()
             bar.update(batch.n_tokens)

@@ -67,7 +67,8 @@ class ConceptQuery(Query):
 
     def sum_over(self, lm, batch):
         hidden_BTd = hidden_states(lm, batch, self.layer)
-        weights_BT = pooling_weights(batch, self.concept.pooling).to(hidden_BTd)
+        dtype = torch.promote_types(hidden_BTd.dtype, torch.float32)
+        weights_BT = pooling_weights(batch, self.concept.pooling, dtype).to(hidden_BTd)
         return torch.einsum("bt,btd,d->", weights_BT, hidden_BTd, self.concept.direction.to(hidden_BTd))
 
     @property
@@ -78,7 +79,9 @@ class LossQuery(Query):
     "f = -mean response loss of the query examples, so that raising f makes their responses likelier (METHODS §1, Eq. 1)."
     name = "likelihood of the query responses"
 
-    def sum_over(self, lm, batch): return -(token_losses(lm, batch)*loss_weights(batch)).sum()
+    def sum_over(self, lm, batch):
+        losses_BT = token_losses(lm, batch)
+        return -(losses_BT*loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT.device)).sum()
 
     @property
     def fingerprint(self) -> str: return fingerprint("loss", self.examples.fingerprint)

@@ -67,6 +67,8 @@ def _card(scorer, data, seconds, preparation, peak_memory, resumed, settings):
     notes += fields.pop("notes", [])
     settings = {**settings, **fields.pop("settings", {}), "preparation_seconds": round(preparation, 3)}
     if len(data.cut): notes.append(f"{len(data.cut)} of {len(data)} examples were longer than {data.max_tokens} tokens and were cut there")
+    if getattr(scorer.lm, "chat_template", None):
+        settings["chat_template"] = scorer.lm.chat_template
     if resumed: notes.append(f"{resumed} of {len(data)} examples were scored by an earlier, interrupted run")
     model = dict(model=scorer.lm.name, model_fingerprint=scorer.lm.fingerprint) if scorer.lm else dict(model=None, model_fingerprint=None)
     return QueryCard(method=scorer.method, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, code=code_version(), notes=notes, settings=settings,
@@ -204,7 +206,7 @@ class _AgainstOwnAnswer(ActivationReadout):
     def hidden(self, hidden_BTd):
         super().hidden(hidden_BTd)
         own_B = self.own_N[self.batch.rows.cpu()].to(self.tokens_QBT)
-        self.tokens_QBT -= own_B[:, None]*pooling_weights(self.batch, self.pooling).to(self.tokens_QBT)
+        self.tokens_QBT -= own_B[:, None]*pooling_weights(self.batch, self.pooling, self.tokens_QBT.dtype).to(self.tokens_QBT)
 
 class ProjectionDifference(VectorFilter):
     "⟨v̂, a(x, y) - a(x, ŷ)⟩: how much more of the concept the example shows than the model's own answer ŷ to its prompt (METHODS §1, Eq. 13)."

@@ -38,7 +38,7 @@ def _example_losses(
 ) -> Tensor:           # [B] float32, mean over each example's response tokens
     "Mean cross-entropy over the response tokens of each example, L(z; θ) of METHODS §0."
     losses_BT = token_losses(lm, batch)
-    return (loss_weights(batch).to(losses_BT.device)*losses_BT).sum(1)
+    return (loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT.device)*losses_BT).sum(1)
 
 def _check_answers(tokenized):
     "Refuse data without a single conversation, and conversations without a token to learn from."

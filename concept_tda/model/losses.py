@@ -62,7 +62,8 @@ def token_losses(
 def loss_weights(
     batch,                    # `Batch`
     reduction: str = "mean",  # "mean" over an example's response tokens (METHODS §0), or their "sum"
-) -> torch.Tensor:            # [B, T] float32
+    dtype: torch.dtype = torch.float32, # Of the weights: that of the losses
+) -> torch.Tensor:            # [B, T]
     "Weights that turn `token_losses` into one loss for each example: `(weights * losses).sum(1)`."
-    predicted_BT = _predicted(batch).float()
+    predicted_BT = _predicted(batch).to(dtype)
     return predicted_BT / predicted_BT.sum(1, keepdim=True) if reduction == "mean" else predicted_BT
