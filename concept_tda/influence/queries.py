@@ -34,6 +34,9 @@ class Query:
 
     def _means(self, lm):
         data = lm.tokenize(self.examples)
+        if not len(data):
+            raise GradientError(f"the query {self.name!r} has no examples: give at least one answer that shows the "
+                                "behaviour")
         for batch in batches(data, token_budget=1024): yield self.sum_over(lm, batch.to(lm.device))/len(data)
 
     def value(self,
@@ -47,6 +50,9 @@ class Query:
         sites: list, # `Site`s
     ) -> dict:       # ∇f [out, in] by site name, float32 (float64 for a float64 model)
         "Gradient of f at the sites, exactly zero where f does not reach. Raises `GradientError` where it is not finite or zero everywhere."
+        if any(site.weight.is_inference() for site in sites):
+            raise GradientError("the model's weights were made under torch.inference_mode(), so nothing can be "
+                                "differentiated with respect to them: open the model outside of it")
         with lm.undisturbed(), SiteGradients(sites) as gradients, torch.enable_grad():
             for mean in self._means(lm):
                 if mean.requires_grad: torch.autograd.backward(mean)

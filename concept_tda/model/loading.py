@@ -112,7 +112,8 @@ def _undisturbed(model, tokenizer):
         model.eval()
         for parameter, _ in frozen: parameter.requires_grad_(False)
         for config, _ in caching: config.use_cache = False
-        yield
+        with torch.inference_mode(False):  # a caller's inference mode would make every gradient zero
+            yield
     finally:
         for module, flag in training: module.training = flag
         for parameter, flag in frozen: parameter.requires_grad_(flag)

@@ -6,34 +6,45 @@
 __all__ = ['GradientError', 'response_logits', 'token_losses', 'loss_weights']
 
 # %% ../../nbs/20_model/02_losses.ipynb #imports
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 
 from ..foundation.errors import ConceptTDAError
 
-# %% ../../nbs/20_model/02_losses.ipynb #0009
+if TYPE_CHECKING:
+    from concept_tda.data.batches import Batch
+    from concept_tda.model.loading import LanguageModel
+
+# %% ../../nbs/20_model/02_losses.ipynb #logits
 class GradientError(ConceptTDAError):
     "A loss or gradient is not finite, or does not exist."
 
-def _predicted(batch):
+def _predicted(batch: "Batch") -> torch.Tensor:
     "[B, T] bool: response tokens that some token before them predicts (so never the first of a sequence)."
     predicted_BT = batch.response_mask.clone()
     predicted_BT[:, 0] = False
     return predicted_BT
 
 def response_logits(
-    lm,              # `LanguageModel`
-    batch,           # `Batch` of B conversations padded to T tokens
-) -> torch.Tensor:   # [R, vocabulary], one row for each predicted response token, in the order of the response mask
+    lm: "LanguageModel", # The model
+    batch: "Batch",      # B conversations padded to T tokens
+) -> torch.Tensor:       # [R, vocabulary], one row for each predicted response token, in the order of the mask
     "Logits of the positions that predict a response token; the head never sees another position."
     rows_BT = _predicted(batch).roll(-1, dims=1)  # position t - 1 predicts token t
-    hook = lm.model.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0][rows_BT.to(args[0].device)][None],))
-    try: return lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits[0]
-    finally: hook.remove()
+    head: Any = lm.model.get_output_embeddings()
+    needed = lambda head, args: (args[0][rows_BT.to(args[0].device)][None],)
+    hook = head.register_forward_pre_hook(needed)
+    try:
+        inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return lm.model(**inputs, use_cache=False).logits[0]
+    finally:
+        hook.remove()
 
+# %% ../../nbs/20_model/02_losses.ipynb #entropy
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy [R] of logits [R, vocabulary] that uses the memory of the logits for their gradient. With a vocabulary of 49,152 the
-    logits are by far the largest tensor of a pass, and every copy of them costs time; autograd's own version makes three."""
+    "Cross-entropy [R] of logits [R, vocabulary] that uses the memory of the logits for their gradient."
     @staticmethod
     def forward(ctx, logits_RV, targets_R):
         log_norms_R = logits_RV.logsumexp(1)
@@ -44,23 +55,28 @@ class _CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient_R):
         logits_RV, targets_R, log_norms_R = ctx.saved_tensors
-        gradient_RV = logits_RV.sub_(log_norms_R[:, None]).exp_().mul_(gradient_R[:, None])  # softmax, in place
+        softmax_RV = logits_RV.sub_(log_norms_R[:, None]).exp_()
+        gradient_RV = softmax_RV.mul_(gradient_R[:, None])
         return gradient_RV.scatter_add_(1, targets_R[:, None], -gradient_R[:, None]), None
 
+# %% ../../nbs/20_model/02_losses.ipynb #losses
 def token_losses(
-    lm,              # `LanguageModel`
-    batch,           # `Batch` of B conversations padded to T tokens
-) -> torch.Tensor:   # [B, T] cross-entropy in nats (float32 at least) at the place of each predicted token, 0 elsewhere
+    lm: "LanguageModel", # The model
+    batch: "Batch",      # B conversations padded to T tokens
+) -> torch.Tensor:       # [B, T] nats (float32 at least) at each predicted token, 0 elsewhere
     "Cross-entropy of every response token."
     predicted_BT, logits_RV = _predicted(batch), response_logits(lm, batch)
     targets_R = batch.input_ids[predicted_BT].to(logits_RV.device)
     logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-    # the in-place version has no forward mode and one backward pass; whoever needs more has no graph, or asks for tangents
-    losses_R = _CrossEntropy.apply(logits_RV, targets_R) if logits_RV.requires_grad else F.cross_entropy(logits_RV, targets_R, reduction="none")
+    if logits_RV.requires_grad:
+        losses_R = _CrossEntropy.apply(logits_RV, targets_R)
+    else:
+        losses_R = F.cross_entropy(logits_RV, targets_R, reduction="none")
     return losses_R.new_zeros(predicted_BT.shape).masked_scatter(predicted_BT.to(losses_R.device), losses_R)
 
+# %% ../../nbs/20_model/02_losses.ipynb #weights
 def loss_weights(
-    batch,                    # `Batch`
+    batch: "Batch",           # B conversations padded to T tokens
     reduction: str = "mean",  # "mean" over an example's response tokens (METHODS §0), or their "sum"
     dtype: torch.dtype = torch.float32, # Of the weights: that of the losses
 ) -> torch.Tensor:            # [B, T]
