@@ -346,3 +346,36 @@ def test_folders_of_parquet_parts(tmp_path):
     (tmp_path / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(ConversationError, match="2 of 3 parts of 'train' are there"):
         load_conversations(tmp_path)
+
+
+# ---------------------------------------------------------------- what stands beside a chat and is part of it
+
+BESIDE = [
+    ({"messages": HI[:1], "response": "Hello!"}, "field 'messages': no answer follows it.*answer='response'"),
+    ({"conversations": ["Hi"], "output": "Hello!"}, "field 'conversations': no answer follows it.*answer='output'"),
+    ({"prompt": "Sum up.", "input": "A text.", "response": "Short."}, "field 'input': a prompt stands alone; join"),
+    ({"prompt": "Hi", "text": "Hi Hello!"}, "answer='text'"),
+    ({"messages": HI, "train": False}, "field 'train': every record counts once"),
+    ({"messages": HI, "weight": "0.3"}, "field 'weight': every record counts once"),
+    ({"messages": HI, "mask": [0, 1]}, "field 'mask': mark the answers .* with train"),
+    ({"messages": HI, "enable_thinking": False}, "field 'enable_thinking': settings of a template"),
+    ({"messages": [HI[0], {**HI[1], "loss_weight": 0.3}]}, r"messages\[1\].loss_weight': is 0.3"),
+]
+
+
+@pytest.mark.parametrize("record, error", BESIDE)
+def test_what_stands_beside_a_chat_is_no_metadata(record, error):
+    with pytest.raises(ConversationError, match=error): load_conversations([record])
+
+
+def test_what_says_nothing_new_beside_a_chat_is_metadata():
+    for more in ({"train": True}, {"weight": "1.0"}, {"response": ""}, {"mask": None}, {"weight": "heavy"}):
+        [c] = load_conversations([{"messages": HI, **more}])
+        assert c.messages == tuple(HI) and c.metadata == more
+    [c] = load_conversations([{"messages": HI[:1], "response": "Hello!"}], answer="response")
+    assert c.messages == tuple(HI)
+
+
+def test_message_rows_in_csv(tmp_path):
+    pd.DataFrame(MESSAGES).to_csv(tmp_path / "a.csv", index=False)
+    assert load_conversations(tmp_path / "a.csv").ids == load_conversations(MESSAGES).ids

@@ -112,7 +112,7 @@ _INSTRUCTED = ("output", "response", "completion")
 
 # %% ../../nbs/10_data/01_layouts.ipynb #010dbx
 ANSWERS = ("chosen", "rejected", "aligned", "misaligned", "answer", "answers", "output", "outputs", "target",
-           "reply", "solution", "generation", "responses", "completions")
+           "reply", "solution", "generation", "responses", "completions", "text")
 
 # %% ../../nbs/10_data/01_layouts.ipynb #010dcx
 def _said(value, name: str, role: str) -> list[Turn]:
@@ -125,7 +125,7 @@ def _said(value, name: str, role: str) -> list[Turn]:
 def _choose(name: str, columns: list[str]) -> ConversationError:
     "The error for a row whose answer may be any of some columns."
     return ConversationError(
-        f"field {name!r}: the row has no response or completion, but may have an answer in: "
+        f"field {name!r}: no answer follows it, but there may be one in: "
         f"{', '.join(columns)}. "
         f"Say which one is the answer, load_conversations(..., answer={columns[0]!r}), "
         f"or rename {'it' if len(columns) == 1 else 'them'} if the row is only a question")
@@ -145,6 +145,10 @@ def _pair_turns(record: dict, has: set[str], answer: str | None) -> tuple[list[T
     column = _answer_column(record, has, _PAIRED, answer)
     rivals = [name for name in ANSWERS if name in has]
     if column is None and rivals: raise _choose("prompt", rivals)
+    if not says_nothing(record.get("input")):
+        raise ConversationError("field 'input': a prompt stands alone; join the two, or rename the column "
+                                "if the "
+                                "model never saw it")
     turns, used = _said(record["prompt"], "prompt", "user"), {"prompt"}
     if not isinstance(record["prompt"], (list, dict)):
         turns, used = _history_turns(record) + turns, used | {"history"}
@@ -324,9 +328,9 @@ def _message_names(rows: list[tuple[str, dict]]) -> dict:
             raise ConversationError(f"{place}: field 'message_id': {shortened(repr(name), 40)} is no name "
                                     "or occurs twice; "
                                     "give each message a name of its own")
-        parents[name] = row.get("parent_id")
+        parents[name] = None if says_nothing(row.get("parent_id")) else row["parent_id"]
     for place, row in rows:
-        parent = row.get("parent_id")
+        parent = parents[row["message_id"]]
         if parent is not None and (not isinstance(parent, (str, int)) or parent not in parents):
             raise ConversationError(f"{place}: field 'parent_id': there is no message "
                                     f"{shortened(repr(parent), 40)}; "
@@ -375,14 +379,17 @@ REFUSED_COLUMNS = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"),
                     "only text is read; leave the record out, or rename the column if it is no part of the "
                     "chat"),
-    **dict.fromkeys(("chat_template_kwargs", "template_kwargs", "chat_template"),
+    **dict.fromkeys(("mask", "loss_mask"), "mark the answers in the list of messages with train, true or "
+                                           "false; "
+                    "or rename the column if it is no mask of the loss"),
+    **dict.fromkeys(("chat_template_kwargs", "template_kwargs", "chat_template", "enable_thinking"),
                     "settings of a template for single records are not supported; write what they change "
                     "into the messages"),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought"), _THOUGHT),
 }
 
 # %% ../../nbs/10_data/01_layouts.ipynb #0124bx
-WEIGHTS = ("weight", "sample_weight", "loss_weight")
+WEIGHTS = ("weight", "sample_weight", "loss_weight", "loss_scale", "train", "trainable")
 
 # %% ../../nbs/10_data/01_layouts.ipynb #0125
 def _check_columns(record: dict, used: set[str]) -> None:
@@ -392,6 +399,8 @@ def _check_columns(record: dict, used: set[str]) -> None:
             raise ConversationError(f"field {name!r}: {way_out}")
     for name in WEIGHTS:
         weight = record.get(name)
+        if isinstance(weight, str) and re.fullmatch(r"\s*\d*\.?\d+\s*", weight):
+            weight = float(weight)
         if isinstance(weight, (int, float)) and weight != 1:
             raise ConversationError(f"field {name!r}: every record counts once here, and this one has "
                                     f"{shortened(weight, 20)}; "
@@ -449,7 +458,9 @@ def _listed_record(record: dict, name: str, has: set[str], answer: str | None) -
                                     "away, or leave the field out")
         _answer_column(record, has, (), answer)
         return _joined(turns, _said(record[answer], answer, "assistant"), name), {name, answer}
-    if turns[-1].role == "user" and {"chosen", "rejected"} <= has: raise _choose(name, ["chosen", "rejected"])
+    rivals = ["chosen", "rejected"] if {"chosen", "rejected"} <= has else []
+    rivals += [column for column in _INSTRUCTED if not says_nothing(record.get(column))]
+    if turns[-1].role == "user" and rivals: raise _choose(name, rivals)
     return turns, {name}
 
 # %% ../../nbs/10_data/01_layouts.ipynb #012b

@@ -65,7 +65,7 @@ PASSED_ON = {
     "train": "false: the mask leaves this answer out",
 }
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
-_FLAGS = ("train", "trainable", "training", "loss", "weight")
+_FLAGS = ("train", "trainable", "training", "loss", "weight", "loss_weight", "sample_weight", "loss_scale")
 
 # %% ../../nbs/10_data/00_messages.ipynb #000e
 _TOOLS = "tool calls are not supported; write the call into the content or leave the record out"
