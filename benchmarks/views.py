@@ -18,7 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from chromium import CHROMIUM, Chromium  # noqa: E402
-from concept_tda.results.attribution import Attribution, QueryCard# noqa: E402
+from concept_tda.results.attribution import Attribution  # noqa: E402
+from concept_tda.results.cards import QueryCard  # noqa: E402
 from concept_tda.data.conversations import Conversation, Conversations# noqa: E402
 from concept_tda.foundation.storage import code_version# noqa: E402
 from concept_tda.views.browser import ExampleBrowser# noqa: E402

@@ -10,6 +10,7 @@ The names a user needs are here, in the order of the work. Everything else is a 
 __version__ = "0.1.0"
 
 from concept_tda._lazy import front_door as _front_door
+from concept_tda._registry import VIEWS as _VIEWS
 
 _FRONT_DOOR = {
     "open": "load_model load_conversations bundled Conversation Conversations tokenize doctor plan",
@@ -27,3 +28,15 @@ _FRONT_DOOR = {
 
 __all__ = [name for names in _FRONT_DOOR.values() for name in names.split()]
 __getattr__, __dir__ = _front_door(__name__, __all__)
+
+# Who draws what, and who does what a method of a lower floor promises (concept_tda.foundation.display).
+# Names only: a view is imported when something is first shown.
+_VIEWS.update({
+    f"{__name__}.{thing}": f"{__name__}.views.{view}" for thing, view in {
+        "foundation.display.Sheet": "html.show_sheet",
+        "results.cards.QueryCard": "html.show_card",
+        "results.attribution.Attribution": "html.show_attribution",
+        "results.attribution.Attribution.report": "report.write_report",
+        "results.attribution.Attribution.inspect": "browser.ExampleBrowser",
+        "results.comparison.Comparison": "html.show_comparison",
+    }.items()})

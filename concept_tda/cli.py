@@ -201,7 +201,8 @@ def _check_out(path: Path, overwrite: bool, *sources: str | Path | None) -> None
 # %% ../nbs/99_cli.ipynb #0019
 def _read_results(paths: Iterable[Path]) -> "list[Attribution]":
     "Saved results in the order of the paths, a folder giving those in it; each result once."
-    from concept_tda.results.attribution import AttributionError, load_attribution
+    from concept_tda.results.attribution import load_attribution
+    from concept_tda.results.metrics import AttributionError
     results = []
     for path in map(Path, paths):
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -216,12 +217,13 @@ def _read_results(paths: Iterable[Path]) -> "list[Attribution]":
 # %% ../nbs/99_cli.ipynb #001b
 def _examples_text(part: "Attribution", width: int) -> list[str]:
     "Lines of one end of a result: rank, score, prompt, and up to two lines of response."
-    from concept_tda.results.attribution import _one_line, prompt_text
+    from concept_tda.foundation.display import one_line
+    from concept_tda.results.attribution import prompt_text
     text_width, lines = max(30, width - 23), [f"{'rank':>6} {'score':>11}    example"]
     for i, conversation in enumerate(part.conversations):
-        short = _one_line(conversation.response, 2*text_width - 8)
+        short = one_line(conversation.response, 2*text_width - 8)
         answer = textwrap.wrap(short, text_width - 2) or ["(empty)"]
-        prompt = _one_line(prompt_text(conversation), text_width)
+        prompt = one_line(prompt_text(conversation), text_width)
         lines.append(f"{part.ranks[i]:>6} {part.scores[i]:>+11.4g}    {prompt}")
         lines += [f"{'':21} {'→' if line is answer[0] else ' '} {line}" for line in answer[:2]]
     return lines
@@ -457,7 +459,7 @@ def filter_examples(
 
 def _only_result(path: Path) -> "Attribution":
     "The one result at `path`."
-    from concept_tda.results.attribution import AttributionError
+    from concept_tda.results.metrics import AttributionError
     results = _read_results([path])
     if len(results) > 1:
         raise AttributionError(f"{path} holds {len(results)} results; name the file of the one to filter by")

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 import concept_tda.influence.atlas as atlas_room
 from concept_tda.influence.atlas import AtlasError, GradientIndex, InfluenceAtlas, build_atlas, build_index
-from concept_tda.results.attribution import spearman
+from concept_tda.results.metrics import spearman
 from concept_tda.concepts.concept import tensor_concept
 from concept_tda.data.conversations import load_conversations
 from concept_tda.influence.curvature import EKFAC, Identity

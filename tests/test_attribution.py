@@ -13,11 +13,25 @@ import pytest
 import torch
 from scipy import stats
 
-from concept_tda.results import attribution as room
-from concept_tda.results.attribution import (
-    Attribution, AttributionError, Cost, QueryCard, colour_limit, compare, conversation_html, cut_rows,
-    detection_metrics, example_html, histogram_svg, load_attribution, rank_scores, safe_text,
-    score_percentiles, spearman, table_html,
+from concept_tda.foundation.display import html_of, safe_text
+from concept_tda.results.attribution import FORMAT_VERSION, Attribution, load_attribution
+from concept_tda.results.cards import ZERO, Cost, QueryCard
+from concept_tda.results.comparison import compare
+from concept_tda.results.metrics import (
+    AttributionError,
+    cut_rows,
+    detection_metrics,
+    rank_scores,
+    score_percentiles,
+    spearman,
+)
+from concept_tda.views.html import (
+    ColourScale,
+    colour_limit,
+    conversation_html,
+    example_html,
+    histogram_svg,
+    table_html,
 )
 from concept_tda.data.conversations import Conversation, Conversations, load_conversations
 from concept_tda.data.tokens import TokenizedConversation, TokenizedConversations
@@ -36,7 +50,7 @@ def make(n=12, seed=0, queries=1, tokens=False, **metadata):
     """A result with made-up scores on n conversations."""
     rng = np.random.default_rng(seed)
     data = Conversations([chat(f"question {i}", f"answer {i}", bad=bool(i % 3 == 0), number=i, **metadata) for i in range(n)], "train")
-    card = QueryCard("Concept Influence", "sycophancy", model="tiny", model_fingerprint="ab", data="train", data_fingerprint=data.fingerprint, layer=3, pooling="response_mean",
+    card = QueryCard("Concept Influence", "sycophancy", model="tiny", model_fingerprint="ab", data="train", data_fingerprint=data.fingerprint, layer=3, pooling="response_mean", zero="gradient",
                      settings={"queries": 5}, notes=["one example was cut"], cost=Cost(2.5, 1000, 2**20))
     extra = {}
     if tokens:
@@ -347,7 +361,7 @@ def test_a_changed_score_or_card_does_not_match_its_checksum(tmp_path):
 def test_a_file_of_another_version_says_which_and_what_to_do(tmp_path, version, advice):
     path = make().save(tmp_path / "r.parquet")
     rewritten(path, lambda header: header.update(format_version=version))
-    with pytest.raises(AttributionError, match=f"format version {version}.*reads version {room.FORMAT_VERSION}.*{advice}"): load_attribution(path)
+    with pytest.raises(AttributionError, match=f"format version {version}.*reads version {FORMAT_VERSION}.*{advice}"): load_attribution(path)
 
 
 def test_files_that_are_not_results(tmp_path):
@@ -439,13 +453,13 @@ def test_hostile_text_is_shown_and_never_markup(text, with_tokens):
 def test_control_and_direction_characters_do_not_reach_the_terminal():
     data = Conversations([chat(text, text) for text in HOSTILE])
     shown = repr(Attribution(data, np.arange(len(HOSTILE)) + 1., QueryCard("m", "b")).top(20))
-    assert len(shown.splitlines()) == len(HOSTILE) + 2 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", shown)
+    assert len(shown.splitlines()) == len(HOSTILE) + 3 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", shown)
 
 
 def test_terminal_view_shows_both_ends_aligned():
     lines = repr(make(30)).splitlines()
-    assert lines[0] == "Concept Influence · sycophancy · tiny · 30 examples" and len(lines) == 11
-    assert [int(line.split()[0]) for line in lines[2:7]] == [1, 2, 3, 4, 5] and [int(line.split()[0]) for line in lines[8:]] == [28, 29, 30]
+    assert lines[0] == "Concept Influence · sycophancy · tiny · 30 examples" and len(lines) == 12
+    assert [int(line.split()[0]) for line in lines[2:7]] == [1, 2, 3, 4, 5] and [int(line.split()[0]) for line in lines[8:11]] == [28, 29, 30]
     assert len({line.index("→") for line in lines[2:7]}) <= 2 and "answer" in lines[2]
 
 
@@ -454,15 +468,16 @@ def test_one_colour_scale_symmetric_around_zero():
     part = result._with(token_scores=[np.float32([-2, 2, 1, -1, 0])[:len(t)] for t in result.tokens])
     limit = colour_limit(part.token_scores)
     assert limit == 2
-    page = example_html(part, 0, limit=limit)
+    page = example_html(part, 0, scale=ColourScale(limit))
     assert "class='n9" in page and "class='p9'" in page and page.count("title='+0'") == 1
-    assert [room._shade(-v, 2) for v in (.1, .5, 1, 2, 9)] == [room._shade(v, 2).replace("p", "n") for v in (.1, .5, 1, 2, 9)]
+    shade = ColourScale(2.).shade
+    assert [shade(-v) for v in (.1, .5, 1, 2, 9)] == [shade(v).replace("p", "n") for v in (.1, .5, 1, 2, 9)]
     whole = result._repr_html_()   # the exact values are there on hovering
     assert all(f"title='{score:+.3g}'" in whole for scores in result.token_scores for score in scores)
 
 
 def test_prompt_and_response_are_told_apart_by_the_mask():
-    page = conversation_html(chat("", ""), ["a", "b", "c", "d"], [0, 0, 0, 0], [False, True, False, True], limit=1.)
+    page = conversation_html(chat("", ""), ["a", "b", "c", "d"], [0, 0, 0, 0], [False, True, False, True], scale=ColourScale(1.))
     assert re.findall(r"class='turn( response)?'.*?<bdi>(\w+)</bdi>.*?>(\w)</span></div>", page) == [("", "prompt", "a"), (" response", "response", "b"), ("", "prompt", "c"), (" response", "response", "d")]
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from chromium import Chromium, Page, needs_browser
-from concept_tda.results.attribution import Attribution, QueryCard
+from concept_tda.results.attribution import Attribution
+from concept_tda.results.cards import QueryCard
 from concept_tda.data.conversations import Conversation, Conversations
 from concept_tda.views.browser import ExampleBrowser, embedded_browser
 from concept_tda.views.contents import WidgetError, front_end, hits
@@ -98,7 +99,7 @@ def several(n=40, texts=None, tokens=True, seed=0):
     """Three methods with distinct scores; answers differ in length and are no near-duplicates."""
     rng = np.random.default_rng(seed)
     data = chats(texts or [f"answer {i} " + " ".join(str(word) for word in rng.integers(0, 10**6, 5 + i % 7)) for i in range(n)])
-    card = lambda method: QueryCard(method, "sycophancy", model="tiny", data="train", notes=["one example was cut"])
+    card = lambda method: QueryCard(method, "sycophancy", zero="gradient", model="tiny", data="train", notes=["one example was cut"])
     pieces = [["<|im_start|>", "user", "\n", c.prompt[0]["content"], *re.findall(r"(?s).{1,8}", c.response)] for c in data]
     extra = dict(tokens=pieces, token_scores=[rng.normal(size=len(one)) for one in pieces], response_masks=[np.arange(len(one)) > 3 for one in pieces]) if tokens else {}
     return [Attribution(data, rng.normal(size=len(data)), card("Concept Influence"), **extra), Attribution(data, rng.normal(size=len(data)), card("BM25")), Attribution(data, [len(c.response) + i / 1000 for i, c in enumerate(data)], card("Length"))]
@@ -354,7 +355,7 @@ def hostile_results():
 
 
 def test_hostile_texts_are_shown_and_not_run_with_a_kernel(live):
-    from concept_tda.results.attribution import visible_text
+    from concept_tda.foundation.display import visible_text
     for results in (hostile_results(), [Attribution(r.conversations, r.scores, r.card) for r in hostile_results()]):
         view = live(results, labels="group", positive="a")
         view.widget.decide([int(row) for row in results[0].rows], "keep", note="<img src=x onerror=alert(4)></script>", why="<script>alert(5)</script>")
@@ -461,7 +462,7 @@ def test_a_report_whose_scripts_are_blocked_can_be_read(chromium, tmp_path):
 
 @pytest.mark.parametrize("width", [400, 1200])
 def test_a_report_of_hostile_texts_shows_and_does_not_run_them(chromium, tmp_path, width):
-    from concept_tda.results.attribution import visible_text
+    from concept_tda.foundation.display import visible_text
     page = open_report(chromium, tmp_path, hostile_results(), width=width)
     page.wait("document.querySelector('#browser .reading .turn')")
     page.value("document.querySelectorAll('details').forEach(one => { one.open = true; })")
@@ -560,7 +561,8 @@ def test_the_explorer_draws_tokens_layers_neighbours_and_the_dial(chromium, tmp_
 # a live notebook -------------------------------------------------------------------------------------------------------------------
 
 CELLS = ["""import numpy as np
-from concept_tda.results.attribution import Attribution, QueryCard
+from concept_tda.results.attribution import Attribution
+from concept_tda.results.cards import QueryCard
 from concept_tda.data.conversations import Conversation, Conversations
 data = Conversations([Conversation(({"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i} <script>alert(1)</script>"})) for i in range(30)], "train")
 browser = Attribution(data, np.arange(30) - 10.5, QueryCard("Concept Influence", "sycophancy")).inspect(by="ada", record="review.json")

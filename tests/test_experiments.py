@@ -13,7 +13,9 @@ import torch
 from scipy import stats
 
 import concept_tda.evidence.experiments as experiments
-from concept_tda.results.attribution import Attribution, QueryCard, detection_metrics
+from concept_tda.results.attribution import Attribution
+from concept_tda.results.cards import QueryCard
+from concept_tda.results.metrics import detection_metrics
 from concept_tda.concepts.concept import tensor_concept
 from concept_tda.data.conversations import load_conversations
 from concept_tda.evidence.experiments import (

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from concept_tda.results.attribution import AttributionError
+from concept_tda.results.metrics import AttributionError
 from concept_tda.concepts.concept import ConceptError, tensor_concept
 from concept_tda.data.conversations import load_conversations
 from concept_tda.influence.curvature import EKFAC, CurvatureError

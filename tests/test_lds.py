@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from concept_tda.results.attribution import spearman
+from concept_tda.results.metrics import spearman
 from concept_tda.data.batches import batches
 from concept_tda.data.conversations import load_conversations
 from concept_tda.influence.curvature import EKFAC

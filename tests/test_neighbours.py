@@ -256,7 +256,7 @@ def test_sketch_reliability_is_measured_not_claimed(run, train, queries):
     score = lambda projection, seed=0: LESS(checkpoints, queries, moments=moments, learning_rates=[1, 1], sites=SITES, projection=projection, seed=seed).score(train, progress=False)
     small, large, exact = score(8), score(512), score(None)
     reliability = lambda result: result.card.settings["reliability"]
-    from concept_tda.results.attribution import spearman
+    from concept_tda.results.metrics import spearman
     assert reliability(small)["with_exact"] == pytest.approx(spearman(small.scores, exact.scores), abs=1e-9)
     assert reliability(small)["with_exact"] < reliability(large)["with_exact"]
     assert reliability(small)["between_seeds"] < reliability(large)["between_seeds"] < 1
@@ -273,7 +273,7 @@ class Given(Scorer):
     lm = None
     def score(self, examples, **options):
         self.seen.append(len(examples))
-        from concept_tda.results.attribution import Cost, QueryCard
+        from concept_tda.results.cards import Cost, QueryCard
         return Attribution(examples, [self.by_id[i] for i in examples.ids], QueryCard(method=self.method, behaviour="given", cost=Cost(seconds=1., tokens=len(examples), peak_memory=None)))
 
 

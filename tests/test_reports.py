@@ -10,7 +10,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from concept_tda.results.attribution import Attribution, AttributionError, Cost, QueryCard, compare
+from concept_tda.results.attribution import Attribution
+from concept_tda.results.cards import Cost, QueryCard
+from concept_tda.results.comparison import compare
+from concept_tda.results.metrics import AttributionError, percent_text
 from concept_tda.data.conversations import Conversation, Conversations
 from concept_tda.views.report import write_report
 from concept_tda.foundation.errors import StorageError
@@ -33,7 +36,7 @@ def tokenized(data, seed=0, width=5):
 def several(n=40, texts=None):
     """Three methods on the same examples, one with token scores."""
     data, rng = chats(texts or [f"an answer with the number {i}" for i in range(n)]), np.random.default_rng(0)
-    card = lambda method: QueryCard(method, "sycophancy", model="tiny", model_fingerprint="feed", data="train", layer=3, notes=["one example was cut"], cost=Cost(2., 100))
+    card = lambda method: QueryCard(method, "sycophancy", zero="gradient", model="tiny", model_fingerprint="feed", data="train", layer=3, notes=["one example was cut"], cost=Cost(2., 100))
     return [Attribution(data, rng.normal(size=len(data)), card("Concept Influence"), **tokenized(data)), Attribution(data, rng.normal(size=len(data)), card("BM25")),
             Attribution(data, rng.integers(1, 4, len(data)), card("Length"))]
 
@@ -61,9 +64,12 @@ def test_the_report_shows_both_ends_of_every_method_with_their_numbers(tmp_path)
     sections = re.split(r'<section id="method-\d"', page)[1:]
     assert len(sections) == 3 and page.count("<article class='example'>") == 3 * 2 * 4
     for result, section in zip(results, sections):
-        highest, lowest = section.split('<span class="n5">Lowest</span>')
+        highest, lowest = section.split('<span class="n5">Lowest: training more on these lowers it</span>')
         for part, end in ((highest, result.top(4)), (lowest, result.bottom(4))):
-            assert re.findall(r"<span class='score'>([^<]+)<", part) == [f"{s:+.4g}" for s in end.scores]
+            beats = re.findall(r"<span class='score' title='score ([^']+)'>higher than ([^<]+)<", part)
+            assert beats == [(f"{s:.6g}", percent_text(p)) for s, p in zip(end.scores, end.percentiles)]
+            spreads = [f"{score/result.scores.std():+.2f} spreads" for score in end.scores]
+            assert re.findall(r">([^<>]+ spreads)<", part) == spreads
             assert re.findall(r"row (\d+) · <code>", part) == [str(row) for row in end.rows]
             assert re.findall(r"rank (\d+) of 40", part) == [str(rank) for rank in end.ranks]
         assert "one example was cut" in section and "feed" in section and "<svg" in section

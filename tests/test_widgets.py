@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from concept_tda.results.attribution import Attribution, QueryCard
+from concept_tda.results.attribution import Attribution
+from concept_tda.results.cards import QueryCard
 from concept_tda.data.conversations import Conversation, Conversations, load_conversations
 from concept_tda.results.duplicates import near_duplicates
 from concept_tda.views import contents
@@ -14,7 +15,7 @@ from concept_tda.views.explorer import ConceptExplorer, concept_reading
 from concept_tda.views.review import MARKS, Review
 from test_attribution import HOSTILE, make
 
-CARD = QueryCard("Concept Influence", "sycophancy")
+CARD = QueryCard("Concept Influence", "sycophancy", zero="gradient")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..results.attribution import safe_text
+from ..foundation.display import safe_text
 from ..data.conversations import Conversation, Conversations, load_conversations
 from ..data.tokens import TokenizedConversation, TokenizedConversations, tokenize
 from ..data.batches import batches

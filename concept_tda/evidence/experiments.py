@@ -17,10 +17,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from concept_tda.results.attribution import (
-    Attribution, Cost, QueryCard, _page_part, compare, cut_rows, detection_metrics, load_attribution,
-    patch, safe_text, spearman, table_html,
-)
+from ..foundation.display import Sheet, Table, html_of
+from ..foundation.patching import patch
+from ..results.attribution import Attribution, load_attribution
+from ..results.cards import Cost, QueryCard
+from ..results.comparison import compare
+from ..results.metrics import cut_rows, detection_metrics, spearman
 from concept_tda.influence.baselines import (
     BM25, MeanLoss, RandomDirection, RandomScore, RepSim, ResponseLength,
 )
@@ -470,8 +472,9 @@ def __repr__(self: Experiment):
 @patch
 def _repr_html_(self: Experiment):
     table = self._shown()
-    shown = "<p>Nothing to show yet.</p>" if table.empty else table_html(table.set_index(table.columns[0]), dict.fromkeys(_WHOLE, "{:.0f}") | {"fraction": "{:g}", "slope": "{:.3g}", "slope ±": "{:.2g}"})
-    return _page_part(f"<p><b>{safe_text(self._status())}</b><br><span class='quiet'>{safe_text(self._notes())}</span></p>{shown}")
+    formats = dict.fromkeys(_WHOLE, "{:.0f}") | {"fraction": "{:g}", "slope": "{:.3g}", "slope ±": "{:.2g}"}
+    shown = () if table.empty else (Table(table.set_index(table.columns[0]), formats=formats),)
+    return html_of(Sheet(self._status(), self._notes(), shown, empty="Nothing to show yet."))
 
 _WHOLE = ("n", "seeds", "missing", "subsets", "examples", "random examples", "rank")
 
@@ -952,7 +955,7 @@ def _score(self: MethodComparison, name) -> Attribution:
         data, start = self.lm.tokenize(self.train), time.perf_counter()
         acts_ND = pooled_activations(self.lm, data, self.concept.layer, self.concept.pooling, progress=False)[self.concept.layer]
         directions_nD = random_directions(acts_ND, self.null["n"], seed=self.null["seed"])
-        card = QueryCard(method="Random direction", behaviour="covariance-matched random directions", model=self.lm.name, layer=self.concept.layer, pooling=self.concept.pooling,
+        card = QueryCard(method="Random direction", zero="projection", behaviour="covariance-matched random directions", model=self.lm.name, layer=self.concept.layer, pooling=self.concept.pooling,
                          data=self.train.name, data_fingerprint=self.train.fingerprint, settings=self.null, cost=Cost(time.perf_counter() - start, data.n_tokens))
         return Attribution(self.train, acts_ND.double() @ directions_nD.double().T, card, queries=[f"direction {i}" for i in range(len(directions_nD))])
     scorer = self.scorers[name]
@@ -1036,8 +1039,9 @@ def __repr__(self: MethodComparison): return self._notes() if len(self.remaining
 
 @patch
 def _repr_html_(self: MethodComparison):
-    shown = "" if len(self.remaining) == len(self.keys) else table_html(self.table, {"tokens/s": "{:,.0f}"}) + "<h4>Agreement of the rankings (Spearman)</h4>" + table_html(self.comparison().spearman, {}, heat=1)
-    return _page_part(f"<p class='quiet'>{safe_text(self._notes())}</p>{shown}")
+    if len(self.remaining) == len(self.keys): return html_of(Sheet(notes=self._notes()))
+    agreement = Table(self.comparison().spearman, "Agreement of the rankings (Spearman)", heat=1)
+    return html_of(Sheet(notes=self._notes(), tables=(Table(self.table, formats={"tokens/s": "{:,.0f}"}), agreement)))
 
 # %% ../../nbs/80_evidence/00_experiments.ipynb #005e
 class ParetoCurve(FilterAndRetrain):

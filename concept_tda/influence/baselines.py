@@ -19,6 +19,7 @@ import numpy as np
 class RandomScore(Scorer):
     "Uniform noise: what chance looks like."
     method = "Random"
+    zero = "none"
 
     def __init__(self,
         seed: int = 0, # Seed of the noise
@@ -31,6 +32,7 @@ class RandomScore(Scorer):
 class ResponseLength(Scorer):
     "Number of response tokens."
     method = "Length"
+    zero = "none"
 
     def direct(self, data): return np.array([example.response_mask.sum().item() for example in data], dtype=float)
 
@@ -40,6 +42,7 @@ class ResponseLength(Scorer):
 class BM25(Scorer):
     "Mean BM25 score of the example's text for the query texts (prompt and response of each)."
     method = "BM25"
+    zero = "none"
 
     def __init__(self,
         queries, # `Conversations` that show the behaviour
@@ -60,6 +63,7 @@ class BM25(Scorer):
 class MeanLoss(Scorer):
     "Mean response loss: how unlikely the model finds the answer."
     method = "Loss"
+    zero = "none"
 
     def __init__(self,
         lm, # `LanguageModel`
@@ -72,6 +76,7 @@ class MeanLoss(Scorer):
 class RepSim(Scorer):
     "Cosine similarity of the example's pooled activation with the mean pooled activation of the query examples."
     method = "RepSim"
+    zero = "projection"
 
     def __init__(self,
         lm,                               # `LanguageModel`

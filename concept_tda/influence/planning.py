@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from ..results.attribution import safe_text
+from ..foundation.display import safe_text
 from ..data.conversations import ConversationError
 from ..data.batches import batches
 from .curvature import _Statistics, _flows_of, _labeller

@@ -209,7 +209,7 @@ class Histogram {
     this.chart.addEventListener("pointerdown", event => this.press(event));
     new ResizeObserver(() => this.values && this.draw()).observe(this.chart);
   }
-  set(values, pass, brush, label) { Object.assign(this, {values, pass, brush, label}); this.draw(); }
+  set(values, pass, brush, label, centre) { Object.assign(this, {values, pass, brush, label, centre}); this.draw(); }
   x(value) { return this.span ? (value - this.low) / this.span : .5; }
   value(x) { return x >= 1 ? this.high : this.low + this.span * Math.max(0, x); }
 
@@ -230,12 +230,13 @@ class Histogram {
     const drawn = [];
     for (let bin = 0; bin < bins; bin++) {
       if (all[bin]) drawn.push(bar(bin, all[bin], "all"));
-      if (some[bin]) drawn.push(bar(bin, some[bin], this.low + this.span * (bin + .5) / bins > 0 ? "more" : "less"));
+      if (some[bin]) drawn.push(bar(bin, some[bin], this.centre === null ? "plain" : this.low + this.span * (bin + .5) / bins > this.centre ? "more" : "less"));
     }
-    if (this.low < 0 && this.high > 0) drawn.push(svg("line", {x1: this.x(0) * width, x2: this.x(0) * width, y1: 0, y2: 84, class: "zero"}));
+    const {centre} = this, at = centre === null ? -1 : this.x(centre);
+    if (at > 0 && at < 1) drawn.push(svg("line", {x1: at * width, x2: at * width, y1: 0, y2: 84, class: "zero"}));
     this.bars.replaceChildren(...drawn);
-    const zero = this.x(0) > .15 && this.x(0) < .85 ? el("span", {class: "at-zero"}, "0") : null;
-    if (zero) zero.style.insetInlineStart = `${100 * this.x(0)}%`;
+    const zero = at > .15 && at < .85 ? el("span", {class: "at-zero"}, centre === 0 ? "0" : `mean ${general(centre)}`) : null;
+    if (zero) zero.style.insetInlineStart = `${100 * at}%`;
     this.ends.replaceChildren(el("span", {}, signed(this.low)), ...(zero ? [zero] : []), el("span", {}, signed(this.high)));
     this.drawBrush();
   }
@@ -354,11 +355,12 @@ class Scatter {
       pen.fill();
     };
     pen.fillStyle = "rgba(128,128,128,.35)";   // reads on light and on dark ground
-    if (this.left < 0 && this.right > 0) pen.fillRect(this.width * -this.left / (this.right - this.left), 0, 1, this.height);
+    const {centre} = this.source.table.methods[this.method], middle = centre ?? -Infinity;
+    if (this.left < middle && this.right > middle) pen.fillRect(this.width * (middle - this.left) / (this.right - this.left), 0, 1, this.height);
     for (let place = 0; place < n; place++) if (!this.pass[place]) point(place);
     for (const sign of ["less", "more"]) {
-      pen.fillStyle = colours[sign];
-      for (let place = 0; place < n; place++) if (this.pass[place] && this.acrossValues[place] > 0 === (sign === "more")) point(place);
+      pen.fillStyle = centre === null ? "rgb(128,128,128)" : colours[sign];
+      for (let place = 0; place < n; place++) if (this.pass[place] && this.acrossValues[place] > middle === (sign === "more")) point(place);
     }
     this.mark(this.shown);
   }
@@ -450,10 +452,29 @@ class ExampleView {
     new ResizeObserver(() => this.drawSoon()).observe(this.list);
   }
 
+  /** What the sign of the shown method's scores means; a method without one has no colours to explain. */
+  drawSign() {
+    const {table, select} = this, method = table.methods[select.method];
+    const key = method.zero === "gradient" ? [el("span", {class: "key more"}, "orange"), " above zero, ", el("span", {class: "key less"}, "blue"), " below. "]
+      : method.centre !== null ? [el("span", {class: "key more"}, "orange"), " above the mean, ", el("span", {class: "key less"}, "blue"), " below. "] : [];
+    this.sign.replaceChildren(el("bdi", {}, method.name), ": ", el("bdi", {}, method.reading), " ", ...key);
+  }
+  /** "more", "less" or, without a sign, "plain". */
+  side(score) {
+    const {centre} = this.table.methods[this.select.method];
+    return centre === null ? "plain" : score > centre ? "more" : "less";
+  }
+  /** The distance from the centre in spreads, or the raw score where there is no centre. */
+  distance(score, method = this.select.method) {
+    const {centre, spread} = this.table.methods[method];
+    return centre === null || spread === null ? general(score) : `${signed((score - centre) / spread, 3)} spreads`;
+  }
+
   buildHead() {
     const {table} = this;
+    this.sign = el("p", {class: "sign"});
     return el("header", {}, el("h3", {}, el("bdi", {}, table.title)), el("p", {class: "quiet"}, el("bdi", {}, table.subtitle)),
-      el("p", {class: "sign"}, el("span", {class: "key more"}, "above zero"), " training more on the example raises the behaviour; ", el("span", {class: "key less"}, "below zero"), " it lowers it. ", table.reading),
+      this.sign, el("p", {class: "reading-note"}, table.reading),
       el("details", {}, el("summary", {}, "Query card: what was computed"), facts(table.card)));
   }
 
@@ -580,9 +601,10 @@ class ExampleView {
     const {select, table} = this;
     this.view = select.view();
     this.gapBox.hidden = select.against === null;
-    if (!brushing) this.histogram.set(select.scores, this.view.pass, select.brush, `scores of ${table.methods[select.method].name}`);
+    if (!brushing) this.histogram.set(select.scores, this.view.pass, select.brush, `scores of ${table.methods[select.method].name}`, table.methods[select.method].centre);
     else { this.histogram.pass = this.view.pass; this.histogram.draw(); }
     this.scatter?.set(select.method, this.view.pass);
+    this.drawSign();
     this.drawFacets();
     this.drawStatus();
     this.draw();
@@ -677,7 +699,7 @@ class ExampleView {
     const box = this.canDecide ? el("span", {class: "box", "aria-hidden": "true", onclick: event => { event.stopPropagation(); this.toggle(place, event.shiftKey); }}, this.chosen.has(place) ? "☑" : "☐") : null;
     const tag = mark === DROP ? el("span", {class: "tag drop"}, "✕ drop") : mark === KEEP ? el("span", {class: "tag keep"}, "✓ keep") : null;
     const labelled = table.has_labels && column("facet0")[place] === 0 ? el("span", {class: "tag label", title: "labelled example"}, "labelled") : null;
-    const first = el("div", {class: "numbers"}, box, el("span", {class: `score ${score > 0 ? "more" : "less"}`}, signed(score)), el("span", {class: "quiet"}, `#${whole(column(`rank${select.method}`)[place])}`),
+    const first = el("div", {class: "numbers"}, box, el("span", {class: `score ${this.side(score)}`, title: `score ${signed(score, 6)}`}, percent(column(`percentile${select.method}`)[place])), el("span", {class: "quiet distance", title: `score ${signed(score, 6)}`}, this.distance(score)), el("span", {class: "quiet"}, `#${whole(column(`rank${select.method}`)[place])}`),
       table.has_z && select.method === 0 ? el("span", {class: "quiet"}, `z ${signed(column("z")[place], 2)}`) : null, tag, labelled,
       same ? el("span", {class: "tag"}, `+${whole(same)} alike`) : null, place in this.source.notes() ? el("span", {class: "tag"}, "✎ note") : null,
       ...others.slice(0, 4).map(([name, number]) => el("span", {class: `quiet other${number === select.against ? " against" : ""}`, title: `rank by ${table.methods[number].name}`}, el("bdi", {}, name), ` #${whole(column(`rank${number}`)[place])}`)));
@@ -805,6 +827,8 @@ class ExampleView {
     this.drawMarks();
   }
 
+  get tokenScale() { return {limit: this.table.limit, centre: this.table.token_centre, signed: this.table.token_signed}; }
+
   exampleParts(place, example) {
     const {table, source} = this, {column} = source;
     const readout = el("p", {class: "readout quiet", role: "status"}, "Point at a token to read its score.");
@@ -812,12 +836,12 @@ class ExampleView {
     const hasTokens = example.turns.some(turn => turn.scores);
     const head = ["method", "score", "rank", "higher than", ...(table.has_z ? ["z"] : [])];
     const numbers = el("div", {class: "wide"}, el("table", {class: "numbers"}, el("thead", {}, el("tr", {}, head.map(name => el("th", {scope: "col"}, name)))), el("tbody", {}, table.methods.map((method, number) =>
-      el("tr", {class: number === this.select.method ? "here" : ""}, el("th", {scope: "row"}, el("bdi", {}, method.name)), el("td", {}, signed(column(`score${number}`)[place])), el("td", {}, `${whole(column(`rank${number}`)[place])} of ${whole(table.n_total)}`),
+      el("tr", {class: number === this.select.method ? "here" : ""}, el("th", {scope: "row"}, el("bdi", {}, method.name)), el("td", {title: `score ${signed(column(`score${number}`)[place], 6)}`}, this.distance(column(`score${number}`)[place], number)), el("td", {}, `${whole(column(`rank${number}`)[place])} of ${whole(table.n_total)}`),
         this.strip(column(`percentile${number}`)[place]), table.has_z ? el("td", {}, number ? "–" : signed(column("z")[place], 3)) : null)))));
     const alike = this.alike(place);
     return [el("div", {class: "decide"}), el("p", {class: "quiet"}, `row ${whole(column("row")[place])} · ${whole(column("length")[place])} ${table.length_unit} · higher than ${percent(column("similar")[place])} of the examples of similar length · id `, el("code", {}, example.id)),
-      numbers, hasTokens ? el("div", {class: "scale"}, legend(table.limit, table.token_words, " One scale for all examples."), readout) : null,
-      el("div", {class: "conversation"}, conversation(example.turns, table.limit, tell)), alike,
+      numbers, hasTokens ? el("div", {class: "scale"}, legend(this.tokenScale, table.token_words, " One scale for all examples."), readout) : null,
+      el("div", {class: "conversation"}, conversation(example.turns, this.tokenScale, tell)), alike,
       example.metadata.length ? el("details", {open: example.metadata.length <= 6}, el("summary", {}, "Metadata"), facts(example.metadata)) : null].filter(Boolean);
   }
   strip(value) {

@@ -35,19 +35,27 @@ const whole = n => n.toLocaleString("en");
 const counted = (n, one, many = one + "s") => `${whole(n)} ${n === 1 ? one : many}`;
 const percent = p => `${(Math.floor(10 * p) / 10).toFixed(1)} %`;   // rounded down: nothing is higher than 100.0 % of its file
 
-/** Ground of a value on the diverging scale: orange above zero, blue below, none near it. */
-function ground(value, limit) {
-  const strength = limit > 0 ? Math.min(1, Math.abs(value) / limit) : 0;
+/** A colour scale: a number is its limit around zero; without a sign there is one colour, by size. */
+const scaleOf = scale => typeof scale === "number" ? {limit: scale, centre: 0, signed: true} : scale;
+
+/** Ground of a value on a scale: orange above its centre, blue below, none near it; grey where there is no sign. */
+function ground(value, given) {
+  const {limit, centre, signed: hasSign} = scaleOf(given), away = value - centre;
+  if (centre && value === 0) return "";   // an exact 0 does not count
+  const strength = limit > 0 ? Math.min(1, Math.abs(away) / limit) : 0;
   if (!(strength > .05)) return "";
-  return `rgba(var(--${value > 0 ? "more" : "less"}),${(.7 * strength).toFixed(3)})`;
+  return hasSign ? `rgba(var(--${away > 0 ? "more" : "less"}),${(.7 * strength).toFixed(3)})` : `rgba(128,128,128,${(.7 * strength).toFixed(3)})`;
 }
 
 /** The colour scale with both ends in numbers. */
-function legend(limit, what, more = "") {
-  const steps = [-1, -.75, -.5, -.25, 0, .25, .5, .75, 1];
-  return el("p", {class: "legend quiet"}, `${what}: ${signed(-limit, 2)} or less `,
-    el("span", {class: "swatches", "aria-hidden": "true"}, ...steps.map(step => { const box = el("span"); box.style.background = ground(step, 1); return box; })),
-    ` ${signed(limit, 2)} or more.${more}`);
+function legend(given, what, more = "") {
+  const scale = scaleOf(given), {limit, centre} = scale;
+  const steps = scale.signed ? [-1, -.75, -.5, -.25, 0, .25, .5, .75, 1] : [0, .25, .5, .75, 1];
+  const low = scale.signed ? `${signed(centre - limit, 2)} or less` : "0", size = scale.signed ? "" : ", of either sign";
+  const middle = centre ? ` Coloured around the tokens' mean, ${signed(centre, 2)}.` : "";
+  return el("p", {class: "legend quiet"}, `${what}: ${low} `,
+    el("span", {class: "swatches", "aria-hidden": "true"}, ...steps.map(step => { const box = el("span"); box.style.background = ground(step, {limit: 1, centre: 0, signed: scale.signed}); return box; })),
+    ` ${scale.signed ? signed(centre + limit, 2) : general(limit, 2)} or more${size}.${middle}${more}`);
 }
 
 const SPECIAL = /^\s*(<\|.*\|>|<\/?s>|<(bos|eos|pad|(start|end)_of_turn)>|\[\/?INST\])\s*$/;   // template tokens, drawn pale

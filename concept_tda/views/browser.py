@@ -21,7 +21,9 @@ import traitlets
 from ..data.conversations import Conversations
 from ..foundation.errors import ConceptTDAError
 from ..foundation.storage import atomic_file
-from ..results.attribution import Attribution, _share, _whole, visible_text
+from ..foundation.display import visible_text
+from ..results.attribution import Attribution
+from ..results.metrics import share_text
 from ..results.duplicates import near_duplicates
 from concept_tda.views.contents import (
     Contents,
@@ -154,12 +156,12 @@ class _Exporting(_Deciding):
     @property
     def kept(self) -> Conversations:
         "The training file without the dropped examples, in its own order; `WidgetError` for an empty rest."
-        result = _whole(self.result, "export from")
+        result = self.result.whole("export from")
         gone = np.zeros(len(result), bool)
         gone[self.result.rows] = self.review.marks == MARKS.index("drop")
         if gone.all(): raise WidgetError(f"all {len(result)} examples are dropped: nothing would be left")
         source = result.conversations
-        name = f"{source.name} minus {_share(int(gone.sum()), len(result))} dropped by hand"
+        name = f"{source.name} minus {share_text(int(gone.sum()), len(result))} dropped by hand"
         return Conversations(list(source.select(~gone)), name, source.layout)
 
     def export(

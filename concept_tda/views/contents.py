@@ -19,18 +19,11 @@ import numpy as np
 
 from ..data.conversations import Conversation, Conversations
 from ..foundation.errors import ConceptTDAError
-from concept_tda.results.attribution import (
-    SIGN,
-    Attribution,
-    Comparison,
-    _aligned,
-    _by_name,
-    _whole,
-    colour_limit,
-    detection_metrics,
-    spearman,
-    visible_text,
-)
+from ..foundation.display import visible_text
+from ..results.attribution import Attribution, question_text
+from ..results.comparison import Comparison, results_by_name
+from ..results.metrics import detection_metrics, spearman
+from .html import colour_scale
 
 # %% ../../nbs/90_views/01_contents.ipynb #0004
 class WidgetError(ConceptTDAError):
@@ -68,7 +61,7 @@ def _null_values(result: Attribution, null) -> np.ndarray: # [N, K]
     "Scores of the random directions in the order of the result, from results or numbers."
     results = [null] if isinstance(null, Attribution) else null.values() if isinstance(null, dict) else null
     if isinstance(null, (Attribution, dict, list, tuple)):
-        null = np.concatenate([_aligned(one, result).values for one in results], axis=1)
+        null = np.concatenate([one.aligned(result).values for one in results], axis=1)
     null = np.asarray(null, float)
     if null.ndim == 2 and len(null) == len(result) and null.shape[1] >= 5: return null
     raise WidgetError(
@@ -129,11 +122,11 @@ def short_name(name: str, width: int = 14) -> str:
 def _others(result: Attribution, others) -> dict[str, Attribution]:
     "The other methods' results by name, in the order of the result's examples."
     if not others: return {}
-    named = _by_name(others.attributions if isinstance(others, Comparison) else others)
+    named = results_by_name(others.attributions if isinstance(others, Comparison) else others)
     if len(result) < result.n_total:
         raise WidgetError(f"this is a part, {len(result)} of {result.n_total} examples: "
                           "inspect the whole result beside others")
-    aligned = {name: _aligned(_whole(other, "inspect"), result)
+    aligned = {name: other.whole("inspect").aligned(result)
                for name, other in named.items() if other is not result}
     return {(name if name != result.label else f"{name} (2)"): other for name, other in aligned.items()}
 
@@ -177,7 +170,7 @@ class Contents:
         self.z = None if null is None else null_z(result, null)
         self.facets = _facets(result.conversations, self.labels, self.label_name, column)
         self.lengths, self.length_unit = _lengths(result)
-        self.limit = colour_limit(result.token_scores or [])
+        self.scale = colour_scale(result.token_scores or [], result.card.zero)
         self._texts: list[str] | None = None
 
     @property
@@ -215,6 +208,8 @@ def _method_facts(name: str, result: Attribution, lengths: np.ndarray) -> dict:
     "What the browser says of a method."
     with_length = spearman(result.scores, lengths)
     return dict(name=visible_text(name), short=visible_text(short_name(name)),
+                reading=visible_text(f"{result.reading} {result.unit_words}".strip()), zero=result.card.zero,
+                centre=result.centre, spread=result.spread if result.spread > 0 else None,
                 length_spearman=None if np.isnan(with_length) else with_length)
 
 # %% ../../nbs/90_views/01_contents.ipynb #0017
@@ -223,9 +218,8 @@ def browser_table(
 ) -> dict:
     "Names and sizes, as JSON."
     result, card, labels = contents.result, contents.result.card, contents.labels
-    reading = "" if card.sign == SIGN else f"The card says: {card.sign}."
-    if labels is not None and 0 < labels.sum() < len(result):
-        reading += f" {_detection_sentence(result.scores, labels)}"
+    some = labels is not None and 0 < labels.sum() < len(result)
+    reading = _detection_sentence(result.scores, labels) if some else ""
     facets = [dict(name=visible_text(name), values=[visible_text(value[:80]) for value in values])
               for name, values, _ in contents.facets]
     return dict(
@@ -234,10 +228,15 @@ def browser_table(
         card=[[visible_text(name), visible_text(value)] for name, value in card.items()],
         methods=[_method_facts(name, one, contents.lengths) for name, one in contents.methods.items()],
         facets=facets, n_open_facets=int(sum(len(facet["values"]) for facet in facets) <= 24),
-        has_labels=labels is not None, has_z=contents.z is not None, limit=contents.limit,
-        token_words="token scores", length_unit=contents.length_unit,
+        has_labels=labels is not None, has_z=contents.z is not None,
+        limit=contents.scale.limit, token_centre=contents.scale.centre, token_signed=contents.scale.signed,
+        token_words=_token_words(contents), length_unit=contents.length_unit,
         lengths=[int(contents.lengths.min()), int(contents.lengths.max())], fold_up_to=2_000,
         export_path=f"{_file_stem(result.conversations.name)}-filtered.jsonl")
+
+def _token_words(contents: Contents) -> str:
+    "Whose token scores are drawn: those of the first method, whichever is chosen."
+    return "token scores" + (f" of {visible_text(contents.result.label)}" if contents.others else "")
 
 def _file_stem(name: str) -> str:
     "A name for a file, out of the name of a data set."
@@ -316,8 +315,7 @@ def snippet(
     "What the list shows of an example: the last question and the answer, on one line each."
     conversation = result.conversations[place]
     line = lambda text: " ".join(visible_text(text[:800]).split())[:240]
-    prompt = line(conversation.prompt[-1]["content"]) if conversation.prompt else ""
-    return dict(place=place, prompt=prompt, response=line(conversation.response))
+    return dict(place=place, prompt=line(question_text(conversation)), response=line(conversation.response))
 
 # %% ../../nbs/90_views/01_contents.ipynb #001d
 def search_terms(
@@ -354,7 +352,7 @@ def within(
     most: int,           # Characters of JSON
 ) -> tuple[list[dict], str]: # All examples by place, and a sentence about what had to go
     "The examples in about `most` characters: as text, and in full as long as there is room."
-    n, plain = len(result), result._with(token_scores=None)
+    n, plain = len(result), result.without_token_scores()
     width = max(300, int(.6*most/n))   # characters for the text of an example without token scores
     texts = [_shortened_example(plain, place, width) for place in range(n)]
     chosen = {}

@@ -21,7 +21,8 @@ from ..foundation.errors import ConceptTDAError
 from ..influence.gradients import watch_layers
 from ..model.loading import LanguageModel, ModelError
 from ..model.tracing import generate, pooled_activations, pooling_weights
-from ..results.attribution import colour_limit, visible_text
+from ..foundation.display import visible_text
+from .html import colour_limit
 from .contents import WidgetError, front_end, token_turns, written_turns
 
 # %% ../../nbs/90_views/04_explorer.ipynb #0041-directions

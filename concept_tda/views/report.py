@@ -18,19 +18,19 @@ from jinja2 import DictLoader, Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from ..foundation.storage import atomic_file, code_version
-from concept_tda.results.attribution import (
+from ..foundation.display import visible_text
+from ..results.attribution import Attribution, sentence
+from ..results.comparison import Comparison, compare
+from concept_tda.views.html import (
     VIEW_STYLE,
-    Attribution,
-    Comparison,
-    _part,
+    ColourScale,
     card_html,
-    colour_limit,
-    compare,
+    colour_scale,
+    end_titles,
     example_html,
     histogram_svg,
     legend_html,
     table_html,
-    visible_text,
 )
 from ..results.duplicates import near_duplicates
 from .browser import script_hash
@@ -78,14 +78,14 @@ def _shortened(text: str, width: int) -> str:
 
 # %% ../../nbs/90_views/05_report.ipynb #0012-ends
 def _drawn(
-    end: Attribution, others: dict[str, np.ndarray], labels: np.ndarray | None, limit: float, most: int,
+    end: Attribution, others: dict[str, np.ndarray], labels: np.ndarray | None, scale: ColourScale, most: int,
 ) -> Markup:
     "One end of a ranking as HTML, with the label and the other methods' ranks beside each example."
     parts = []
     for i, row in enumerate(end.rows.tolist()):
         facts = {} if labels is None else {"labelled": "yes" if labels[row] else "no"}
         facts |= {f"rank by {name}": f"{int(ranks[row]):,}" for name, ranks in others.items()}
-        parts.append(example_html(end, i, limit=limit, most=most, facts=facts))
+        parts.append(example_html(end, i, scale=scale, most=most, facts=facts))
     return Markup("".join(parts))
 
 def _by_row(result: Attribution, values: np.ndarray) -> np.ndarray:
@@ -101,16 +101,18 @@ def _method_part(
     "What the template of one method needs."
     results, result = comparison.attributions, comparison.attributions[name]
     highest, lowest = result.top(n), result.bottom(n)
-    limit = colour_limit([scores for end in (highest, lowest) for scores in end.token_scores or []])
+    drawn = [scores for end in (highest, lowest) for scores in end.token_scores or []]
+    scale = colour_scale(drawn, result.card.zero)
     others = {other: _by_row(result, one.ranks) for other, one in results.items() if other != name}
     by_row = None if labels is None else _by_row(result, labels)
     return dict(
         name=name, anchor=f"method-{number}", open=number == 1, n=len(highest),
         card=Markup(card_html(result.card)),
-        histogram=Markup(histogram_svg(result.scores, label=f"scores of {name}")),
-        legend=Markup(legend_html(limit)) if limit else "",
-        highest=_drawn(highest, others, by_row, limit, most),
-        lowest=_drawn(lowest, others, by_row, limit, most),
+        histogram=Markup(histogram_svg(result.scores, label=f"scores of {name}", centre=result.centre)),
+        titles=end_titles(result.card), signed=result.card.zero == "gradient",
+        legend=Markup(legend_html(scale)) if scale.limit else "",
+        highest=_drawn(highest, others, by_row, scale, most),
+        lowest=_drawn(lowest, others, by_row, scale, most),
         json=json.dumps(result.card.to_dict(), indent=1, ensure_ascii=False, default=str))
 
 # %% ../../nbs/90_views/05_report.ipynb #0013
@@ -189,7 +191,7 @@ def _browser_data(
     contents = Contents(results[name], {other: results[other] for other in names[1:]}, None, labels, positive)
     coloured = None if results[name].token_scores is None else name
     places = _near_the_ends(contents.methods.values(), at_most)
-    part = _part(contents.result, places)
+    part = contents.result.select(places)
     table = _page_table(contents, names, len(places), coloured is not None)
     columns = rounded_columns(browser_columns(contents), places)
     groups = near_duplicates(example_texts(part.conversations)).tolist()
@@ -208,6 +210,12 @@ def _comparison_values(comparison: Comparison, labels: np.ndarray | None) -> dic
         spearman=Markup(table_html(comparison.spearman, two, heat=1)),
         overlap=Markup(table_html(comparison.overlap, two, heat=1)))
 
+def _signs(results: dict[str, Attribution]) -> list[tuple[str, str]]:
+    "What the sign means, and the methods of which it holds."
+    readings = {name: sentence(result.card.reading) for name, result in results.items()}
+    return [(", ".join(name for name, reading in readings.items() if reading == one), one)
+            for one in dict.fromkeys(readings.values())]
+
 def _page_values(comparison: Comparison, title: str | None, labels: np.ndarray | None, n: int) -> dict:
     "What the templates need, but for the browser's data."
     results = comparison.attributions
@@ -218,7 +226,7 @@ def _page_values(comparison: Comparison, title: str | None, labels: np.ndarray |
         data_name=first.conversations.name,
         n_examples=f"{len(first):,}", written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"),
         models=list(dict.fromkeys(result.card.model for result in results.values() if result.card.model)),
-        signs=list(dict.fromkeys(result.card.sign for result in results.values())),
+        signs=_signs(results), gradient=any(r.card.zero == "gradient" for r in results.values()),
         methods=[_method_part(name, number, comparison, labels, n, most)
                  for number, name in enumerate(results, 1)],
         versions=_versions(), **_comparison_values(comparison, labels), **_look_and_script())
