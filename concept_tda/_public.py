@@ -4,6 +4,9 @@ PUBLIC = {
     "foundation.errors": "ConceptTDAError StorageError MissingExtraError require",
     "foundation.storage": "fingerprint code_version cache_folder write_error atomic_file check_free "
         "BlockStore",
+    "foundation.display": "visible_text safe_text one_line DisplayError full_name register_view html_of act "
+        "Table Sheet",
+    "foundation.patching": "patch",
     "data.messages": "PASSED_ON REFUSED ROLES ConversationError shortened listing kind_of says_nothing Turn "
         "read_message check_turns",
     "data.layouts": "LAYOUTS ACCEPTED ANSWERS TREE_ROLES REFUSED_COLUMNS WEIGHTS SYSTEM_COLUMNS Layout "
@@ -23,12 +26,12 @@ PUBLIC = {
     "model.answers": "answer_records with_record cached_generate",
     "model.finetuning": "PRECISIONS RECIPES FinetuneError finetune training_record Retrained finetune_many "
         "training_checkpoints",
-    "results.attribution": "SIGN LEVELS VIEW_STYLE FORMAT_VERSION AttributionError rank_scores "
-        "score_percentiles spearman cut_rows detection_metrics Cost QueryCard visible_text safe_text "
-        "colour_limit legend_html conversation_html card_html histogram_svg Attribution prompt_text "
-        "example_html examples_html attribution_html load_attribution table_html Comparison comparison_html "
-        "compare",
+    "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
+        "check_one_criterion checked_count cut_rows detection_metrics",
+    "results.cards": "ZERO Cost QueryCard",
+    "results.attribution": "FORMAT_VERSION question_text prompt_text sentence Attribution load_attribution",
     "results.duplicates": "near_duplicates",
+    "results.comparison": "Comparison results_by_name compare",
     "concepts.concept": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
         "tensor_concept random_concepts LayerSweep sweep_layers",
     "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge ContrastJudge LossJudge AnswerJudge "
@@ -53,6 +56,10 @@ PUBLIC = {
     "evidence.experiments": "ExperimentError Experiment FilterAndRetrain ActivationJudge "
         "LinearDatamodelingScore CounterfactualPrediction TailPatch baseline_scorers MethodComparison "
         "ParetoCurve",
+    "views.html": "LEVELS ORANGE BLUE GREY VIEW_STYLE END_TITLES page_part colour_limit ColourScale "
+        "colour_scale legend_html conversation_html card_html histogram_svg table_html sheet_html "
+        "example_html examples_html end_titles attribution_html comparison_html show_card show_sheet "
+        "show_attribution show_comparison",
     "views.contents": "Facet WidgetError front_end percentiles_for_length null_z short_name Contents "
         "example_texts browser_table browser_columns rounded_columns token_turns written_turns "
         "example_to_read snippet search_terms hits within from_both_ends json_in_script",

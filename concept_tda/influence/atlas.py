@@ -19,7 +19,10 @@ import xxhash
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..results.attribution import Attribution, Cost, QueryCard, patch, spearman
+from ..foundation.patching import patch
+from ..results.attribution import Attribution
+from ..results.cards import Cost, QueryCard
+from ..results.metrics import spearman
 from ..concepts.concept import Concept, random_directions
 from ..data.batches import Batch, batches
 from ..data.conversations import Conversations
@@ -536,7 +539,7 @@ def score(self: InfluenceAtlas,
     scores = self.score_many(concept.direction)[:, 0]
     settings, agreement = dict(self.card["settings"]), self.agreement(concept.direction)
     if agreement is not None: settings["agreement_with_exact"] = round(agreement, 4)
-    card = QueryCard(**{**self.card, "behaviour": concept.name, "settings": settings, "notes": self.card["notes"] + notes}, cost=Cost(seconds=time.perf_counter() - start))
+    card = QueryCard(**{**self.card, "behaviour": concept.name, "settings": settings, "notes": self.card["notes"] + notes, "zero": "gradient", "sign": None}, cost=Cost(seconds=time.perf_counter() - start))
     return Attribution(self.conversations, scores, card)
 
 @patch
@@ -622,7 +625,7 @@ def _atlas_card(lm, queries, data, layer, pooling, sites, chosen, curvature, mod
     if len(data.cut): notes.append(f"{len(data.cut)} of {len(data)} examples were longer than {data.max_tokens} tokens and were cut there")
     settings = {"mode": mode, "query_examples": len(queries), "query_data": queries.conversations.name, "max_tokens": data.max_tokens}
     if record: settings |= {"curvature_labels": record["labels"], "curvature_examples": record["n_examples"]}
-    return QueryCard(method="Influence Atlas", behaviour="any direction", model=lm.name, model_fingerprint=lm.fingerprint, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, layer=layer,
+    return QueryCard(method="Influence Atlas", zero="gradient", behaviour="any direction", model=lm.name, model_fingerprint=lm.fingerprint, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, layer=layer,
                      pooling=pooling, reduction="mean", sites=sites if isinstance(sites, str) else "chosen by name", n_sites=len(chosen), curvature=curvature.name, damping=curvature.damping_text, settings=settings, notes=notes)
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0037
@@ -786,7 +789,7 @@ def score(self: GradientIndex,
         settings["reliability"] = round(reliability, 4)
         if not reliability > .9: notes.append(f"two sketches of {len(self.sample)} sampled examples agree only at a Spearman correlation of {reliability:.2f} for this query: build the index with a higher rank (now {settings['rank']})")
     card = QueryCard(**{**self.card, "behaviour": query.name, "layer": query.layer, "pooling": getattr(getattr(query, "concept", None), "pooling", None), "settings": settings, "notes": notes,
-                        "curvature": "Fisher of the projections" if projected else fitted.name, "damping": "0.1 × mean diagonal of each site" if projected else fitted.damping_text}, cost=Cost(seconds=time.perf_counter() - start))
+                        "curvature": "Fisher of the projections" if projected else fitted.name, "damping": "0.1 × mean diagonal of each site" if projected else fitted.damping_text, "zero": "gradient", "sign": None}, cost=Cost(seconds=time.perf_counter() - start))
     return Attribution(self.conversations, scores, card)
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #004c
@@ -832,7 +835,7 @@ def build_index(
     _second_opinion(lm, data, store, chosen, lambda: _SketchRows(lm, chosen, pair[1], readers), sample_rows, token_budget)
     _write_sketches(folder/"sketches.safetensors", pair)
     notes = [f"{len(data.cut)} of {len(data)} examples were longer than {data.max_tokens} tokens and were cut there"] if len(data.cut) else []
-    card = QueryCard(method="Gradient Index", behaviour="any query", model=lm.name, model_fingerprint=lm.fingerprint, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, reduction="mean",
+    card = QueryCard(method="Gradient Index", zero="gradient", behaviour="any query", model=lm.name, model_fingerprint=lm.fingerprint, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, reduction="mean",
                      sites=sites if isinstance(sites, str) else "chosen by name", n_sites=len(chosen), settings={"rank": rank, "whitened_by": whiten.name, "max_tokens": data.max_tokens, "seed": seed}, notes=notes)
     def measure(rows): return _reliability(rows, sample_rows, store.read("sample")["values"])
     return _finish(GradientIndex, folder, store, data, key, card, columns, dtype, sample_rows, measure, preparation, {"lm": lm}, files=["sketches.safetensors"], more={"sites": [s.name for s in chosen]})

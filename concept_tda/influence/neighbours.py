@@ -14,7 +14,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..results.attribution import Attribution, spearman
+from ..results.attribution import Attribution
+from ..results.metrics import spearman
 from ..data.batches import batches
 from .curvature import Identity
 from .engine import DirectionReadout, Readout, shared_pass
@@ -93,6 +94,7 @@ def _opened(checkpoint):
 class CheckpointScorer(Scorer):
     "A weighted sum over the checkpoints of a training run, one model in memory at a time. Subclasses provide `readout`."
     own_passes, combined = True, "Σ"
+    zero = "gradient"
 
     def __init__(self,
         checkpoints: list,           # `LanguageModel`s, folders, or functions that return a `LanguageModel`
@@ -375,6 +377,7 @@ def estimated_recall(
 class Cascade(Scorer):
     "A cheap scorer picks, an exact one ranks the picked; the recall of the exact top is estimated on a random sample of the rest."
     own_passes = True
+    zero = "none"  # only the picked examples carry exact scores
 
     def __init__(self,
         cheap: Scorer,         # Scores everything
@@ -430,5 +433,5 @@ class Cascade(Scorer):
         if tokens: notes.append("token contributions are not kept by a cascade: score the examples of interest with the exact scorer")
         settings = {**exact.card.settings, "cheap": self.cheap.method, "exact": self.exact.method, "keep": self.keep, "sample": len(sample_scores), "lowest_exact_score": float(lowest), "recall_at": self.top, "recall": [recall, low, high]}
         cost = replace(exact.card.cost, seconds=cheap.card.cost.seconds + exact.card.cost.seconds, tokens=cheap.card.cost.tokens + exact.card.cost.tokens)
-        card = replace(exact.card, method=self.method, data=cheap.card.data, data_fingerprint=cheap.card.data_fingerprint, settings=settings, notes=notes + exact.card.notes, cost=cost)
+        card = replace(exact.card, method=self.method, zero="none", mean=None, data=cheap.card.data, data_fingerprint=cheap.card.data_fingerprint, settings=settings, notes=notes + exact.card.notes, cost=cost)
         return Attribution(cheap.conversations, scores, card)

@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..results.attribution import Attribution, AttributionError, Cost, QueryCard
+from ..results.attribution import Attribution
+from ..results.cards import Cost, QueryCard
+from ..results.metrics import AttributionError
 from ..concepts.concept import random_directions
 from ..data.conversations import Conversation, Conversations, load_conversations
 from ..data.tokens import tokenize
@@ -37,6 +39,7 @@ class ScorerError(ConceptTDAError):
 class Scorer:
     "Ranks training examples: `score(examples)` gives an `Attribution`. Subclasses say what they listen to."
     method, lm = None, None
+    zero = "not recorded"  # what the zero of a score means, a key of results.cards.ZERO; each method says it
     own_passes = False  # True for scorers that override `score` because one pass over one model cannot give their scores
     extra_seconds = 0.  # work done for the examples outside the pass; counts in the cost
 
@@ -71,7 +74,7 @@ def _card(scorer, data, seconds, preparation, peak_memory, resumed, settings):
         settings["chat_template"] = scorer.lm.chat_template
     if resumed: notes.append(f"{resumed} of {len(data)} examples were scored by an earlier, interrupted run")
     model = dict(model=scorer.lm.name, model_fingerprint=scorer.lm.fingerprint) if scorer.lm else dict(model=None, model_fingerprint=None)
-    return QueryCard(method=scorer.method, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, code=code_version(), notes=notes, settings=settings,
+    return QueryCard(method=scorer.method, zero=scorer.zero, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, code=code_version(), notes=notes, settings=settings,
                      cost=Cost(seconds=seconds, tokens=data.n_tokens, peak_memory=peak_memory), **model, **fields)
 
 def _attribution(scorer, data, passed, direct, preparation, settings):
@@ -134,6 +137,7 @@ def score_together(
 class VectorFilter(Scorer):
     "⟨v̂, a(z)⟩: how strongly the example itself activates the concept (METHODS §1, Eq. 15). One forward pass to the concept's layer."
     method = "Vector Filter"
+    zero = "projection"
 
     def __init__(self,
         lm,      # `LanguageModel`
@@ -149,6 +153,7 @@ class VectorFilter(Scorer):
 class ActivationGradient(VectorFilter):
     "-⟨v̂, ∂L(z)/∂a⟩: would fitting the example move its activation along the concept? (METHODS §1, Eq. 12). Backward only to the concept's layer."
     method = "Activation Gradient"
+    zero = "gradient"
 
     def prepare(self, data): return ActivationGradientReadout(self.concept.layer, self.concept.direction[None], self.concept.pooling)
 
@@ -281,6 +286,7 @@ def dataset_projection_difference(
 class Influence(Scorer):
     "-∇fᵀ H⁻¹ ∇L(z) for any query f (METHODS §1, Eq. 1): what one more step on the example would do to f."
     method = "Influence"
+    zero = "gradient"
 
     def __init__(self,
         lm,                    # `LanguageModel`
