@@ -3,6 +3,7 @@ import itertools
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -522,3 +523,63 @@ def test_card_round_trip_and_unknown_fields():
     assert QueryCard.from_dict(json.loads(json.dumps(card.to_dict()))) == card and "layer" in str(card)
     with pytest.raises(AttributionError, match="mood"): QueryCard.from_dict(card.to_dict() | {"mood": 1})
     assert np.isnan(Cost().tokens_per_second) and Cost(2., 10).tokens_per_second == 5
+
+
+# what zero means ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_sentence_and_colours_follow_what_the_card_says_of_zero(zero):
+    base = make(tokens=True)
+    base.card.zero = zero
+    result = Attribution(base.conversations, base.scores + 3, base.card, tokens=base.tokens,
+                         token_scores=[s + 3 for s in base.token_scores], response_masks=base.response_masks)
+    page, text = html_of(result), repr(result)
+    for shown in (page, text, str(result.card)):
+        assert ("raises the behaviour" in shown) == (zero == "gradient")
+    assert bool(re.search("class='[pn][1-9]", page)) == (zero in ("gradient", "projection"))
+    assert ("spreads above" in page or " spreads<" in page) == (zero in ("gradient", "projection"))
+    centre = {"gradient": 0., "projection": result.scores.mean()}.get(zero)
+    assert result.centre == centre == result.top(2).centre
+    if centre is not None:
+        assert np.allclose(result.distances, (result.scores - centre) / result.scores.std())
+    else:
+        assert np.isnan(result.distances).all()
+    assert f"{ZERO[zero][:30].lower()}" in text.lower()
+
+
+def test_a_file_of_version_0_1_opens_and_makes_no_claim():
+    """Written by 0.1 for Vector Filter, with the sentence that it gave to every method."""
+    folder = Path(__file__).parent / "data"
+    whole, part = (load_attribution(folder / f"{name}_0.1.parquet") for name in ("result", "part"))
+    assert whole.scores.tolist() == [3., 1.5, 2., 4., 2.5, -.5] and part.ranks.tolist() == [1, 2]
+    assert whole.card.zero == "not recorded" and np.isclose(whole.spread, whole.scores.std())
+    assert np.isnan(part.spread) and part.centre is None
+    for shown in (repr(whole), html_of(whole), str(whole.card), repr(part), html_of(part)):
+        assert "raises the behaviour" not in shown and "not recorded" in shown
+
+
+def test_centre_and_spread_of_a_part_are_those_of_its_file(tmp_path):
+    base = make()
+    result = Attribution(base.conversations, base.scores, QueryCard("Vector Filter", "x", zero="projection"))
+    part = load_attribution(result.top(3).save(tmp_path / "part.parquet"))
+    assert part.centre == result.scores.mean() == part.card.mean[0] and part.spread == result.scores.std()
+    assert np.allclose(part.distances, result.distances[part.rows])
+
+
+def test_rows_show_the_last_question_whatever_stands_before_it():
+    turns = [("system", "Be kind."), ("user", "first"), ("assistant", "well"), ("user", "the last one?"), ("assistant", "yes")]
+    data = Conversations([Conversation(tuple({"role": role, "content": text} for role, text in turns))])
+    result = Attribution(data, [1.], QueryCard("m", "b"))
+    assert result.questions == ["the last one?"] == result.to_pandas().question.tolist()
+    assert "the last one? → yes" in repr(result) and "class='question' dir='auto'>the last one?<" in html_of(result)
+
+
+def test_every_scorer_declares_what_its_zero_means():
+    from concept_tda.influence import baselines, neighbours, scorers
+    found = {kind.method: kind.zero for room in (scorers, neighbours, baselines) for kind in vars(room).values()
+             if isinstance(kind, type) and issubclass(kind, scorers.Scorer) and isinstance(kind.method, str)}
+    by_zero = {zero: {method for method, kind in found.items() if kind == zero} for zero in ZERO}
+    assert not by_zero["not recorded"] and neighbours.Cascade.zero == "none"
+    assert by_zero["none"] == {"Random", "Length", "Loss", "BM25"}
+    assert by_zero["projection"] == {"Vector Filter", "Projection Difference", "RepSim", "Random direction"}
+    assert {"Concept Influence", "Influence Function", "GradDot", "GradCos", "TracIn", "LESS"} <= by_zero["gradient"]
