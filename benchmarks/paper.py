@@ -15,7 +15,6 @@ judge's verdict; reading one seed. The YAML's keys are those of `DEFAULTS` below
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -136,7 +135,7 @@ def records(table): return json.loads(table.to_json(orient="records"))
 
 
 def report(study, out):
-    "One JSON with every table, a figure for each experiment, and the small files that `from_folder` reads."
+    "One JSON with every table, a figure for each experiment, and the two packed files that `from_folder` reads."
     out.mkdir(parents=True, exist_ok=True)
     comparison = study.scores()
     attributions = comparison.attributions
@@ -144,14 +143,15 @@ def report(study, out):
                   n_train=len(study.train), train_ids=study.train.ids, labels=[c.metadata[study.config["column"]] for c in study.train],
                   scoring=json.loads((study.work / "scored.json").read_text()), methods=records(comparison.table.reset_index(names="method")),
                   spearman=json.loads(comparison.comparison().spearman.to_json()), scores={name: result.scores.tolist() for name, result in attributions.items()}, experiments={})
-    for part in ("methods", "retrained"):
-        if (study.work / part).exists(): shutil.copytree(study.work / part, out / part, ignore=shutil.ignore_patterns("model", "claim", "claims"), dirs_exist_ok=True)
+    comparison.pack(out / "methods.parquet", overwrite=True)
     comparison.plot().savefig(out / "methods.png", dpi=110)
     for name in study.config["experiments"]:
         experiment = study.experiment(name, attributions)
         if not (study.work / "retrained" / f"{name}.json").exists(): continue
-        trainings = [experiment.folder / "cells" / cell / "training.json" for cell in {entry["cell"] for entry in experiment.entries}]
-        about = dict(kind=experiment.kind, remaining=experiment.remaining, table=records(experiment.table), seconds=sum(json.loads(path.read_text())["seconds"] for path in trainings if path.exists()))
+        experiment.pack(out / "retrained.json", overwrite=True)  # all experiments of the folder
+        trainings = [experiment.training(cell) for cell in sorted({entry["cell"] for entry in experiment.entries})]
+        about = dict(kind=experiment.kind, remaining=experiment.remaining, table=records(experiment.table),
+                     seconds=sum(training["seconds"] for training in trainings if training))
         if hasattr(experiment, "summary"): about["summary"] = records(experiment.summary())
         if hasattr(experiment, "points"): about["points"] = records(experiment.points)
         if hasattr(experiment, "curve"): about["curve"] = records(experiment.curve())

@@ -53,9 +53,19 @@ PUBLIC = {
     "influence.baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
     "influence.atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
     "influence.planning": "PlanError Plan plan Check Diagnosis doctor",
-    "evidence.experiments": "ExperimentError Experiment FilterAndRetrain ActivationJudge "
-        "LinearDatamodelingScore CounterfactualPrediction TailPatch baseline_scorers MethodComparison "
-        "ParetoCurve",
+    "evidence.retraining": "TRAINING PLAN_FORMAT Judges ExperimentError full_recipe Maker tokenized_whole "
+        "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
+        "judges_by_name Experiment",
+    "evidence.subsets": "Attributions Subset share_count random_rows all_but checked_seeds places_of "
+        "aligned_scores subset_rows",
+    "evidence.statistics": "evaluation_mean paired_change t_interval welch_interval spearman_interval "
+        "fitted_line",
+    "evidence.figures": "COLOURS finished",
+    "evidence.filter_and_retrain": "FilterAndRetrain",
+    "evidence.datamodels": "Removal ActivationJudge LinearDatamodelingScore CounterfactualPrediction",
+    "evidence.tail_patch": "Step TailPatch",
+    "evidence.method_comparison": "Scorers baseline_scorers scorer_key MethodComparison",
+    "evidence.pareto": "ParetoCurve",
     "views.html": "LEVELS ORANGE BLUE GREY VIEW_STYLE END_TITLES page_part colour_limit ColourScale "
         "colour_scale legend_html conversation_html card_html histogram_svg table_html sheet_html "
         "example_html examples_html end_titles attribution_html comparison_html show_card show_sheet "

@@ -1,5 +1,6 @@
 """Experiments: what is trained and how often, what the tables say, kills and several workers, and every refusal."""
 
+import json
 import multiprocessing
 import os
 import time
@@ -12,16 +13,22 @@ import pytest
 import torch
 from scipy import stats
 
-import concept_tda.evidence.experiments as experiments
+from concept_tda.concepts.concept import random_directions, tensor_concept
+from concept_tda.data.batches import batches
+from concept_tda.data.conversations import load_conversations
+from concept_tda.evidence import retraining
+from concept_tda.evidence.datamodels import ActivationJudge, CounterfactualPrediction, LinearDatamodelingScore
+from concept_tda.evidence.filter_and_retrain import FilterAndRetrain
+from concept_tda.evidence.method_comparison import MethodComparison, baseline_scorers
+from concept_tda.evidence.pareto import ParetoCurve
+from concept_tda.evidence.retraining import ExperimentError
+from concept_tda.evidence.statistics import spearman_interval
+from concept_tda.evidence.tail_patch import TailPatch
+from concept_tda.foundation.errors import StorageError
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
-from concept_tda.results.metrics import detection_metrics
-from concept_tda.concepts.concept import tensor_concept
-from concept_tda.data.conversations import load_conversations
-from concept_tda.evidence.experiments import (
-    ActivationJudge, CounterfactualPrediction, ExperimentError, FilterAndRetrain,
-    LinearDatamodelingScore, MethodComparison, ParetoCurve, TailPatch, baseline_scorers,
-)
+from concept_tda.results.metrics import detection_metrics, spearman
+from concept_tda.model.sites import resolve_sites
 from concept_tda.model.finetuning import finetune
 from concept_tda.model.losses import loss_weights, token_losses
 from concept_tda.concepts.judges import Judge, LossJudge
@@ -68,7 +75,7 @@ def toy(monkeypatch, x):
         if rows is None: yield SimpleNamespace(value=0., name="base", fingerprint="base"), None; return
         trained.append((tuple(rows), seed))
         yield SimpleNamespace(value=x[rows].mean() + seed/100, name="toy", fingerprint=f"{seed}"), {"rows": [int(row) for row in rows], "n": len(rows), "seconds": .01*len(rows)}
-    monkeypatch.setattr(experiments._Retraining, "model", model)
+    monkeypatch.setattr(retraining.Retraining, "model", model)
     return trained
 
 
@@ -249,18 +256,18 @@ def _work(folder, log, pause):
     from concept_tda.model.loading import LanguageModel
     lm = LanguageModel(*tiny_pair("llama"), "tiny")
     data = load_conversations([{"prompt": f"{i}?", "response": "yes" if i % 2 else "no"} for i in range(8)])
-    compute = experiments.Experiment._compute
+    compute = retraining.Experiment._compute
     def noted(self, entry):
         time.sleep(pause)
         compute(self, entry)
         with open(log, "a") as file: file.write(f"{os.getpid()} {entry['cell']}\n")
-    experiments.Experiment._compute = noted
+    retraining.Experiment._compute = noted
     FilterAndRetrain(lm, data, [result(data, np.arange(8.))], LossJudge(data[:2], name="loss"), folder, fractions=(.5,), seeds=(0, 1), recipe=FAST).run(progress=False)
 
 
 def test_two_workers_share_the_work_and_a_killed_one_is_made_up_for(tmp_path):
     children = multiprocessing.get_context("forkserver")
-    children.set_forkserver_preload(["tiny", "concept_tda.evidence.experiments", "transformers.models.llama.modeling_llama", "peft"])
+    children.set_forkserver_preload(["tiny", "concept_tda.evidence.filter_and_retrain", "transformers.models.llama.modeling_llama", "peft"])
     start = lambda folder, log, pause: (child := children.Process(target=_work, args=(tmp_path/folder, tmp_path/log, pause)), child.start())[0]
     alone = start("alone", "alone.log", 0)
     alone.join()
@@ -293,9 +300,9 @@ def test_lds_by_hand(lm, train, x, toy, tmp_path):
     first = toy[0][0]
     assert points["x"][0] == pytest.approx(x[list(first)].sum()) and points["measured"][0] == pytest.approx(x[list(first)].mean() + .02 + .5)
     same(lds).plot()
-    ranks = experiments.spearman([10, 20, 30, 40, 50], [2, 1, 4, 3, 5])  # d = 1, 1, 1, 1, 0: 1 - 6·4/(5·24)
+    ranks = spearman([10, 20, 30, 40, 50], [2, 1, 4, 3, 5])  # d = 1, 1, 1, 1, 0: 1 - 6·4/(5·24)
     assert ranks == pytest.approx(.8)
-    low, high = experiments._spearman_interval(.8, 23)
+    low, high = spearman_interval(.8, 23)
     assert low == pytest.approx(np.tanh(np.arctanh(.8) - 1.96*np.sqrt(1.06/20))) and high == pytest.approx(np.tanh(np.arctanh(.8) + 1.96*np.sqrt(1.06/20)))
     with pytest.raises(ExperimentError, match="4 subsets"): LinearDatamodelingScore(lm, train, scores, Reads(), tmp_path/"b", n_subsets=3)
 
@@ -339,8 +346,8 @@ def test_a_step_is_a_gradient_step_and_is_taken_back(family, train, tmp_path):
     assert lm.fingerprint == before
     row = int(np.argmax(scores.scores))
     other = LanguageModel(*tiny_pair(family), family)
-    sites = experiments.resolve_sites(other, "attention")
-    batch = next(experiments.batches(other.tokenize(train), rows=[row]))
+    sites = resolve_sites(other, "attention")
+    batch = next(batches(other.tokenize(train), rows=[row]))
     gradients = torch.autograd.grad((token_losses(other, batch)*loss_weights(batch)).sum(), [site.module.weight for site in sites])
     with torch.no_grad():
         for site, gradient in zip(sites, gradients): site.module.weight -= 1e-3*gradient
@@ -390,7 +397,7 @@ def test_comparison_agrees_with_scipy_and_carries_baselines_and_null(lm, train, 
     assert table.loc["GradDot", "AUROC"] == detection_metrics(second, labels)["AUROC"]
     acts_ND = pooled_activations(lm, train, 2, progress=False)[2]
     reach = []
-    for direction in experiments.random_directions(acts_ND, 30, seed=0):
+    for direction in random_directions(acts_ND, 30, seed=0):
         auroc = detection_metrics((acts_ND.double() @ direction.double()).numpy(), labels)["AUROC"]
         reach.append(max(auroc, 1 - auroc))
     auroc = table.loc["GradDot", "AUROC"]
@@ -453,3 +460,122 @@ def test_activation_judge_measures_siblings(lm, train, tmp_path):
     assert not np.allclose(judge.evaluate(sibling, progress=False).values, expected)
     assert judge.fingerprint != ActivationJudge(concept, train[:6]).fingerprint
     with pytest.raises(ExperimentError, match="at least one"): ActivationJudge(concept, train[:0])
+
+
+# ---- one file instead of many
+
+def finished(experiment):
+    """Everything that an experiment's tables show."""
+    shown = [experiment.table]
+    if hasattr(experiment, "summary"): shown.append(experiment.summary())
+    if hasattr(experiment, "points"): shown.append(experiment.points)
+    return shown
+
+
+@pytest.mark.parametrize("at_most", [None, 4])
+def test_packed_file_shows_what_the_folder_shows(at_most, lm, train, x, toy, tmp_path):
+    results, folder = {"x": result(train, x)}, tmp_path/"run"
+    options = dict(fractions=(.25,), seeds=(0, 1))
+    FilterAndRetrain(lm, train, results, Reads(), folder, **options).run(progress=False, at_most=at_most)
+    FilterAndRetrain(lm, train, {"-x": result(train, -x)}, Reads(), folder, name="other", **options).run(
+        progress=False, at_most=at_most)
+    LinearDatamodelingScore(lm, train, results, Reads(), folder, n_subsets=5).run(progress=False, at_most=at_most)
+    packed = FilterAndRetrain.from_folder(folder).pack(tmp_path/"run.json")
+    for kind, name in ((FilterAndRetrain, None), (FilterAndRetrain, "other"), (LinearDatamodelingScore, None)):
+        before, after = kind.from_folder(folder, name), kind.from_folder(packed, name)
+        for expected, found in zip(finished(before), finished(after), strict=True):
+            pd.testing.assert_frame_equal(found, expected, check_exact=True)
+        assert after.remaining == before.remaining and (before.remaining > 0) == (at_most is not None)
+        assert repr(after).replace(str(packed), str(folder)) == repr(before)
+        for entry in before.entries: assert after.training(entry["cell"]) == before.training(entry["cell"])
+    again = FilterAndRetrain.from_folder(packed).pack(tmp_path/"again.json")
+    assert again.read_bytes() == packed.read_bytes()
+    with pytest.raises(ExperimentError, match="was read from its files"): FilterAndRetrain.from_folder(packed).run()
+    with pytest.raises(ExperimentError, match="it holds 'filter-and-retrain', 'linear-datamodeling-score', 'other'"):
+        FilterAndRetrain.from_folder(packed, "third")
+    with pytest.raises(ExperimentError, match="is a file; a run needs a folder"):
+        FilterAndRetrain(lm, train, results, Reads(), packed, **options)
+
+
+def test_packing_replaces_nothing_unasked_and_leaves_nothing_out(lm, train, x, toy, tmp_path):
+    folder = tmp_path/"run"
+    make = lambda: FilterAndRetrain(lm, train, [result(train, x)], Reads(), folder, fractions=(.25,), seeds=(0,))
+    with pytest.raises(ExperimentError, match="run\\(\\) first"): make().pack(tmp_path/"early.json")
+    experiment = make().run(progress=False)
+    packed = experiment.pack(tmp_path/"run.json")
+    with pytest.raises(StorageError, match="exists already"): experiment.pack(packed)
+    assert experiment.pack(packed, overwrite=True) == packed
+    damaged = next(folder.glob("cells/*/[0-9a-f]*.json"))
+    whole = damaged.read_text()
+    damaged.write_text(whole[:40])
+    with pytest.raises(ExperimentError, match="is damaged"): experiment.pack(tmp_path/"new.json")
+    damaged.write_text(whole)
+    (folder/"mine.json").write_text("{")
+    with pytest.raises(ExperimentError, match="mine.json cannot be read"): experiment.pack(tmp_path/"new.json")
+    assert not (tmp_path/"new.json").exists()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[:len(text)//2], lambda text: "", lambda text: "[]", lambda text: '{"format": "other"}',
+    lambda text: text.replace('"reads"', '"reeds"', 1), lambda text: text.replace('"unit":"units"', '"unit":"feet"', 1),
+    lambda text: text.replace('"plans":', '"plants":'), lambda text: text.replace('"checksum":"', '"checksum":"0', 1),
+    lambda text: "["*100_000, lambda text: "\x00" + text,
+])
+def test_a_damaged_packed_file_is_refused(damage, lm, train, x, toy, tmp_path):
+    experiment = FilterAndRetrain(lm, train, [result(train, x)], Reads(), tmp_path/"run", fractions=(.25,), seeds=(0,))
+    packed = experiment.run(progress=False).pack(tmp_path/"run.json")
+    whole = packed.read_text()
+    packed.write_text(damage(whole))
+    assert packed.read_text() != whole
+    with pytest.raises(ExperimentError, match="run.json"): FilterAndRetrain.from_folder(packed)
+
+
+def test_packed_values_that_a_judge_could_not_have_said_are_refused(lm, train, x, toy, tmp_path):
+    """Intact by its checksum, and still no evaluation: somebody made the file with a program of his own."""
+    experiment = FilterAndRetrain(lm, train, [result(train, x)], Reads(), tmp_path/"run", fractions=(.25,), seeds=(0,))
+    packed = experiment.run(progress=False).pack(tmp_path/"run.json")
+    record = retraining.read_packed(packed)
+    for parts in record["cells"].values():
+        for name in set(parts) - {"training"}: parts[name] = {"format": "none"}
+    packed.write_text(json.dumps(retraining.packed_record(record["plans"], record["cells"])))
+    with pytest.raises(ExperimentError, match="run.json.*is damaged"): FilterAndRetrain.from_folder(packed).table
+
+
+@pytest.mark.parametrize("change", [
+    lambda plan: plan.pop("judges"), lambda plan: plan.update(entries=3), lambda plan: plan["entries"].append(7),
+    lambda plan: plan.update(about=[]), lambda plan: plan["judges"].append({}),
+])
+def test_a_damaged_plan_is_refused(change, lm, train, x, toy, tmp_path):
+    FilterAndRetrain(lm, train, [result(train, x)], Reads(), tmp_path, fractions=(.25,), seeds=(0,)).run(progress=False)
+    path = tmp_path/"filter-and-retrain.json"
+    plan = json.loads(path.read_text())
+    change(plan)
+    path.write_text(json.dumps(plan))
+    with pytest.raises(ExperimentError, match="is damaged"): FilterAndRetrain.from_folder(tmp_path)
+
+
+def test_a_packed_comparison_shows_what_the_folder_shows(lm, train, x, tmp_path):
+    concept = tensor_concept(torch.randn(lm.width, generator=torch.Generator().manual_seed(0)), layer=2, lm=lm, name="c")
+    scorers = {"mine": result(train, x, "mine"), "GradDot": GradDot(lm, train[:3])}
+    comparison = MethodComparison(lm, train, scorers, tmp_path/"run", labels="label", concept=concept, n_random=7)
+    with pytest.raises(ExperimentError, match="run\\(\\) first"): comparison.pack(tmp_path/"early.parquet")
+    comparison.run(progress=False)
+    for path in (comparison._path("Loss"), None):  # whole, and with a method that is not finished
+        packed = comparison.pack(tmp_path/"run.parquet", overwrite=True)
+        before, after = MethodComparison.from_folder(tmp_path/"run"), MethodComparison.from_folder(packed)
+        pd.testing.assert_frame_equal(after.table, before.table, check_exact=True)
+        pd.testing.assert_frame_equal(after.comparison().spearman, before.comparison().spearman, check_exact=True)
+        assert after.remaining == before.remaining == ([] if path else ["Loss"])
+        assert np.array_equal(after.null_scores().values, before.null_scores().values)
+        for name, expected in before.attributions.items():
+            found = after.attributions[name]
+            assert np.array_equal(found.scores, expected.scores) and found.ids == expected.ids
+            assert found.card.to_dict() == expected.card.to_dict()
+        assert repr(after).replace(str(packed), str(tmp_path/"run")) == repr(before)
+        if path: path.unlink()
+    with pytest.raises(StorageError, match="exists already"): comparison.pack(packed)
+    with pytest.raises(ExperimentError, match="no scorers"): MethodComparison.from_folder(packed).run()
+    packed.write_bytes(packed.read_bytes()[:500])
+    with pytest.raises(ExperimentError, match="run.parquet"): MethodComparison.from_folder(packed)
+    result(train, x).save(tmp_path/"other.parquet")
+    with pytest.raises(ExperimentError, match="no packed comparison"): MethodComparison.from_folder(tmp_path/"other.parquet")

@@ -25,7 +25,7 @@ from ..data.batches import batches
 from ..model.losses import loss_weights, token_losses
 from ..model.loading import LanguageModel, ModelError
 from ..foundation.errors import ConceptTDAError, require
-from ..foundation.storage import atomic_file, cache_folder, code_version, fingerprint
+from ..foundation.storage import atomic_file, cache_folder, check_free, code_version, fingerprint
 from ..model.tracing import _left_padded, _progress, generate
 
 # %% ../../nbs/40_concepts/01_judges.ipynb #0007
@@ -77,14 +77,19 @@ class Evaluation:
         if self.answers is None: return frame
         return frame.assign(question=[_question(c) for c in self.answers], answer=[c.response for c in self.answers])
 
-    def to_json(self, path: str | Path) -> Path:
+    def to_json(self, path: str | Path, *, overwrite: bool = False) -> Path:
         "Write to one file, completely or not at all."
-        return _write_evaluation(self, path)
+        return _write_evaluation(self, check_free(path, overwrite))
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Evaluation":
         "Read what `to_json` wrote. Raises `JudgeError` for anything else."
         return _read_evaluation(path)
+
+    @classmethod
+    def from_record(cls, record: dict, where: str | Path) -> "Evaluation":
+        "What `to_json` wrote, already read as JSON from `where`."
+        return _evaluation_of(record, where)
 
     def __repr__(self): return _summary(self)
     def _repr_html_(self): return _evaluation_html(self)
@@ -150,6 +155,10 @@ def _read_evaluation(path):
     "The inverse."
     try: record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as err: raise JudgeError(f"cannot read an evaluation from {path}: {err}") from err
+    return _evaluation_of(record, path)
+
+def _evaluation_of(record, path):
+    "The evaluation that a record holds."
     if not isinstance(record, dict) or record.get("format") != _FORMAT: raise JudgeError(f"{path} is not an evaluation that this version wrote (its format should be {_FORMAT!r})")
     try:
         answers = record["answers"] if record["answers"] is None else Conversations([Conversation(tuple(a["messages"]), metadata=a["metadata"]) for a in record["answers"]], "answers")

@@ -432,7 +432,7 @@ def _kept_evaluation(lm, concept, strength, judge, positions, model_fingerprint,
         try: return Evaluation.from_json(path)
         except JudgeError: pass  # damaged: made anew
     evaluation = _judged(lm, concept, strength, judge, positions)
-    evaluation.to_json(path)
+    evaluation.to_json(path, overwrite=True)
     return evaluation
 
 def _texts_of(judge, evaluation, data) -> Conversations:
