@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -41,13 +43,24 @@ def plain(thing):
     return getattr(thing, "__func__", getattr(thing, "func", thing))
 
 
+def rendering(function, short: str) -> str:
+    """The definition in Markdown. A type that the room imports for type checkers only is shown by its bare name."""
+    while True:
+        try: return MarkdownRenderer(function, name=short)._repr_markdown_()
+        except NameError as err:
+            scope = vars(sys.modules[function.__module__])
+            if err.name is None or err.name in scope: raise
+            scope[err.name] = type(err.name, (), {"__module__": "builtins"})
+
+
 def signature(thing, name: str) -> str:
     """The definition with a comment for each parameter; a class with its bases where it takes nothing of its own."""
     short = name.split(".")[-1]
     if inspect.isclass(thing):
-        bases = ", ".join(base.__name__ for base in thing.__bases__ if base is not object)
-        if "__init__" not in vars(thing): return f"class {short}({bases})" if bases else f"class {short}"
-    rendered = MarkdownRenderer(plain(thing), name=short)._repr_markdown_()
+        own = [thing, *itertools.takewhile(lambda base: base.__name__.startswith("_"), thing.__mro__[1:])]
+        bases = ", ".join(base.__name__ for base in own[-1].__bases__ if base is not object)
+        if not any("__init__" in vars(part) for part in own): return f"class {short}({bases})" if bases else f"class {short}"
+    rendered = rendering(plain(thing), short)
     code = re.search(r"```python\n(.*?)\n```", rendered, re.DOTALL)[1].strip().removesuffix(":")
     code = MODULE_PREFIX.sub("", code)
     if isinstance(thing, classmethod): code = "@classmethod\n" + code
