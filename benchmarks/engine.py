@@ -149,6 +149,15 @@ class Bench:
             fraction_of_peak={name: counted[key] / statistics.median(seconds[name]) / peak for name, key in (("vector_filter", "vector_filter"), ("forward_with_loss", "forward"), ("concept_influence", "concept_influence"))})
         self.result["seconds"]["scoring"] = seconds
 
+    def skips_bf16(self):
+        "Whether bfloat16 does not pay here, with a note that says so."
+        slower = ct.foundation.probes.bfloat16_ratio(self.lm.device)
+        if slower <= 1: return False
+        note = f"no bfloat16: a product takes {slower:.0f} times as long as in float32 here"
+        print(f"    {note}", flush=True)
+        if note not in self.result["notes"]: self.result["notes"].append(note)
+        return True
+
     def half_pass(self):
         "A function that scores the data with the model in bfloat16 along the query of the float32 model."
         half = ct.load_model(self.args.model, dtype=torch.bfloat16, device=self.args.device)
@@ -158,6 +167,7 @@ class Bench:
 
     def bf16(self):
         "The same scoring pass with the model in bfloat16, against the float32 Vector Filter."
+        if self.skips_bf16(): return
         half = self.half_pass()
         run = lambda: half().scores
         exact = self.pass_seconds(self.influence())()[:, 0]
@@ -323,12 +333,13 @@ class Bench:
         scores = {name: results[scorer.method].scores for name, scorer in first.items()}
         standard = lambda x: (x - x.mean()) / x.std()
         scores["Vector Filter + RepSim"] = standard(scores["Vector Filter"]) + standard(scores["RepSim"])
-        half = self.half_pass()()
-        scores["Concept Influence in bf16"], cost_of_half = half.scores[:, 0], half.seconds
+        half = None if self.skips_bf16() else self.half_pass()()
+        if half is not None: scores["Concept Influence in bf16"] = half.scores[:, 0]
         exact_scores = results["Concept Influence"].scores
         top = set(np.argsort(-exact_scores)[:10].tolist())
         unit = results["Vector Filter"].card.cost.seconds
-        cost = {name: results[first[name].method].card.cost.seconds / unit for name in first} | {"Vector Filter + RepSim": 1.0, "Concept Influence in bf16": cost_of_half / unit}
+        cost = {name: results[first[name].method].card.cost.seconds / unit for name in first} | {"Vector Filter + RepSim": 1.0}
+        if half is not None: cost["Concept Influence in bf16"] = half.seconds / unit
         exact_cost = results["Concept Influence"].card.cost.seconds / unit
         curve = []
         for name, values in scores.items():

@@ -42,7 +42,7 @@ DEFAULTS = dict(
     own_answers=True,               # also score with the fine-tuned model's own answers as queries
     curvature_examples=40,          # training examples EK-FAC is fitted on, chosen at random
     damping=0.1,                    # times the mean eigenvalue of each site
-    recipe=dict(learning_rate=2e-4, rank=16, alpha=32, batch_size=8, precision="bf16"),
+    recipe=dict(learning_rate=2e-4, rank=16, alpha=32, batch_size=8),  # precision="bf16" where it pays
     own_tokens=60,                  # longest answer of a model, for Projection Difference and as a query
     judges={},
     seeds=[0, 1, 2],
@@ -167,13 +167,14 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("paper-work"), help="where models and cells are kept while it runs")
     parser.add_argument("--out", type=Path, default=None, help="folder of JSON and figures (default: benchmarks/results/paper/NAME)")
     parser.add_argument("--only", nargs="+", help="names of experiments")
-    parser.add_argument("--workers", type=int, default=1, help="processes that retrain side by side; each gets its share of the cores")
+    parser.add_argument("--workers", type=int, default=1, help="processes that retrain side by side; each gets its share of the cores, or of OMP_NUM_THREADS")
     parser.add_argument("--report", action="store_true", help="only write JSON and figures from what is finished")
     args = parser.parse_args()
     study = Study(read_config(args.config), args.work)
     if not args.report:
         study.scores()
-        threads = str(max(1, (os.cpu_count() or 1) // args.workers))
+        cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        threads = str(max(1, cores // args.workers))
         command = [sys.executable, __file__, str(args.config), "--work", str(args.work), *(["--only", *args.only] if args.only else [])]
         helpers = [subprocess.Popen(command + ["--workers", "1"], env=os.environ | dict(OMP_NUM_THREADS=threads, PAPER_WORKER="1")) for _ in range(args.workers - 1)]
         torch.set_num_threads(int(threads))

@@ -19,11 +19,17 @@ from concept_tda.model.finetuning import (
 )
 from concept_tda.model.loading import LanguageModel, load_model
 from concept_tda.model.sites import resolve_sites
-from concept_tda.foundation.errors import StorageError
+from concept_tda.foundation.errors import ConceptTDAError, StorageError
 from concept_tda.model.tracing import generate, pooled_activations
 from tiny import FAMILIES, tiny_pair
 
 FAST = dict(rank=4, learning_rate=1e-2, epochs=2, batch_size=4, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def bf16_pays(monkeypatch):
+    "A machine on which bfloat16 is fast, whatever this one is; a test about slow ones says so."
+    monkeypatch.setattr(finetuning, "bfloat16_ratio", lambda device: 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -803,3 +809,120 @@ def test_progress_shows_tokens(lm, data, tmp_path, capsys):
     finetune(lm, data, tmp_path/"quiet", rank=2, batch_size=8, progress=False)
     quiet = capsys.readouterr()
     assert "fine-tuning" not in quiet.err and quiet.out == ""
+
+
+# ---- the machine, the template, and what LoRA covers
+
+def test_bf16_where_it_does_not_pay_is_fp32_and_said(saved_base, data, tmp_path, monkeypatch):
+    lm = load_model(saved_base)
+    full = finetune(lm, data, tmp_path/"fp32", **FAST)
+    monkeypatch.setattr(finetuning, "bfloat16_ratio", lambda device: 41.0)
+    with pytest.warns(UserWarning, match="41.0 times as long as float32.*insist=True"):
+        slow = finetune(lm, data, tmp_path/"slow", **FAST, precision="bf16")
+    assert slow.fingerprint == full.fingerprint
+    record = training_record(tmp_path/"slow")
+    assert record["precision"] == {"asked": "bf16", "used": "fp32", "bfloat16_ratio": 41.0}
+    assert record["key"]["precision"] == "fp32"
+    insisted = finetune(lm, data, tmp_path/"insisted", **FAST, precision="bf16", insist=True)
+    record = training_record(tmp_path/"insisted")
+    assert record["precision"] == {"asked": "bf16", "used": "bf16", "bfloat16_ratio": 41.0}
+    assert insisted.fingerprint != full.fingerprint
+    with pytest.warns(UserWarning, match="41.0 times"):
+        runs = list(finetune_many(lm, {"all": data}, tmp_path/"runs", **FAST, precision="bf16"))
+    assert runs[0].record["precision"]["used"] == "fp32" and runs[0].open().fingerprint == full.fingerprint
+
+
+def test_bf16_where_it_pays_is_bf16_and_found_on_any_machine(saved_base, data, tmp_path, monkeypatch):
+    lm = load_model(saved_base)
+    fast = finetune(lm, data, tmp_path/"fast", **FAST, precision="bf16")
+    assert training_record(tmp_path/"fast")["precision"] == {"asked": "bf16", "used": "bf16", "bfloat16_ratio": 0.5}
+    monkeypatch.setattr(finetuning, "bfloat16_ratio", lambda device: 41.0)
+    monkeypatch.setattr(finetuning, "_train", lambda *args: pytest.fail("trained again"))
+    assert finetune(lm, data, tmp_path/"fast", **FAST, precision="bf16").fingerprint == fast.fingerprint
+
+
+def test_fp32_asks_no_probe(lm, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "bfloat16_ratio", lambda device: pytest.fail("measured"))
+    finetune(lm, data, tmp_path/"ft", **FAST)
+    assert training_record(tmp_path/"ft")["precision"] == {"asked": "fp32", "used": "fp32", "bfloat16_ratio": None}
+
+
+def base_model(tmp_path):
+    "A folder with a base model: its tokenizer has no chat template."
+    model, tokenizer = tiny_pair("llama")
+    tokenizer.chat_template = None
+    for part in (model, tokenizer): part.save_pretrained(tmp_path/"base")
+    return load_model(tmp_path/"base")
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_base_model_is_trained_and_opens_in_the_template_asked_for(data, tmp_path, in_memory):
+    from concept_tda.data.templates import chat_template_text
+    lm = base_model(tmp_path)
+    if in_memory: lm = LanguageModel(lm.model, lm.tokenizer, "in memory")
+    with pytest.raises(ConceptTDAError, match="chat template"): finetune(lm, data, tmp_path/"none", **FAST)
+    result = finetune(lm, data, tmp_path/"ft", **FAST, chat_template="chatml")
+    expected = chat_template_text("chatml")
+    assert lm.tokenizer.chat_template is None and result.tokenizer.chat_template == expected
+    record, opened = training_record(tmp_path/"ft"), load_model(tmp_path/"ft")
+    assert record["chat_template"] == result.chat_template == "chatml" and opened.tokenizer.chat_template == expected
+    assert opened.tokenize(data).fingerprint == result.tokenize(data).fingerprint == record["key"]["data_fingerprint"]
+    assert finetune(lm, data, tmp_path/"ft", **FAST, chat_template="chatml").fingerprint == result.fingerprint
+    with pytest.raises(FinetuneError, match="different: .*chat_template"):
+        finetune(lm, data, tmp_path/"ft", **FAST, chat_template="{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}")
+    with pytest.raises(FinetuneError, match="tokenized data exclude each other"):
+        finetune(lm, result.tokenize(data), tmp_path/"no", **FAST, chat_template="chatml")
+
+
+def test_many_runs_of_a_base_model(data, tmp_path):
+    runs = list(finetune_many(base_model(tmp_path), {"all": data}, tmp_path/"runs", **FAST, chat_template="chatml"))
+    assert runs[0].record["chat_template"] == "chatml" and load_model(runs[0].folder).tokenizer.chat_template
+
+
+def test_what_lora_does_not_cover_is_said_and_recorded(data, tmp_path):
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+    _, tokenizer = tiny_pair("llama")
+    torch.manual_seed(0)
+    config = OlmoeConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2)
+    lm = LanguageModel(OlmoeForCausalLM(config).eval(), tokenizer, "mixture")
+    with pytest.warns(UserWarning, match=r"covers 14% of the block weights; not covered.*experts\.down_proj"):
+        finetune(lm, data, tmp_path/"ft", **FAST)
+    coverage = training_record(tmp_path/"ft")["coverage"]
+    held = sum(site.weight.numel() for site in resolve_sites(lm, "all-linear"))
+    assert coverage["share"] == round(held/sum(p.numel() for p in lm.blocks.parameters() if p.ndim > 1), 4)
+    assert "layers.*.mlp.experts.gate_up_proj" in coverage["uncovered"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ordinary_models_are_covered_whole(family):
+    assert finetuning.lora_coverage(LanguageModel(*tiny_pair(family), family)).share == 1
+
+
+def test_what_could_not_be_saved_is_refused_before_the_first_step(lm, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "_train", lambda *args: pytest.fail("trained for nothing"))
+    def broken(*args, **options): raise ValueError("no such thing")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(lm.tokenizer), "save_pretrained", broken)
+        with pytest.raises(FinetuneError, match="tokenizer of tiny cannot be saved .no such thing."):
+            finetune(lm, data, tmp_path/"a", **FAST)
+    lm.model.generation_config.temperature, lm.model.generation_config.do_sample = -1.0, False
+    with pytest.raises(FinetuneError, match="generation settings of tiny cannot be saved"):
+        finetune(lm, data, tmp_path/"b", **FAST)
+    lm.model.generation_config.temperature = None
+    full = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(finetuning.shutil, "disk_usage", lambda place: full)
+    with pytest.raises(StorageError, match="GiB are free"): finetune(lm, data, tmp_path/"c", **FAST)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("options", [
+    dict(lm=None), dict(lm="smollm2-135m-instruct"), dict(folder=None), dict(folder=3), dict(folder="a\0b"), dict(data=None),
+    dict(data=3), dict(data=[]), dict(data="nowhere.jsonl"), dict(insist=1), dict(chat_template="no-such-template"),
+    dict(chat_template="{% for"), dict(chat_template=7), dict(precision=["bf16"]), dict(rank="4"), dict(max_tokens=None),
+], ids=str)
+def test_bad_arguments_are_our_errors(lm, data, tmp_path, options):
+    arguments = dict(lm=lm, data=data, folder=tmp_path/"ft") | FAST | options
+    with pytest.raises(ConceptTDAError): finetune(**arguments)
+    subsets = {"all": arguments.pop("data")}
+    with pytest.raises(ConceptTDAError): list(finetune_many(subsets=subsets, **arguments))
