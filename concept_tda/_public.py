@@ -4,6 +4,7 @@ PUBLIC = {
     "foundation.errors": "ConceptTDAError StorageError MissingExtraError require",
     "foundation.storage": "fingerprint code_version cache_folder write_error atomic_file check_free "
         "BlockStore",
+    "foundation.probes": "ProbeError bfloat16_ratio bfloat16_pays",
     "foundation.display": "visible_text safe_text one_line DisplayError full_name register_view html_of act "
         "Table Sheet",
     "foundation.patching": "patch",
@@ -24,8 +25,8 @@ PUBLIC = {
     "model.tracing": "POOLINGS TracingError pooling_weights work_dtype pooled_activations token_activations "
         "generate",
     "model.answers": "answer_records with_record cached_generate",
-    "model.finetuning": "PRECISIONS RECIPES FinetuneError finetune training_record Retrained finetune_many "
-        "training_checkpoints",
+    "model.finetuning": "PRECISIONS RECIPES FinetuneError Coverage lora_coverage finetune training_record "
+        "Retrained finetune_many training_checkpoints",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics",
     "results.cards": "ZERO Cost QueryCard",
