@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .errors import ConceptTDAError
 
-if TYPE_CHECKING: import torch
+if TYPE_CHECKING: from torch import device as Device
 
 # %% ../../nbs/00_foundation/02_probes.ipynb #0005
 class ProbeError(ConceptTDAError):
@@ -34,7 +34,7 @@ def _seconds(product, wait) -> float:
 _SMALL, _LARGE, _ON_GPU = 128, 384, 2048  # rows and columns
 _UNDECIDED = 3.0  # a small product this many times slower will not be faster when it is large
 
-def _ratio(device: "torch.device", size: int) -> float:
+def _ratio(device: "Device", size: int) -> float:
     "Time of one bfloat16 product of square matrices over that of one float32 product."
     import torch
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -58,7 +58,7 @@ def _measured(name: str) -> float:
 
 # %% ../../nbs/00_foundation/02_probes.ipynb #0008
 def bfloat16_ratio(
-    device: "torch.device | str" = "cpu", # Where the work will be done
+    device: "Device | str" = "cpu", # Where the work will be done
 ) -> float:
     """Time of a product in bfloat16 over its time in float32; below 1 bfloat16 is faster. Measured once in a
     process. Raises `ProbeError`."""
@@ -66,7 +66,7 @@ def bfloat16_ratio(
 
 # %% ../../nbs/00_foundation/02_probes.ipynb #000a
 def bfloat16_pays(
-    device: "torch.device | str" = "cpu", # Where the work will be done
+    device: "Device | str" = "cpu", # Where the work will be done
 ) -> bool:
     "Whether bfloat16 is at least as fast as float32 here. Raises `ProbeError`."
     return bfloat16_ratio(device) <= 1
