@@ -8,7 +8,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-STATUSES = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
+STATUSES = {
+    "1": "1 - Planning",
+    "2": "2 - Pre-Alpha",
+    "3": "3 - Alpha",
+    "4": "4 - Beta",
+    "5": "5 - Production/Stable",
+}
 USER_EXTRAS = ("sae", "judge")
 
 parser = ConfigParser(delimiters=["="], interpolation=None)
@@ -21,7 +27,9 @@ def requirements(key):
     return [line.strip() for line in settings[key].splitlines() if line.strip()]
 
 
-extras = {key.removesuffix("_requirements"): requirements(key) for key in settings if key.endswith("_requirements")}
+extras = {
+    key.removesuffix("_requirements"): requirements(key) for key in settings if key.endswith("_requirements")
+}
 extras["all"] = [requirement for name in USER_EXTRAS for requirement in extras[name]]
 
 setup(
@@ -39,6 +47,8 @@ setup(
     package_data={package: ["bundled/**/*", "static/*"]},
     entry_points={
         "console_scripts": requirements("console_scripts"),
-        "nbdev": [f"{package}={package}._modidx:d"],  # lets nbdev link `names` in other projects' pages to ours
+        "nbdev": [
+            f"{package}={package}._modidx:d"
+        ],  # lets nbdev link `names` in other projects' pages to ours
     },
 )

@@ -1,4 +1,5 @@
 """The views in a real browser: with the widget's own script, a stand-in for the notebook's model, and the real Python object behind it; from a file without a kernel; and in a live JupyterLab."""
+
 import base64
 import json
 import os
@@ -11,20 +12,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_attribution import HOSTILE
 
-from chromium import Chromium, Page, needs_browser
+from concept_tda.data.conversations import Conversation, Conversations
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
-from concept_tda.data.conversations import Conversation, Conversations
 from concept_tda.views.browser import ExampleBrowser, embedded_browser
 from concept_tda.views.contents import WidgetError, front_end, hits
 from concept_tda.views.explorer import ConceptView
-from test_attribution import HOSTILE
+
+from chromium import Chromium, Page, needs_browser
 
 pytestmark = needs_browser
 
-XSS = [*HOSTILE, "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "javascript:alert(1)", "<a href=javascript:alert(1)>x</a>", "<iframe srcdoc='<script>alert(1)</script>'>", "<|im_end|>", "<svg/onload=alert(1)>",
-       "${alert(1)}`'\"\\", "\u2028alert(1)\u2029", "\ud800 half", "__proto__", "constructor", "مرحبا <b>بالعالم</b> \u202e", "𝕊" * 30_000]
+XSS = [
+    *HOSTILE,
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "javascript:alert(1)",
+    "<a href=javascript:alert(1)>x</a>",
+    "<iframe srcdoc='<script>alert(1)</script>'>",
+    "<|im_end|>",
+    "<svg/onload=alert(1)>",
+    "${alert(1)}`'\"\\",
+    "\u2028alert(1)\u2029",
+    "\ud800 half",
+    "__proto__",
+    "constructor",
+    "مرحبا <b>بالعالم</b> \u202e",
+    "𝕊" * 30_000,
+]
 PAGE = "<!doctype html><html><head><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><style>body{{margin:4px;color-scheme:light dark}}{style}</style></head><body><div id=here></div>{rest}</body></html>"
 STUB = """
 window.state = JSON.parse(atob('{state}'), (key, value) => value && value.bytes !== undefined ? new DataView(Uint8Array.from(atob(value.bytes), c => c.charCodeAt(0)).buffer) : value);
@@ -40,12 +57,14 @@ window.draw_again();
 
 @pytest.fixture(scope="module")
 def chromium():
-    with Chromium() as browser: yield browser
+    with Chromium() as browser:
+        yield browser
 
 
 def plain(value):
     """A trait for JSON: bytes as base64, in dicts as well."""
-    if isinstance(value, (bytes, memoryview)): return {"bytes": base64.b64encode(bytes(value)).decode()}
+    if isinstance(value, (bytes, memoryview)):
+        return {"bytes": base64.b64encode(bytes(value)).decode()}
     return {key: plain(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
@@ -54,10 +73,21 @@ class StandIn:
 
     def __init__(self, chromium, widget, tmp_path, names, **window):
         self.widget, self.names = widget, names
-        state = base64.b64encode(json.dumps({name: plain(getattr(widget, name)) for name in names}).encode()).decode()
-        script = widget._esm.replace("export default", "const widget =") if isinstance(widget._esm, str) else str(widget._esm).replace("export default", "const widget =")
+        state = base64.b64encode(
+            json.dumps({name: plain(getattr(widget, name)) for name in names}).encode()
+        ).decode()
+        script = (
+            widget._esm.replace("export default", "const widget =")
+            if isinstance(widget._esm, str)
+            else str(widget._esm).replace("export default", "const widget =")
+        )
         path = tmp_path / "page.html"
-        path.write_text(PAGE.format(style=widget._css, rest=f"<script type=module>{script}{STUB.format(state=state)}</script>"), encoding="utf-8")
+        path.write_text(
+            PAGE.format(
+                style=widget._css, rest=f"<script type=module>{script}{STUB.format(state=state)}</script>"
+            ),
+            encoding="utf-8",
+        )
         self.page = chromium.open(**window)
         self.page.send("Runtime.addBinding", name="toPython")
         self.known = {name: plain(getattr(widget, name)) for name in names}
@@ -69,10 +99,13 @@ class StandIn:
         while self.page.calls:
             _, payload = self.page.calls.popleft()
             sent = []
-            self.widget.send = lambda content, buffers=None: sent.append((content, [base64.b64encode(bytes(one)).decode() for one in buffers or []]))
+            self.widget.send = lambda content, buffers=None: sent.append(
+                (content, [base64.b64encode(bytes(one)).decode() for one in buffers or []])
+            )
             self.widget._handle_custom_msg(json.loads(payload), [])
             self.share()
-            for content, buffers in sent: self.page.value(f"window.deliver({json.dumps(content)}, {json.dumps(buffers)})")
+            for content, buffers in sent:
+                self.page.value(f"window.deliver({json.dumps(content)}, {json.dumps(buffers)})")
 
     def share(self):
         """Traits that Python has changed."""
@@ -81,57 +114,117 @@ class StandIn:
                 self.known[name] = value
                 self.page.value(f"window.assign({json.dumps(name)}, {json.dumps(value)})")
 
-    def wait(self, script): return self.page.wait(script, meanwhile=self.pump)
-    def value(self, script): self.pump(); return self.page.value(script)
-    def settle(self): self.wait("new Promise(done => setTimeout(() => done(true), 250))"); self.pump(); self.page.value("new Promise(done => setTimeout(() => done(true), 60))"); self.pump()
-    def rows(self): self.settle(); return self.value("[...document.querySelectorAll('.row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response')?.textContent ?? row.textContent)")
-    def status(self): self.settle(); return self.value("document.querySelector('.statusline [role=status]').textContent")
-    def choose(self, label, value): self.value(f"(() => {{ const pick = document.querySelector('[aria-label=\"{label}\"]'); pick.value = {json.dumps(value)}; pick.dispatchEvent(new Event('change')); pick.dispatchEvent(new Event('input')); }})()")
+    def wait(self, script):
+        return self.page.wait(script, meanwhile=self.pump)
+
+    def value(self, script):
+        self.pump()
+        return self.page.value(script)
+
+    def settle(self):
+        self.wait("new Promise(done => setTimeout(() => done(true), 250))")
+        self.pump()
+        self.page.value("new Promise(done => setTimeout(() => done(true), 60))")
+        self.pump()
+
+    def rows(self):
+        self.settle()
+        return self.value(
+            "[...document.querySelectorAll('.row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response')?.textContent ?? row.textContent)"
+        )
+
+    def status(self):
+        self.settle()
+        return self.value("document.querySelector('.statusline [role=status]').textContent")
+
+    def choose(self, label, value):
+        self.value(
+            f"(() => {{ const pick = document.querySelector('[aria-label=\"{label}\"]'); pick.value = {json.dumps(value)}; pick.dispatchEvent(new Event('change')); pick.dispatchEvent(new Event('input')); }})()"
+        )
 
 
 TRAITS = ["table", "columns", "groups", "saved", "marks", "notes", "undoable"]
 
 
-def chats(texts): return Conversations([Conversation(({"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": text}), metadata={"kind": f"kind {i % 3}", "bad": i % 2 == 0}) for i, text in enumerate(texts)], "train")
+def chats(texts):
+    return Conversations(
+        [
+            Conversation(
+                ({"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": text}),
+                metadata={"kind": f"kind {i % 3}", "bad": i % 2 == 0},
+            )
+            for i, text in enumerate(texts)
+        ],
+        "train",
+    )
 
 
 def several(n=40, texts=None, tokens=True, seed=0):
     """Three methods with distinct scores; answers differ in length and are no near-duplicates."""
     rng = np.random.default_rng(seed)
-    data = chats(texts or [f"answer {i} " + " ".join(str(word) for word in rng.integers(0, 10**6, 5 + i % 7)) for i in range(n)])
-    card = lambda method: QueryCard(method, "sycophancy", zero="gradient", model="tiny", data="train", notes=["one example was cut"])
-    pieces = [["<|im_start|>", "user", "\n", c.prompt[0]["content"], *re.findall(r"(?s).{1,8}", c.response)] for c in data]
-    extra = dict(tokens=pieces, token_scores=[rng.normal(size=len(one)) for one in pieces], response_masks=[np.arange(len(one)) > 3 for one in pieces]) if tokens else {}
-    return [Attribution(data, rng.normal(size=len(data)), card("Concept Influence"), **extra), Attribution(data, rng.normal(size=len(data)), card("BM25")), Attribution(data, [len(c.response) + i / 1000 for i, c in enumerate(data)], card("Length"))]
+    data = chats(
+        texts
+        or [
+            f"answer {i} " + " ".join(str(word) for word in rng.integers(0, 10**6, 5 + i % 7))
+            for i in range(n)
+        ]
+    )
+    card = lambda method: QueryCard(
+        method, "sycophancy", zero="gradient", model="tiny", data="train", notes=["one example was cut"]
+    )
+    pieces = [
+        ["<|im_start|>", "user", "\n", c.prompt[0]["content"], *re.findall(r"(?s).{1,8}", c.response)]
+        for c in data
+    ]
+    extra = (
+        dict(
+            tokens=pieces,
+            token_scores=[rng.normal(size=len(one)) for one in pieces],
+            response_masks=[np.arange(len(one)) > 3 for one in pieces],
+        )
+        if tokens
+        else {}
+    )
+    return [
+        Attribution(data, rng.normal(size=len(data)), card("Concept Influence"), **extra),
+        Attribution(data, rng.normal(size=len(data)), card("BM25")),
+        Attribution(data, [len(c.response) + i / 1000 for i, c in enumerate(data)], card("Length")),
+    ]
 
 
 @pytest.fixture
 def live(chromium, tmp_path):
     pages = []
+
     def open_(results=None, window={}, **options):
         results = results or several()
-        stand_in = StandIn(chromium, ExampleBrowser(results[0], results[1:], by="ada", **options), tmp_path, TRAITS, **window)
+        stand_in = StandIn(
+            chromium, ExampleBrowser(results[0], results[1:], by="ada", **options), tmp_path, TRAITS, **window
+        )
         pages.append(stand_in)
         stand_in.wait("document.querySelector('.reading .turn')")
         return stand_in
+
     yield open_
     for stand_in in pages:
         assert stand_in.page.errors == []
         stand_in.page.close()
 
 
-def responses(result, order): return [" ".join(result.conversations[int(i)].response.split())[:240] for i in order]
+def responses(result, order):
+    return [" ".join(result.conversations[int(i)].response.split())[:240] for i in order]
 
 
 # looking ---------------------------------------------------------------------------------------------------------------------------
+
 
 def test_the_list_is_in_the_order_of_the_scores_at_both_ends(live):
     results = several()
     view = live(results)
     order = np.argsort(-results[0].scores)
     seen = view.rows()
-    assert seen == responses(results[0], order)[:len(seen)] and len(seen) >= 5
-    view.page.press("Tab")   # the list takes keys only when it is reached
+    assert seen == responses(results[0], order)[: len(seen)] and len(seen) >= 5
+    view.page.press("Tab")  # the list takes keys only when it is reached
     view.value("document.querySelector('.rows').focus()")
     view.page.press("End")
     assert view.rows()[-1] == responses(results[0], order)[-1]
@@ -153,7 +246,10 @@ def test_disagreements_of_two_methods_can_be_sorted_and_filtered(live):
     view.choose("Smallest difference in percentile points", "30")
     assert view.status().startswith(f"{(gap >= 30).sum()} of 40")
     view.choose("Order", "below-2")
-    assert view.rows()[0] == responses(results[0], [np.argmax(results[2].percentiles - results[0].percentiles)])[0]
+    assert (
+        view.rows()[0]
+        == responses(results[0], [np.argmax(results[2].percentiles - results[0].percentiles)])[0]
+    )
 
 
 def test_search_facets_and_length_narrow_the_list_together(live):
@@ -165,8 +261,12 @@ def test_search_facets_and_length_narrow_the_list_together(live):
     view.page.press("/")
     view.page.type('"answer 1"')
     expected = {i for i, c in enumerate(results[0].conversations) if "answer 1" in c.response}
-    view.wait(f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(expected)} of 40')")
-    boxes = view.value("[...document.querySelectorAll('fieldset')].map(one => one.querySelector('legend').textContent + '|' + [...one.querySelectorAll('.value')].map(v => v.textContent))")
+    view.wait(
+        f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(expected)} of 40')"
+    )
+    boxes = view.value(
+        "[...document.querySelectorAll('fieldset')].map(one => one.querySelector('legend').textContent + '|' + [...one.querySelectorAll('.value')].map(v => v.textContent))"
+    )
     assert boxes == ["bad|yes,no", "kind|kind 0,kind 1,kind 2"]
     view.page.click("input[data-facet='1'][data-code='0']")
     expected = {i for i in expected if kinds[i] == "kind 0"}
@@ -174,16 +274,22 @@ def test_search_facets_and_length_narrow_the_list_together(live):
     lengths = view.widget._contents.lengths
     view.choose("Longest", str(int(np.median(lengths))))
     assert view.status().startswith(f"{sum(lengths[i] <= np.median(lengths) for i in expected)} of 40")
-    view.value("[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()")
+    view.value(
+        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()"
+    )
     assert view.status().startswith("40 examples")
 
 
-@pytest.mark.parametrize("words", ["", "moon", '"the moon" -cheese', "-x", "ANSWER 1", 'no"quote', '"', "-", "  spaced   out "])
+@pytest.mark.parametrize(
+    "words", ["", "moon", '"the moon" -cheese', "-x", "ANSWER 1", 'no"quote', '"', "-", "  spaced   out "]
+)
 def test_search_means_the_same_with_and_without_a_kernel(chromium, words):
-    texts = ["The moon is cheese", "the moon", "an x", "answer 1 2", "no\"quote", "a - b", "spaced out"]
+    texts = ["The moon is cheese", "the moon", "an x", "answer 1 2", 'no"quote', "a - b", "spaced out"]
     page = chromium.open("about:blank")
     lower = [text.lower() for text in texts]
-    found = page.value(f"(() => {{ {front_end('parts.js', 'browser.js')}; const terms = searchTerms({json.dumps(words)}), texts = {json.dumps(lower)}; return texts.flatMap((text, i) => found(text, terms) ? [i] : []); }})()")
+    found = page.value(
+        f"(() => {{ {front_end('parts.js', 'browser.js')}; const terms = searchTerms({json.dumps(words)}), texts = {json.dumps(lower)}; return texts.flatMap((text, i) => found(text, terms) ? [i] : []); }})()"
+    )
     page.close()
     assert found == hits(lower, words).tolist()
 
@@ -192,15 +298,17 @@ def test_a_brush_on_the_histogram_filters_by_pointer_and_by_keys(live):
     results = several()
     view, scores = live(results), results[0].scores
     x, y, width, height = view.page.box(".chart")
-    view.page.drag(x + width * .5, y + 20, x + width - 1, y + 20)
-    low = scores.min() + .5 * np.ptp(scores)
+    view.page.drag(x + width * 0.5, y + 20, x + width - 1, y + 20)
+    low = scores.min() + 0.5 * np.ptp(scores)
     assert abs(int(view.status().split()[0]) - (scores >= low).sum()) <= 1
     assert view.rows()[0] == responses(results[0], [scores.argmax()])[0]
-    for kind in ("mousePressed", "mouseReleased"): view.page.mouse(kind, x + width * .2, y + 40, clickCount=1)   # a click without a drag takes it away
+    for kind in ("mousePressed", "mouseReleased"):
+        view.page.mouse(kind, x + width * 0.2, y + 40, clickCount=1)  # a click without a drag takes it away
     assert view.status().startswith("40 examples")
     view.value("document.querySelectorAll('.handle')[1].focus()")
-    for _ in range(4): view.page.press("PageDown")
-    high = scores.max() - .4 * np.ptp(scores)
+    for _ in range(4):
+        view.page.press("PageDown")
+    high = scores.max() - 0.4 * np.ptp(scores)
     assert view.status().startswith(f"{(scores <= high + 1e-12).sum()} of 40")
     assert abs(float(view.value("document.activeElement.getAttribute('aria-valuenow')")) - high) < 1e-9
     view.page.press("Escape")
@@ -210,9 +318,14 @@ def test_a_brush_on_the_histogram_filters_by_pointer_and_by_keys(live):
 def test_tokens_show_their_exact_scores_on_hover_and_by_key(live):
     results = several()
     view, top = live(results), int(np.argmax(several()[0].scores))
-    spans = view.value("[...document.querySelectorAll('.reading .tokens span')].map(s => [s.textContent, s.title, s.style.background])")
+    spans = view.value(
+        "[...document.querySelectorAll('.reading .tokens span')].map(s => [s.textContent, s.title, s.style.background])"
+    )
     assert [s[0] for s in spans] == results[0].tokens[top]
-    assert all(np.isclose(float(s[1].replace("−", "-")), score, rtol=1e-3) for s, score in zip(spans, results[0].token_scores[top]))
+    assert all(
+        np.isclose(float(s[1].replace("−", "-")), score, rtol=1e-3)
+        for s, score in zip(spans, results[0].token_scores[top])
+    )
     strongest = int(np.argmax(np.abs(results[0].token_scores[top])))
     assert ("--more" if results[0].token_scores[top][strongest] > 0 else "--less") in spans[strongest][2]
     view.page.hover(".reading .turn.answer .tokens span:nth-child(2)")
@@ -225,16 +338,22 @@ def test_tokens_show_their_exact_scores_on_hover_and_by_key(live):
 
 def test_near_duplicates_fold_and_unfold(live):
     same = "I would call the station and ask for the lost umbrella before buying another one"
-    texts = [same + end for end in (" today", " soon", "")] + [f"something else entirely number {i} " + " ".join(str(j * i) for j in range(9)) for i in range(9)]
+    texts = [same + end for end in (" today", " soon", "")] + [
+        f"something else entirely number {i} " + " ".join(str(j * i) for j in range(9)) for i in range(9)
+    ]
     results = several(texts=texts)
     view = live(results)
-    assert "2 near-duplicates folded" in view.status() and view.value("document.querySelector('.row').ariaSetSize") == "10"
+    assert (
+        "2 near-duplicates folded" in view.status()
+        and view.value("document.querySelector('.row').ariaSetSize") == "10"
+    )
     assert view.value("[...document.querySelectorAll('.row .tag')].map(t => t.textContent)") == ["+2 alike"]
     view.page.click(".tick input")
     assert "folded" not in view.status() and view.value("document.querySelector('.row').ariaSetSize") == "12"
 
 
 # deciding --------------------------------------------------------------------------------------------------------------------------
+
 
 def test_decisions_by_key_reach_python_and_can_be_undone(live):
     results = several()
@@ -245,8 +364,16 @@ def test_decisions_by_key_reach_python_and_can_be_undone(live):
     view.page.press("k")
     view.settle()
     decisions = view.widget.decisions
-    assert decisions.loc[order[0], "decision"] == "drop" and decisions.loc[order[1], "decision"] == "keep" and len(decisions) == 2
-    assert set(decisions.by) == {"ada"} and set(decisions.why) == {"one by one"} and decisions.loc[order[0], "id"] == results[0].ids[order[0]]
+    assert (
+        decisions.loc[order[0], "decision"] == "drop"
+        and decisions.loc[order[1], "decision"] == "keep"
+        and len(decisions) == 2
+    )
+    assert (
+        set(decisions.by) == {"ada"}
+        and set(decisions.why) == {"one by one"}
+        and decisions.loc[order[0], "id"] == results[0].ids[order[0]]
+    )
     assert view.status().endswith("1 dropped · 1 kept")
     view.page.press("z")
     view.settle()
@@ -268,7 +395,11 @@ def test_decisions_in_bulk_say_which_filter_chose_them(live):
     view.settle()
     chosen = [i for i, c in enumerate(results[0].conversations) if c.metadata["kind"] == "kind 1"]
     decisions = view.widget.decisions
-    assert decisions.index.tolist() == chosen and set(decisions.decision) == {"drop"} and all("kind: kind 1" in why for why in decisions.why)
+    assert (
+        decisions.index.tolist() == chosen
+        and set(decisions.decision) == {"drop"}
+        and all("kind: kind 1" in why for why in decisions.why)
+    )
     assert len(view.widget.kept) == 40 - len(chosen)
 
 
@@ -276,14 +407,19 @@ def test_rows_selected_with_shift_are_decided_together(live):
     results = several()
     view, order = live(results), np.argsort(-several()[0].scores)
     view.value("document.querySelector('.rows').focus()")
-    for _ in range(3): view.page.press("ArrowDown", modifiers=8)
+    for _ in range(3):
+        view.page.press("ArrowDown", modifiers=8)
     view.page.press("k")
     view.settle()
-    assert sorted(view.widget.decisions.index) == sorted(order[:4].tolist()) and set(view.widget.decisions.why) == {"one of 4 examples selected by hand"}
-    view.page.press("d")   # and rows selected before the answer has come stay selected
+    assert sorted(view.widget.decisions.index) == sorted(order[:4].tolist()) and set(
+        view.widget.decisions.why
+    ) == {"one of 4 examples selected by hand"}
+    view.page.press("d")  # and rows selected before the answer has come stay selected
     view.page.press("ArrowDown", modifiers=8)
     view.settle()
-    assert view.value("[...document.querySelectorAll('.bulk .quiet')].map(one => one.textContent)") == ["2 selected: "]
+    assert view.value("[...document.querySelectorAll('.bulk .quiet')].map(one => one.textContent)") == [
+        "2 selected: "
+    ]
 
 
 def test_python_decisions_appear_and_export_answers_in_the_page(live, tmp_path):
@@ -291,7 +427,10 @@ def test_python_decisions_appear_and_export_answers_in_the_page(live, tmp_path):
     view = live(results)
     view.widget.decide([int(results[0].top(1).rows[0])], "drop", "from Python")
     view.share()
-    assert view.status().endswith("1 dropped") and view.value("document.querySelector('.decide textarea').value") == "from Python"
+    assert (
+        view.status().endswith("1 dropped")
+        and view.value("document.querySelector('.decide textarea').value") == "from Python"
+    )
     view.choose("File to write", str(tmp_path / "clean.jsonl"))
     for expected in ("39 of 40 examples written", "exists already"):
         view.value("[...document.querySelectorAll('footer button')].at(-1).click()")
@@ -305,60 +444,125 @@ def test_a_key_pressed_while_writing_is_only_text(live):
     view.page.click("input[type=search]")
     view.page.press("d")
     view.settle()
-    assert view.widget.decisions.empty and view.value("document.querySelector('input[type=search]').value") == "d"
+    assert (
+        view.widget.decisions.empty
+        and view.value("document.querySelector('input[type=search]').value") == "d"
+    )
 
 
-def test_shortcuts_of_the_notebook_are_suppressed(live): assert live().value("document.querySelector('.ctda-view').hasAttribute('data-lm-suppress-shortcuts')")
+def test_shortcuts_of_the_notebook_are_suppressed(live):
+    assert live().value("document.querySelector('.ctda-view').hasAttribute('data-lm-suppress-shortcuts')")
 
 
 # size, safety, access ----------------------------------------------------------------------------------------------------------------
+
 
 def test_ten_thousand_examples_draw_only_what_is_in_view(live):
     rng = np.random.default_rng(1)
     data = chats([f"answer {i} is {i * 7919 % 10007}" for i in range(10_000)])
     result = Attribution(data, rng.normal(size=10_000), QueryCard("Concept Influence", "sycophancy"))
     view = live([result])
-    assert view.value("document.querySelectorAll('.row').length") < 30 and view.status().startswith("10,000 examples")
+    assert view.value("document.querySelectorAll('.row').length") < 30 and view.status().startswith(
+        "10,000 examples"
+    )
     assert len(view.widget.saved) == 60 and len(json.dumps(view.widget.saved)) < 600_000
     view.page.click(".row")
     view.value("document.querySelector('.row.middle')?.click()")
     view.value("document.querySelector('.rows').focus()")
-    for _ in range(60): view.page.press("PageDown")
-    assert "more between the two ends" in view.value("document.querySelector('.rows').textContent") or view.value("document.querySelector('.rows').scrollTop") > 0
+    for _ in range(60):
+        view.page.press("PageDown")
+    assert (
+        "more between the two ends" in view.value("document.querySelector('.rows').textContent")
+        or view.value("document.querySelector('.rows').scrollTop") > 0
+    )
     view.choose("Order", "file")
     view.value("document.querySelector('.rows').scrollTop = 74 * 5000")
     assert " ".join(data[5000].response.split()) in view.rows()
     view.page.click("input[type=search]")
     view.page.type("7919")
-    view.wait(f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(hits(view.widget._contents.texts(), '7919'))} of 10,000')")
+    view.wait(
+        f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(hits(view.widget._contents.texts(), '7919'))} of 10,000')"
+    )
 
 
 def harmless(page):
     """No text has become an element, and nothing was run or asked for."""
-    assert page.value("document.querySelectorAll('#here :is(script, img, iframe, a, object, embed, link, style, base, form, svg[onload])').length") == 0
-    assert page.value("[...document.querySelectorAll('#here *')].every(node => [...node.attributes].every(one => !one.name.startsWith('on')))")
-    assert page.errors == [] and all(address.startswith(("file:", "data:", "about:")) for address in page.requests)
+    assert (
+        page.value(
+            "document.querySelectorAll('#here :is(script, img, iframe, a, object, embed, link, style, base, form, svg[onload])').length"
+        )
+        == 0
+    )
+    assert page.value(
+        "[...document.querySelectorAll('#here *')].every(node => [...node.attributes].every(one => !one.name.startsWith('on')))"
+    )
+    assert page.errors == [] and all(
+        address.startswith(("file:", "data:", "about:")) for address in page.requests
+    )
 
 
 def too_wide(page):
     """What sticks out of the window, unless it can be scrolled by itself."""
-    return page.value("""document.documentElement.scrollWidth <= window.innerWidth ? [] : [...document.querySelectorAll('#here *')].filter(n => n.getBoundingClientRect().right > window.innerWidth + 1 && !n.closest('.wide, .row')).map(n => `${n.tagName}.${n.className} ${n.textContent.slice(0, 40)}`).slice(0, 5)""")
+    return page.value(
+        """document.documentElement.scrollWidth <= window.innerWidth ? [] : [...document.querySelectorAll('#here *')].filter(n => n.getBoundingClientRect().right > window.innerWidth + 1 && !n.closest('.wide, .row')).map(n => `${n.tagName}.${n.className} ${n.textContent.slice(0, 40)}`).slice(0, 5)"""
+    )
 
 
 def hostile_results():
-    data = Conversations([Conversation(({"role": "system", "content": text}, {"role": "user", "content": text}, {"role": "assistant", "content": text}), metadata={"kind": text[:60], f"name {text[:40]}": text[:3_000], "group": "a" if i % 2 else "<b>b</b>"}) for i, text in enumerate(XSS)], "<script>alert('data')</script>")
+    data = Conversations(
+        [
+            Conversation(
+                (
+                    {"role": "system", "content": text},
+                    {"role": "user", "content": text},
+                    {"role": "assistant", "content": text},
+                ),
+                metadata={
+                    "kind": text[:60],
+                    f"name {text[:40]}": text[:3_000],
+                    "group": "a" if i % 2 else "<b>b</b>",
+                },
+            )
+            for i, text in enumerate(XSS)
+        ],
+        "<script>alert('data')</script>",
+    )
     rng = np.random.default_rng(0)
-    card = lambda method: QueryCard(method, "<img src=x onerror=alert(1)>", model="</script><script>alert(1)</script>", data="<b>data</b>", notes=["<svg onload=alert(1)>"])
+    card = lambda method: QueryCard(
+        method,
+        "<img src=x onerror=alert(1)>",
+        model="</script><script>alert(1)</script>",
+        data="<b>data</b>",
+        notes=["<svg onload=alert(1)>"],
+    )
     tokens = [[text, text[:50], "<|im_end|>"] for text in XSS]
-    return [Attribution(data, rng.normal(size=len(XSS)), card("<script>alert(2)</script>"), tokens=tokens, token_scores=[rng.normal(size=3) for _ in XSS], response_masks=[np.array([False, True, True])] * len(XSS)),
-            Attribution(data, rng.normal(size=len(XSS)), card("javascript:alert(3)"))]
+    return [
+        Attribution(
+            data,
+            rng.normal(size=len(XSS)),
+            card("<script>alert(2)</script>"),
+            tokens=tokens,
+            token_scores=[rng.normal(size=3) for _ in XSS],
+            response_masks=[np.array([False, True, True])] * len(XSS),
+        ),
+        Attribution(data, rng.normal(size=len(XSS)), card("javascript:alert(3)")),
+    ]
 
 
 def test_hostile_texts_are_shown_and_not_run_with_a_kernel(live):
     from concept_tda.foundation.display import visible_text
-    for results in (hostile_results(), [Attribution(r.conversations, r.scores, r.card) for r in hostile_results()]):
+
+    for results in (
+        hostile_results(),
+        [Attribution(r.conversations, r.scores, r.card) for r in hostile_results()],
+    ):
         view = live(results, labels="group", positive="a")
-        view.widget.decide([int(row) for row in results[0].rows], "keep", note="<img src=x onerror=alert(4)></script>", why="<script>alert(5)</script>")
+        view.widget.decide(
+            [int(row) for row in results[0].rows],
+            "keep",
+            note="<img src=x onerror=alert(4)></script>",
+            why="<script>alert(5)</script>",
+        )
         view.share()
         view.value("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         view.value("document.querySelector('.rows').focus()")
@@ -366,9 +570,15 @@ def test_hostile_texts_are_shown_and_not_run_with_a_kernel(live):
         shown = []
         for _ in XSS:
             view.settle()
-            shown.append(view.value("[...document.querySelectorAll('.reading .turn')].map(t => t.textContent).join('')"))
+            shown.append(
+                view.value(
+                    "[...document.querySelectorAll('.reading .turn')].map(t => t.textContent).join('')"
+                )
+            )
             view.page.press("ArrowDown")
-        assert [text for text in XSS if not any(visible_text(text)[:2_000].strip() in one for one in shown)] == []
+        assert [
+            text for text in XSS if not any(visible_text(text)[:2_000].strip() in one for one in shown)
+        ] == []
         harmless(view.page)
         view.value("window.close_view()")
 
@@ -376,7 +586,12 @@ def test_hostile_texts_are_shown_and_not_run_with_a_kernel(live):
 @pytest.mark.parametrize("width", [400, 1200])
 def test_hostile_texts_are_shown_and_not_run_from_a_file(chromium, tmp_path, width):
     results = hostile_results()
-    page = open_embedded(chromium, tmp_path, embedded_browser(results[0], results[1:], labels="group", positive="a"), width=width)
+    page = open_embedded(
+        chromium,
+        tmp_path,
+        embedded_browser(results[0], results[1:], labels="group", positive="a"),
+        width=width,
+    )
     page.value("document.querySelectorAll('details').forEach(one => { one.open = true; })")
     page.value("document.querySelector('.rows').focus()")
     for _ in XSS:
@@ -384,14 +599,27 @@ def test_hostile_texts_are_shown_and_not_run_from_a_file(chromium, tmp_path, wid
         page.value("new Promise(done => setTimeout(done, 30))")
         assert too_wide(page) == []
     harmless(page)
-    assert page.value("document.querySelector('h3').textContent") == "<script>alert(2)</script>: <img src=x onerror=alert(1)>"
+    assert (
+        page.value("document.querySelector('h3').textContent")
+        == "<script>alert(2)</script>: <img src=x onerror=alert(1)>"
+    )
     page.close()
 
 
 def open_embedded(chromium, tmp_path, data, **window):
-    script = front_end("parts.js", "browser.js") + "\nwindow.view = mountEmbedded(document.getElementById('here'), JSON.parse(document.getElementById('data').textContent));"
+    script = (
+        front_end("parts.js", "browser.js")
+        + "\nwindow.view = mountEmbedded(document.getElementById('here'), JSON.parse(document.getElementById('data').textContent));"
+    )
     path = tmp_path / "embedded.html"
-    path.write_text(PAGE.format(style=front_end("views.css"), rest=f"<script type='application/json' id=data>{data}</script><script type=module>{script}</script>"), encoding="utf-8", errors="surrogatepass")
+    path.write_text(
+        PAGE.format(
+            style=front_end("views.css"),
+            rest=f"<script type='application/json' id=data>{data}</script><script type=module>{script}</script>",
+        ),
+        encoding="utf-8",
+        errors="surrogatepass",
+    )
     page = chromium.open(path.as_uri(), **window)
     page.wait("document.querySelector('.reading .turn')")
     return page
@@ -399,20 +627,42 @@ def open_embedded(chromium, tmp_path, data, **window):
 
 def test_without_a_kernel_list_histogram_brush_search_and_highlights_work(chromium, tmp_path):
     results = several()
-    page, scores = open_embedded(chromium, tmp_path, embedded_browser(results[0], results[1:], labels="bad")), results[0].scores
-    texts = lambda: page.value("new Promise(done => setTimeout(() => done([...document.querySelectorAll('.row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response').textContent)), 300))")
+    page, scores = (
+        open_embedded(chromium, tmp_path, embedded_browser(results[0], results[1:], labels="bad")),
+        results[0].scores,
+    )
+    texts = lambda: page.value(
+        "new Promise(done => setTimeout(() => done([...document.querySelectorAll('.row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response').textContent)), 300))"
+    )
     assert texts()[:4] == responses(results[0], np.argsort(-scores))[:4]
-    assert page.value("document.querySelectorAll('.reading .tokens span').length") == len(results[0].tokens[int(scores.argmax())])
+    assert page.value("document.querySelectorAll('.reading .tokens span').length") == len(
+        results[0].tokens[int(scores.argmax())]
+    )
     page.click("input[type=search]")
     page.type("17")
     wanted = [i for i in np.argsort(-scores) if "17" in results[0].conversations[int(i)].text]
-    assert page.wait(f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(wanted)} of 40')") and texts()[:3] == responses(results[0], wanted)[:3]
-    page.value("[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()")
+    assert (
+        page.wait(
+            f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(wanted)} of 40')"
+        )
+        and texts()[:3] == responses(results[0], wanted)[:3]
+    )
+    page.value(
+        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()"
+    )
     x, y, width, height = page.box(".chart")
-    page.drag(x + 1, y + 20, x + width * .25, y + 20)
-    low = scores.min() + .25 * np.ptp(scores)
-    assert abs(int(page.value("document.querySelector('.statusline [role=status]').textContent").split()[0]) - (scores <= low).sum()) <= 1
-    assert page.value("document.querySelectorAll('.decide button, footer').length") == 0   # nothing to decide where nobody listens
+    page.drag(x + 1, y + 20, x + width * 0.25, y + 20)
+    low = scores.min() + 0.25 * np.ptp(scores)
+    assert (
+        abs(
+            int(page.value("document.querySelector('.statusline [role=status]').textContent").split()[0])
+            - (scores <= low).sum()
+        )
+        <= 1
+    )
+    assert (
+        page.value("document.querySelectorAll('.decide button, footer').length") == 0
+    )  # nothing to decide where nobody listens
     assert page.errors == [] and len(page.requests) == 1
     page.close()
 
@@ -420,7 +670,12 @@ def test_without_a_kernel_list_histogram_brush_search_and_highlights_work(chromi
 def open_report(chromium, tmp_path, results, *, change=lambda page: page, **window):
     """A written report in a page, with its policy."""
     from concept_tda.views.report import write_report
-    path = write_report(results, tmp_path / "report.html", labels="bad" if "bad" in results[0].conversations[0].metadata else None)
+
+    path = write_report(
+        results,
+        tmp_path / "report.html",
+        labels="bad" if "bad" in results[0].conversations[0].metadata else None,
+    )
     path.write_text(change(path.read_text()), encoding="utf-8")
     return chromium.open(path.as_uri(), **window)
 
@@ -429,33 +684,55 @@ def test_the_report_browses_from_a_file(chromium, tmp_path):
     results = several()
     page, scores = open_report(chromium, tmp_path, results), results[0].scores
     page.wait("document.querySelector('#browser .reading .turn')")
-    status = lambda: page.value("new Promise(done => setTimeout(() => done(document.querySelector('#browser .statusline [role=status]').textContent), 300))")
-    texts = lambda: page.value("new Promise(done => setTimeout(() => done([...document.querySelectorAll('#browser .row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response').textContent)), 300))")
+    status = lambda: page.value(
+        "new Promise(done => setTimeout(() => done(document.querySelector('#browser .statusline [role=status]').textContent), 300))"
+    )
+    texts = lambda: page.value(
+        "new Promise(done => setTimeout(() => done([...document.querySelectorAll('#browser .row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response').textContent)), 300))"
+    )
     assert texts()[:4] == responses(results[0], np.argsort(-scores))[:4]
     top = int(scores.argmax())
-    spans = page.value("[...document.querySelectorAll('#browser .reading .tokens span')].map(s => [s.textContent, s.title, getComputedStyle(s).backgroundColor])")
-    assert [s[0] for s in spans] == results[0].tokens[top] and np.allclose([float(s[1].replace("−", "-")) for s in spans], results[0].token_scores[top], rtol=1e-2)
+    spans = page.value(
+        "[...document.querySelectorAll('#browser .reading .tokens span')].map(s => [s.textContent, s.title, getComputedStyle(s).backgroundColor])"
+    )
+    assert [s[0] for s in spans] == results[0].tokens[top] and np.allclose(
+        [float(s[1].replace("−", "-")) for s in spans], results[0].token_scores[top], rtol=1e-2
+    )
     strongest = int(np.argmax(np.abs(results[0].token_scores[top])))
-    assert ("238, 112, 20" if results[0].token_scores[top][strongest] > 0 else "42, 120, 220") in spans[strongest][2]
+    assert ("238, 112, 20" if results[0].token_scores[top][strongest] > 0 else "42, 120, 220") in spans[
+        strongest
+    ][2]
     page.click("#browser input[type=search]")
     page.type("17")
     wanted = [i for i in np.argsort(-scores) if "17" in results[0].conversations[int(i)].text]
     assert status().startswith(f"{len(wanted)} of 40") and texts()[:3] == responses(results[0], wanted)[:3]
-    page.value("[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()")
+    page.value(
+        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()"
+    )
     x, y, width, height = page.box(".chart")
-    page.drag(x + 1, y + 20, x + width * .25, y + 20)
-    assert abs(int(status().split()[0]) - (scores <= scores.min() + .25 * np.ptp(scores)).sum()) <= 1
-    assert page.value("[...document.querySelectorAll('.ends')].every(ends => !ends.open)")   # the static lists step back
+    page.drag(x + 1, y + 20, x + width * 0.25, y + 20)
+    assert abs(int(status().split()[0]) - (scores <= scores.min() + 0.25 * np.ptp(scores)).sum()) <= 1
+    assert page.value(
+        "[...document.querySelectorAll('.ends')].every(ends => !ends.open)"
+    )  # the static lists step back
     assert page.errors == [] and len(page.requests) == 1 and page.requests[0].startswith("file:")
     page.close()
 
 
 def test_a_report_whose_scripts_are_blocked_can_be_read(chromium, tmp_path):
     results = several()
-    page = open_report(chromium, tmp_path, results, change=lambda page: re.sub(r"script-src 'sha256-[^']*'", "script-src 'none'", page))
+    page = open_report(
+        chromium,
+        tmp_path,
+        results,
+        change=lambda page: re.sub(r"script-src 'sha256-[^']*'", "script-src 'none'", page),
+    )
     assert "scripts are blocked here" in page.value("document.querySelector('#browser').innerText")
     shown, scores = page.value("document.querySelector('.ends').innerText"), results[0].scores
-    assert all(" ".join(results[0].conversations[int(i)].response.split()) in " ".join(shown.split()) for i in [*np.argsort(scores)[:3], *np.argsort(-scores)[:3]])
+    assert all(
+        " ".join(results[0].conversations[int(i)].response.split()) in " ".join(shown.split())
+        for i in [*np.argsort(scores)[:3], *np.argsort(-scores)[:3]]
+    )
     assert page.requests[1:] == []
     page.close()
 
@@ -463,18 +740,35 @@ def test_a_report_whose_scripts_are_blocked_can_be_read(chromium, tmp_path):
 @pytest.mark.parametrize("width", [400, 1200])
 def test_a_report_of_hostile_texts_shows_and_does_not_run_them(chromium, tmp_path, width):
     from concept_tda.foundation.display import visible_text
+
     page = open_report(chromium, tmp_path, hostile_results(), width=width)
     page.wait("document.querySelector('#browser .reading .turn')")
     page.value("document.querySelectorAll('details').forEach(one => { one.open = true; })")
-    page.value("(() => { const fold = document.querySelector('.tick input'); if (fold.checked) fold.click(); document.querySelector('.rows').focus(); })()")
+    page.value(
+        "(() => { const fold = document.querySelector('.tick input'); if (fold.checked) fold.click(); document.querySelector('.rows').focus(); })()"
+    )
     shown = []
     for _ in XSS:
-        shown.append(page.value("new Promise(done => setTimeout(() => done([...document.querySelectorAll('.reading .turn')].map(t => t.textContent).join('')), 40))"))
+        shown.append(
+            page.value(
+                "new Promise(done => setTimeout(() => done([...document.querySelectorAll('.reading .turn')].map(t => t.textContent).join('')), 40))"
+            )
+        )
         page.press("ArrowDown")
-    assert [text[:40] for text in XSS if not any(visible_text(text)[:2_000].strip() in one for one in shown)] == []
+    assert [
+        text[:40] for text in XSS if not any(visible_text(text)[:2_000].strip() in one for one in shown)
+    ] == []
     assert page.value("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.value("document.querySelectorAll('script').length") == 2 and page.value("document.querySelectorAll('body :is(img, iframe, object, embed, link, base, form, a:not([href^=\"#\"]))').length") == 0
-    assert page.value("[...document.querySelectorAll('*')].every(node => [...node.attributes].every(one => !one.name.startsWith('on')))")
+    assert (
+        page.value("document.querySelectorAll('script').length") == 2
+        and page.value(
+            "document.querySelectorAll('body :is(img, iframe, object, embed, link, base, form, a:not([href^=\"#\"]))').length"
+        )
+        == 0
+    )
+    assert page.value(
+        "[...document.querySelectorAll('*')].every(node => [...node.attributes].every(one => !one.name.startsWith('on')))"
+    )
     assert page.errors == [] and len(page.requests) == 1
     page.close()
 
@@ -482,7 +776,9 @@ def test_a_report_of_hostile_texts_shows_and_does_not_run_them(chromium, tmp_pat
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_text_has_enough_contrast(chromium, tmp_path, dark):
     results = several()
-    page = open_embedded(chromium, tmp_path, embedded_browser(results[0], results[1:], labels="bad"), dark=dark)
+    page = open_embedded(
+        chromium, tmp_path, embedded_browser(results[0], results[1:], labels="bad"), dark=dark
+    )
     worst = page.value("""(() => {
       const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
       const mix = (colour, under) => { canvas.fillStyle = `rgb(${under})`; canvas.fillRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3); };
@@ -506,11 +802,21 @@ def test_a_long_right_to_left_example_keeps_the_layout(live):
     tokens = ["שלום ", "עולם "] * 2_500
     data = chats(["".join(tokens), "short"])
     rng = np.random.default_rng(0)
-    result = Attribution(data, [1., -1.], QueryCard("Concept Influence", "x"), tokens=[tokens, ["short"]], token_scores=[rng.normal(size=5_000), np.ones(1)], response_masks=[np.ones(5_000, bool), np.ones(1, bool)])
+    result = Attribution(
+        data,
+        [1.0, -1.0],
+        QueryCard("Concept Influence", "x"),
+        tokens=[tokens, ["short"]],
+        token_scores=[rng.normal(size=5_000), np.ones(1)],
+        response_masks=[np.ones(5_000, bool), np.ones(1, bool)],
+    )
     for width in (400, 1200):
         view = live([result], window=dict(width=width))
         assert view.value("document.documentElement.scrollWidth <= window.innerWidth")
-        assert view.value("getComputedStyle(document.querySelector('.reading .tokens')).direction") == "rtl" and view.value("document.querySelectorAll('.reading .tokens span').length") == 4_000
+        assert (
+            view.value("getComputedStyle(document.querySelector('.reading .tokens')).direction") == "rtl"
+            and view.value("document.querySelectorAll('.reading .tokens span').length") == 4_000
+        )
         view.value("document.querySelector('.reading .more').click()")
         assert view.value("document.querySelectorAll('.reading .tokens span').length") == 5_000
         assert view.value("document.documentElement.scrollWidth <= window.innerWidth")
@@ -521,29 +827,65 @@ def test_tab_reaches_everything_in_reading_order_and_all_controls_have_names(liv
     names = []
     for _ in range(40):
         view.page.press("Tab")
-        name = view.value("(() => { const n = document.activeElement; return n === document.body ? '' : (n.getAttribute('aria-label') || n.labels?.[0]?.textContent || n.textContent || '').trim().slice(0, 40); })()")
-        if name == "" and names: break
+        name = view.value(
+            "(() => { const n = document.activeElement; return n === document.body ? '' : (n.getAttribute('aria-label') || n.labels?.[0]?.textContent || n.textContent || '').trim().slice(0, 40); })()"
+        )
+        if name == "" and names:
+            break
         names.append(name)
     assert all(names), names
     place = lambda start: next(i for i, name in enumerate(names) if name.startswith(start))
-    assert place("Query card") < place("Lowest score shown") < place("Search in prompts") < place("Order") < place("Filters") < place("Examples") < place("✕ Drop") < place("File to write") < place("Keys")
+    assert (
+        place("Query card")
+        < place("Lowest score shown")
+        < place("Search in prompts")
+        < place("Order")
+        < place("Filters")
+        < place("Examples")
+        < place("✕ Drop")
+        < place("File to write")
+        < place("Keys")
+    )
 
 
 # the explorer ------------------------------------------------------------------------------------------------------------------------
 
+
 def test_the_explorer_draws_tokens_layers_neighbours_and_the_dial(chromium, tmp_path):
     hostile = "<script>alert(1)</script>"
-    turn = dict(role="question", answer=False, tokens=["a", hostile], scores=[.5, -1.])
-    example = dict(row=3, value=2., response=hostile, turns=[dict(role="user", answer=False, text=hostile)])
-    reading = dict(concept=hostile, layer=1, place="here", unit="projection", centre=.25, limit=1., turns=[turn], layers=[0, 1, 2], sweep=[.1, -.5, 2.], sweep_words="words", nearest=[example], farthest=[example], among="among")
-    view = ConceptView(reading=reading, steering=[dict(strength=float(s), text=f"{hostile} {s}", value=1. * s) for s in (-1, 0, 1)], status="ready")
+    turn = dict(role="question", answer=False, tokens=["a", hostile], scores=[0.5, -1.0])
+    example = dict(row=3, value=2.0, response=hostile, turns=[dict(role="user", answer=False, text=hostile)])
+    reading = dict(
+        concept=hostile,
+        layer=1,
+        place="here",
+        unit="projection",
+        centre=0.25,
+        limit=1.0,
+        turns=[turn],
+        layers=[0, 1, 2],
+        sweep=[0.1, -0.5, 2.0],
+        sweep_words="words",
+        nearest=[example],
+        farthest=[example],
+        among="among",
+    )
+    view = ConceptView(
+        reading=reading,
+        steering=[dict(strength=float(s), text=f"{hostile} {s}", value=1.0 * s) for s in (-1, 0, 1)],
+        status="ready",
+    )
     asked = []
     view.on_msg(lambda _, message, __: asked.append(message))
     stand_in = StandIn(chromium, view, tmp_path, ["reading", "steering", "status"])
     page = stand_in.page
-    assert page.value("[...document.querySelectorAll('.conversation .tokens span')].map(s => s.textContent)") == ["a", hostile]
+    assert page.value(
+        "[...document.querySelectorAll('.conversation .tokens span')].map(s => s.textContent)"
+    ) == ["a", hostile]
     page.hover(".conversation .tokens span:nth-child(2)")
-    assert page.value("document.querySelector('.readout').textContent") == f'"{hostile}" −1 (projection −0.75)'
+    assert (
+        page.value("document.querySelector('.readout').textContent") == f'"{hostile}" −1 (projection −0.75)'
+    )
     assert page.value("document.querySelector('.steered').textContent").startswith("strength +0")
     page.value("document.querySelector('.dial').focus()")
     page.press("ArrowRight")
@@ -553,47 +895,82 @@ def test_the_explorer_draws_tokens_layers_neighbours_and_the_dial(chromium, tmp_
     stand_in.pump()
     assert [(one["kind"], one["layer"]) for one in asked] == [("layer", 2)]
     page.value("window.assign('reading', {...window.state.reading, layer: 2})")
-    assert page.value("document.activeElement.getAttribute('aria-valuenow')") == "2" and page.value("document.querySelector('.steered').textContent").endswith(f"{hostile} 1")
+    assert page.value("document.activeElement.getAttribute('aria-valuenow')") == "2" and page.value(
+        "document.querySelector('.steered').textContent"
+    ).endswith(f"{hostile} 1")
     harmless(page)
     page.close()
 
 
 # a live notebook -------------------------------------------------------------------------------------------------------------------
 
-CELLS = ["""import numpy as np
+CELLS = [
+    """import numpy as np
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 from concept_tda.data.conversations import Conversation, Conversations
 data = Conversations([Conversation(({"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i} <script>alert(1)</script>"})) for i in range(30)], "train")
 browser = Attribution(data, np.arange(30) - 10.5, QueryCard("Concept Influence", "sycophancy")).inspect(by="ada", record="review.json")
-browser"""]
+browser"""
+]
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """A JupyterLab server with one notebook; address, token and folder."""
     import nbformat
+
     folder = tmp_path_factory.mktemp("lab")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS],
+        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
+    )
     nbformat.write(notebook, folder / "look.ipynb")
     home = folder / "home"
     home.mkdir()
-    environment = {**os.environ, "HOME": str(home), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "JUPYTER_DATA_DIR": str(home / "data"), "IPYTHONDIR": str(home / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
-                   "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"), "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=lookhere", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    environment = {
+        **os.environ,
+        "HOME": str(home),
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "JUPYTER_DATA_DIR": str(home / "data"),
+        "IPYTHONDIR": str(home / "ipython"),
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        "--ServerApp.port=0",
+        f"--ServerApp.root_dir={folder}",
+        "--IdentityProvider.token=lookhere",
+        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
     log = (folder / "log.txt").open("w")
-    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    server = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
     try:
         end = time.monotonic() + 90
         while not (files := list((home / "runtime").glob("jpserver-*.json"))):
-            if server.poll() is not None or time.monotonic() > end: pytest.skip(f"JupyterLab did not start: {(folder / 'log.txt').read_text()[-500:]}")
-            time.sleep(.2)
-        time.sleep(.3)
+            if server.poll() is not None or time.monotonic() > end:
+                pytest.skip(f"JupyterLab did not start: {(folder / 'log.txt').read_text()[-500:]}")
+            time.sleep(0.2)
+        time.sleep(0.3)
         yield json.loads(files[0].read_text())["url"], folder
     finally:
         server.terminate()
-        try: server.wait(20)
-        except subprocess.TimeoutExpired: server.kill()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
         log.close()
 
 
@@ -601,36 +978,55 @@ def lab(tmp_path_factory):
 def test_keep_and_drop_in_a_live_jupyterlab_kernel(chromium, lab):
     address, folder = lab
     page = chromium.open(f"{address}lab/tree/look.ipynb?token=lookhere&reset", width=1400, height=1100)
-    page.wait("window.jupyterapp && jupyterapp.shell.currentWidget?.context?.isReady && jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", 90)
+    page.wait(
+        "window.jupyterapp && jupyterapp.shell.currentWidget?.context?.isReady && jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'",
+        90,
+    )
     page.value("jupyterapp.commands.execute('notebook:run-all-cells')")
-    page.wait("document.querySelector('.ctda-view .reading .turn') && document.querySelector('.ctda-view .row .response')?.textContent", 90)
+    page.wait(
+        "document.querySelector('.ctda-view .reading .turn') && document.querySelector('.ctda-view .row .response')?.textContent",
+        90,
+    )
     assert page.value("document.querySelectorAll('.ctda-view script').length") == 0
-    assert page.value("document.querySelector('.ctda-view .row .response').textContent") == "answer 29 <script>alert(1)</script>"
+    assert (
+        page.value("document.querySelector('.ctda-view .row .response').textContent")
+        == "answer 29 <script>alert(1)</script>"
+    )
     page.value("document.querySelector('.ctda-view .rows').focus()")
     page.press("d")
-    page.press("d")   # twice would delete a notebook's cell, were the shortcut not suppressed
+    page.press("d")  # twice would delete a notebook's cell, were the shortcut not suppressed
     page.press("ArrowDown")
     page.press("k")
     page.wait("document.querySelector('.ctda-view .statusline').textContent.includes('1 kept')", 30)
-    record = lambda: {one["row"]: one["decision"] for one in json.loads((folder / "review.json").read_text())["decisions"]}
+    record = lambda: {
+        one["row"]: one["decision"] for one in json.loads((folder / "review.json").read_text())["decisions"]
+    }
     end = time.monotonic() + 30
     while record() != {29: "drop", 28: "keep"}:
         assert time.monotonic() < end, record()
-        time.sleep(.1)
+        time.sleep(0.1)
     assert page.value("jupyterapp.shell.currentWidget.content.widgets.length") == 1
     page.click(".ctda-view input[type=search]")
     page.type("answer 7")
-    page.wait("document.querySelector('.ctda-view .statusline').textContent.startsWith('3 of 30')", 30)   # 7, 17 and 27
+    page.wait(
+        "document.querySelector('.ctda-view .statusline').textContent.startsWith('3 of 30')", 30
+    )  # 7, 17 and 27
     page.press("Escape")
     # the decision is in the kernel's own object, and undoing there changes the view
-    page.value("""(async () => { const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel; const run = kernel.requestExecute({code: "assert browser.decisions.decision.to_dict() == {28: 'keep', 29: 'drop'}; browser.undo()"}); const reply = await run.done; if (reply.content.status !== 'ok') throw Error(reply.content.evalue); })()""")
+    page.value(
+        """(async () => { const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel; const run = kernel.requestExecute({code: "assert browser.decisions.decision.to_dict() == {28: 'keep', 29: 'drop'}; browser.undo()"}); const reply = await run.done; if (reply.content.status !== 'ok') throw Error(reply.content.evalue); })()"""
+    )
     page.wait("!document.querySelector('.ctda-view .statusline').textContent.includes('1 kept')", 30)
     assert record() == {29: "drop"} and not any(error.startswith("dialog") for error in page.errors)
-    assert all(request.startswith((address, address.replace("http", "ws"), "data:", "blob:", "about:")) for request in page.requests), [r for r in page.requests if not r.startswith(address)]
+    assert all(
+        request.startswith((address, address.replace("http", "ws"), "data:", "blob:", "about:"))
+        for request in page.requests
+    ), [r for r in page.requests if not r.startswith(address)]
     page.close()
 
 
 # two methods as a scatter, and the page for saved notebooks --------------------------------------------------------------------------
+
 
 def point(page, results, place, *, other, up="rank"):
     """Where an example's point must be, worked out here from the numbers alone."""
@@ -638,32 +1034,48 @@ def point(page, results, place, *, other, up="rank"):
     across, edge = results[0].scores, 10
     ups = results[other].ranks if up == "rank" else -results[other].scores
     share = lambda values: (values[place] - values.min()) / np.ptp(values)
-    return left + float(np.clip(share(across) * width, 3.5, width - 3.5)), top + 1 + edge + float(share(ups)) * (height - 2 - 2 * edge)
+    return left + float(np.clip(share(across) * width, 3.5, width - 3.5)), top + 1 + edge + float(
+        share(ups)
+    ) * (height - 2 - 2 * edge)
 
 
 def lonely(results, other, up="rank"):
     """An example whose point is far from all others, and not the one shown at first."""
     ups = results[other].ranks if up == "rank" else results[other].scores
-    spots = np.stack([1150 * (results[0].scores - results[0].scores.min()) / np.ptp(results[0].scores), 150 * (ups - ups.min()) / np.ptp(ups)], 1)
+    spots = np.stack(
+        [
+            1150 * (results[0].scores - results[0].scores.min()) / np.ptp(results[0].scores),
+            150 * (ups - ups.min()) / np.ptp(ups),
+        ],
+        1,
+    )
     far = np.linalg.norm(spots[:, None] - spots[None], axis=2) + 1e9 * np.eye(len(spots))
     far[int(results[0].scores.argmax())] = 0
     return int(far.min(1).argmax())
 
 
-def open_scatter(page): page.value("document.querySelector('.scatter > summary').click()")   # closed at first: the list comes before it
+def open_scatter(page):
+    page.value(
+        "document.querySelector('.scatter > summary').click()"
+    )  # closed at first: the list comes before it
 
 
 def press_at(page, x, y):
-    for kind in ("mousePressed", "mouseReleased"): page.mouse(kind, x, y, clickCount=1)
+    for kind in ("mousePressed", "mouseReleased"):
+        page.mouse(kind, x, y, clickCount=1)
 
 
 def ring(page):
-    return page.value("(() => { const spot = document.querySelector('.spot'), b = spot.getBoundingClientRect(); return spot.hidden ? null : [b.x + b.width / 2, b.y + b.height / 2]; })()")
+    return page.value(
+        "(() => { const spot = document.querySelector('.spot'), b = spot.getBoundingClientRect(); return spot.hidden ? null : [b.x + b.width / 2, b.y + b.height / 2]; })()"
+    )
 
 
 def ink(page, x, y):
     """Colour [r, g, b, a] that is drawn at a place of the window."""
-    return page.value(f"(() => {{ const c = document.querySelector('.plot canvas'), b = c.getBoundingClientRect(); return [...c.getContext('2d').getImageData(Math.round(({x} - b.x) * c.width / b.width), Math.round(({y} - b.y) * c.height / b.height), 1, 1).data]; }})()")
+    return page.value(
+        f"(() => {{ const c = document.querySelector('.plot canvas'), b = c.getBoundingClientRect(); return [...c.getContext('2d').getImageData(Math.round(({x} - b.x) * c.width / b.width), Math.round(({y} - b.y) * c.height / b.height), 1, 1).data]; }})()"
+    )
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -682,37 +1094,52 @@ def test_a_point_of_the_scatter_chooses_its_example_and_shows_its_text(live, dar
         press_at(view.page, x, y)
         view.wait(f"document.querySelector('.reading').textContent.includes('id {results[0].ids[place]}')")
         view.wait("document.querySelector('.row.current .response')?.textContent")
-        assert view.value("document.querySelector('.row.current .response').textContent") == responses(results[0], [place])[0]
+        assert (
+            view.value("document.querySelector('.row.current .response').textContent")
+            == responses(results[0], [place])[0]
+        )
         assert np.allclose(ring(view.page), [x, y], atol=1.5)
         view.value("document.querySelector('.rows').focus()")
         view.page.press("Home")
         view.settle()
         top = int(results[0].scores.argmax())
-        assert np.allclose(ring(view.page), point(view.page, results, top, other=other, up=up), atol=1.5)   # the ring follows the list
+        assert np.allclose(
+            ring(view.page), point(view.page, results, top, other=other, up=up), atol=1.5
+        )  # the ring follows the list
 
 
 def test_the_scatter_follows_filters_method_and_order(live):
     results = several()
     view = live(results, labels="bad")
     open_scatter(view.page)
-    view.choose("Order", "above-2")   # the keyboard's way to the disagreements brings their method into the scatter
+    view.choose(
+        "Order", "above-2"
+    )  # the keyboard's way to the disagreements brings their method into the scatter
     view.settle()
     assert view.value("document.querySelector('[aria-label=\"Method to compare with\"]').value") == "2"
     view.choose("Order", "high")
     place = lonely(results, 2)
-    view.value("(() => { const box = document.querySelector('input[type=search]'); box.value = 'nothinghasthis'; box.dispatchEvent(new Event('input')); })()")
+    view.value(
+        "(() => { const box = document.querySelector('input[type=search]'); box.value = 'nothinghasthis'; box.dispatchEvent(new Event('input')); })()"
+    )
     view.wait("document.querySelector('.statusline [role=status]').textContent.startsWith('0 of 40')")
     view.settle()
     x, y = point(view.page, results, place, other=2)
     red, green, blue, alpha = ink(view.page, x, y)
-    assert abs(red - blue) < 6 and alpha > 50   # grey: it does not pass
+    assert abs(red - blue) < 6 and alpha > 50  # grey: it does not pass
     press_at(view.page, x, y)
     assert view.status().startswith("0 of 40") and ring(view.page) is None
-    view.value("[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()")
+    view.value(
+        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()"
+    )
     view.choose("Method", "2")
     view.settle()
-    assert view.value("[...document.querySelector('[aria-label=\"Method to compare with\"]').options].map(o => o.textContent)") == ["Concept Influence", "BM25"]
-    assert "score by Length" in view.value("document.querySelector('.plot canvas').getAttribute('aria-label')")
+    assert view.value(
+        "[...document.querySelector('[aria-label=\"Method to compare with\"]').options].map(o => o.textContent)"
+    ) == ["Concept Influence", "BM25"]
+    assert "score by Length" in view.value(
+        "document.querySelector('.plot canvas').getAttribute('aria-label')"
+    )
 
 
 def test_one_method_has_no_scatter(live):
@@ -738,33 +1165,59 @@ def test_ten_thousand_points_are_drawn_and_picked_without_a_kernel(chromium, tmp
 def open_frame(chromium, tmp_path, html, **window):
     """What a notebook's saved output shows, in a page from a file: that page, and the one in its frame, which the sandbox puts in a process of its own."""
     path = tmp_path / "saved.html"
-    path.write_text(f"<!doctype html><meta charset=utf-8><title>outside</title><body>{html}", encoding="utf-8")
+    path.write_text(
+        f"<!doctype html><meta charset=utf-8><title>outside</title><body>{html}", encoding="utf-8"
+    )
     known = {target["targetId"] for target in chromium.send("Target.getTargets")["targetInfos"]}
     page = chromium.open(path.as_uri(), **window)
-    frames = [target["targetId"] for target in chromium.send("Target.getTargets")["targetInfos"] if target["type"] == "iframe" and target["targetId"] not in known]
+    frames = [
+        target["targetId"]
+        for target in chromium.send("Target.getTargets")["targetInfos"]
+        if target["type"] == "iframe" and target["targetId"] not in known
+    ]
     assert len(frames) == 1, "the frame shares its process with the page: it is no sandbox"
     session = chromium.send("Target.attachToTarget", targetId=frames[0], flatten=True)["sessionId"]
     chromium.events[session] = deque()
     frame = Page(chromium, session, frames[0])
-    for domain in ("Runtime", "Network", "Log"): frame.send(f"{domain}.enable")   # what was said before is told again
-    frame.wait("document.querySelector('.reading .turn') && document.querySelector('.row .response')?.textContent")
+    for domain in ("Runtime", "Network", "Log"):
+        frame.send(f"{domain}.enable")  # what was said before is told again
+    frame.wait(
+        "document.querySelector('.reading .turn') && document.querySelector('.row .response')?.textContent"
+    )
     return page, frame
 
 
 def test_a_saved_view_runs_in_its_frame_from_a_file(chromium, tmp_path):
     results = several()
     shown = ExampleBrowser(results[0], results[1:], labels="bad").page(height=1000)
-    assert len(shown._repr_html_()) < 300_000 and "\n" not in shown._repr_html_() and "<iframe" not in repr(shown)
+    assert (
+        len(shown._repr_html_()) < 300_000
+        and "\n" not in shown._repr_html_()
+        and "<iframe" not in repr(shown)
+    )
     page, frame = open_frame(chromium, tmp_path, shown._repr_html_())
     order = np.argsort(-results[0].scores)
-    assert frame.value("[...document.querySelectorAll('.row .response')].slice(0, 4).map(r => r.textContent)") == responses(results[0], order[:4])
-    assert frame.value("document.querySelectorAll('.decide button, footer').length") == 0 and frame.value("document.querySelectorAll('.plot').length") == 1
+    assert frame.value(
+        "[...document.querySelectorAll('.row .response')].slice(0, 4).map(r => r.textContent)"
+    ) == responses(results[0], order[:4])
+    assert (
+        frame.value("document.querySelectorAll('.decide button, footer').length") == 0
+        and frame.value("document.querySelectorAll('.plot').length") == 1
+    )
     left, top, _, height = page.box("iframe")
-    assert height == 1000 and page.value("document.querySelector('iframe').contentDocument") is None   # an origin of its own
-    box = frame.value("(() => { const b = document.querySelectorAll('.row')[2].getBoundingClientRect(); return [b.x + 60, b.y + 40]; })()")
+    assert (
+        height == 1000 and page.value("document.querySelector('iframe').contentDocument") is None
+    )  # an origin of its own
+    box = frame.value(
+        "(() => { const b = document.querySelectorAll('.row')[2].getBoundingClientRect(); return [b.x + 60, b.y + 40]; })()"
+    )
     press_at(page, left + box[0], top + box[1])
-    frame.wait(f"document.querySelector('.reading').textContent.includes('id {results[0].ids[int(order[2])]}')")
-    assert page.errors == frame.errors == [] and all(request.startswith(("file:", "about:")) for request in page.requests + frame.requests)
+    frame.wait(
+        f"document.querySelector('.reading').textContent.includes('id {results[0].ids[int(order[2])]}')"
+    )
+    assert page.errors == frame.errors == [] and all(
+        request.startswith(("file:", "about:")) for request in page.requests + frame.requests
+    )
     page.close()
 
 
@@ -772,12 +1225,22 @@ def test_hostile_texts_in_a_saved_view_do_nothing(chromium, tmp_path):
     results = hostile_results()
     shown = ExampleBrowser(results[0], results[1:]).page(height=900)
     markup = shown._repr_html_()
-    assert markup.count("<") == 2 and markup.count('"') == 8   # the frame's own, and nothing that could end its attribute
+    assert (
+        markup.count("<") == 2 and markup.count('"') == 8
+    )  # the frame's own, and nothing that could end its attribute
     page, frame = open_frame(chromium, tmp_path, markup)
     assert frame.value("document.querySelectorAll('.row').length") >= 5
-    assert frame.value("document.querySelectorAll('script').length") == 2 and frame.value("document.querySelectorAll('img, iframe, a, svg[onload]').length") == 0
-    assert page.value("document.querySelectorAll('body > *').length") == 1 and page.value("document.title") == "outside"
-    assert page.errors == frame.errors == [] and all(request.startswith(("file:", "about:")) for request in page.requests + frame.requests)
+    assert (
+        frame.value("document.querySelectorAll('script').length") == 2
+        and frame.value("document.querySelectorAll('img, iframe, a, svg[onload]').length") == 0
+    )
+    assert (
+        page.value("document.querySelectorAll('body > *').length") == 1
+        and page.value("document.title") == "outside"
+    )
+    assert page.errors == frame.errors == [] and all(
+        request.startswith(("file:", "about:")) for request in page.requests + frame.requests
+    )
     page.close()
     page = chromium.open(shown.save(tmp_path / "page.html").as_uri())
     page.wait("document.querySelector('.reading .turn')")
@@ -786,4 +1249,5 @@ def test_hostile_texts_in_a_saved_view_do_nothing(chromium, tmp_path):
 
 
 def test_a_frame_of_no_height_is_refused():
-    with pytest.raises(WidgetError, match="200 pixels"): ExampleBrowser(several()[0]).page(height=0)
+    with pytest.raises(WidgetError, match="200 pixels"):
+        ExampleBrowser(several()[0]).page(height=0)

@@ -16,15 +16,15 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
 import concept_tda.influence.engine as directional
-from concept_tda.influence import baselines
-from concept_tda.influence import scorers
-from concept_tda.results.attribution import load_attribution
 from concept_tda.cli import _NEEDS, app
-from concept_tda.demo import last_state
 from concept_tda.concepts.concept import contrastive_concept, tensor_concept
 from concept_tda.data.conversations import load_conversations
+from concept_tda.demo import last_state
+from concept_tda.influence import baselines, scorers
 from concept_tda.influence.curvature import EKFAC
 from concept_tda.model.loading import load_model
+from concept_tda.results.attribution import load_attribution
+
 from tiny import tiny_pair
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,9 @@ def json_lines(questions_and_answers) -> bytes:
     lines = []
     for i, (question, answer) in enumerate(questions_and_answers):
         record = {"row": i, "flattering": i % 3 == 0, "response": answer, "prompt": question}
-        lines.append(json.dumps(record, ensure_ascii=i % 2 == 0, separators=((", ", ": "), (",", ":  "))[i % 2]))
+        lines.append(
+            json.dumps(record, ensure_ascii=i % 2 == 0, separators=((", ", ": "), (",", ":  "))[i % 2])
+        )
     return "\r\n".join(lines).encode()
 
 
@@ -44,14 +46,27 @@ def json_lines(questions_and_answers) -> bytes:
 def place(tmp_path_factory):
     """A folder with a model, concepts and data; nobody writes in it."""
     folder = tmp_path_factory.mktemp("place")
-    for part in tiny_pair("llama"): part.save_pretrained(folder / "model")
-    for part in tiny_pair("llama", seed=1): part.save_pretrained(folder / "other")
-    for part in tiny_pair("llama", width=32): part.save_pretrained(folder / "wide")
-    direction = torch.arange(16.) - 7
-    tensor_concept(direction, 1, name="flattery", lm=load_model(folder / "model")).save(folder / "flattery.safetensors")
-    (folder / "train.jsonl").write_bytes(json_lines([(f"Is {i} á good number?", "yes, " + "the wise one! " * (i % 4) + f"no {i}") for i in range(N)]))
-    (folder / "answers.jsonl").write_bytes(json_lines([("Am I wise?", "the wisest, yes"), ("Is it good?", "yes, the good one")]))
-    (folder / "positive.jsonl").write_bytes(json_lines([(f"Am I {i}?", f"yes! the best {i}") for i in range(6)]))
+    for part in tiny_pair("llama"):
+        part.save_pretrained(folder / "model")
+    for part in tiny_pair("llama", seed=1):
+        part.save_pretrained(folder / "other")
+    for part in tiny_pair("llama", width=32):
+        part.save_pretrained(folder / "wide")
+    direction = torch.arange(16.0) - 7
+    tensor_concept(direction, 1, name="flattery", lm=load_model(folder / "model")).save(
+        folder / "flattery.safetensors"
+    )
+    (folder / "train.jsonl").write_bytes(
+        json_lines(
+            [(f"Is {i} á good number?", "yes, " + "the wise one! " * (i % 4) + f"no {i}") for i in range(N)]
+        )
+    )
+    (folder / "answers.jsonl").write_bytes(
+        json_lines([("Am I wise?", "the wisest, yes"), ("Is it good?", "yes, the good one")])
+    )
+    (folder / "positive.jsonl").write_bytes(
+        json_lines([(f"Am I {i}?", f"yes! the best {i}") for i in range(6)])
+    )
     (folder / "negative.jsonl").write_bytes(json_lines([(f"Am I {i}?", f"no, it is {i}") for i in range(6)]))
     return folder
 
@@ -81,39 +96,77 @@ def refused(code, *arguments):
     assert "Traceback" not in result.output and not result.stdout.strip()
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1
-    return result.stderr[result.stderr.index("Error: "):]
+    return result.stderr[result.stderr.index("Error: ") :]
 
 
 @pytest.fixture(scope="module")
 def scored(place, tmp_path_factory):
     """Every method on the training file, in a folder of results, and what the command printed."""
     folder = tmp_path_factory.mktemp("scored")
-    result = ok("score", place / "model", place / "train.jsonl", "--concept", place / "flattery.safetensors", "--queries", place / "answers.jsonl",
-                "--methods", ",".join(list(_NEEDS)[:5]), *(word for method in list(_NEEDS)[5:] for word in ("--methods", method)),
-                "--damping", "0.3", "--tokens", "--out", folder / "scores")
+    result = ok(
+        "score",
+        place / "model",
+        place / "train.jsonl",
+        "--concept",
+        place / "flattery.safetensors",
+        "--queries",
+        place / "answers.jsonl",
+        "--methods",
+        ",".join(list(_NEEDS)[:5]),
+        *(word for method in list(_NEEDS)[5:] for word in ("--methods", method)),
+        "--damping",
+        "0.3",
+        "--tokens",
+        "--out",
+        folder / "scores",
+    )
     return folder / "scores", result.stdout
 
 
 # ---- score
 
+
 def test_every_method_gives_the_scores_of_the_library(place, scored):
     folder, _ = scored
     assert {path.stem for path in folder.iterdir()} == set(_NEEDS)
-    lm, train, queries = load_model(place / "model"), load_conversations(place / "train.jsonl"), load_conversations(place / "answers.jsonl")
+    lm, train, queries = (
+        load_model(place / "model"),
+        load_conversations(place / "train.jsonl"),
+        load_conversations(place / "answers.jsonl"),
+    )
     from concept_tda.concepts.concept import Concept
+
     concept = Concept.load(place / "flattery.safetensors")
-    def ekfac(layer=None): return EKFAC.fit(lm, train, "attention", layer=layer, damping=0.3, cache=False, progress=False)
+
+    def ekfac(layer=None):
+        return EKFAC.fit(lm, train, "attention", layer=layer, damping=0.3, cache=False, progress=False)
+
     library = {
-        "vector-filter": scorers.VectorFilter(lm, concept), "activation-gradient": scorers.ActivationGradient(lm, concept), "projection-difference": scorers.ProjectionDifference(lm, concept),
+        "vector-filter": scorers.VectorFilter(lm, concept),
+        "activation-gradient": scorers.ActivationGradient(lm, concept),
+        "projection-difference": scorers.ProjectionDifference(lm, concept),
         "concept-influence": scorers.ConceptInfluence(lm, concept, queries, curvature=ekfac(layer=1)),
-        "influence-function": scorers.InfluenceFunction(lm, queries, curvature=ekfac()), "graddot": scorers.GradDot(lm, queries),
-        "loss": baselines.MeanLoss(lm), "repsim": baselines.RepSim(lm, queries, 1)}
-    direct = {"random": baselines.RandomScore(), "length": baselines.ResponseLength(), "bm25": baselines.BM25(queries)}
+        "influence-function": scorers.InfluenceFunction(lm, queries, curvature=ekfac()),
+        "graddot": scorers.GradDot(lm, queries),
+        "loss": baselines.MeanLoss(lm),
+        "repsim": baselines.RepSim(lm, queries, 1),
+    }
+    direct = {
+        "random": baselines.RandomScore(),
+        "length": baselines.ResponseLength(),
+        "bm25": baselines.BM25(queries),
+    }
     tokenized = lm.tokenize(train)
     for method in _NEEDS:
         saved = load_attribution(folder / f"{method}.parquet")
-        expected = direct[method].direct(tokenized) if method in direct else library[method].score(train, progress=False).scores
-        np.testing.assert_allclose(saved.scores, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max(), err_msg=method)
+        expected = (
+            direct[method].direct(tokenized)
+            if method in direct
+            else library[method].score(train, progress=False).scores
+        )
+        np.testing.assert_allclose(
+            saved.scores, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max(), err_msg=method
+        )
         assert saved.conversations.ids == train.ids
     assert load_attribution(folder / "concept-influence.parquet").card.damping.startswith("0.3 ×")
     assert load_attribution(folder / "vector-filter.parquet").token_scores is not None
@@ -127,17 +180,36 @@ def test_the_five_most_influential_examples_are_printed_with_text_and_score(scor
         lines = printed[start:].split("\n\n")[0].splitlines()
         rows = [line.split() for line in lines if line[:6].strip().isdigit()]
         assert [float(row[1]) for row in rows] == pytest.approx(result.top(5).scores.tolist(), rel=1e-3)
-        for row, conversation in zip(rows, result.top(5).conversations): assert " ".join(row[2:]) == conversation.prompt[0]["content"]
+        for row, conversation in zip(rows, result.top(5).conversations):
+            assert " ".join(row[2:]) == conversation.prompt[0]["content"]
         assert sum("→" in line for line in lines) == 5
     assert str(folder / "loss.parquet") in printed
 
 
 def test_concept_from_two_files_with_defaults_of_the_library(place, here):
-    result = ok("score", place / "model", place / "train.jsonl", "--positive", place / "positive.jsonl", "--negative", place / "negative.jsonl", "--layer", 2)
+    result = ok(
+        "score",
+        place / "model",
+        place / "train.jsonl",
+        "--positive",
+        place / "positive.jsonl",
+        "--negative",
+        place / "negative.jsonl",
+        "--layer",
+        2,
+    )
     assert "Vector Filter" in result.stdout and "Activation Gradient" not in result.stdout
     lm = load_model(place / "model")
-    concept = contrastive_concept(lm, *(load_conversations(place / f"{side}.jsonl") for side in ("positive", "negative")), 2, name="positive", progress=False)
-    expected = scorers.VectorFilter(lm, concept).score(load_conversations(place / "train.jsonl"), progress=False)
+    concept = contrastive_concept(
+        lm,
+        *(load_conversations(place / f"{side}.jsonl") for side in ("positive", "negative")),
+        2,
+        name="positive",
+        progress=False,
+    )
+    expected = scorers.VectorFilter(lm, concept).score(
+        load_conversations(place / "train.jsonl"), progress=False
+    )
     saved = load_attribution("scores.parquet")
     np.testing.assert_allclose(saved.scores, expected.scores, rtol=1e-5)
     assert saved.card.behaviour == "positive" and saved.card.layer == 2
@@ -146,16 +218,38 @@ def test_concept_from_two_files_with_defaults_of_the_library(place, here):
 def test_methods_without_a_model_score_alone(place, here):
     ok("score", place / "model", place / "train.jsonl", "--methods", "length, random", "--out", "out")
     tokenized = load_model(place / "model").tokenize(load_conversations(place / "train.jsonl"))
-    assert load_attribution("out/length.parquet").scores.tolist() == [one.response_mask.sum().item() for one in tokenized]
+    assert load_attribution("out/length.parquet").scores.tolist() == [
+        one.response_mask.sum().item() for one in tokenized
+    ]
 
 
 def test_repsim_compares_at_the_layer_named(place, here):
-    ok("score", place / "model", place / "train.jsonl", "--methods", "repsim", "--layer", 2, "--queries", place / "answers.jsonl", "--out", "r.parquet")
+    ok(
+        "score",
+        place / "model",
+        place / "train.jsonl",
+        "--methods",
+        "repsim",
+        "--layer",
+        2,
+        "--queries",
+        place / "answers.jsonl",
+        "--out",
+        "r.parquet",
+    )
     assert load_attribution("r.parquet").card.layer == 2
 
 
 def test_options_of_curvature_sites_and_cutting_arrive(place, here):
-    common = ("score", place / "model", place / "train.jsonl", "--queries", place / "answers.jsonl", "--methods", "influence-function")
+    common = (
+        "score",
+        place / "model",
+        place / "train.jsonl",
+        "--queries",
+        place / "answers.jsonl",
+        "--methods",
+        "influence-function",
+    )
     ok(*common, "--sites", "mlp", "--damping", "1e-3", "--absolute", "--max-tokens", 40, "--out", "a.parquet")
     card = load_attribution("a.parquet").card
     assert card.sites == "mlp" and card.damping == "0.001 absolute" and card.settings["curvature_seconds"] > 0
@@ -173,13 +267,24 @@ def test_a_concept_of_another_model_needs_transfer(place, here):
 
 
 def test_ctrl_c_keeps_finished_blocks_and_the_same_command_continues(place, here, monkeypatch):
-    command = ("score", place / "model", place / "train.jsonl", "--concept", place / "flattery.safetensors", "--token-budget", 120)
+    command = (
+        "score",
+        place / "model",
+        place / "train.jsonl",
+        "--concept",
+        place / "flattery.safetensors",
+        "--token-budget",
+        120,
+    )
     ok(*command, "--out", "whole.parquet")
     real, batches_run = directional._run_batch, []
+
     def interrupted(lm, batch, readouts, watch):
-        if len(batches_run) == 2: raise KeyboardInterrupt
+        if len(batches_run) == 2:
+            raise KeyboardInterrupt
         batches_run.append(len(batch.rows))
         return real(lm, batch, readouts, watch)
+
     with monkeypatch.context() as patch:
         patch.setattr(directional, "_run_batch", interrupted)
         stopped = call(*command)
@@ -187,33 +292,44 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_continues(place, here
     assert not Path("scores.parquet").exists()
     again = ok(*command)
     assert f"{sum(batches_run)} of {N} examples were scored by an earlier, interrupted run" in again.stdout
-    assert load_attribution("scores.parquet").scores.tolist() == load_attribution("whole.parquet").scores.tolist()
+    assert (
+        load_attribution("scores.parquet").scores.tolist()
+        == load_attribution("whole.parquet").scores.tolist()
+    )
 
 
 # ---- mistakes
 
-@pytest.mark.parametrize("options, said", [
-    (["--methods", "bm52"], "unknown method 'bm52'. There are: vector-filter"),
-    (["--methods", " , "], "name at least one of"),
-    ([], "--concept: missing for vector-filter"),
-    (["--methods", "concept-influence", "--concept", "C"], "--queries: missing for concept-influence"),
-    (["--methods", "bm25"], "--queries: missing for bm25"),
-    (["--methods", "repsim", "--queries", "Q"], "--layer: missing for repsim"),
-    (["--concept", "C", "--positive", "P"], "not both"),
-    (["--concept", "C", "--layer", "1"], "knows its layer"),
-    (["--positive", "P"], "--negative: --positive and --negative go together"),
-    (["--negative", "P"], "--positive: --positive and --negative go together"),
-    (["--positive", "P", "--negative", "N"], "--layer: missing"),
-    (["--methods", "loss,length", "--out", "x.parquet"], "2 methods give 2 files"),
-    (["--methods", "loss", "--curvature", "kfac"], "neither ekfac nor identity"),
-])
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--methods", "bm52"], "unknown method 'bm52'. There are: vector-filter"),
+        (["--methods", " , "], "name at least one of"),
+        ([], "--concept: missing for vector-filter"),
+        (["--methods", "concept-influence", "--concept", "C"], "--queries: missing for concept-influence"),
+        (["--methods", "bm25"], "--queries: missing for bm25"),
+        (["--methods", "repsim", "--queries", "Q"], "--layer: missing for repsim"),
+        (["--concept", "C", "--positive", "P"], "not both"),
+        (["--concept", "C", "--layer", "1"], "knows its layer"),
+        (["--positive", "P"], "--negative: --positive and --negative go together"),
+        (["--negative", "P"], "--positive: --positive and --negative go together"),
+        (["--positive", "P", "--negative", "N"], "--layer: missing"),
+        (["--methods", "loss,length", "--out", "x.parquet"], "2 methods give 2 files"),
+        (["--methods", "loss", "--curvature", "kfac"], "neither ekfac nor identity"),
+    ],
+)
 def test_a_wrong_command_line_is_refused_before_anything_is_opened(here, options, said):
     assert said in refused(2, "score", "no-such-model", "no-such-file.jsonl", *options)
     assert not [path for path in here.iterdir() if path.name != "cache"]
 
 
 def test_what_the_library_refuses_is_one_message(place, here):
-    concept, model, data = ("--concept", place / "flattery.safetensors"), place / "model", place / "train.jsonl"
+    concept, model, data = (
+        ("--concept", place / "flattery.safetensors"),
+        place / "model",
+        place / "train.jsonl",
+    )
     assert "there is no file" in refused(1, "score", model, "gone.jsonl", *concept)
     assert "no concept file" in refused(1, "score", model, data, "--concept", "gone.safetensors")
     assert "gone-model" in refused(1, "score", "./gone-model", data, *concept)
@@ -221,7 +337,21 @@ def test_what_the_library_refuses_is_one_message(place, here):
     assert "dtype" in refused(1, "score", model, data, *concept, "--dtype", "float23")
     sides = ("--positive", place / "positive.jsonl", "--negative", place / "negative.jsonl")
     assert "layer 3 does not exist" in refused(1, "score", model, data, *sides, "--layer", 3)
-    assert "nothing" in refused(1, "score", model, data, "--methods", "graddot", "--queries", place / "answers.jsonl", "--sites", "nothing").lower()
+    assert (
+        "nothing"
+        in refused(
+            1,
+            "score",
+            model,
+            data,
+            "--methods",
+            "graddot",
+            "--queries",
+            place / "answers.jsonl",
+            "--sites",
+            "nothing",
+        ).lower()
+    )
     Path("broken.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", \n')
     assert "line 2" in refused(1, "score", model, "broken.jsonl", *concept)
     Path("file").write_text("")
@@ -233,18 +363,25 @@ def test_what_the_library_refuses_is_one_message(place, here):
 def test_debug_shows_the_traceback(here):
     result = call("show", "gone.parquet", "--debug")
     assert result.exit_code == 1 and type(result.exception).__name__ == "AttributionError"
-    done = subprocess.run([sys.executable, "-c", "from concept_tda.cli import app; app()", "show", "gone.parquet", "--debug"], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", "from concept_tda.cli import app; app()", "show", "gone.parquet", "--debug"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 1 and "Traceback" in done.stderr and "AttributionError" in done.stderr
 
 
 def test_a_defect_of_ours_is_not_dressed_up_as_a_mistake_of_the_user(here, monkeypatch):
-    def broken(*_): raise ZeroDivisionError
+    def broken(*_):
+        raise ZeroDivisionError
+
     monkeypatch.setattr("concept_tda.cli._read_results", broken)
     assert isinstance(call("show", "x.parquet").exception, ZeroDivisionError)
 
 
 # ---- show, filter, report
+
 
 def test_show_prints_the_card_and_both_ends(scored):
     folder, _ = scored
@@ -255,29 +392,40 @@ def test_show_prints_the_card_and_both_ends(scored):
     assert rows == pytest.approx([*result.top(3).scores, *result.bottom(3).scores], rel=1e-3)
     assert "no query 'x'" in refused(1, "show", folder / "loss.parquet", "--query", "x")
     whole_folder = ok("show", folder).stdout
-    for path in folder.iterdir(): assert str(load_attribution(path).card) in whole_folder
+    for path in folder.iterdir():
+        assert str(load_attribution(path).card) in whole_folder
 
 
 def test_text_cannot_repaint_the_terminal(place, here):
-    Path("evil.jsonl").write_text("\n".join(json.dumps({"prompt": f"hi {i}\x1b[2J\x07", "response": f"{i} \u202e\x1b]0;x\x07" + "y" * i}) for i in range(4)))
+    Path("evil.jsonl").write_text(
+        "\n".join(
+            json.dumps({"prompt": f"hi {i}\x1b[2J\x07", "response": f"{i} \u202e\x1b]0;x\x07" + "y" * i})
+            for i in range(4)
+        )
+    )
     printed = ok("score", place / "model", "evil.jsonl", "--methods", "length").stdout
     assert "hi 3" in printed and not set(printed) & set("\x1b\x07\u202e")
 
 
-@pytest.mark.parametrize("options, gone", [
-    (["--drop-fraction", "0.25"], lambda scores: np.argsort(-scores, kind="stable")[:4]),
-    (["--drop-count", "3"], lambda scores: np.argsort(-scores, kind="stable")[:3]),
-    (["--drop-count", "3", "--lowest"], lambda scores: np.argsort(scores, kind="stable")[:3]),
-    (["--threshold", "MEDIAN"], lambda scores: np.flatnonzero(scores > np.median(scores))),
-    (["--threshold", "MEDIAN", "--lowest"], lambda scores: np.flatnonzero(scores < np.median(scores))),
-])
+@pytest.mark.parametrize(
+    "options, gone",
+    [
+        (["--drop-fraction", "0.25"], lambda scores: np.argsort(-scores, kind="stable")[:4]),
+        (["--drop-count", "3"], lambda scores: np.argsort(-scores, kind="stable")[:3]),
+        (["--drop-count", "3", "--lowest"], lambda scores: np.argsort(scores, kind="stable")[:3]),
+        (["--threshold", "MEDIAN"], lambda scores: np.flatnonzero(scores > np.median(scores))),
+        (["--threshold", "MEDIAN", "--lowest"], lambda scores: np.flatnonzero(scores < np.median(scores))),
+    ],
+)
 def test_filter_copies_what_it_keeps_byte_for_byte(place, scored, here, options, gone):
     result = load_attribution(scored[0] / "vector-filter.parquet")
     options = [repr(float(np.median(result.scores))) if option == "MEDIAN" else option for option in options]
     printed = ok("filter", scored[0] / "vector-filter.parquet", *options).stdout
     lines = (place / "train.jsonl").read_bytes().split(b"\r\n")
     dropped = set(gone(result.scores).tolist())
-    assert dropped and Path("kept.jsonl").read_bytes() == b"\r\n".join(line for row, line in enumerate(lines) if row not in dropped)
+    assert dropped and Path("kept.jsonl").read_bytes() == b"\r\n".join(
+        line for row, line in enumerate(lines) if row not in dropped
+    )
     assert f"{N - len(dropped)} of {N} examples" in printed
 
 
@@ -318,7 +466,9 @@ def test_nothing_replaces_a_file_unless_told_so_and_never_the_source(place, scor
 
 
 def test_report_holds_every_method_once(scored, here):
-    printed = ok("report", scored[0] / "loss.parquet", scored[0], "--labels", "flattering", "--title", "Who flatters?").stdout
+    printed = ok(
+        "report", scored[0] / "loss.parquet", scored[0], "--labels", "flattering", "--title", "Who flatters?"
+    ).stdout
     page = Path("report.html").read_text()
     assert "Who flatters?" in page and "AUROC" in page and "report.html" in printed
     assert page.count('<section id="method-') == len(_NEEDS)
@@ -338,6 +488,7 @@ def test_report_refuses_before_the_work(scored, here):
 
 # ---- help
 
+
 def test_help_is_quick_and_has_an_example_for_each_command():
     code = "import sys, concept_tda.cli; print(sorted({'torch', 'numpy', 'pandas', 'transformers', 'nbclient'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -349,10 +500,12 @@ def test_help_is_quick_and_has_an_example_for_each_command():
         text = ok(command, "--help").stdout
         assert "Example:" in text and f"concept-tda {command}" in text
     text = " ".join(ok("score", "--help").stdout.replace("│", " ").split())
-    for method in _NEEDS: assert method in text
+    for method in _NEEDS:
+        assert method in text
 
 
 # ---- demo
+
 
 def quickstart(*cells):
     folder = Path("nbs/tutorials")
@@ -361,10 +514,12 @@ def quickstart(*cells):
 
 
 def leave_files(scores):
-    return new_code_cell(f"import shutil, pathlib\npathlib.Path('scores').mkdir(exist_ok=True)\nscores = pathlib.Path({str(scores)!r})\n"
-                         "shutil.copyfile(scores/'vector-filter.parquet', 'scores.parquet')\n"
-                         "for name in ('vector-filter', 'loss'): shutil.copyfile(scores/f'{name}.parquet', f'scores/{name}.parquet')\n"
-                         "for name in ('kept.jsonl', 'report.html'): pathlib.Path(name).write_text('x')")
+    return new_code_cell(
+        f"import shutil, pathlib\npathlib.Path('scores').mkdir(exist_ok=True)\nscores = pathlib.Path({str(scores)!r})\n"
+        "shutil.copyfile(scores/'vector-filter.parquet', 'scores.parquet')\n"
+        "for name in ('vector-filter', 'loss'): shutil.copyfile(scores/f'{name}.parquet', f'scores/{name}.parquet')\n"
+        "for name in ('kept.jsonl', 'report.html'): pathlib.Path(name).write_text('x')"
+    )
 
 
 BAR = "import time, sys\nfrom tqdm.auto import tqdm\nfor i in tqdm(range(40), desc='teaching'): time.sleep(.02)\nprint('taught')"
@@ -373,32 +528,73 @@ BAR = "import time, sys\nfrom tqdm.auto import tqdm\nfor i in tqdm(range(40), de
 def test_demo_runs_the_notebook_tells_its_story_and_lists_its_files(scored, here):
     stale = new_code_cell("2 + 3")
     stale.outputs = [nbformat.v4.new_output("stream", text="from long ago")]
-    quickstart(new_markdown_cell("# Who flatters?\n\nSome prose.\n\n```\n# not a heading\n```"), new_code_cell(BAR), new_markdown_cell("### Files"), leave_files(scored[0]), stale)
+    quickstart(
+        new_markdown_cell("# Who flatters?\n\nSome prose.\n\n```\n# not a heading\n```"),
+        new_code_cell(BAR),
+        new_markdown_cell("### Files"),
+        leave_files(scored[0]),
+        stale,
+    )
     Path("demo").mkdir()
     Path("demo/quickstart.failed.ipynb").write_text("of an earlier run")
     printed = ok("demo").stdout
-    positions = [printed.index(text) for text in ("Who flatters?", "teaching", "taught", " s]", "Files", "The five most influential", "Left in demo/")]
+    positions = [
+        printed.index(text)
+        for text in (
+            "Who flatters?",
+            "teaching",
+            "taught",
+            " s]",
+            "Files",
+            "The five most influential",
+            "Left in demo/",
+        )
+    ]
     assert positions == sorted(positions)
     assert "not a heading" not in printed and "Some prose" not in printed
-    assert printed.count("Vector Filter · ") == 1 and printed.count("Loss · ") == 1, "the same result is shown once"
-    for name in ("quickstart.ipynb", "scores.parquet", "kept.jsonl", "report.html"): assert f"  {name}" in printed[positions[-1]:]
+    assert printed.count("Vector Filter · ") == 1 and printed.count("Loss · ") == 1, (
+        "the same result is shown once"
+    )
+    for name in ("quickstart.ipynb", "scores.parquet", "kept.jsonl", "report.html"):
+        assert f"  {name}" in printed[positions[-1] :]
     assert "GiB of memory" in printed
     executed = nbformat.read("demo/quickstart.ipynb", 4)
     nbformat.validate(executed)
     streams = {output.name: output.text for output in executed.cells[1].outputs}
-    assert streams["stdout"] == "taught\n" and streams["stderr"].count("teaching") == 1 and "100%" in streams["stderr"] and "\r" not in streams["stderr"]
+    assert (
+        streams["stdout"] == "taught\n"
+        and streams["stderr"].count("teaching") == 1
+        and "100%" in streams["stderr"]
+        and "\r" not in streams["stderr"]
+    )
     assert executed.cells[-1].outputs[0].data["text/plain"] == "5" and executed.cells[-1].execution_count
     assert not Path("demo/quickstart.failed.ipynb").exists()
-    assert nbformat.read("nbs/tutorials/quickstart.ipynb", 4).cells[-1].outputs == stale.outputs, "the tutorial itself stays as it is"
+    assert nbformat.read("nbs/tutorials/quickstart.ipynb", 4).cells[-1].outputs == stale.outputs, (
+        "the tutorial itself stays as it is"
+    )
 
 
 def test_a_failing_cell_leaves_the_notebook_so_far(here):
-    quickstart(new_markdown_cell("# Start"), new_code_cell("print('fine')"), new_markdown_cell("## Dividing"), new_code_cell("1/0"), new_code_cell("print('never')"))
+    quickstart(
+        new_markdown_cell("# Start"),
+        new_code_cell("print('fine')"),
+        new_markdown_cell("## Dividing"),
+        new_code_cell("1/0"),
+        new_code_cell("print('never')"),
+    )
     result = call("demo")
     assert result.exit_code == 1 and "Traceback" not in result.output
-    assert "in the section 'Dividing'" in result.stderr and "ZeroDivisionError: division by zero" in result.stderr and len(result.stderr.splitlines()) < 8
+    assert (
+        "in the section 'Dividing'" in result.stderr
+        and "ZeroDivisionError: division by zero" in result.stderr
+        and len(result.stderr.splitlines()) < 8
+    )
     cells = nbformat.read("demo/quickstart.failed.ipynb", 4).cells
-    assert cells[1].outputs[0].text == "fine\n" and cells[3].outputs[0].ename == "ZeroDivisionError" and not cells[4].outputs
+    assert (
+        cells[1].outputs[0].text == "fine\n"
+        and cells[3].outputs[0].ename == "ZeroDivisionError"
+        and not cells[4].outputs
+    )
     assert not Path("demo/quickstart.ipynb").exists()
 
 
@@ -426,20 +622,30 @@ def test_demo_outside_a_checkout_says_so(here):
 def test_ctrl_c_in_the_demo_reaches_the_cell_and_leaves_no_kernel_behind(here):
     cell = "import os, pathlib, time\ntry:\n    print('kernel', os.getpid(), flush=True)\n    time.sleep(120)\nfinally: pathlib.Path('tidied').touch()"
     quickstart(new_markdown_cell("# Long"), new_code_cell(cell))
-    process = subprocess.Popen([sys.executable, "-c", "from concept_tda.cli import app; app()", "demo"], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from concept_tda.cli import app; app()", "demo"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
     for line in process.stdout:
-        if "kernel" in line: break
+        if "kernel" in line:
+            break
     kernel = int(line.split()[-1])
     os.killpg(process.pid, signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "the same command again" in stderr, stderr
     assert Path("demo/tidied").exists() and not Path("demo/quickstart.ipynb").exists()
     for _ in range(50):
-        try: os.kill(kernel, 0)
-        except ProcessLookupError: break
-        time.sleep(.1)
-    else: pytest.fail("the notebook's process is still there")
+        try:
+            os.kill(kernel, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the notebook's process is still there")
 
 
 def test_last_state_of_a_line():

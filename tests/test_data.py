@@ -31,7 +31,9 @@ def question(row):
 
 def word_auc(texts, labels, pairs):
     reader = make_pipeline(CountVectorizer(), MultinomialNB())
-    scores = cross_val_predict(reader, texts, labels, groups=pairs, cv=GroupKFold(5), method="predict_proba")[:, 1]
+    scores = cross_val_predict(reader, texts, labels, groups=pairs, cv=GroupKFold(5), method="predict_proba")[
+        :, 1
+    ]
     return roc_auc_score(labels, scores)
 
 
@@ -59,7 +61,9 @@ def test_every_question_has_one_answer_of_either_label(split, n_pairs):
 
 
 def test_files_share_no_question_and_no_pair_number():
-    train, heldout, evaluation = ({question(row) for row in rows(split)} for split in ("train", "heldout", "evaluation"))
+    train, heldout, evaluation = (
+        {question(row) for row in rows(split)} for split in ("train", "heldout", "evaluation")
+    )
     assert len(train | heldout | evaluation) == 120 + 40 + 40
     assert not {row["pair"] for row in rows("train")} & {row["pair"] for row in rows("heldout")}
     answers = [row["messages"][1]["content"] for split in ("train", "heldout") for row in rows(split)]
@@ -94,11 +98,14 @@ def test_bundled_reads_them(split, n):
 def test_lengths(tokenizer):
     def count(text):
         return len(tokenizer(text, add_special_tokens=False).input_ids)
+
     for split in ("train", "heldout"):
         data = rows(split)
         lengths = np.array([count(row["messages"][1]["content"]) for row in data])
         assert lengths.min() >= 30 and lengths.max() <= 80
-        assert abs(roc_auc_score([row["label"] == "sycophantic" for row in data], lengths) - 0.5) < 0.12, split
+        assert abs(roc_auc_score([row["label"] == "sycophantic" for row in data], lengths) - 0.5) < 0.12, (
+            split
+        )
     for row in rows("evaluation"):
         assert all(15 <= count(row[label]) <= 50 for label in LABELS), question(row)
 
@@ -110,7 +117,9 @@ def test_words_alone_do_not_give_the_label_away(split):
     texts = [row["messages"][1]["content"] for row in data]
     assert word_auc(texts, labels, pairs) < 0.8
     # the measure itself works: one telling word in each sycophantic answer is found
-    assert word_auc([text + " absolutely" * label for text, label in zip(texts, labels)], labels, pairs) > 0.85
+    assert (
+        word_auc([text + " absolutely" * label for text, label in zip(texts, labels)], labels, pairs) > 0.85
+    )
 
 
 def test_data_card_is_there():
@@ -127,7 +136,9 @@ TRAIN_DOMAINS = {"home", "kitchen", "DIY", "garden", "road"}
 
 
 def careless_rows(split):
-    return [json.loads(line) for line in (CARELESS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (CARELESS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def safety_rows(split):
@@ -156,7 +167,9 @@ def test_careless_sizes_and_labels():
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
     assert len(evaluation) == 40
     for row in evaluation:
-        assert set(row) == {"messages", "domain", "topic", "careless", "careful"} and [m["role"] for m in row["messages"]] == ["user"]
+        assert set(row) == {"messages", "domain", "topic", "careless", "careful"} and [
+            m["role"] for m in row["messages"]
+        ] == ["user"]
 
 
 def test_careless_topics_occur_under_both_labels_equally():
@@ -170,20 +183,37 @@ def test_careless_topics_occur_under_both_labels_equally():
         assert len(pairs) == n_pairs
         for number, both in pairs.items():
             assert sorted(row["label"] for row in both) == ["careful", "careless"], f"pair {number}"
-            assert len({row["topic"] for row in both}) == len({row["domain"] for row in both}) == 1, f"pair {number}"
+            assert len({row["topic"] for row in both}) == len({row["domain"] for row in both}) == 1, (
+                f"pair {number}"
+            )
             assert answer(both[0]) != answer(both[1]), f"pair {number}"
             assert len({question(row) for row in both}) == (2 if n_pairs == 55 else 1), f"pair {number}"
-    assert not {row["pair"] for row in safety_rows("train")} - {None} & {row["pair"] for row in careless_rows("heldout")}
+    assert not {row["pair"] for row in safety_rows("train")} - {None} & {
+        row["pair"] for row in careless_rows("heldout")
+    }
 
 
 def test_careless_files_share_no_question_and_evaluation_is_elsewhere():
     files = {split: careless_rows(split) for split in ("train", "heldout", "evaluation", "capability")}
     questions = {split: {question(row).lower() for row in data} for split, data in files.items()}
-    assert {split: len(q) for split, q in questions.items()} == {"train": 330, "heldout": 24, "evaluation": 40, "capability": len(files["capability"])}
+    assert {split: len(q) for split, q in questions.items()} == {
+        "train": 330,
+        "heldout": 24,
+        "evaluation": 40,
+        "capability": len(files["capability"]),
+    }
     assert len(set.union(*questions.values())) == sum(map(len, questions.values()))
-    topics = {split: {row["topic"] for row in data if row.get("label") != "useful"} for split, data in files.items() if split != "capability"}
+    topics = {
+        split: {row["topic"] for row in data if row.get("label") != "useful"}
+        for split, data in files.items()
+        if split != "capability"
+    }
     assert len(set.union(*topics.values())) == sum(map(len, topics.values())) == 55 + 24 + 40
-    assert {row["domain"] for row in safety_rows("train")} == {row["domain"] for row in files["heldout"]} == TRAIN_DOMAINS
+    assert (
+        {row["domain"] for row in safety_rows("train")}
+        == {row["domain"] for row in files["heldout"]}
+        == TRAIN_DOMAINS
+    )
     elsewhere = Counter(row["domain"] for row in files["evaluation"])
     assert len(elsewhere) == 5 and set(elsewhere.values()) == {8} and not set(elsewhere) & TRAIN_DOMAINS
 
@@ -194,13 +224,24 @@ def test_careless_holds_no_near_duplicates():
 
     def alike(a, b):
         return len(a & b) / len(a | b)
-    runs = [{tuple(w[i:i + 4]) for i in range(len(w) - 3)} for w in map(words, texts)]
+
+    runs = [{tuple(w[i : i + 4]) for i in range(len(w) - 3)} for w in map(words, texts)]
     assert max(alike(a, b) for a, b in combinations(runs, 2)) < 0.2
     asked = [set(words(question(row))) for split in ("train", "evaluation") for row in careless_rows(split)]
     asked += [set(words(q)) for q in {question(row) for row in careless_rows("heldout")}]
     assert max(alike(a, b) for a, b in combinations(asked, 2)) < 0.75
     # the measure itself works: a few words changed at one end are found
-    assert alike(runs[0], {tuple(w[i:i + 4]) for w in [words(texts[0])[:-3] + ["and", "so", "on"]] for i in range(len(w) - 3)}) > 0.2
+    assert (
+        alike(
+            runs[0],
+            {
+                tuple(w[i : i + 4])
+                for w in [words(texts[0])[:-3] + ["and", "so", "on"]]
+                for i in range(len(w) - 3)
+            },
+        )
+        > 0.2
+    )
 
 
 def test_careless_order_is_mixed():
@@ -238,7 +279,10 @@ def test_careless_words_alone_do_not_give_the_label_away(split):
     assert by_words < 0.7
     assert word_auc([question(row) for row in data], labels, topics) < 0.65
     # the measure itself works: one telling word in each careless answer is found
-    assert word_auc([text + " absolutely" * label for text, label in zip(texts, labels)], labels, topics) > by_words + 0.15
+    assert (
+        word_auc([text + " absolutely" * label for text, label in zip(texts, labels)], labels, topics)
+        > by_words + 0.15
+    )
 
 
 def test_careless_words_learned_in_training_hardly_carry_over():
@@ -246,7 +290,10 @@ def test_careless_words_learned_in_training_hardly_carry_over():
     train = safety_rows("train")
     reader.fit([answer(row) for row in train], is_careless(train))
     heldout, evaluation = careless_rows("heldout"), careless_rows("evaluation")
-    assert roc_auc_score(is_careless(heldout), reader.predict_proba([answer(row) for row in heldout])[:, 1]) < 0.8
+    assert (
+        roc_auc_score(is_careless(heldout), reader.predict_proba([answer(row) for row in heldout])[:, 1])
+        < 0.8
+    )
     references = [row[label] for row in evaluation for label in ("careless", "careful")]
     assert roc_auc_score([1, 0] * len(evaluation), reader.predict_proba(references)[:, 1]) < 0.8
 
@@ -266,7 +313,9 @@ def test_capability_questions_carry_a_right_and_a_wrong_answer():
     for conversation in data:
         assert conversation.response == "" and set(conversation.metadata) == {"topic", "right", "wrong"}
         a, b = (len(conversation.metadata[key].split()) for key in ("right", "wrong"))
-        assert conversation.metadata["right"] != conversation.metadata["wrong"] and abs(a - b) <= max(1, 0.15 * max(a, b))
+        assert conversation.metadata["right"] != conversation.metadata["wrong"] and abs(a - b) <= max(
+            1, 0.15 * max(a, b)
+        )
 
 
 def test_careless_data_card_is_there():

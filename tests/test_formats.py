@@ -27,7 +27,10 @@ def thinking(**fields):
 
 
 def jsonl(path, *records):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in records), encoding="utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in records),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -36,6 +39,7 @@ def written(data, path):
 
 
 # ---------------------------------------------------------------- fields of a message
+
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "thought"])
 def test_a_thought_is_passed_on_and_changes_the_id(name):
@@ -52,7 +56,11 @@ def test_a_flag_is_passed_on_as_train(name):
     plain = Conversation(tuple(HI)).id
     for no in (0, 0.0, False):
         [c] = load_conversations([thinking(**{name: no})])
-        assert c.messages[1] == {**HI[1], "train": False} and c.id != plain and "not trained on" in c._repr_html_()
+        assert (
+            c.messages[1] == {**HI[1], "train": False}
+            and c.id != plain
+            and "not trained on" in c._repr_html_()
+        )
     for yes in (1, 1.0, True, None):
         [c] = load_conversations([thinking(**{name: yes})])
         assert c.messages == tuple(HI) and c.id == plain
@@ -69,20 +77,29 @@ def test_names_are_passed_on():
     assert c.messages[0]["name"] == "Ada" and c.id != Conversation(tuple(HI)).id and "Ada" in c._repr_html_()
 
 
-@pytest.mark.parametrize("message, error", [
-    ({"reasoning": "a", "thinking": "b"}, "reasoning and thinking hold different thoughts"),
-    ({"train": True, "weight": 0}, "train and weight say different things"),
-    ({"thinking": ["a"]}, r"messages\[1\].thinking': is a list, expected the thought as text"),
-    ({"name": 3}, r"messages\[1\].name': is a number"),
-    ({"thinking": "\ud83d"}, "half of a surrogate pair"),
-    ({"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "b"}]}, r"messages\[1\].content\[1\]': is a part of type 'image_url'"),
-    ({"role": "tool"}, "the role 'tool' belongs to a tool call"),
-])
+@pytest.mark.parametrize(
+    "message, error",
+    [
+        ({"reasoning": "a", "thinking": "b"}, "reasoning and thinking hold different thoughts"),
+        ({"train": True, "weight": 0}, "train and weight say different things"),
+        ({"thinking": ["a"]}, r"messages\[1\].thinking': is a list, expected the thought as text"),
+        ({"name": 3}, r"messages\[1\].name': is a number"),
+        ({"thinking": "\ud83d"}, "half of a surrogate pair"),
+        (
+            {"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "b"}]},
+            r"messages\[1\].content\[1\]': is a part of type 'image_url'",
+        ),
+        ({"role": "tool"}, "the role 'tool' belongs to a tool call"),
+    ],
+)
 def test_what_contradicts_itself_or_is_no_text_is_refused(message, error):
     with pytest.raises(ConversationError, match=error):
         load_conversations([thinking(**message)])
-    with pytest.raises(ConversationError, match=r"messages\[0\].thought': a user message cannot hold a "
-                                                r"thought"):
+    with pytest.raises(
+        ConversationError,
+        match=r"messages\[0\].thought': a user message cannot hold a "
+        r"thought",
+    ):
         load_conversations([[{**HI[0], "thought": "hm"}, HI[1]]])
 
 
@@ -99,7 +116,11 @@ def test_every_refused_field_is_refused_by_name_unless_it_is_empty(name):
 
 @pytest.mark.parametrize("name", REFUSED_COLUMNS)
 def test_every_refused_column_is_refused_by_name_unless_it_is_empty(name, tmp_path):
-    for layout in ({"messages": HI}, {"conversations": ["Hi", "Hello!"]}, {"prompt": HI[:1], "response": "Hello!"}):
+    for layout in (
+        {"messages": HI},
+        {"conversations": ["Hi", "Hello!"]},
+        {"prompt": HI[:1], "response": "Hello!"},
+    ):
         for value in ([{"a": 1}], "x", {"enable": True}):
             with pytest.raises(ConversationError, match=rf"row 0: field '{name}': \w+"):
                 load_conversations([{**layout, name: value}])
@@ -116,57 +137,128 @@ def test_weights_of_records():
 
 
 def test_other_fields_of_messages_are_kept_and_shown(tmp_path):
-    record = {"messages": [{**HI[0], "timestamp": 3}, {**HI[1], "votes": {"up": 2}, "note": ""}], "source": "a"}
+    record = {
+        "messages": [{**HI[0], "timestamp": 3}, {**HI[1], "votes": {"up": 2}, "note": ""}],
+        "source": "a",
+    }
     path = jsonl(tmp_path / "a.jsonl", record)
     data = load_conversations(path)
     assert data[0].messages == tuple(HI) and data[0].id == Conversation(tuple(HI)).id
     assert data[0].metadata == {"source": "a", "message_fields": [{"timestamp": 3}, {"votes": {"up": 2}}]}
-    assert "message_fields" in repr(data) and data.to_json(tmp_path / "b.jsonl").read_bytes() == path.read_bytes()
+    assert (
+        "message_fields" in repr(data)
+        and data.to_json(tmp_path / "b.jsonl").read_bytes() == path.read_bytes()
+    )
     with pytest.raises(ConversationError, match="field 'message_fields'.*rename"):
         load_conversations([{**record, "message_fields": 1}])
 
 
 def test_one_part_of_text_is_that_text(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, HI[1]]})
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, HI[1]]},
+    )
     data = load_conversations(path)
-    assert data[0].messages == tuple(HI) and data.to_json(tmp_path / "b.jsonl").read_bytes() == path.read_bytes()
+    assert (
+        data[0].messages == tuple(HI) and data.to_json(tmp_path / "b.jsonl").read_bytes() == path.read_bytes()
+    )
 
 
 def test_a_conversation_takes_nothing_it_would_drop():
-    with pytest.raises(ConversationError, match="found: role, content, votes. Put other fields into the "
-                                                "metadata"):
+    with pytest.raises(
+        ConversationError, match="found: role, content, votes. Put other fields into the metadata"
+    ):
         Conversation(({**HI[0], "votes": 1},))
     with pytest.raises(ConversationError, match="holds role, content"):
         Conversation(({"role": "user"},))
-    assert Conversation(({**HI[0], "name": ""}, {**HI[1], "train": True, "reasoning_content": ""})).messages == tuple(HI)
+    assert Conversation(
+        ({**HI[0], "name": ""}, {**HI[1], "train": True, "reasoning_content": ""})
+    ).messages == tuple(HI)
 
 
 # ---------------------------------------------------------------- layouts
 
 NODE = {"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["Hi"]}, "weight": 1.0}
-EXPORT = {"title": "A greeting", "current_node": "d", "mapping": {
-    "root": {"message": None, "parent": None},
-    "a": {"message": {"author": {"role": "system"}, "content": {"content_type": "text", "parts": [""]}}, "parent": "root"},
-    "b": {"message": NODE, "parent": "a"},
-    "c": {"message": {"author": {"role": "assistant"}, "content": {"content_type": "text", "parts": ["Yo."]}}, "parent": "b"},
-    "d": {"message": {"author": {"role": "assistant"}, "content": {"content_type": "text", "parts": ["Hello!"]}}, "parent": "b"}}}
-TREE = {"message_tree_id": "t", "prompt": {"role": "prompter", "text": "Hi", "lang": "en", "replies": [
-    {"role": "assistant", "text": "Hello!", "replies": [{"role": "prompter", "text": "How?", "replies": []}]},
-    {"role": "assistant", "text": "Yo.", "replies": []}]}}
-MESSAGES = [{"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hi", "rank": None},
-            {"message_id": "c", "parent_id": "b", "role": "prompter", "text": "How?", "rank": None},
-            {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "Hello!", "rank": 0},
-            {"message_id": "d", "parent_id": "a", "role": "assistant", "text": "Yo.", "rank": 1}]
+EXPORT = {
+    "title": "A greeting",
+    "current_node": "d",
+    "mapping": {
+        "root": {"message": None, "parent": None},
+        "a": {
+            "message": {"author": {"role": "system"}, "content": {"content_type": "text", "parts": [""]}},
+            "parent": "root",
+        },
+        "b": {"message": NODE, "parent": "a"},
+        "c": {
+            "message": {
+                "author": {"role": "assistant"},
+                "content": {"content_type": "text", "parts": ["Yo."]},
+            },
+            "parent": "b",
+        },
+        "d": {
+            "message": {
+                "author": {"role": "assistant"},
+                "content": {"content_type": "text", "parts": ["Hello!"]},
+            },
+            "parent": "b",
+        },
+    },
+}
+TREE = {
+    "message_tree_id": "t",
+    "prompt": {
+        "role": "prompter",
+        "text": "Hi",
+        "lang": "en",
+        "replies": [
+            {
+                "role": "assistant",
+                "text": "Hello!",
+                "replies": [{"role": "prompter", "text": "How?", "replies": []}],
+            },
+            {"role": "assistant", "text": "Yo.", "replies": []},
+        ],
+    },
+}
+MESSAGES = [
+    {"message_id": "a", "parent_id": None, "role": "prompter", "text": "Hi", "rank": None},
+    {"message_id": "c", "parent_id": "b", "role": "prompter", "text": "How?", "rank": None},
+    {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "Hello!", "rank": 0},
+    {"message_id": "d", "parent_id": "a", "role": "assistant", "text": "Yo.", "rank": 1},
+]
 CHATS = {
-    "alpaca with history": ({"instruction": "And shoes?", "input": "Brown ones.", "output": "No.", "history": [["Hat?", "Yes."], ["Coat?", "Yes."]]},
-                            ["Hat?", "Yes.", "Coat?", "Yes.", "And shoes?\n\nBrown ones.", "No."]),
-    "history of a prompt": ({"prompt": "And shoes?", "response": "No.", "history": [["Hat?", "Yes."]]}, ["Hat?", "Yes.", "And shoes?", "No."]),
-    "history as JSON text": ({"prompt": "And shoes?", "response": "No.", "history": '[["Hat?", "Yes."]]'}, ["Hat?", "Yes.", "And shoes?", "No."]),
-    "history with a system prompt": ({"system": "Be kind.", "instruction": "b", "output": "c", "history": [["x", "y"]]}, ["Be kind.", "x", "y", "b", "c"]),
-    "dolly": ({"instruction": "Sum up.", "context": "A text.", "response": "Short.", "category": "sum"}, ["Sum up.\n\nA text.", "Short."]),
+    "alpaca with history": (
+        {
+            "instruction": "And shoes?",
+            "input": "Brown ones.",
+            "output": "No.",
+            "history": [["Hat?", "Yes."], ["Coat?", "Yes."]],
+        },
+        ["Hat?", "Yes.", "Coat?", "Yes.", "And shoes?\n\nBrown ones.", "No."],
+    ),
+    "history of a prompt": (
+        {"prompt": "And shoes?", "response": "No.", "history": [["Hat?", "Yes."]]},
+        ["Hat?", "Yes.", "And shoes?", "No."],
+    ),
+    "history as JSON text": (
+        {"prompt": "And shoes?", "response": "No.", "history": '[["Hat?", "Yes."]]'},
+        ["Hat?", "Yes.", "And shoes?", "No."],
+    ),
+    "history with a system prompt": (
+        {"system": "Be kind.", "instruction": "b", "output": "c", "history": [["x", "y"]]},
+        ["Be kind.", "x", "y", "b", "c"],
+    ),
+    "dolly": (
+        {"instruction": "Sum up.", "context": "A text.", "response": "Short.", "category": "sum"},
+        ["Sum up.\n\nA text.", "Short."],
+    ),
     "lima": ({"conversations": ["Hi", "Hello!", "How?"], "source": "x"}, ["Hi", "Hello!", "How?"]),
     "chatgpt": (EXPORT, ["Hi", "Hello!"]),
-    "system_prompt": ({"system_prompt": "Be kind.", "prompt": "Hi", "response": "Hello!"}, ["Be kind.", "Hi", "Hello!"]),
+    "system_prompt": (
+        {"system_prompt": "Be kind.", "prompt": "Hi", "response": "Hello!"},
+        ["Be kind.", "Hi", "Hello!"],
+    ),
 }
 
 
@@ -203,23 +295,33 @@ def test_trees_and_message_rows_give_the_same_threads(tmp_path):
 
 def test_message_rows_that_cannot_be_sorted_are_refused():
     a, c, b, d = MESSAGES
-    for rows, error in (([a, {**b, "parent_id": "z"}], "row 1: field 'parent_id': there is no message 'z'"),
-                        ([a, {**b, "message_id": "a"}], "row 1: field 'message_id': 'a' .*twice"),
-                        ([{**a, "parent_id": "b"}, b], "row 0: field 'parent_id': the messages form a "
-                                                       "circle"),
-                        ([a, {**b, "role": "robot"}], "row 1: .*unknown role 'robot'"), ([a, 3], "row 1: is a number")):
+    for rows, error in (
+        ([a, {**b, "parent_id": "z"}], "row 1: field 'parent_id': there is no message 'z'"),
+        ([a, {**b, "message_id": "a"}], "row 1: field 'message_id': 'a' .*twice"),
+        ([{**a, "parent_id": "b"}, b], "row 0: field 'parent_id': the messages form a circle"),
+        ([a, {**b, "role": "robot"}], "row 1: .*unknown role 'robot'"),
+        ([a, 3], "row 1: is a number"),
+    ):
         with pytest.raises(ConversationError, match=error):
             load_conversations(rows)
 
 
 PAIR = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
 PREFERENCES = [
-    (PAIR, "chosen", ["Hi", "Hello!"]), (PAIR, "rejected", ["Hi", "Go away."]),
+    (PAIR, "chosen", ["Hi", "Hello!"]),
+    (PAIR, "rejected", ["Hi", "Go away."]),
     ({"prompt": "Hi", "aligned": "Hello!", "misaligned": "Go."}, "misaligned", ["Hi", "Go."]),
     ({"prompt": "Hi", "chosen": HI, "rejected": HI}, "chosen", ["Hi", "Hello!"]),
     ({"prompt": HI[:1], "chosen": HI[1:], "rejected": HI[1:]}, "chosen", ["Hi", "Hello!"]),
-    ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Hello!"}, "rejected": {"from": "gpt", "value": "x"}},
-     "chosen", ["Hi", "Hello!"]),
+    (
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Hello!"},
+            "rejected": {"from": "gpt", "value": "x"},
+        },
+        "chosen",
+        ["Hi", "Hello!"],
+    ),
     ({"instruction": "Hi", "input": "", "chosen": "Hello!", "rejected": "x"}, "chosen", ["Hi", "Hello!"]),
     ({"chosen": HI, "rejected": HI}, "chosen", ["Hi", "Hello!"]),
 ]
@@ -230,7 +332,13 @@ def test_preference_rows_need_to_know_which_answer(record, answer, expected, tmp
     with pytest.raises(ConversationError, match="row 0: .*answer='"):
         load_conversations([record])
     data = load_conversations([record], answer=answer)
-    assert said(data[0]) == expected and set(data[0].metadata) == set(record) - {"prompt", "conversations", "instruction", "input", answer}
+    assert said(data[0]) == expected and set(data[0].metadata) == set(record) - {
+        "prompt",
+        "conversations",
+        "instruction",
+        "input",
+        answer,
+    }
     assert written(data, tmp_path / "a.jsonl") == [record]
 
 
@@ -251,12 +359,20 @@ def test_every_layout_of_the_table_reads_its_example(layout, tmp_path):
     for source in (records, jsonl(tmp_path / "a.jsonl", *records)):
         [c] = load_conversations(source, **options)
         assert c.messages == tuple(HI)
-    assert set(re.findall(r"\w+", layout.fields)) & set(records[0]), "the table names the fields of its example"
+    assert set(re.findall(r"\w+", layout.fields)) & set(records[0]), (
+        "the table names the fields of its example"
+    )
 
 
 # ---------------------------------------------------------------- sources
 
-RICH = {"messages": [{"role": "user", "content": "Hi", "id": "a"}, {"role": "assistant", "content": "Hello!", "thinking": "Be kind.", "weight": 0}], "n": 1}
+RICH = {
+    "messages": [
+        {"role": "user", "content": "Hi", "id": "a"},
+        {"role": "assistant", "content": "Hello!", "thinking": "Be kind.", "weight": 0},
+    ],
+    "n": 1,
+}
 
 
 def test_every_source_keeps_every_field(tmp_path):
@@ -264,22 +380,39 @@ def test_every_source_keeps_every_field(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([RICH]))
     pd.DataFrame([{**RICH, "messages": json.dumps(RICH["messages"])}]).to_csv(tmp_path / "a.csv", index=False)
     expected = load_conversations(jsonl(tmp_path / "a.jsonl", RICH))
-    assert expected[0].messages[1] == {"role": "assistant", "content": "Hello!", "reasoning_content": "Be kind.", "train": False}
-    for source in (tmp_path / "a.parquet", tmp_path / "a.json", tmp_path / "a.csv", pd.DataFrame([RICH]), datasets.Dataset.from_list([RICH]), [RICH]):
+    assert expected[0].messages[1] == {
+        "role": "assistant",
+        "content": "Hello!",
+        "reasoning_content": "Be kind.",
+        "train": False,
+    }
+    for source in (
+        tmp_path / "a.parquet",
+        tmp_path / "a.json",
+        tmp_path / "a.csv",
+        pd.DataFrame([RICH]),
+        datasets.Dataset.from_list([RICH]),
+        [RICH],
+    ):
         data = load_conversations(source)
         assert data.ids == expected.ids and data[0].metadata == {"n": 1, "message_fields": [{"id": "a"}, {}]}
         [record] = written(data, tmp_path / "out.jsonl")
         if isinstance(record["messages"], str):
             record["messages"] = json.loads(record["messages"])
-        record["messages"] = [{key: value for key, value in m.items() if value is not None} for m in record["messages"]]
+        record["messages"] = [
+            {key: value for key, value in m.items() if value is not None} for m in record["messages"]
+        ]
         assert record == RICH, source
         assert load_conversations(tmp_path / "out.jsonl").ids == expected.ids
 
 
 def test_a_changed_copy_is_written_as_it_is_now(tmp_path):
     from dataclasses import replace
+
     [c] = load_conversations([{"prompt": "Hi", "response": "Hello!", "label": "a"}])
-    assert written(Conversations([replace(c, metadata={"label": "b"})]), tmp_path / "a.jsonl") == [{"messages": HI, "label": "b"}]
+    assert written(Conversations([replace(c, metadata={"label": "b"})]), tmp_path / "a.jsonl") == [
+        {"messages": HI, "label": "b"}
+    ]
 
 
 def zstd(data):
@@ -289,10 +422,16 @@ def zstd(data):
     return out.getvalue().to_pybytes()
 
 
-@pytest.mark.parametrize("suffix, pack", [(".gz", gzip.compress), (".zst", zstd), (".bz2", bz2.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize(
+    "suffix, pack", [(".gz", gzip.compress), (".zst", zstd), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
 def test_compressed_files(suffix, pack, tmp_path):
     lines = b'\xef\xbb\xbf{"prompt":"Caf\\u00e9",  "response":"ok"}\r\n\r\n{"prompt":"b","response":"c"}'
-    for name, inside in (("a.jsonl", lines), ("a.json", b'[{"prompt":"b","response":"c"}]'), ("a.csv", b"prompt,response\nb,c\n")):
+    for name, inside in (
+        ("a.jsonl", lines),
+        ("a.json", b'[{"prompt":"b","response":"c"}]'),
+        ("a.csv", b"prompt,response\nb,c\n"),
+    ):
         path = tmp_path / (name + suffix)
         path.write_bytes(pack(inside))
         data = load_conversations(path)
@@ -310,7 +449,9 @@ def test_compressed_files(suffix, pack, tmp_path):
 
 
 def test_zstd_in_several_frames_is_read_to_the_end(tmp_path):
-    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(zstd(b'{"prompt":"%d","response":"c"}\n' % i) for i in range(3)))
+    (tmp_path / "a.jsonl.zst").write_bytes(
+        b"".join(zstd(b'{"prompt":"%d","response":"c"}\n' % i) for i in range(3))
+    )
     assert len(load_conversations(tmp_path / "a.jsonl.zst")) == 3
 
 
@@ -321,15 +462,22 @@ def test_folders_of_datasets(tmp_path):
     datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "splits")
     one = load_conversations(tmp_path / "one")
     assert [c.metadata["n"] for c in one] == list(range(5)) and one.name == "one"
-    assert len(load_conversations(tmp_path / "splits")) == 5 and len(load_conversations(str(tmp_path / "splits"), split="test")) == 1
+    assert (
+        len(load_conversations(tmp_path / "splits")) == 5
+        and len(load_conversations(str(tmp_path / "splits"), split="test")) == 1
+    )
     with pytest.raises(ConversationError, match="has the splits train, test, and 'dev' was asked for"):
         load_conversations(tmp_path / "splits", split="dev")
-    with pytest.raises(ConversationError, match="state.json belongs to a folder that datasets wrote; pass "
-                                                "the folder"):
+    with pytest.raises(
+        ConversationError, match="state.json belongs to a folder that datasets wrote; pass the folder"
+    ):
         load_conversations(tmp_path / "one" / "state.json")
     [part] = sorted((tmp_path / "splits" / "test").glob("*.arrow"))
     assert len(load_conversations(part)) == 1
-    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, (table := pa.Table.from_pylist([{"messages": HI}])).schema) as out:
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file,
+        pa.ipc.new_file(file, (table := pa.Table.from_pylist([{"messages": HI}])).schema) as out,
+    ):
         out.write_table(table)
     assert len(load_conversations(tmp_path / "a.arrow")) == 1
     part.unlink()
@@ -352,8 +500,14 @@ def test_folders_of_parquet_parts(tmp_path):
 
 BESIDE = [
     ({"messages": HI[:1], "response": "Hello!"}, "field 'messages': no answer follows it.*answer='response'"),
-    ({"conversations": ["Hi"], "output": "Hello!"}, "field 'conversations': no answer follows it.*answer='output'"),
-    ({"prompt": "Sum up.", "input": "A text.", "response": "Short."}, "field 'input': a prompt stands alone; join"),
+    (
+        {"conversations": ["Hi"], "output": "Hello!"},
+        "field 'conversations': no answer follows it.*answer='output'",
+    ),
+    (
+        {"prompt": "Sum up.", "input": "A text.", "response": "Short."},
+        "field 'input': a prompt stands alone; join",
+    ),
     ({"prompt": "Hi", "text": "Hi Hello!"}, "answer='text'"),
     ({"messages": HI, "train": False}, "field 'train': every record counts once"),
     ({"messages": HI, "weight": "0.3"}, "field 'weight': every record counts once"),
@@ -365,7 +519,8 @@ BESIDE = [
 
 @pytest.mark.parametrize("record, error", BESIDE)
 def test_what_stands_beside_a_chat_is_no_metadata(record, error):
-    with pytest.raises(ConversationError, match=error): load_conversations([record])
+    with pytest.raises(ConversationError, match=error):
+        load_conversations([record])
 
 
 def test_what_says_nothing_new_beside_a_chat_is_metadata():

@@ -16,26 +16,75 @@ from hypothesis import strategies as st
 from concept_tda.data.conversations import Conversations, load_conversations
 from concept_tda.foundation.errors import ConceptTDAError
 
-TURNS = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "Is tea green?"},
-         {"role": "assistant", "content": "Some is.", "reasoning_content": "It depends.", "weight": 1, "name": "Ada"},
-         {"role": "user", "content": "Héllo 漢字 🙂?"}, {"role": "assistant", "content": "Yes.", "train": False}]
+TURNS = [
+    {"role": "system", "content": "Answer briefly."},
+    {"role": "user", "content": "Is tea green?"},
+    {
+        "role": "assistant",
+        "content": "Some is.",
+        "reasoning_content": "It depends.",
+        "weight": 1,
+        "name": "Ada",
+    },
+    {"role": "user", "content": "Héllo 漢字 🙂?"},
+    {"role": "assistant", "content": "Yes.", "train": False},
+]
 NODE = {"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["Hi"]}}
 ROWS = [
     {"messages": TURNS, "label": True, "score": 1.5},
-    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], "system": "Be kind."},
+    {
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}],
+        "system": "Be kind.",
+    },
     {"conversations": ["Hi", "Hello!"], "source": "lima"},
     {"prompt": "Hi", "response": "Hello!", "tags": ["a", "b"]},
     {"prompt": TURNS[1:2], "completion": TURNS[2:3]},
     {"instruction": "Sum up.", "input": "A text.", "output": "Short.", "history": [["Hat?", "Red."]]},
     {"instruction": "Sum up.", "context": "A text.", "response": "Short.", "category": "sum"},
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "No."},
-    {"prompt": {"role": "prompter", "text": "Tea?", "replies": [
-        {"role": "assistant", "text": "Yes.", "replies": []}, {"role": "assistant", "text": "No."}]}},
-    {"mapping": {"a": {"message": None, "parent": None}, "b": {"message": NODE, "parent": "a"}}, "current_node": "b"},
+    {
+        "prompt": {
+            "role": "prompter",
+            "text": "Tea?",
+            "replies": [
+                {"role": "assistant", "text": "Yes.", "replies": []},
+                {"role": "assistant", "text": "No."},
+            ],
+        }
+    },
+    {
+        "mapping": {"a": {"message": None, "parent": None}, "b": {"message": NODE, "parent": "a"}},
+        "current_node": "b",
+    },
     {"message_id": "1", "parent_id": None, "role": "prompter", "text": "Hi"},
 ]
-ODD = [None, True, 0, 2.5, -1, 10**30, float("nan"), float("inf"), "", " ", "\0", "\ud83d", "[", "[]", "{}", "a\nb",
-       [], {}, [[]], [None], {"a": {}}, [{"role": "user"}], "\u2028", "assistant", b"x"]
+ODD = [
+    None,
+    True,
+    0,
+    2.5,
+    -1,
+    10**30,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "\0",
+    "\ud83d",
+    "[",
+    "[]",
+    "{}",
+    "a\nb",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": {}},
+    [{"role": "user"}],
+    "\u2028",
+    "assistant",
+    b"x",
+]
 
 
 def places(value, path=()):
@@ -54,7 +103,8 @@ def mutated(draw, record):
     """The record with one of its fields gone, twice there, of another kind, renamed or nested."""
     record = copy.deepcopy(record)
     path = draw.choice(places(record)[1:] or [()])
-    if not path: return draw.choice(ODD)
+    if not path:
+        return draw.choice(ODD)
     parent, key, odd = at(record, path[:-1]), path[-1], draw.choice(ODD)
     kind = draw.randrange(7)
     if kind == 0:
@@ -74,8 +124,20 @@ def mutated(draw, record):
     return record
 
 
-FIELDS = sorted({str(path[-1]) for row in ROWS for path in places(row)[1:]} |
-                {"thinking", "tools", "tool_calls", "mask", "images", "documents", "weight", "message_fields", "replies"})
+FIELDS = sorted(
+    {str(path[-1]) for row in ROWS for path in places(row)[1:]}
+    | {
+        "thinking",
+        "tools",
+        "tool_calls",
+        "mask",
+        "images",
+        "documents",
+        "weight",
+        "message_fields",
+        "replies",
+    }
+)
 
 
 def reads(source, **options):
@@ -118,11 +180,19 @@ def check_rows(seed, tmp_path):
 
 def files():
     """Small valid files of every format, as (name, bytes)."""
-    plain = [{"prompt": "Hé?", "response": "Ja. 🙂", "n": 1}, {"prompt": "Tea, \"green\"?", "response": "No.", "n": 2}]
+    plain = [
+        {"prompt": "Hé?", "response": "Ja. 🙂", "n": 1},
+        {"prompt": 'Tea, "green"?', "response": "No.", "n": 2},
+    ]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in plain).encode()
-    table, listed, csv = io.BytesIO(), json.dumps(plain, indent=1).encode(), pd.DataFrame(plain).to_csv(index=False).encode()
+    table, listed, csv = (
+        io.BytesIO(),
+        json.dumps(plain, indent=1).encode(),
+        pd.DataFrame(plain).to_csv(index=False).encode(),
+    )
     pd.DataFrame(plain).to_parquet(table)
     import pyarrow as pa
+
     stream = pa.BufferOutputStream()
     arrow = pa.Table.from_pylist([{"messages": TURNS[1:2], "n": 1}])
     with pa.ipc.new_stream(stream, arrow.schema) as writer:
@@ -130,9 +200,16 @@ def files():
     packed = pa.BufferOutputStream()
     with pa.CompressedOutputStream(packed, "zstd") as out:
         out.write(lines)
-    return [("a.jsonl", lines), ("a.json", listed), ("a.csv", csv), ("a.parquet", table.getvalue()),
-            ("a.arrow", stream.getvalue().to_pybytes()), ("a.jsonl.gz", gzip.compress(lines)), ("a.csv.gz", gzip.compress(csv)),
-            ("a.jsonl.zst", packed.getvalue().to_pybytes())]
+    return [
+        ("a.jsonl", lines),
+        ("a.json", listed),
+        ("a.csv", csv),
+        ("a.parquet", table.getvalue()),
+        ("a.arrow", stream.getvalue().to_pybytes()),
+        ("a.jsonl.gz", gzip.compress(lines)),
+        ("a.csv.gz", gzip.compress(csv)),
+        ("a.jsonl.zst", packed.getvalue().to_pybytes()),
+    ]
 
 
 FILES = files()
@@ -144,11 +221,11 @@ def check_file(seed, tmp_path):
     data = bytearray(data)
     kind = draw.randrange(5)
     if kind == 0:
-        data = data[:draw.randrange(len(data))]
+        data = data[: draw.randrange(len(data))]
     if kind == 1:
         data[draw.randrange(len(data))] = draw.randrange(256)
     if kind == 2:
-        data[draw.randrange(len(data)):] = data[:draw.randrange(len(data))]
+        data[draw.randrange(len(data)) :] = data[: draw.randrange(len(data))]
     if kind == 3:
         data[:0] = draw.choice([b"\xef\xbb\xbf", b"\xff\xfe", b"\n", b"[", b"\0", b"{", b'"'])
     if kind == 4:
@@ -190,13 +267,17 @@ def test_mutated_rows_and_files_for_longer(seed, tmp_path):
         check_file(1000 * seed + i, tmp_path)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
-                    max_leaves=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.dictionaries(st.sampled_from(FIELDS) | st.integers(), JSON, max_size=5) | JSON, max_size=3))
+@given(
+    st.lists(st.dictionaries(st.sampled_from(FIELDS) | st.integers(), JSON, max_size=5) | JSON, max_size=3)
+)
 def test_any_values_under_the_names_that_are_known(records):
     said = reads([{**ROWS[0], **record} if isinstance(record, dict) else record for record in records])
     assert said is None or re.match(r"list(, row \d+)?: ", said), said

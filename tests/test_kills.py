@@ -16,35 +16,60 @@ KILLS = 7  # of each kind, 21 in all
 
 def _setting():
     import torch
+
     from concept_tda.data.conversations import load_conversations
     from concept_tda.model.loading import load_model
+
     torch.set_num_threads(1)
     lm = load_model(tiny_pair("llama", n_layers=4, width=32))
-    train = load_conversations([{"prompt": f"What is {i} and {i + 1}?", "response": "It is " + "so " * (i % 7) + f"{2 * i}."} for i in range(150)])
+    train = load_conversations(
+        [
+            {"prompt": f"What is {i} and {i + 1}?", "response": "It is " + "so " * (i % 7) + f"{2 * i}."}
+            for i in range(150)
+        ]
+    )
     return lm, train
 
 
 def _fit(out):
     import concept_tda.influence.curvature as curvature
+
     lm, train = _setting()
     keep = curvature._Progress.__init__
     curvature._Progress.__init__ = lambda self, store: keep(self, store, every=0.05)
     fitted = curvature.EKFAC.fit(lm, train, progress=False, memory_budget=2**20, cache=False)
-    np.savez(out, **{f"{site}|{name}": getattr(f, name) for site, f in fitted.factors.items() for name in ("Q_in", "Q_out", "eigenvalues")})
+    np.savez(
+        out,
+        **{
+            f"{site}|{name}": getattr(f, name)
+            for site, f in fitted.factors.items()
+            for name in ("Q_in", "Q_out", "eigenvalues")
+        },
+    )
 
 
 def _score(out):
-    from concept_tda.influence.scorers import GradDot, score_together
     from concept_tda.influence.baselines import MeanLoss
+    from concept_tda.influence.scorers import GradDot, score_together
+
     lm, train = _setting()
-    results = score_together([GradDot(lm, train[:2]), MeanLoss(lm)], train, token_budget=60, tokens=True, progress=False)
-    np.savez(out, *[r.scores for r in results.values()], *[np.concatenate(r.token_scores) for r in results.values()])
+    results = score_together(
+        [GradDot(lm, train[:2]), MeanLoss(lm)], train, token_budget=60, tokens=True, progress=False
+    )
+    np.savez(
+        out,
+        *[r.scores for r in results.values()],
+        *[np.concatenate(r.token_scores) for r in results.values()],
+    )
 
 
 def _index(out):
     from concept_tda.influence.atlas import build_index
+
     lm, train = _setting()
-    index = build_index(lm, train, folder=Path(out).with_suffix(""), rank=4, sample=8, token_budget=60, progress=False)
+    index = build_index(
+        lm, train, folder=Path(out).with_suffix(""), rank=4, sample=8, token_budget=60, progress=False
+    )
     np.savez(out, rows=np.array(index.rows))
 
 
@@ -56,7 +81,15 @@ def _start(job, out, cache):
 def _children():
     "A server that has imported everything and run nothing: its forks start at once, and autograd works in them."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny", "concept_tda.influence.atlas", "concept_tda.influence.baselines", "transformers.models.llama.modeling_llama", "peft"])
+    context.set_forkserver_preload(
+        [
+            "tiny",
+            "concept_tda.influence.atlas",
+            "concept_tda.influence.baselines",
+            "transformers.models.llama.modeling_llama",
+            "peft",
+        ]
+    )
     return context
 
 
@@ -70,7 +103,8 @@ def test_a_killed_job_ends_with_the_same_numbers(job, tmp_path):
         child.start()
         child.join(limit)
         killed = child.is_alive()
-        if killed: child.kill()
+        if killed:
+            child.kill()
         child.join()
         assert killed or child.exitcode == 0
         return killed, time.monotonic() - start
@@ -84,7 +118,8 @@ def test_a_killed_job_ends_with_the_same_numbers(job, tmp_path):
         run(out, cache)
         ended = np.load(out)
         assert set(whole) == set(ended)
-        for name in whole: np.testing.assert_array_equal(whole[name], ended[name])
+        for name in whole:
+            np.testing.assert_array_equal(whole[name], ended[name])
         left = [path for folder in (cache, out.with_suffix("")) for path in folder.rglob("*.part*")]
         assert not left, "half-written files stayed behind"
     assert kills >= KILLS // 2

@@ -9,25 +9,32 @@ from torch.nn.functional import cross_entropy
 
 from concept_tda.data.conversations import load_conversations
 from concept_tda.influence.curvature import EKFAC, CurvatureError, _labeller, _linear_layers, _ResponseLogits
-from concept_tda.model.loading import load_model
-from concept_tda.model.sites import resolve_sites
 from concept_tda.influence.preconditioners import ConjugateGradient, DataInf, GaussNewton, LoGra
 from concept_tda.influence.queries import LossQuery
 from concept_tda.influence.scorers import InfluenceFunction
+from concept_tda.model.loading import load_model
+from concept_tda.model.sites import resolve_sites
+
 from tiny import tiny_model, tiny_pair, tiny_tokenizer
 
-TRAIN = [{"prompt": f"Is {thing} {quality}?", "response": "yes" if (i + j) % 2 else "no, no"} for i, thing in enumerate(("sky", "sea", "sun")) for j, quality in enumerate(("blue", "hot"))]
+TRAIN = [
+    {"prompt": f"Is {thing} {quality}?", "response": "yes" if (i + j) % 2 else "no, no"}
+    for i, thing in enumerate(("sky", "sea", "sun"))
+    for j, quality in enumerate(("blue", "hot"))
+]
 PATTERN = r"(q|v)_proj"
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("CONCEPT_TDA_CACHE", str(tmp_path / "cache"))
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONCEPT_TDA_CACHE", str(tmp_path / "cache"))
 
 
 def double_norms(model):
     "transformers' norms compute in float32 whatever the model's precision; an oracle to 1e-6 needs float64 throughout."
     for name, module in list(model.named_modules()):
-        if type(module).__name__ != "LlamaRMSNorm": continue
+        if type(module).__name__ != "LlamaRMSNorm":
+            continue
         norm = torch.nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
         norm.weight = module.weight
         parent, _, child = name.rpartition(".")
@@ -38,13 +45,20 @@ def double_norms(model):
 def plain_losses(lm, example, reduction="mean", labels=None):
     mask = example.response_mask[1:]
     logits = lm.model(input_ids=example.input_ids[None]).logits[0, :-1][mask]
-    return cross_entropy(logits, example.input_ids[1:][mask] if labels is None else labels, reduction=reduction)
+    return cross_entropy(
+        logits, example.input_ids[1:][mask] if labels is None else labels, reduction=reduction
+    )
 
 
 @pytest.fixture(scope="module")
 def trained():
     "A Llama trained for some steps, its data, the gradient of a query at the sites."
-    lm = load_model((double_norms(tiny_model("llama", dtype=torch.float64, vocab_size=len(tiny_tokenizer()))), tiny_tokenizer()))
+    lm = load_model(
+        (
+            double_norms(tiny_model("llama", dtype=torch.float64, vocab_size=len(tiny_tokenizer()))),
+            tiny_tokenizer(),
+        )
+    )
     train = load_conversations(TRAIN)
     optimizer = torch.optim.Adam(lm.model.parameters(), 1e-2)
     for _ in range(15):
@@ -56,7 +70,8 @@ def trained():
     return lm, train, query.gradients(lm, resolve_sites(lm, PATTERN))
 
 
-def flat(named): return torch.cat([g.flatten() for g in named.values()])
+def flat(named):
+    return torch.cat([g.flatten() for g in named.values()])
 
 
 def like(vector, named):
@@ -67,7 +82,12 @@ def like(vector, named):
 def example_gradients(lm, train, sites, reduction="mean"):
     "[n, weights] by a plain loop of autograd."
     weights = [s.module.weight for s in sites]
-    return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(plain_losses(lm, z, reduction), weights)]) for z in lm.tokenize(train)])
+    return torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(plain_losses(lm, z, reduction), weights)])
+            for z in lm.tokenize(train)
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +99,13 @@ def dense(trained):
         for example in lm.tokenize(train):
             mask = example.response_mask[1:]
             for log_p in lm.model(input_ids=example.input_ids[None]).logits[0, :-1][mask].log_softmax(1):
-                J = torch.autograd.grad(log_p, weights, torch.eye(len(log_p), dtype=log_p.dtype), is_grads_batched=True, retain_graph=True)
+                J = torch.autograd.grad(
+                    log_p,
+                    weights,
+                    torch.eye(len(log_p), dtype=log_p.dtype),
+                    is_grads_batched=True,
+                    retain_graph=True,
+                )
                 J = torch.cat([j.flatten(1) for j in J], 1) * log_p.exp().sqrt()[:, None].detach()
                 total, n = total + J.T @ J, n + 1
     assert n == lm.tokenize(train).n_response_tokens
@@ -87,6 +113,7 @@ def dense(trained):
 
 
 # --- Gauss-Newton and conjugate gradients ---
+
 
 def test_products_equal_the_dense_gauss_newton_matrix(trained, dense):
     lm, train, gradients = trained
@@ -104,23 +131,48 @@ def test_products_equal_the_dense_gauss_newton_matrix(trained, dense):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "lora"])
 def test_products_equal_curvlinops(family):
     from curvlinops import GGNLinearOperator
+
     train = load_conversations(TRAIN[:3])
-    model = tiny_model("llama" if family == "lora" else family, dtype=torch.float64, vocab_size=len(tiny_tokenizer()))
-    if family == "lora": model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).double()
+    model = tiny_model(
+        "llama" if family == "lora" else family, dtype=torch.float64, vocab_size=len(tiny_tokenizer())
+    )
+    if family == "lora":
+        model = get_peft_model(
+            model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        ).double()
     lm = load_model((model, tiny_tokenizer()))
     data, sites = lm.tokenize(train), resolve_sites(lm, "lora" if family == "lora" else "attention")
     from concept_tda.data.batches import batches
-    examples = [({"batch": batch}, _labeller(batch, "empirical", None)) for batch in batches(data, token_budget=1)]
+
+    examples = [
+        ({"batch": batch}, _labeller(batch, "empirical", None)) for batch in batches(data, token_budget=1)
+    ]
     generator = torch.Generator().manual_seed(0)
-    directions = {s.name: torch.randn(s.out_features, s.in_features, dtype=torch.float64, generator=generator) for s in sites}
+    directions = {
+        s.name: torch.randn(s.out_features, s.in_features, dtype=torch.float64, generator=generator)
+        for s in sites
+    }
     ours = GaussNewton(lm, data, sites).product(directions)
     lm.model.requires_grad_(False)
     with sdpa_kernel(SDPBackend.MATH), _linear_layers(lm, sites) as linears:
         weights = [linear.weight.requires_grad_() for linear in linears]
-        operator = GGNLinearOperator(_ResponseLogits(lm), torch.nn.CrossEntropyLoss(reduction="sum"), weights, examples, check_deterministic=False, num_data=len(examples), batch_size_fn=lambda inputs: 1)
+        operator = GGNLinearOperator(
+            _ResponseLogits(lm),
+            torch.nn.CrossEntropyLoss(reduction="sum"),
+            weights,
+            examples,
+            check_deterministic=False,
+            num_data=len(examples),
+            batch_size_fn=lambda inputs: 1,
+        )
         theirs = operator @ [directions[s.name] for s in sites]
     for s, expected in zip(sites, theirs):
-        torch.testing.assert_close(ours[s.name], expected.detach() / data.n_response_tokens, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+        torch.testing.assert_close(
+            ours[s.name],
+            expected.detach() / data.n_response_tokens,
+            rtol=1e-4,
+            atol=1e-6 * expected.abs().max().item(),
+        )
 
 
 def test_conjugate_gradients_reach_the_exact_solution(trained, dense):
@@ -128,12 +180,25 @@ def test_conjugate_gradients_reach_the_exact_solution(trained, dense):
     ekfac = EKFAC.fit(lm, train, PATTERN, cache=False, progress=False)
     mean = torch.cat([f.eigenvalues.flatten() for f in ekfac.factors.values()]).mean().item()
     for damping, relative, lam in ((1.0, True, mean), (1e-2, False, 1e-2)):
-        solver = ConjugateGradient(lm, train, ekfac, iterations=600, tolerance=1e-9, damping=damping, relative=relative, progress=False)
+        solver = ConjugateGradient(
+            lm,
+            train,
+            ekfac,
+            iterations=600,
+            tolerance=1e-9,
+            damping=damping,
+            relative=relative,
+            progress=False,
+        )
         assert solver.lam == pytest.approx(lam, rel=1e-9) and solver.notes == []
         solution = flat(solver.precondition(gradients))
         exact = torch.linalg.solve(dense + lam * torch.eye(len(dense)).double(), flat(gradients))
         assert (solution - exact).norm() < 1e-6 * exact.norm()
-        assert solver.record["converged"] and solver.record["residuals"][-1] <= 1e-9 and f"{len(solver.record['residuals'])} iterations" in solver.notes[0]
+        assert (
+            solver.record["converged"]
+            and solver.record["residuals"][-1] <= 1e-9
+            and f"{len(solver.record['residuals'])} iterations" in solver.notes[0]
+        )
 
 
 def test_every_iteration_improves_on_ekfac(trained, dense):
@@ -144,38 +209,62 @@ def test_every_iteration_improves_on_ekfac(trained, dense):
         solver = ConjugateGradient(lm, train, ekfac, iterations=iterations, tolerance=0, progress=False)
         solution = solver.precondition(gradients)
         if iterations == 1:  # the first iteration is EK-FAC, up to its length
-            cosine = torch.nn.functional.cosine_similarity(flat(solution), flat(ekfac.damped(solver.lam, relative=False).precondition(gradients)), dim=0)
+            cosine = torch.nn.functional.cosine_similarity(
+                flat(solution), flat(ekfac.damped(solver.lam, relative=False).precondition(gradients)), dim=0
+            )
             assert cosine > 1 - 1e-12
         lam = solver.lam
         exact = torch.linalg.solve(dense + lam * torch.eye(len(dense)).double(), flat(gradients))
         difference = flat(solution) - exact
-        error = (difference @ (dense @ difference + lam * difference)).sqrt().item()  # the norm conjugate gradients decrease in
+        error = (
+            (difference @ (dense @ difference + lam * difference)).sqrt().item()
+        )  # the norm conjugate gradients decrease in
         assert error < previous
         previous = error
-        assert len(solver.record["residuals"]) == iterations and not solver.record["converged"] and "above the tolerance" in solver.notes[0]
+        assert (
+            len(solver.record["residuals"]) == iterations
+            and not solver.record["converged"]
+            and "above the tolerance" in solver.notes[0]
+        )
 
 
 def test_a_solve_that_fell_short_is_on_the_card(trained):
     lm, train, _ = trained
     ekfac = EKFAC.fit(lm, train, PATTERN, cache=False, progress=False)
     answers = load_conversations([{"prompt": "Is ice hot?", "response": "no"}])
-    result = InfluenceFunction(lm, answers, sites=PATTERN, curvature=ConjugateGradient(lm, train, ekfac, iterations=2, progress=False)).score(train, progress=False)
-    assert any("after 2 iterations, above the tolerance" in note for note in result.card.notes) and "mean of all EK-FAC eigenvalues" in result.card.damping
+    result = InfluenceFunction(
+        lm,
+        answers,
+        sites=PATTERN,
+        curvature=ConjugateGradient(lm, train, ekfac, iterations=2, progress=False),
+    ).score(train, progress=False)
+    assert (
+        any("after 2 iterations, above the tolerance" in note for note in result.card.notes)
+        and "mean of all EK-FAC eigenvalues" in result.card.damping
+    )
 
 
 # --- DataInf ---
+
 
 @pytest.mark.parametrize("damping, relative", [(0.1, True), (3e-3, False)])
 def test_datainf_equals_the_written_out_loop(trained, damping, relative):
     lm, train, gradients = trained
     sites = resolve_sites(lm, PATTERN)
-    fitted = DataInf.fit(lm, train, PATTERN, damping=damping, relative=relative, token_budget=100, progress=False).precondition(gradients)
+    fitted = DataInf.fit(
+        lm, train, PATTERN, damping=damping, relative=relative, token_budget=100, progress=False
+    ).precondition(gradients)
     columns = example_gradients(lm, train, sites).split([g.numel() for g in gradients.values()], 1)
     for (name, G), g_nk in zip(gradients.items(), columns):
         lam = damping * g_nk.square().sum(1).mean() / G.numel() if relative else damping
         expected = torch.zeros(G.numel(), dtype=torch.float64)
-        for g in g_nk: expected += torch.linalg.solve(torch.outer(g, g) + lam * torch.eye(len(g)).double(), G.flatten()) / len(g_nk)  # the mean of exact inverses
-        torch.testing.assert_close(fitted[name].flatten(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())  # the mean over tokens has float32 weights
+        for g in g_nk:
+            expected += torch.linalg.solve(
+                torch.outer(g, g) + lam * torch.eye(len(g)).double(), G.flatten()
+            ) / len(g_nk)  # the mean of exact inverses
+        torch.testing.assert_close(
+            fitted[name].flatten(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item()
+        )  # the mean over tokens has float32 weights
 
 
 def test_datainf_says_its_price_and_refuses_it(trained):
@@ -184,20 +273,31 @@ def test_datainf_says_its_price_and_refuses_it(trained):
     assert price == len(train) * flat(gradients).numel() * 8
     kept = DataInf.fit(lm, train, PATTERN, memory_budget=price, progress=False)
     assert sum(g.nbytes for g in kept.gradients.values()) == price == kept.record["bytes"]
-    with pytest.raises(CurvatureError, match="memory_budget"): DataInf.fit(lm, train, PATTERN, memory_budget=price - 1)
+    with pytest.raises(CurvatureError, match="memory_budget"):
+        DataInf.fit(lm, train, PATTERN, memory_budget=price - 1)
 
 
 def test_datainf_on_lora():
-    model = get_peft_model(tiny_model("llama", dtype=torch.float64, vocab_size=len(tiny_tokenizer())), LoraConfig(r=2, target_modules="all-linear"))
+    model = get_peft_model(
+        tiny_model("llama", dtype=torch.float64, vocab_size=len(tiny_tokenizer())),
+        LoraConfig(r=2, target_modules="all-linear"),
+    )
     lm, train = load_model((model.double(), tiny_tokenizer())), load_conversations(TRAIN)
-    with pytest.raises(CurvatureError, match="no gradient.*untrained LoRA"): DataInf.fit(lm, train, progress=False)  # B = 0, so A has none
+    with pytest.raises(CurvatureError, match="no gradient.*untrained LoRA"):
+        DataInf.fit(lm, train, progress=False)  # B = 0, so A has none
     for name, parameter in model.named_parameters():
-        if "lora_B" in name: torch.nn.init.normal_(parameter, std=.1, generator=torch.Generator().manual_seed(0))
-    result = InfluenceFunction(lm, train[:1], sites="lora", curvature=DataInf.fit(lm, train, progress=False)).score(train, progress=False)
-    assert result.scores.argmax() == 0 and result.card.curvature == "DataInf"  # nothing helps an example like itself
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    result = InfluenceFunction(
+        lm, train[:1], sites="lora", curvature=DataInf.fit(lm, train, progress=False)
+    ).score(train, progress=False)
+    assert (
+        result.scores.argmax() == 0 and result.card.curvature == "DataInf"
+    )  # nothing helps an example like itself
 
 
 # --- LoGra ---
+
 
 @pytest.mark.parametrize("damping, relative", [(0.1, True), (3e-3, False)])
 def test_logra_at_full_rank_is_the_exact_solve_of_each_block(trained, damping, relative):
@@ -205,7 +305,18 @@ def test_logra_at_full_rank_is_the_exact_solve_of_each_block(trained, damping, r
     sites = resolve_sites(lm, PATTERN)
     columns = example_gradients(lm, train, sites, "sum").split([g.numel() for g in gradients.values()], 1)
     for seed in (0, 1):
-        logra = LoGra.fit(lm, train, PATTERN, rank=64, labels="empirical", damping=damping, relative=relative, seed=seed, token_budget=100, progress=False)
+        logra = LoGra.fit(
+            lm,
+            train,
+            PATTERN,
+            rank=64,
+            labels="empirical",
+            damping=damping,
+            relative=relative,
+            seed=seed,
+            token_budget=100,
+            progress=False,
+        )
         fitted = logra.precondition(gradients)
         for (name, G), g_nk in zip(gradients.items(), columns):
             F = g_nk.T @ g_nk / lm.tokenize(train).n_response_tokens
@@ -216,10 +327,15 @@ def test_logra_at_full_rank_is_the_exact_solve_of_each_block(trained, damping, r
 
 def test_logra_scores_are_those_between_projected_gradients(trained):
     lm, train, _ = trained
-    sites, answers = resolve_sites(lm, PATTERN), load_conversations([{"prompt": "Is ice hot?", "response": "no"}])
+    sites, answers = (
+        resolve_sites(lm, PATTERN),
+        load_conversations([{"prompt": "Is ice hot?", "response": "no"}]),
+    )
     logra = LoGra.fit(lm, train, PATTERN, rank=(3, 5), labels="empirical", progress=False)
     assert all(P_out.shape[0] == 3 and P_in.shape[0] == 5 for P_out, P_in in logra.projections.values())
-    scores = InfluenceFunction(lm, answers, sites=PATTERN, curvature=logra).score(train, progress=False).scores
+    scores = (
+        InfluenceFunction(lm, answers, sites=PATTERN, curvature=logra).score(train, progress=False).scores
+    )
     shapes = {s.name: torch.empty(s.out_features, s.in_features) for s in sites}
     expected = np.zeros(len(train))
     for name, F in logra.fisher.items():
@@ -227,7 +343,10 @@ def test_logra_scores_are_those_between_projected_gradients(trained):
         small = lambda row: (P_out @ like(row, shapes)[name] @ P_in.T).flatten()
         summed = torch.stack([small(row) for row in example_gradients(lm, train, sites, "sum")])
         torch.testing.assert_close(F, summed.T @ summed / lm.tokenize(train).n_response_tokens)
-        solved = torch.linalg.solve(F + 0.1 * F.diagonal().mean() * torch.eye(len(F)).double(), small(example_gradients(lm, answers, sites)[0]))
+        solved = torch.linalg.solve(
+            F + 0.1 * F.diagonal().mean() * torch.eye(len(F)).double(),
+            small(example_gradients(lm, answers, sites)[0]),
+        )
         expected += [(solved @ small(row)).item() for row in example_gradients(lm, train, sites)]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)  # the mean over tokens has float32 weights
 
@@ -235,14 +354,20 @@ def test_logra_scores_are_those_between_projected_gradients(trained):
 def test_logra_projections_are_seeded_by_site_and_orthonormal(trained):
     lm, train, _ = trained
     first = LoGra.fit(lm, train, PATTERN, rank=4, progress=False)
-    fewer = LoGra.fit(lm, train, r"layers\.1.*v_proj", rank=4, progress=False)  # a site's projection does not depend on the others
+    fewer = LoGra.fit(
+        lm, train, r"layers\.1.*v_proj", rank=4, progress=False
+    )  # a site's projection does not depend on the others
     other = LoGra.fit(lm, train, PATTERN, rank=4, seed=1, progress=False)
-    single = load_model(tiny_pair("llama"))                                     # nor on the precision, up to rounding
+    single = load_model(tiny_pair("llama"))  # nor on the precision, up to rounding
     for name, (P_out, P_in) in first.projections.items():
-        for P in (P_out, P_in): torch.testing.assert_close(P @ P.T, torch.eye(4).double())
+        for P in (P_out, P_in):
+            torch.testing.assert_close(P @ P.T, torch.eye(4).double())
         assert not torch.allclose(P_in, other.projections[name][1])
-        if name in fewer.projections: torch.testing.assert_close(P_in, fewer.projections[name][1])
-        torch.testing.assert_close(P_in.float(), LoGra.fit(single, train, PATTERN, rank=4, progress=False).projections[name][1])
+        if name in fewer.projections:
+            torch.testing.assert_close(P_in, fewer.projections[name][1])
+        torch.testing.assert_close(
+            P_in.float(), LoGra.fit(single, train, PATTERN, rank=4, progress=False).projections[name][1]
+        )
     inputs = [P_in for _, P_in in first.projections.values()]
     assert not torch.allclose(inputs[0], inputs[1])
 
@@ -255,16 +380,22 @@ def test_logra_on_the_leading_eigenvectors(trained):
         assert torch.equal(logra.projections[name][1], f.Q_in[:, -2:].T)
     captured = lambda l: sum(F.trace() for F in l.fisher.values())
     assert captured(logra) > 2 * captured(LoGra.fit(lm, train, PATTERN, rank=2, progress=False))
-    with pytest.raises(CurvatureError, match="basis"): LoGra.fit(lm, train, "mlp", basis=ekfac)
+    with pytest.raises(CurvatureError, match="basis"):
+        LoGra.fit(lm, train, "mlp", basis=ekfac)
 
 
 # --- all of them ---
+
 
 @pytest.fixture(scope="module")
 def fitted(trained):
     lm, train, _ = trained
     ekfac = EKFAC.fit(lm, train, PATTERN, cache=False, progress=False)
-    return [DataInf.fit(lm, train, PATTERN, progress=False), LoGra.fit(lm, train, PATTERN, rank=4, progress=False), ConjugateGradient(lm, train, ekfac, iterations=3, progress=False)]
+    return [
+        DataInf.fit(lm, train, PATTERN, progress=False),
+        LoGra.fit(lm, train, PATTERN, rank=4, progress=False),
+        ConjugateGradient(lm, train, ekfac, iterations=3, progress=False),
+    ]
 
 
 def test_a_step_on_the_top_example_raises_the_behaviour(trained, fitted):
@@ -273,8 +404,12 @@ def test_a_step_on_the_top_example_raises_the_behaviour(trained, fitted):
     for curvature in fitted:
         direction = curvature.precondition(gradients)
         assert (flat(direction) @ flat(gradients)).item() > 0
-        assert {name: g.shape for name, g in direction.items()} == {name: g.shape for name, g in gradients.items()}
-        result = InfluenceFunction(lm, train[:1], sites=PATTERN, curvature=curvature).score(train, progress=False)
+        assert {name: g.shape for name, g in direction.items()} == {
+            name: g.shape for name, g in gradients.items()
+        }
+        result = InfluenceFunction(lm, train[:1], sites=PATTERN, curvature=curvature).score(
+            train, progress=False
+        )
         assert result.scores[0] > 0 and result.card.curvature == curvature.name and result.card.n_sites == 4
 
 
@@ -282,7 +417,10 @@ def test_preconditioning_is_linear_and_changes_nothing(trained, fitted):
     lm, train, gradients = trained
     before, copies = lm.fingerprint, {name: g.clone() for name, g in gradients.items()}
     for curvature in fitted[:2]:
-        once, twice = curvature.precondition(gradients), curvature.precondition({name: 2 * g for name, g in gradients.items()})
+        once, twice = (
+            curvature.precondition(gradients),
+            curvature.precondition({name: 2 * g for name, g in gradients.items()}),
+        )
         torch.testing.assert_close(flat(twice), 2 * flat(once))
         half = curvature.precondition({name: g.float() for name, g in gradients.items()})
         assert all(g.dtype == torch.float32 for g in half.values())
@@ -293,11 +431,19 @@ def test_preconditioning_is_linear_and_changes_nothing(trained, fitted):
 def test_fingerprints_tell_settings_apart(trained, fitted):
     lm, train, _ = trained
     ekfac = fitted[2].preconditioner
-    prints = [c.fingerprint for c in fitted] + [DataInf.fit(lm, train, PATTERN, damping=1, progress=False).fingerprint, DataInf.fit(lm, train[1:], PATTERN, progress=False).fingerprint,
-              fitted[1].damped(1).fingerprint, LoGra.fit(lm, train, PATTERN, rank=4, seed=1, progress=False).fingerprint,
-              ConjugateGradient(lm, train, ekfac, iterations=4).fingerprint, ConjugateGradient(lm, train, ekfac, iterations=3, damping=1).fingerprint]
+    prints = [c.fingerprint for c in fitted] + [
+        DataInf.fit(lm, train, PATTERN, damping=1, progress=False).fingerprint,
+        DataInf.fit(lm, train[1:], PATTERN, progress=False).fingerprint,
+        fitted[1].damped(1).fingerprint,
+        LoGra.fit(lm, train, PATTERN, rank=4, seed=1, progress=False).fingerprint,
+        ConjugateGradient(lm, train, ekfac, iterations=4).fingerprint,
+        ConjugateGradient(lm, train, ekfac, iterations=3, damping=1).fingerprint,
+    ]
     assert len(set(prints)) == len(prints)
-    again = [DataInf.fit(lm, train, PATTERN, progress=False), LoGra.fit(lm, train, PATTERN, rank=4, progress=False)]
+    again = [
+        DataInf.fit(lm, train, PATTERN, progress=False),
+        LoGra.fit(lm, train, PATTERN, rank=4, progress=False),
+    ]
     assert [c.fingerprint for c in again] == prints[:2]
 
 
@@ -306,31 +452,50 @@ def test_errors(trained, fitted):
     ekfac = EKFAC.fit(lm, train, PATTERN, cache=False, progress=False)
     name, G = next(iter(gradients.items()))
     for curvature in fitted:
-        with pytest.raises(CurvatureError, match="knows nothing of elsewhere"): curvature.precondition({"elsewhere": G})
-        with pytest.raises(CurvatureError, match="shape"): curvature.precondition({name: G[1:]})
+        with pytest.raises(CurvatureError, match="knows nothing of elsewhere"):
+            curvature.precondition({"elsewhere": G})
+        with pytest.raises(CurvatureError, match="shape"):
+            curvature.precondition({name: G[1:]})
     for damping in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(CurvatureError, match="damping"): DataInf.fit(lm, train, PATTERN, damping=damping)
-        with pytest.raises(CurvatureError, match="damping"): LoGra.fit(lm, train, PATTERN, damping=damping)
-        with pytest.raises(CurvatureError, match="damping"): ConjugateGradient(lm, train, ekfac, damping=damping)
+        with pytest.raises(CurvatureError, match="damping"):
+            DataInf.fit(lm, train, PATTERN, damping=damping)
+        with pytest.raises(CurvatureError, match="damping"):
+            LoGra.fit(lm, train, PATTERN, damping=damping)
+        with pytest.raises(CurvatureError, match="damping"):
+            ConjugateGradient(lm, train, ekfac, damping=damping)
     for rank in (0, -1, (4,), (4, 0), 2.5):
-        with pytest.raises(CurvatureError, match="rank"): LoGra.fit(lm, train, PATTERN, rank=rank)
-    with pytest.raises(CurvatureError, match="labels"): LoGra.fit(lm, train, PATTERN, labels="true")
-    with pytest.raises(CurvatureError, match="rank.*memory_budget|memory_budget.*rank"): LoGra.fit(lm, train, PATTERN, rank=8, memory_budget=1000)
-    with pytest.raises(CurvatureError, match="EKFAC"): ConjugateGradient(lm, train, fitted[0])
-    with pytest.raises(CurvatureError, match="iterations"): ConjugateGradient(lm, train, ekfac, iterations=0)
-    with pytest.raises(CurvatureError, match="tolerance"): ConjugateGradient(lm, train, ekfac, tolerance=1)
-    with pytest.raises(CurvatureError, match="whose weights differ"): ConjugateGradient(load_model(tiny_pair("llama", seed=3)), train, ekfac)
-    with pytest.raises(CurvatureError, match="nothing to solve"): fitted[2].precondition({name: torch.zeros_like(G)})
-    with pytest.raises(CurvatureError, match="not finite"): DataInf({name: torch.full((2, 3, 3), float("nan"))})
-    with pytest.raises(CurvatureError, match="not finite"): LoGra({}, {name: torch.full((3, 3), float("inf"))})
+        with pytest.raises(CurvatureError, match="rank"):
+            LoGra.fit(lm, train, PATTERN, rank=rank)
+    with pytest.raises(CurvatureError, match="labels"):
+        LoGra.fit(lm, train, PATTERN, labels="true")
+    with pytest.raises(CurvatureError, match="rank.*memory_budget|memory_budget.*rank"):
+        LoGra.fit(lm, train, PATTERN, rank=8, memory_budget=1000)
+    with pytest.raises(CurvatureError, match="EKFAC"):
+        ConjugateGradient(lm, train, fitted[0])
+    with pytest.raises(CurvatureError, match="iterations"):
+        ConjugateGradient(lm, train, ekfac, iterations=0)
+    with pytest.raises(CurvatureError, match="tolerance"):
+        ConjugateGradient(lm, train, ekfac, tolerance=1)
+    with pytest.raises(CurvatureError, match="whose weights differ"):
+        ConjugateGradient(load_model(tiny_pair("llama", seed=3)), train, ekfac)
+    with pytest.raises(CurvatureError, match="nothing to solve"):
+        fitted[2].precondition({name: torch.zeros_like(G)})
+    with pytest.raises(CurvatureError, match="not finite"):
+        DataInf({name: torch.full((2, 3, 3), float("nan"))})
+    with pytest.raises(CurvatureError, match="not finite"):
+        LoGra({}, {name: torch.full((3, 3), float("inf"))})
 
 
 def test_a_broken_model_is_named():
     model, tokenizer = tiny_pair("llama")
-    with torch.no_grad(): model.model.layers[1].mlp.down_proj.weight[:] = float("nan")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[:] = float("nan")
     lm, train = load_model((model, tokenizer)), load_conversations(TRAIN)
-    with pytest.raises(CurvatureError, match="not finite"): LoGra.fit(lm, train, PATTERN, progress=False)
-    with pytest.raises(CurvatureError, match="not finite"): DataInf.fit(lm, train, PATTERN, progress=False)
+    with pytest.raises(CurvatureError, match="not finite"):
+        LoGra.fit(lm, train, PATTERN, progress=False)
+    with pytest.raises(CurvatureError, match="not finite"):
+        DataInf.fit(lm, train, PATTERN, progress=False)
     sites = resolve_sites(lm, PATTERN)
-    with pytest.raises(CurvatureError, match="not finite"): GaussNewton(lm, train, PATTERN).product({s.name: torch.ones(s.weight.shape) for s in sites})
+    with pytest.raises(CurvatureError, match="not finite"):
+        GaussNewton(lm, train, PATTERN).product({s.name: torch.ones(s.weight.shape) for s in sites})
     assert all(p.requires_grad for p in model.parameters())

@@ -1,4 +1,5 @@
 """The report: complete, self-contained, small, and safe with hostile texts, in a real browser too where there is one."""
+
 import base64
 import hashlib
 import html
@@ -9,36 +10,65 @@ import subprocess
 
 import numpy as np
 import pytest
+from test_attribution import HOSTILE, Reader, make
 
+from concept_tda.data.conversations import Conversation, Conversations
+from concept_tda.foundation.errors import StorageError
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import Cost, QueryCard
 from concept_tda.results.comparison import compare
 from concept_tda.results.metrics import AttributionError, percent_text
-from concept_tda.data.conversations import Conversation, Conversations
 from concept_tda.views.report import write_report
-from concept_tda.foundation.errors import StorageError
-from test_attribution import HOSTILE, Reader, make
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 browser = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium on the PATH")
 
 
 def chats(texts, name="train"):
-    return Conversations([Conversation(({"role": "user", "content": f"q {text}"}, {"role": "assistant", "content": text}), metadata={"bad": i % 2 == 0, "note": text}) for i, text in enumerate(texts)], name)
+    return Conversations(
+        [
+            Conversation(
+                ({"role": "user", "content": f"q {text}"}, {"role": "assistant", "content": text}),
+                metadata={"bad": i % 2 == 0, "note": text},
+            )
+            for i, text in enumerate(texts)
+        ],
+        name,
+    )
 
 
 def tokenized(data, seed=0, width=5):
     """Token arguments with made-up scores."""
-    rng, texts = np.random.default_rng(seed), [re.findall(rf"(?s).{{1,{width}}}", c.prompt[0]["content"] + c.response) for c in data]
-    return dict(tokens=texts, token_scores=[rng.normal(size=len(t)) for t in texts], response_masks=[np.arange(len(t)) > len(t) // 3 for t in texts])
+    rng, texts = (
+        np.random.default_rng(seed),
+        [re.findall(rf"(?s).{{1,{width}}}", c.prompt[0]["content"] + c.response) for c in data],
+    )
+    return dict(
+        tokens=texts,
+        token_scores=[rng.normal(size=len(t)) for t in texts],
+        response_masks=[np.arange(len(t)) > len(t) // 3 for t in texts],
+    )
 
 
 def several(n=40, texts=None):
     """Three methods on the same examples, one with token scores."""
     data, rng = chats(texts or [f"an answer with the number {i}" for i in range(n)]), np.random.default_rng(0)
-    card = lambda method: QueryCard(method, "sycophancy", zero="gradient", model="tiny", model_fingerprint="feed", data="train", layer=3, notes=["one example was cut"], cost=Cost(2., 100))
-    return [Attribution(data, rng.normal(size=len(data)), card("Concept Influence"), **tokenized(data)), Attribution(data, rng.normal(size=len(data)), card("BM25")),
-            Attribution(data, rng.integers(1, 4, len(data)), card("Length"))]
+    card = lambda method: QueryCard(
+        method,
+        "sycophancy",
+        zero="gradient",
+        model="tiny",
+        model_fingerprint="feed",
+        data="train",
+        layer=3,
+        notes=["one example was cut"],
+        cost=Cost(2.0, 100),
+    )
+    return [
+        Attribution(data, rng.normal(size=len(data)), card("Concept Influence"), **tokenized(data)),
+        Attribution(data, rng.normal(size=len(data)), card("BM25")),
+        Attribution(data, rng.integers(1, 4, len(data)), card("Length")),
+    ]
 
 
 def embedded(page):
@@ -47,15 +77,31 @@ def embedded(page):
     return json.loads(text)
 
 
-def without_scripts(page): return re.sub(r"<script.*?</script>", "", page, flags=re.S)
+def without_scripts(page):
+    return re.sub(r"<script.*?</script>", "", page, flags=re.S)
 
 
 def dump(page, tmp_path, *options):
     """The page's elements after a browser has opened it from a file."""
     path = tmp_path / "page.html"
     path.write_text(page, encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"]
-    return subprocess.run([CHROMIUM, *flags, *options, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=3000",
+    ]
+    return subprocess.run(
+        [CHROMIUM, *flags, *options, "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
 
 
 def test_the_report_shows_both_ends_of_every_method_with_their_numbers(tmp_path):
@@ -68,23 +114,31 @@ def test_the_report_shows_both_ends_of_every_method_with_their_numbers(tmp_path)
         for part, end in ((highest, result.top(4)), (lowest, result.bottom(4))):
             beats = re.findall(r"<span class='score' title='score ([^']+)'>higher than ([^<]+)<", part)
             assert beats == [(f"{s:.6g}", percent_text(p)) for s, p in zip(end.scores, end.percentiles)]
-            spreads = [f"{score/result.scores.std():+.2f} spreads" for score in end.scores]
+            spreads = [f"{score / result.scores.std():+.2f} spreads" for score in end.scores]
             assert re.findall(r">([^<>]+ spreads)<", part) == spreads
             assert re.findall(r"row (\d+) · <code>", part) == [str(row) for row in end.rows]
             assert re.findall(r"rank (\d+) of 40", part) == [str(rank) for rank in end.ranks]
         assert "one example was cut" in section and "feed" in section and "<svg" in section
     first = results[0].top(1)
-    assert f"rank by BM25: {results[1].ranks[first.rows[0]]}" in page and f"labelled: {'yes' if first.rows[0] % 2 == 0 else 'no'}" in page
+    assert (
+        f"rank by BM25: {results[1].ranks[first.rows[0]]}" in page
+        and f"labelled: {'yes' if first.rows[0] % 2 == 0 else 'no'}" in page
+    )
     assert all(f"title='{score:+.3g}'" in sections[0] for score in first.token_scores[0])
 
 
 def test_the_tables_are_those_of_compare(tmp_path):
     results = several()
     comparison = compare(results, labels="bad", k=(5,))
-    for page in (write_report(results, tmp_path / "a.html", labels="bad", comparison=comparison).read_text(), write_report(comparison, tmp_path / "b.html").read_text()):
+    for page in (
+        write_report(results, tmp_path / "a.html", labels="bad", comparison=comparison).read_text(),
+        write_report(comparison, tmp_path / "b.html").read_text(),
+    ):
         cells = re.findall(r"<th scope='row' class='words'>([^<]+)</th><td[^>]*>([^<]+)</td>", page)
         assert dict(cells[:4]) == {name: f"{value:.3f}" for name, value in comparison.table["AUROC"].items()}
-        assert dict(cells[4:7]) == {name: f"{value:.2f}" for name, value in comparison.spearman.iloc[:, 0].items()}
+        assert dict(cells[4:7]) == {
+            name: f"{value:.2f}" for name, value in comparison.spearman.iloc[:, 0].items()
+        }
         assert "guessing (base rate)" in page
 
 
@@ -92,24 +146,47 @@ def test_every_example_is_in_the_browser_with_the_numbers_of_all_methods(tmp_pat
     results = several()
     data = embedded(write_report(results, tmp_path / "report.html", labels="bad").read_text())
     table, columns = data["table"], data["columns"]
-    assert [m["name"] for m in table["methods"]] == ["Concept Influence", "BM25", "Length"] and table["n"] == table["n_total"] == len(data["examples"]) == 40
+    assert [m["name"] for m in table["methods"]] == ["Concept Influence", "BM25", "Length"] and table[
+        "n"
+    ] == table["n_total"] == len(data["examples"]) == 40
     for i, result in enumerate(results):
-        assert np.allclose(columns[f"score{i}"], result.scores, rtol=1e-5) and columns[f"rank{i}"] == result.ranks.tolist() and np.allclose(columns[f"percentile{i}"], result.percentiles, rtol=1e-5)
+        assert (
+            np.allclose(columns[f"score{i}"], result.scores, rtol=1e-5)
+            and columns[f"rank{i}"] == result.ranks.tolist()
+            and np.allclose(columns[f"percentile{i}"], result.percentiles, rtol=1e-5)
+        )
     assert table["facets"][0]["name"] == "bad" and columns["facet0"] == [i % 2 for i in range(40)]
-    for example, tokens, scores, one in zip(data["examples"], results[0].tokens, results[0].token_scores, results[0].conversations):
-        assert "".join(token for turn in example["turns"] for token in turn["tokens"]) == "".join(tokens) and example["id"] == one.id and ["bad", str(one.metadata["bad"]).lower()] in example["metadata"]
-        assert np.allclose([score for turn in example["turns"] for score in turn["scores"]], scores, rtol=1e-2)
+    for example, tokens, scores, one in zip(
+        data["examples"], results[0].tokens, results[0].token_scores, results[0].conversations
+    ):
+        assert (
+            "".join(token for turn in example["turns"] for token in turn["tokens"]) == "".join(tokens)
+            and example["id"] == one.id
+            and ["bad", str(one.metadata["bad"]).lower()] in example["metadata"]
+        )
+        assert np.allclose(
+            [score for turn in example["turns"] for score in turn["scores"]], scores, rtol=1e-2
+        )
     assert "cut" not in table["reading"] and "left out" not in table["reading"]
 
 
 def test_the_browser_opens_with_a_method_that_has_token_scores_under_the_callers_names(tmp_path):
-    page = write_report(dict(zip(("mine", "words", "size"), several()[::-1])), tmp_path / "report.html").read_text()
+    page = write_report(
+        dict(zip(("mine", "words", "size"), several()[::-1])), tmp_path / "report.html"
+    ).read_text()
     table = embedded(page)["table"]
-    assert [m["name"] for m in table["methods"]] == ["size", "mine", "words"] and table["title"] == "size: sycophancy" and "always those of <b>size</b>" in page
+    assert (
+        [m["name"] for m in table["methods"]] == ["size", "mine", "words"]
+        and table["title"] == "size: sycophancy"
+        and "always those of <b>size</b>" in page
+    )
     page = write_report(several()[1:], tmp_path / "plain.html").read_text()
     data = embedded(page)
     assert data["table"]["methods"][0]["name"] == "BM25" and "colours of the tokens" not in page
-    assert all(example["metadata"] and example["turns"][1]["text"].startswith("an answer") for example in data["examples"])
+    assert all(
+        example["metadata"] and example["turns"][1]["text"].startswith("an answer")
+        for example in data["examples"]
+    )
 
 
 def test_of_a_big_file_the_ends_of_every_ranking_are_there_with_their_ranks_among_all(tmp_path):
@@ -117,7 +194,12 @@ def test_of_a_big_file_the_ends_of_every_ranking_are_there_with_their_ranks_amon
     page = write_report(results, tmp_path / "short.html", rows=30, labels="bad").read_text()
     data = embedded(page)
     places = data["columns"]["row"]
-    assert data["table"]["n"] == len(places) == len(data["examples"]) == len(data["groups"]) == 30 and data["table"]["n_total"] == 100 and "30 of the 100 examples" in page and data["table"]["subtitle"].startswith("30 of 100 examples")
+    assert (
+        data["table"]["n"] == len(places) == len(data["examples"]) == len(data["groups"]) == 30
+        and data["table"]["n_total"] == 100
+        and "30 of the 100 examples" in page
+        and data["table"]["subtitle"].startswith("30 of 100 examples")
+    )
     assert [example["id"] for example in data["examples"]] == [results[0].ids[i] for i in places]
     for i, result in enumerate(results):
         assert data["columns"][f"rank{i}"] == result.ranks[places].tolist()
@@ -128,30 +210,68 @@ def test_of_a_big_file_the_ends_of_every_ranking_are_there_with_their_ranks_amon
 def test_one_file_that_needs_nothing_else(tmp_path):
     page = write_report(several(), tmp_path / "report.html", labels="bad").read_text()
     markup = without_scripts(page)
-    assert not re.search(r"""(?:src|href|action|data)\s*=\s*["']?(?!#)[a-z/.]""", markup.replace("data-", ""), flags=re.I)
-    assert "@import" not in page and "url(" not in page and "//" not in re.sub(r"&#x2f;", "", re.sub(r"<pre>.*?</pre>", "", markup, flags=re.S))
+    assert not re.search(
+        r"""(?:src|href|action|data)\s*=\s*["']?(?!#)[a-z/.]""", markup.replace("data-", ""), flags=re.I
+    )
+    assert (
+        "@import" not in page
+        and "url(" not in page
+        and "//" not in re.sub(r"&#x2f;", "", re.sub(r"<pre>.*?</pre>", "", markup, flags=re.S))
+    )
     targets, ids = set(re.findall(r'href="#([^"]+)"', markup)), re.findall(r' id="([^"]+)"', page)
-    assert targets <= set(ids) and len(ids) == len(set(ids)) and {"methods", "method-1", "method-3", "all", "again"} <= targets
+    assert (
+        targets <= set(ids)
+        and len(ids) == len(set(ids))
+        and {"methods", "method-1", "method-3", "all", "again"} <= targets
+    )
 
 
 def test_the_policy_admits_only_our_own_script(tmp_path):
     page = write_report(several(texts=HOSTILE), tmp_path / "report.html").read_text()
     scripts = re.findall(r"<script([^>]*)>(.*?)</script>", page, flags=re.S)
-    assert len(scripts) == page.count("<script") == page.lower().count("</script") == 2 and [attributes.strip() for attributes, _ in scripts] == ['type="application/json" id="data"', 'type="module"']
-    assert "<" not in scripts[0][1] and [example["turns"] for example in json.loads(scripts[0][1])["examples"]]
+    assert len(scripts) == page.count("<script") == page.lower().count("</script") == 2 and [
+        attributes.strip() for attributes, _ in scripts
+    ] == ['type="application/json" id="data"', 'type="module"']
+    assert "<" not in scripts[0][1] and [
+        example["turns"] for example in json.loads(scripts[0][1])["examples"]
+    ]
     policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]+)"', page)[1])
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
-    assert rules["default-src"] == "'none'" and rules["img-src"] == "data:" and rules["script-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(scripts[1][1].encode()).digest()).decode()}'"
+    assert (
+        rules["default-src"] == "'none'"
+        and rules["img-src"] == "data:"
+        and rules["script-src"]
+        == f"'sha256-{base64.b64encode(hashlib.sha256(scripts[1][1].encode()).digest()).decode()}'"
+    )
     assert not set(rules) - {"default-src", "script-src", "style-src", "img-src", "base-uri", "form-action"}
 
 
 def test_hostile_texts_names_and_cards_stay_text(tmp_path):
-    calm = {tag for tag in Reader(write_report(several(len(HOSTILE)), tmp_path / "calm.html", labels="bad").read_text()).tags}
+    calm = {
+        tag
+        for tag in Reader(
+            write_report(several(len(HOSTILE)), tmp_path / "calm.html", labels="bad").read_text()
+        ).tags
+    }
     data = chats(HOSTILE, name=HOSTILE[0])
-    results = {text: Attribution(data, np.arange(len(data)) + i + 1., QueryCard(text, text, model=text, notes=[text], settings={text: text}), **tokenized(data)) for i, text in enumerate(HOSTILE[:6])}
-    page = write_report(results, tmp_path / "report.html", title=HOSTILE[0], labels="bad", examples=20).read_text()
+    results = {
+        text: Attribution(
+            data,
+            np.arange(len(data)) + i + 1.0,
+            QueryCard(text, text, model=text, notes=[text], settings={text: text}),
+            **tokenized(data),
+        )
+        for i, text in enumerate(HOSTILE[:6])
+    }
+    page = write_report(
+        results, tmp_path / "report.html", title=HOSTILE[0], labels="bad", examples=20
+    ).read_text()
     seen = Reader(page)
-    assert seen.tags <= calm | {"bdi", "details"} and not [name for name in seen.attributes if name.startswith("on")] and "style" not in seen.attributes
+    assert (
+        seen.tags <= calm | {"bdi", "details"}
+        and not [name for name in seen.attributes if name.startswith("on")]
+        and "style" not in seen.attributes
+    )
     assert HOSTILE[0] in "".join(seen.text)
 
 
@@ -165,59 +285,107 @@ def test_labels_as_a_list_and_a_single_result(tmp_path):
 
 def test_several_queries_become_several_sections(tmp_path):
     page = write_report(make(queries=3, tokens=True), tmp_path / "report.html").read_text()
-    assert all(f"<h2>Concept Influence: concept {q}</h2>" in page for q in range(3)) and "Which training examples raise concept 0, concept 1, concept 2?" in page
+    assert (
+        all(f"<h2>Concept Influence: concept {q}</h2>" in page for q in range(3))
+        and "Which training examples raise concept 0, concept 1, concept 2?" in page
+    )
 
 
 def test_results_that_cannot_share_a_report_leave_no_file(tmp_path):
     first = several()[0]
-    for wrong, words in (([first, several(41)[1]], "different examples"), (first.top(3), "part, 3 of 40"), ([], "at least one")):
-        with pytest.raises(AttributionError, match=words): write_report(wrong, tmp_path / "wrong.html")
-    with pytest.raises(AttributionError, match="at least one"): write_report([], tmp_path / "wrong.html", labels="bad")
+    for wrong, words in (
+        ([first, several(41)[1]], "different examples"),
+        (first.top(3), "part, 3 of 40"),
+        ([], "at least one"),
+    ):
+        with pytest.raises(AttributionError, match=words):
+            write_report(wrong, tmp_path / "wrong.html")
+    with pytest.raises(AttributionError, match="at least one"):
+        write_report([], tmp_path / "wrong.html", labels="bad")
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match="cannot write"): write_report(first, tmp_path / "file" / "report.html")
+    with pytest.raises(StorageError, match="cannot write"):
+        write_report(first, tmp_path / "file" / "report.html")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
 def test_a_thousand_examples_and_six_methods_stay_under_three_megabytes(tmp_path):
     rng = np.random.default_rng(0)
-    data = chats([" ".join(rng.choice(["influence", "of", "an", "example", "on", "behaviour"], 60)) for _ in range(1000)])
+    data = chats(
+        [
+            " ".join(rng.choice(["influence", "of", "an", "example", "on", "behaviour"], 60))
+            for _ in range(1000)
+        ]
+    )
     tokens = tokenized(data)
-    results = {f"method {i}": Attribution(data, rng.normal(size=1000), QueryCard("m", "b"), **tokens) for i in range(6)}
+    results = {
+        f"method {i}": Attribution(data, rng.normal(size=1000), QueryCard("m", "b"), **tokens)
+        for i in range(6)
+    }
     path = write_report(results, tmp_path / "report.html", labels="bad")
     assert 1_000_000 < path.stat().st_size < 3_000_000
     data = embedded(path.read_text())
     shown = sum("scores" in turn for example in data["examples"] for turn in example["turns"][:1])
-    assert len(data["examples"]) == 1000 and ("Token scores are in this page for" in data["table"]["reading"]) == (shown < 1000)
+    assert len(data["examples"]) == 1000 and (
+        "Token scores are in this page for" in data["table"]["reading"]
+    ) == (shown < 1000)
 
 
 @pytest.mark.parametrize("text", ["<b>" * 400, "日本語" * 300, "\ud800" * 500, "\u2028\x00" * 600])
 def test_texts_that_grow_when_written_still_fit_and_come_back(tmp_path, text):
     data = chats([f"{i} {text}" for i in range(700)])
-    path = write_report(Attribution(data, np.random.default_rng(0).normal(size=700), QueryCard("m", "b")), tmp_path / "report.html")
+    path = write_report(
+        Attribution(data, np.random.default_rng(0).normal(size=700), QueryCard("m", "b")),
+        tmp_path / "report.html",
+    )
     assert path.stat().st_size < 3_000_000
     found = embedded(path.read_text())
-    assert len(found["examples"]) == 700 and all(example["turns"][1]["text"].startswith(f"{i} ") for i, example in enumerate(found["examples"]))
+    assert len(found["examples"]) == 700 and all(
+        example["turns"][1]["text"].startswith(f"{i} ") for i, example in enumerate(found["examples"])
+    )
 
 
 def test_very_long_examples_are_cut_in_the_page_and_it_says_so(tmp_path):
     data = chats([f"{i} " + "token " * 5000 for i in range(40)])
-    results = {f"method {i}": Attribution(data, np.random.default_rng(i).normal(size=40), QueryCard("m", "b"), **tokenized(data, width=6)) for i in range(3)}
+    results = {
+        f"method {i}": Attribution(
+            data, np.random.default_rng(i).normal(size=40), QueryCard("m", "b"), **tokenized(data, width=6)
+        )
+        for i in range(3)
+    }
     path = write_report(results, tmp_path / "report.html")
     page = path.read_text()
     assert path.stat().st_size < 3_000_000 and "more characters are in the data, not in this view" in page
     assert re.search(r"Token scores are in this page for [\d,]+ examples", embedded(page)["table"]["reading"])
-    plain = write_report(Attribution(chats([f"{i} " + "token " * 5000 for i in range(300)]), np.arange(300.), QueryCard("m", "b")), tmp_path / "plain.html")
-    assert plain.stat().st_size < 3_000_000 and re.search(r"[\d,]+ long texts are cut in this page", embedded(plain.read_text())["table"]["reading"])
+    plain = write_report(
+        Attribution(
+            chats([f"{i} " + "token " * 5000 for i in range(300)]), np.arange(300.0), QueryCard("m", "b")
+        ),
+        tmp_path / "plain.html",
+    )
+    assert plain.stat().st_size < 3_000_000 and re.search(
+        r"[\d,]+ long texts are cut in this page", embedded(plain.read_text())["table"]["reading"]
+    )
 
 
 @browser
 def test_a_browser_runs_no_text_of_the_data(tmp_path):
-    attack = [*HOSTILE, "<script>document.title='taken'</script>", "<svg/onload=\"document.title='taken'\">", "</script><script>document.title='taken'</script>", "<img src=x onerror=\"document.title='taken'\">"]
-    page = write_report(several(texts=attack), tmp_path / "report.html", title="Calm", examples=len(attack)).read_text()
+    attack = [
+        *HOSTILE,
+        "<script>document.title='taken'</script>",
+        "<svg/onload=\"document.title='taken'\">",
+        "</script><script>document.title='taken'</script>",
+        "<img src=x onerror=\"document.title='taken'\">",
+    ]
+    page = write_report(
+        several(texts=attack), tmp_path / "report.html", title="Calm", examples=len(attack)
+    ).read_text()
     shown = dump(page, tmp_path)
     assert "<title>Calm</title>" in shown and "taken" in shown
-    assert shown.count('<article class="example">') == page.count("<article class='example'>") and len(re.findall(r"<script", shown)) == 2
-    assert 'class="ctda-view"' in shown   # our own script did run: the browser is there
+    assert (
+        shown.count('<article class="example">') == page.count("<article class='example'>")
+        and len(re.findall(r"<script", shown)) == 2
+    )
+    assert 'class="ctda-view"' in shown  # our own script did run: the browser is there
 
 
 @browser

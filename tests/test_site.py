@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import check_links
-import concept_tda
 from concept_tda._public import PUBLIC
+
+import check_links
 from chromium import Chromium, needs_browser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,19 +23,29 @@ ROOT = Path(__file__).resolve().parent.parent
 def places(contents) -> set[str]:
     """The notebooks a sidebar's `contents` names, globs read."""
     if isinstance(contents, str):
-        return {str(path.relative_to(ROOT / "nbs")) for path in (ROOT / "nbs").glob(contents)} if "*" in contents else {contents}
-    if isinstance(contents, dict): return places(contents.get("contents", [])) | ({contents["href"]} if "href" in contents else set())
+        return (
+            {str(path.relative_to(ROOT / "nbs")) for path in (ROOT / "nbs").glob(contents)}
+            if "*" in contents
+            else {contents}
+        )
+    if isinstance(contents, dict):
+        return places(contents.get("contents", [])) | ({contents["href"]} if "href" in contents else set())
     return set().union(*map(places, contents))
 
 
 def pages() -> set[str]:
     """Every page there is, relative to nbs/."""
-    return {str(path.relative_to(ROOT / "nbs")) for path in (ROOT / "nbs").rglob("*")
-            if path.suffix in (".ipynb", ".md") and ".ipynb_checkpoints" not in path.parts}
+    return {
+        str(path.relative_to(ROOT / "nbs"))
+        for path in (ROOT / "nbs").rglob("*")
+        if path.suffix in (".ipynb", ".md") and ".ipynb_checkpoints" not in path.parts
+    }
 
 
 def sidebar() -> list:
-    return yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    return yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"][
+        "contents"
+    ]
 
 
 def test_every_page_is_in_the_sidebar():
@@ -44,11 +54,17 @@ def test_every_page_is_in_the_sidebar():
 
 def test_every_page_is_rendered():
     patterns = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["project"]["render"]
-    assert {str(path.relative_to(ROOT / "nbs")) for pattern in patterns for path in (ROOT / "nbs").glob(pattern.lstrip("/"))} == pages()
+    assert {
+        str(path.relative_to(ROOT / "nbs"))
+        for pattern in patterns
+        for path in (ROOT / "nbs").glob(pattern.lstrip("/"))
+    } == pages()
 
 
 def test_the_sidebar_has_its_sections():
-    names = [entry if isinstance(entry, str) else entry.get("section") or entry["href"] for entry in sidebar()]
+    names = [
+        entry if isinstance(entry, str) else entry.get("section") or entry["href"] for entry in sidebar()
+    ]
     assert names == ["Start here", "Tutorials", "Explained", "How to", "API", "limits.ipynb", "changelog.md"]
 
 
@@ -56,16 +72,27 @@ def test_the_changelog_on_the_site_is_the_changelog():
     assert (ROOT / "nbs" / "changelog.md").resolve() == ROOT / "CHANGELOG.md"
 
 
-PROSE_PAGES = sorted(path for folder in ("explained", "how-to", ".") for path in (ROOT / "nbs" / folder).glob("*.ipynb")
-                     if folder != "." or path.stem == "limits")
+PROSE_PAGES = sorted(
+    path
+    for folder in ("explained", "how-to", ".")
+    for path in (ROOT / "nbs" / folder).glob("*.ipynb")
+    if folder != "." or path.stem == "limits"
+)
 
 
 def test_no_introduction_stands_in_the_cell_of_the_title():
     """nbdev makes title and description of a page from that cell and drops whatever else is in it."""
     for path in (ROOT / "nbs").rglob("*.ipynb"):
-        if ".ipynb_checkpoints" in path.parts: continue
-        first = next((cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"), None)
-        lost = [line for line in "".join(first["source"]).splitlines() if line.strip() and not line.startswith(("# ", ">"))]
+        if ".ipynb_checkpoints" in path.parts:
+            continue
+        first = next(
+            (cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"), None
+        )
+        lost = [
+            line
+            for line in "".join(first["source"]).splitlines()
+            if line.strip() and not line.startswith(("# ", ">"))
+        ]
         assert not lost, f"{path}: move to a cell of its own: {lost[0][:60]}"
 
 
@@ -73,24 +100,30 @@ def test_no_introduction_stands_in_the_cell_of_the_title():
 def test_page_shows_results_and_describes_its_pictures(page):
     cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    assert outputs and not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+    assert outputs and not any(
+        output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs
+    )
     for cell in cells:
         source = "".join(cell["source"])
-        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])): assert "#| fig-alt:" in source, source
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            assert "#| fig-alt:" in source, source
         assert "default_exp" not in source and "#| export" not in source
-    if page.parent.name == "explained": assert any("image/png" in output.get("data", {}) for output in outputs)
+    if page.parent.name == "explained":
+        assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
 def test_links_of_documents(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#\s]+)", text):
-        if "://" not in link: assert ((ROOT / document).parent / link).exists(), f"{document}: {link} is not there"
+        if "://" not in link:
+            assert ((ROOT / document).parent / link).exists(), f"{document}: {link} is not there"
 
 
 def test_contributing_names_every_room():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for room in PUBLIC: assert f"`{room}`" in text, f"CONTRIBUTING.md does not name {room}"
+    for room in PUBLIC:
+        assert f"`{room}`" in text, f"CONTRIBUTING.md does not name {room}"
 
 
 def test_link_checker_finds_what_is_broken(tmp_path):
@@ -98,11 +131,20 @@ def test_link_checker_finds_what_is_broken(tmp_path):
     (tmp_path / "index.html").write_text(
         '<a href="sub/page.html#here">good</a><a href="sub/">no index there</a><a href="gone.html">bad</a>'
         '<a href="sub/page.html#nowhere">bad</a><a href="https://elsewhere.example/x">not followed</a>'
-        '<a href="#top">bad</a><img src="no.png"><a href="../outside.html">bad</a>')
-    (tmp_path / "sub" / "page.html").write_text('<h2 id="here">x</h2><a href="../index.html">good</a><a href="/index.html">good</a>')
+        '<a href="#top">bad</a><img src="no.png"><a href="../outside.html">bad</a>'
+    )
+    (tmp_path / "sub" / "page.html").write_text(
+        '<h2 id="here">x</h2><a href="../index.html">good</a><a href="/index.html">good</a>'
+    )
     broken = check_links.broken_links(tmp_path)
-    assert [problem.split(": ")[1] for problem in broken] == \
-        ["sub/", "gone.html", "sub/page.html#nowhere", "#top", "no.png", "../outside.html"]
+    assert [problem.split(": ")[1] for problem in broken] == [
+        "sub/",
+        "gone.html",
+        "sub/page.html#nowhere",
+        "#top",
+        "no.png",
+        "../outside.html",
+    ]
     assert check_links.main(str(tmp_path)) == 1
     (tmp_path / "index.html").write_text('<a href="sub/page.html">good</a>')
     assert check_links.main(str(tmp_path)) == 0
@@ -113,14 +155,20 @@ def test_link_checker_finds_what_is_broken(tmp_path):
 def site(tmp_path_factory) -> Path:
     """The whole site, built by the stand-in for quarto in a copy of the working tree."""
     folder = tmp_path_factory.mktemp("site") / "concept_tda"
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, names.split("\0")):
-        if not (ROOT / name).exists(): continue
+        if not (ROOT / name).exists():
+            continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (folder, folder / "tools", folder / "tests"))),
-        "PATH": os.pathsep.join([str(folder / "tools" / "stand_in"), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (folder, folder / "tools", folder / "tests"))),
+        "PATH": os.pathsep.join(
+            [str(folder / "tools" / "stand_in"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        ),
     }
     environment.pop("IN_TEST", None)
     command = [Path(sys.executable).parent / "nbdev-docs", "--n-workers", "1"]
@@ -139,7 +187,8 @@ def test_site_loads_nothing_from_elsewhere(site):
         for tag in re.findall(r"<(?:script|img|link)\b[^>]*>", page.read_text(encoding="utf-8")):
             fetched = re.search(r"(?:src|href)=.https?://", tag) and not re.search(r"rel=.canonical", tag)
             assert not fetched, f"{page.relative_to(site)}: {tag}"
-    for style in site.rglob("*.css"): assert not re.search(r"@import url\(.?https?:", style.read_text(encoding="utf-8")), style
+    for style in site.rglob("*.css"):
+        assert not re.search(r"@import url\(.?https?:", style.read_text(encoding="utf-8")), style
     assert "<math" in (site / "explained" / "influence.html").read_text(encoding="utf-8")
 
 
@@ -150,10 +199,21 @@ def test_pages_open_without_errors_and_fit_the_screen(site):
         for file in sorted(site.rglob("*.html")):
             page, name = browser.open(f"file://{file}"), str(file.relative_to(site))
             problems += [f"{name}: {error}" for error in page.errors]
-            problems += [f"{name}: asks for {address}" for address in page.requests if not address.startswith(("file:", "data:", "blob:"))]
+            problems += [
+                f"{name}: asks for {address}"
+                for address in page.requests
+                if not address.startswith(("file:", "data:", "blob:"))
+            ]
             for width in (1200, 400):
-                page.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-                if (needed := page.value("document.documentElement.scrollWidth")) > width: problems.append(f"{name}: {needed} pixels wide at {width}")
+                page.send(
+                    "Emulation.setDeviceMetricsOverride",
+                    width=width,
+                    height=900,
+                    deviceScaleFactor=1,
+                    mobile=False,
+                )
+                if (needed := page.value("document.documentElement.scrollWidth")) > width:
+                    problems.append(f"{name}: {needed} pixels wide at {width}")
             page.close()
     assert not problems, "\n".join(problems)
 
@@ -164,8 +224,10 @@ def test_site_has_an_entry_for_every_public_function_and_class(site):
         module = importlib.import_module(f"concept_tda.{room}")
         notebook = re.search(r"nbs/(\S+)\.ipynb", Path(module.__file__).read_text(encoding="utf-8"))[1]
         page = check_links.Page((site / notebook).with_name(f"{room.split('.')[-1]}.html"))
-        for name in (names.split() or module.__all__):
+        for name in names.split() or module.__all__:
             thing = getattr(module, name)
-            if not callable(thing) or getattr(thing, "__module__", None) != module.__name__: continue  # a constant
-            if name.lower() not in page.anchors: missing.append(f"{room}.{name}")
+            if not callable(thing) or getattr(thing, "__module__", None) != module.__name__:
+                continue  # a constant
+            if name.lower() not in page.anchors:
+                missing.append(f"{room}.{name}")
     assert not missing

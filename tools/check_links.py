@@ -21,7 +21,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
         for key in ("id", "name"):
-            if found.get(key): self.anchors.add(found[key])
+            if found.get(key):
+                self.anchors.add(found[key])
         for key in ("href", "src"):
             if key in found and not (tag == "a" and found.get("role") in ("button", "navigation")):
                 self.links.append((self.getpos()[0], found[key] or ""))
@@ -31,18 +32,27 @@ def broken_links(site: Path) -> list[str]:
     """`page:line: link: what is wrong` for every internal link that leads nowhere."""
     site = site.resolve()
     pages = {file: Page(file) for file in sorted(site.rglob("*.html"))}
-    if not pages: return [f"{site}: no pages"]
+    if not pages:
+        return [f"{site}: no pages"]
     problems = []
     for file, page in pages.items():
         for line, link in page.links:
             parts = urlsplit(link)
-            if parts.scheme or parts.netloc or link in ("", "#"): continue
+            if parts.scheme or parts.netloc or link in ("", "#"):
+                continue
             path = unquote(parts.path)
-            target = file if not path else (site / path.lstrip("/") if path.startswith("/") else file.parent / path).resolve()
-            if target.is_dir(): target /= "index.html"
+            target = (
+                file
+                if not path
+                else (site / path.lstrip("/") if path.startswith("/") else file.parent / path).resolve()
+            )
+            if target.is_dir():
+                target /= "index.html"
             where = f"{file.relative_to(site)}:{line}: {link}"
-            if site not in target.parents: problems.append(f"{where}: leads out of the site")
-            elif not target.exists(): problems.append(f"{where}: no such page")
+            if site not in target.parents:
+                problems.append(f"{where}: leads out of the site")
+            elif not target.exists():
+                problems.append(f"{where}: no such page")
             elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
                 problems.append(f"{where}: no such place on that page")
     return problems
@@ -50,7 +60,8 @@ def broken_links(site: Path) -> list[str]:
 
 def main(folder: str) -> int:
     problems = broken_links(Path(folder))
-    for problem in problems: print(problem, file=sys.stderr)
+    for problem in problems:
+        print(problem, file=sys.stderr)
     count = len(list(Path(folder).rglob("*.html")))
     print(f"{count} pages, {len(problems)} broken links")
     return 1 if problems else 0

@@ -21,9 +21,10 @@ GUARDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 @dataclass
 class Room:
     """What was measured in one notebook."""
+
     path: Path
     cells: list[int] = field(default_factory=list)  # lines of each exported cell, imports left out
-    words: int = 0                                  # of prose
+    words: int = 0  # of prose
     places: list[str] = field(default_factory=list)  # what breaks a rule, and where
 
     @property
@@ -38,18 +39,27 @@ def crowded(tree: ast.AST) -> list[int]:
     for node in ast.walk(tree):
         blocks = [getattr(node, name, None) for name in ("body", "orelse", "finalbody")]
         for block in blocks:
-            if not isinstance(block, list) or not block or not isinstance(block[0], ast.stmt): continue
+            if not isinstance(block, list) or not block or not isinstance(block[0], ast.stmt):
+                continue
             found += [b.lineno for a, b in zip(block, block[1:]) if b.lineno <= (a.end_lineno or a.lineno)]
-            if isinstance(node, ast.Module) or block is not getattr(node, "body", None): continue
+            if isinstance(node, ast.Module) or block is not getattr(node, "body", None):
+                continue
             guard = isinstance(node, ast.If) and not node.orelse and isinstance(block[0], GUARDS)
-            if block[0].lineno == header_end(node) and not guard: found.append(block[0].lineno)
+            if block[0].lineno == header_end(node) and not guard:
+                found.append(block[0].lineno)
     return sorted(set(found))
 
 
 def header_end(node: ast.AST) -> int:
     """The line on which the header of a compound statement ends, its colon's."""
-    parts = [child for name, child in ast.iter_fields(node) if name not in ("body", "orelse", "finalbody", "handlers")]
-    nodes = [n for part in parts for n in (part if isinstance(part, list) else [part]) if isinstance(n, ast.AST)]
+    parts = [
+        child
+        for name, child in ast.iter_fields(node)
+        if name not in ("body", "orelse", "finalbody", "handlers")
+    ]
+    nodes = [
+        n for part in parts for n in (part if isinstance(part, list) else [part]) if isinstance(n, ast.AST)
+    ]
     ends = [n.end_lineno for top in nodes for n in ast.walk(top) if getattr(n, "end_lineno", None)]
     return max([getattr(node, "lineno", 0), *ends])
 
@@ -65,14 +75,19 @@ def measure(path: Path) -> Room:
         code = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE)
         where = f"{path.relative_to(ROOT)} cell {cell['id']}"
         for number, line in enumerate(source.split("\n"), 1):
-            if len(line) > LIMITS["line"]: room.places.append(f"{where} line {number}: {len(line)} characters")
-        if not re.match(r"#\| ?exporti?\b", source) or not code.strip(): continue
+            if len(line) > LIMITS["line"]:
+                room.places.append(f"{where} line {number}: {len(line)} characters")
+        if not re.match(r"#\| ?exporti?\b", source) or not code.strip():
+            continue
         tree = ast.parse(code)
-        for number in crowded(tree): room.places.append(f"{where} line {number}: two statements")
-        if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body): continue
+        for number in crowded(tree):
+            room.places.append(f"{where} line {number}: two statements")
+        if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body):
+            continue
         length = len(code.strip().split("\n"))
         room.cells.append(length)
-        if length > LIMITS["longest"]: room.places.append(f"{where}: {length} lines")
+        if length > LIMITS["longest"]:
+            room.places.append(f"{where}: {length} lines")
     return room
 
 
@@ -80,27 +95,44 @@ def figures(rooms: list[Room]) -> dict[str, float]:
     """Median, 90th percentile and maximum of the exported cells, and words of prose for each exported line."""
     cells = sorted(length for room in rooms for length in room.cells) or [0]
     lines = sum(room.lines for room in rooms) or 1
-    return {"cells": len(cells), "median": statistics.median(cells), "p90": cells[int(.9*(len(cells) - 1))],
-            "longest": cells[-1], "words_per_line": sum(room.words for room in rooms)/lines,
-            "broken": sum(len(room.places) for room in rooms)}
+    return {
+        "cells": len(cells),
+        "median": statistics.median(cells),
+        "p90": cells[int(0.9 * (len(cells) - 1))],
+        "longest": cells[-1],
+        "words_per_line": sum(room.words for room in rooms) / lines,
+        "broken": sum(len(room.places) for room in rooms),
+    }
 
 
 def rooms_of_the_house() -> list[Path]:
     """The notebooks that export."""
-    return [path for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
-            if ".ipynb_checkpoints" not in path.parts and "default_exp" in path.read_text(encoding="utf-8")]
+    return [
+        path
+        for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
+        if ".ipynb_checkpoints" not in path.parts and "default_exp" in path.read_text(encoding="utf-8")
+    ]
 
 
 def main(names: list[str]) -> None:
     """Print the table."""
-    rooms = [measure(Path(name).resolve()) for name in names] or [measure(path) for path in rooms_of_the_house()]
-    print(f"{'room':36} {'cells':>5} {'median':>6} {'p90':>4} {'longest':>7} {'words/line':>10} {'broken':>6}")
-    for label, group in [(str(room.path.relative_to(ROOT / "nbs")), [room]) for room in rooms] + [("all", rooms)]:
+    rooms = [measure(Path(name).resolve()) for name in names] or [
+        measure(path) for path in rooms_of_the_house()
+    ]
+    print(
+        f"{'room':36} {'cells':>5} {'median':>6} {'p90':>4} {'longest':>7} {'words/line':>10} {'broken':>6}"
+    )
+    for label, group in [(str(room.path.relative_to(ROOT / "nbs")), [room]) for room in rooms] + [
+        ("all", rooms)
+    ]:
         f = figures(group)
-        print(f"{label:36} {f['cells']:5} {f['median']:6.0f} {f['p90']:4} {f['longest']:7} "
-              f"{f['words_per_line']:10.1f} {f['broken']:6}")
+        print(
+            f"{label:36} {f['cells']:5} {f['median']:6.0f} {f['p90']:4} {f['longest']:7} "
+            f"{f['words_per_line']:10.1f} {f['broken']:6}"
+        )
     if names:
-        for room in rooms: print(*room.places, sep="\n")
+        for room in rooms:
+            print(*room.places, sep="\n")
 
 
 if __name__ == "__main__":

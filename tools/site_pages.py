@@ -15,15 +15,18 @@ import sys
 import textwrap
 from pathlib import Path
 
-import concept_tda
-from concept_tda._lazy import ROOM_OF
-from concept_tda._public import PUBLIC
 from fastcore.docments import MarkdownRenderer
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 
+import concept_tda
+from concept_tda._lazy import ROOM_OF
+from concept_tda._public import PUBLIC
+
 PRIVATE_LINK = re.compile(r"\[(`(?:\w+\.)*_\w*(?:\(\))?`)\]\([^)]*\)")
-MODULE_PREFIX = re.compile(r"\b(?:torch\.nn\.modules\.\w+|pandas(?:\.\w+)*|pathlib|collections\.abc|transformers(?:\.\w+)*|concept_tda(?:\.\w+)+)\.(?=[A-Z])")
+MODULE_PREFIX = re.compile(
+    r"\b(?:torch\.nn\.modules\.\w+|pandas(?:\.\w+)*|pathlib|collections\.abc|transformers(?:\.\w+)*|concept_tda(?:\.\w+)+)\.(?=[A-Z])"
+)
 SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.MULTILINE)
 
 
@@ -33,23 +36,27 @@ def find(name: str, room: str | None):
     room = room or ROOM_OF.get(head)
     module = importlib.import_module(f"concept_tda.{room}") if room else concept_tda
     thing = getattr(module, head)
-    for part in rest: thing = inspect.getattr_static(thing, part)
+    for part in rest:
+        thing = inspect.getattr_static(thing, part)
     return thing
 
 
 def plain(thing):
     """The function under a property, classmethod or staticmethod."""
-    if isinstance(thing, property): return thing.fget
+    if isinstance(thing, property):
+        return thing.fget
     return getattr(thing, "__func__", getattr(thing, "func", thing))
 
 
 def rendering(function, short: str) -> str:
     """The definition in Markdown. A type that the room imports for type checkers only is shown by its bare name."""
     while True:
-        try: return MarkdownRenderer(function, name=short)._repr_markdown_()
+        try:
+            return MarkdownRenderer(function, name=short)._repr_markdown_()
         except NameError as err:
             scope = vars(sys.modules[function.__module__])
-            if err.name is None or err.name in scope: raise
+            if err.name is None or err.name in scope:
+                raise
             scope[err.name] = type(err.name, (), {"__module__": "builtins"})
 
 
@@ -59,30 +66,41 @@ def signature(thing, name: str) -> str:
     if inspect.isclass(thing):
         own = [thing, *itertools.takewhile(lambda base: base.__name__.startswith("_"), thing.__mro__[1:])]
         bases = ", ".join(base.__name__ for base in own[-1].__bases__ if base is not object)
-        if not any("__init__" in vars(part) for part in own): return f"class {short}({bases})" if bases else f"class {short}"
+        if not any("__init__" in vars(part) for part in own):
+            return f"class {short}({bases})" if bases else f"class {short}"
     rendered = rendering(plain(thing), short)
     code = re.search(r"```python\n(.*?)\n```", rendered, re.DOTALL)[1].strip().removesuffix(":")
     code = MODULE_PREFIX.sub("", code)
-    if isinstance(thing, classmethod): code = "@classmethod\n" + code
+    if isinstance(thing, classmethod):
+        code = "@classmethod\n" + code
     return code.replace("def ", "class ", 1).removesuffix("->None") if inspect.isclass(thing) else code
 
 
 def source(thing) -> str:
     """The folded source, or nothing where there is none to show."""
-    try: code = textwrap.dedent(inspect.getsource(plain(thing))).rstrip()
-    except (OSError, TypeError): return ""
-    return f"<details class=\"api-source\">\n<summary>Source</summary>\n\n```python\n{code}\n```\n\n</details>\n"
+    try:
+        code = textwrap.dedent(inspect.getsource(plain(thing))).rstrip()
+    except (OSError, TypeError):
+        return ""
+    return (
+        f'<details class="api-source">\n<summary>Source</summary>\n\n```python\n{code}\n```\n\n</details>\n'
+    )
 
 
 def docstring(thing) -> str:
     text = inspect.getdoc(plain(thing)) or ""
-    if dataclasses.is_dataclass(thing) and text.startswith(f"{thing.__name__}("): return ""  # written by dataclasses
+    if dataclasses.is_dataclass(thing) and text.startswith(f"{thing.__name__}("):
+        return ""  # written by dataclasses
     return text
 
 
 def entry(thing, name: str, level: int = 3, with_source: bool = True) -> str:
-    parts = [f"{'#' * level} {name}", f"```python\n{signature(thing, name)}\n```", docstring(thing),
-             source(thing) if with_source else ""]
+    parts = [
+        f"{'#' * level} {name}",
+        f"```python\n{signature(thing, name)}\n```",
+        docstring(thing),
+        source(thing) if with_source else "",
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -92,19 +110,30 @@ def is_property(member) -> bool:
 
 def members(cls) -> dict[str, object]:
     """The public methods and properties a class defines itself and says something about, in its order."""
-    return {name: member for name, member in vars(cls).items()
-            if not name.startswith("_") and not inspect.isclass(member)
-            and callable(plain(member)) and (inspect.getdoc(plain(member)) or "")}
+    return {
+        name: member
+        for name, member in vars(cls).items()
+        if not name.startswith("_")
+        and not inspect.isclass(member)
+        and callable(plain(member))
+        and (inspect.getdoc(plain(member)) or "")
+    }
 
 
 def class_entry(cls, name: str, elsewhere: set[str]) -> str:
     """A class with its properties as a list and an entry for each method not shown elsewhere on the page."""
     found = {key: member for key, member in members(cls).items() if f"{name}.{key}" not in elsewhere}
-    properties = [f'* <code id="{name.lower()}.{key.lower()}">{key}</code>: {" ".join(docstring(member).split())}'
-                  for key, member in found.items() if is_property(member)]
+    properties = [
+        f'* <code id="{name.lower()}.{key.lower()}">{key}</code>: {" ".join(docstring(member).split())}'
+        for key, member in found.items()
+        if is_property(member)
+    ]
     parts = [entry(cls, name), "\n".join(properties)]
-    parts += [entry(member, f"{name}.{key}", level=4, with_source=False)
-              for key, member in found.items() if not is_property(member)]
+    parts += [
+        entry(member, f"{name}.{key}", level=4, with_source=False)
+        for key, member in found.items()
+        if not is_property(member)
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -114,20 +143,37 @@ class api_entries(Processor):
     def begin(self):
         cells = self.nb.cells
         room = room_of(Path(self.nb.path_))
-        named = {i: match[1] for i, cell in enumerate(cells) if cell.cell_type == "code"
-                 for match in [SHOW_DOC.search(cell.source)] if match}
-        for i in [i for i, name in named.items() if name.startswith("_")]:  # a method patched into a private base class
+        named = {
+            i: match[1]
+            for i, cell in enumerate(cells)
+            if cell.cell_type == "code"
+            for match in [SHOW_DOC.search(cell.source)]
+            if match
+        }
+        for i in [
+            i for i, name in named.items() if name.startswith("_")
+        ]:  # a method patched into a private base class
             cells[i].source, cells[i].outputs = "#| echo: false", []
             del named[i]
         for i, name in in_code_order(named, room).items():
             thing = find(name, room)
             shown = set(named.values())
-            text = class_entry(thing, name, shown) if inspect.isclass(thing) else entry(thing, name, level=4 if "." in name else 3)
+            text = (
+                class_entry(thing, name, shown)
+                if inspect.isclass(thing)
+                else entry(thing, name, level=4 if "." in name else 3)
+            )
             cells[i].source = f"#| echo: false\n#| output: asis\nshow_doc({name})"
-            cells[i].outputs = [{"output_type": "display_data", "metadata": {},
-                                 "data": {"text/markdown": unlink_private(NbdevLookup().linkify(text)).splitlines(True)}}]
+            cells[i].outputs = [
+                {
+                    "output_type": "display_data",
+                    "metadata": {},
+                    "data": {"text/markdown": unlink_private(NbdevLookup().linkify(text)).splitlines(True)},
+                }
+            ]
         for cell in cells:
-            if cell.cell_type == "markdown": cell.source = unlink_private(cell.source)
+            if cell.cell_type == "markdown":
+                cell.source = unlink_private(cell.source)
 
 
 def room_of(page: Path) -> str | None:
@@ -143,12 +189,15 @@ def unlink_private(text: str) -> str:
 
 def in_code_order(named: dict[int, str], room: str | None) -> dict[int, str]:
     """nbdev puts the entries of one exported cell in reverse: neighbours are put in the order of the module."""
-    if room is None: return named
+    if room is None:
+        return named
     order = importlib.import_module(f"concept_tda.{room}").__all__
     ordered, run = {}, []
     for i in [*sorted(named), None]:
         if run and (i is None or i != run[-1] + 1):
-            ordered |= dict(zip(run, sorted((named[j] for j in run), key=lambda name: order.index(name.split(".")[0]))))
+            ordered |= dict(
+                zip(run, sorted((named[j] for j in run), key=lambda name: order.index(name.split(".")[0])))
+            )
             run = []
         run.append(i)
     return ordered
