@@ -26,7 +26,7 @@ from ..model.losses import loss_weights, token_losses
 from ..model.loading import LanguageModel, ModelError
 from ..foundation.errors import ConceptTDAError, require
 from ..foundation.storage import atomic_file, cache_folder, check_free, code_version, fingerprint
-from ..model.tracing import _left_padded, _progress, generate
+from ..model.tracing import left_padded, progress_bar, generate
 
 # %% ../../nbs/40_concepts/01_judges.ipynb #0007
 class JudgeError(ConceptTDAError):
@@ -212,7 +212,7 @@ def _last_answer_only(data):
 def _mean_log_probabilities(lm, data, token_budget, progress, what):
     "Mean log-probability per response token [N] in nats, float64."
     values = np.full(len(data), np.nan)
-    with lm.undisturbed(), torch.no_grad(), _progress(data.n_tokens, progress, what) as bar:
+    with lm.undisturbed(), torch.no_grad(), progress_bar(data.n_tokens, progress, what) as bar:
         for batch in batches(data, token_budget=token_budget):
             batch = batch.to(lm.device)
             counts_B = loss_weights(batch, "sum").double().sum(1)  # predicted response tokens
@@ -379,7 +379,7 @@ class FunctionJudge(AnswerJudge):
     def settings(self): return dict(**super().settings(), function=fingerprint(_content(self.function)), version=self.version)
 
     def scores(self, conversations, progress):
-        with _progress(len(conversations), progress, self.name, "answer") as bar: return [self._call(c) for c in conversations if bar.update(1) or True]
+        with progress_bar(len(conversations), progress, self.name, "answer") as bar: return [self._call(c) for c in conversations if bar.update(1) or True]
 
     def _call(self, conversation):
         "The function's number for one conversation."
@@ -444,7 +444,7 @@ def _digit_tokens(tokenizer, vocab_size) -> torch.Tensor:
 def _number_probabilities(lm, contexts, numbers, digits_V) -> np.ndarray:
     "Probability [B, 101] of each number after each context (a list of B token id tensors)."
     from transformers import DynamicCache
-    ids_BT, mask_BT = _left_padded(contexts, lm.tokenizer.pad_token_id or 0, lm.device)
+    ids_BT, mask_BT = left_padded(contexts, lm.tokenizer.pad_token_id or 0, lm.device)
     last_B1, cache = mask_BT.sum(1, keepdim=True) - 1, DynamicCache()  # without the model's settings: every layer keeps all tokens, so that they can be taken back
     digits_V, found_BK = digits_V.to(lm.device), np.zeros((len(contexts), len(numbers)))
 
@@ -500,7 +500,7 @@ class LocalJudge(AnswerJudge):
         numbers, digits_V = _number_tokens(lm.tokenizer), _digit_tokens(lm.tokenizer, lm.vocab_size)
         contexts, found = self._contexts(conversations, numbers), np.full((len(conversations), 101), np.nan)
         order = sorted(range(len(contexts)), key=lambda row: -len(contexts[row]))
-        with lm.undisturbed(), torch.no_grad(), _progress(len(order), progress, self.name, "answer") as bar:
+        with lm.undisturbed(), torch.no_grad(), progress_bar(len(order), progress, self.name, "answer") as bar:
             while order:
                 rows = order[:max(1, self.token_budget//len(contexts[order[0]]))]
                 order = order[len(rows):]
@@ -725,7 +725,7 @@ def _verdicts(judge, bodies, progress) -> dict:
     paths = {key: judge.folder/key[:2]/f"{key}.json" for key in bodies}
     records = {key: record for key, path in paths.items() if (record := _read_verdict(path)) is not None}
     judge.usage.cached += len(records)
-    with _progress(len(bodies), progress, judge.name, "answer") as bar:
+    with progress_bar(len(bodies), progress, judge.name, "answer") as bar:
         bar.update(len(records))
         missing = {key: (body, paths[key]) for key, body in bodies.items() if key not in records}
         for key, record in _asked(judge, missing) if missing else ():

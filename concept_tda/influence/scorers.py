@@ -30,7 +30,7 @@ from ..model.sites import resolve_sites
 from .queries import ConceptQuery, LossQuery, query_expression
 from ..foundation.storage import code_version, fingerprint
 from ..foundation.errors import ConceptTDAError
-from ..model.tracing import _as_prompts, pooled_activations, pooling_weights
+from ..model.tracing import as_prompts, pooled_activations, pooling_weights
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #0007
 class ScorerError(ConceptTDAError):
@@ -185,7 +185,7 @@ def _given_answers(prompts, answers):
 
 def _own_answers(lm, conversations, answers=None, empty="error", folder=None, batch_size=8, progress=True, **settings):
     "The model's own answers to the prompts of `conversations`, each different prompt once."
-    prompts = _as_prompts(conversations)
+    prompts = as_prompts(conversations)
     first = {id: row for row, id in reversed(list(enumerate(prompts.ids)))}
     different = prompts.select(sorted(first.values()))
     records = _given_answers(different, answers) if answers is not None else answer_records(lm, different, folder, batch_size, progress, settings)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..data.conversations import Conversation, Conversations
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 from .loading import ModelError
-from .tracing import _as_prompts, generate
+from .tracing import as_prompts, generate
 
 # %% ../../nbs/20_model/04_answers.ipynb #000b
 _BATCHES_IN_BLOCK = 4  # what a kill can lose
@@ -84,7 +84,7 @@ def cached_generate(
     """`tracing.generate` that remembers its answers on disk and goes on after a kill. Metadata gains `answer_cut` and `empty_answer`;
     a conversation with an empty answer keeps its prompt only. Raises `ModelError` if all are empty."""
     if temperature < 0 or max_new_tokens < 1 or batch_size < 1: raise ModelError("cached_generate needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
-    prompts = _as_prompts(prompts)
+    prompts = as_prompts(prompts)
     records = answer_records(lm, prompts, folder, batch_size, progress, dict(max_new_tokens=max_new_tokens, temperature=float(temperature), seed=seed))
     if not any(record["answer"] for record in records): raise ModelError(f"{lm.name} gave an empty answer to every prompt ({', '.join(prompts.ids[:10])}): is its chat template the one it was trained with?")
     return Conversations([with_record(prompt, record) for prompt, record in zip(prompts, records)], f"answers of {lm.name}")
