@@ -22,8 +22,8 @@ PUBLIC = {
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel load_model",
     "model.sites": "Site resolve_sites",
     "model.losses": "GradientError response_logits token_losses loss_weights",
-    "model.tracing": "POOLINGS TracingError pooling_weights work_dtype pooled_activations token_activations "
-        "generate",
+    "model.tracing": "POOLINGS TracingError pooling_weights work_dtype progress_bar pooled_activations "
+        "token_activations left_padded as_prompts generate",
     "model.answers": "answer_records with_record cached_generate",
     "model.finetuning": "PRECISIONS RECIPES FinetuneError Coverage lora_coverage finetune training_record "
         "Retrained finetune_many training_checkpoints",
