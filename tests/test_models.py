@@ -442,6 +442,29 @@ def test_dtype(tmp_path, dtype, expected):
     )  # the default is never what happens to be stored
 
 
+def test_bfloat16_on_a_machine_that_is_slow_in_it_is_said_once_with_the_way_out(saved, monkeypatch):
+    folder, _ = saved
+    asked = []
+    monkeypatch.setattr(models, "bfloat16_ratio", lambda device: asked.append(str(device)) or 71.3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        lm = load_model(folder, dtype="bfloat16", device="cpu")
+    mine = [one for one in said if issubclass(one.category, models.SlowTypeWarning)]
+    assert len(mine) == 1 and mine[0].filename == __file__ and asked == ["cpu"]
+    assert "71.3 times as long" in str(mine[0].message) and 'dtype="float32"' in str(mine[0].message)
+    assert lm.dtype == torch.bfloat16  # said, not changed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", models.SlowTypeWarning)
+        assert load_model(folder, dtype="float32", device="cpu").dtype == torch.float32 and asked == ["cpu"]
+        monkeypatch.setattr(models, "bfloat16_ratio", lambda device: 0.5)
+        load_model(folder, dtype="bfloat16", device="cpu")
+
+        def unmeasurable(device): raise models.ProbeError("no room on the device")
+
+        monkeypatch.setattr(models, "bfloat16_ratio", unmeasurable)
+        load_model(folder, dtype="bfloat16", device="cpu")
+
+
 def test_device_map(saved):
     folder, lm = saved
     assert torch.equal(logits(load_model(folder, device_map="cpu")), logits(lm))
