@@ -19,7 +19,7 @@ PUBLIC = {
     "data.tokens": "response_mask TokenizedConversation readable_tokens TokenizedConversations tokenize "
         "tokenize_prompts",
     "data.batches": "Batch batches",
-    "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel load_model",
+    "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel SlowTypeWarning load_model",
     "model.sites": "Site resolve_sites",
     "model.losses": "GradientError response_logits token_losses loss_weights",
     "model.tracing": "POOLINGS TracingError pooling_weights work_dtype progress_bar pooled_activations "
