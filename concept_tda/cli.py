@@ -216,15 +216,15 @@ def _read_results(paths: Iterable[Path]) -> "list[Attribution]":
 
 # %% ../nbs/99_cli.ipynb #001b
 def _examples_text(part: "Attribution", width: int) -> list[str]:
-    "Lines of one end of a result: rank, score, prompt, and up to two lines of response."
+    "Lines of one end of a result: rank, score, question, and up to two lines of response."
     from concept_tda.foundation.display import one_line
-    from concept_tda.results.attribution import prompt_text
+    from concept_tda.results.attribution import question_text
     text_width, lines = max(30, width - 23), [f"{'rank':>6} {'score':>11}    example"]
     for i, conversation in enumerate(part.conversations):
         short = one_line(conversation.response, 2*text_width - 8)
         answer = textwrap.wrap(short, text_width - 2) or ["(empty)"]
-        prompt = one_line(prompt_text(conversation), text_width)
-        lines.append(f"{part.ranks[i]:>6} {part.scores[i]:>+11.4g}    {prompt}")
+        question = one_line(question_text(conversation), text_width)
+        lines.append(f"{part.ranks[i]:>6} {part.scores[i]:>+11.4g}    {question}")
         lines += [f"{'':21} {'→' if line is answer[0] else ' '} {line}" for line in answer[:2]]
     return lines
 
@@ -291,6 +291,8 @@ _TokenBudget = Annotated[int, _option(_METHOD, "Tokens in a batch; lower it when
 _Adapter = Annotated[str | None, _option(_MODEL, "PEFT adapter (folder or hub id) to put on the model.")]
 _Dtype = Annotated[str, _option(_MODEL, "float32, float16, bfloat16, float64, or auto (as stored).")]
 _Device = Annotated[str | None, _option(_MODEL, "Such as cpu or cuda:0; by default the GPU if there is one.")]
+_ChatTemplate = Annotated[str | None, _option(
+    _MODEL, "For base models: alpaca, chatml, llama3, plain, zephyr, or a file of Jinja.")]
 _Out = Annotated[Path | None, typer.Option(
     help="A .parquet file for one method, a folder for several; by default scores.parquet or scores.")]
 
@@ -322,6 +324,7 @@ def score(
     adapter: _Adapter = None,
     dtype: _Dtype = "float32",
     device: _Device = None,
+    chat_template: _ChatTemplate = None,
     out: _Out = None,
     overwrite: _Overwrite = False,
     debug: _Debug = False,
@@ -342,7 +345,8 @@ def score(
             _check_out(path, overwrite, data, concept, positive, negative, queries)
         behaviour = _Behaviour(concept, positive, negative, layer, name, pooling, transfer, queries)
         job = _Job(chosen, sites, (curvature, damping, relative), seed, max_tokens, tokens, token_budget)
-        results = _score(job, behaviour, model, data, adapter=adapter, dtype=dtype, device=device)
+        opening = dict(adapter=adapter, dtype=dtype, device=device, chat_template=chat_template)
+        results = _score(job, behaviour, model, data, **opening)
         _save_scores(results, paths)
 
 # %% ../nbs/99_cli.ipynb #001f-records

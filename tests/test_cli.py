@@ -19,6 +19,7 @@ import concept_tda.influence.engine as directional
 from concept_tda.cli import _NEEDS, app
 from concept_tda.concepts.concept import contrastive_concept, tensor_concept
 from concept_tda.data.conversations import load_conversations
+from concept_tda.data.templates import chat_template_text, template_names
 from concept_tda.demo import last_state
 from concept_tda.influence import baselines, scorers
 from concept_tda.influence.curvature import EKFAC
@@ -238,6 +239,54 @@ def test_repsim_compares_at_the_layer_named(place, here):
         "r.parquet",
     )
     assert load_attribution("r.parquet").card.layer == 2
+
+
+def test_a_base_model_is_scored_in_the_template_that_is_named(place, here):
+    model, tokenizer = tiny_pair("llama")
+    tokenizer.chat_template = None
+    for part in (model, tokenizer):
+        part.save_pretrained("base")
+    Path("own.jinja").write_text(chat_template_text("alpaca"))
+    command = ("score", "base", place / "train.jsonl", "--methods", "loss")
+    assert "load_model(…, chat_template=…) takes" in refused(1, *command)
+    train, scores = load_conversations(place / "train.jsonl"), {}
+    for template in ("chatml", "plain", "own.jinja"):
+        ok(*command, "--chat-template", template, "--out", "loss.parquet", "--overwrite")
+        saved = load_attribution("loss.parquet")
+        opened = load_model("base", chat_template=template)
+        expected = baselines.MeanLoss(opened).score(train, progress=False)
+        assert saved.card.settings["chat_template"] == expected.card.settings["chat_template"] == template
+        np.testing.assert_allclose(saved.scores, expected.scores, rtol=1e-5)
+        scores[template] = saved.scores
+    assert not np.allclose(scores["chatml"], scores["plain"]) and not np.allclose(
+        scores["chatml"], scores["own.jinja"]
+    )
+    assert "chatlm" in refused(1, *command, "--chat-template", "chatlm", "--out", "x.parquet")
+    assert f"{', '.join(template_names())}, or a file of Jinja" in " ".join(
+        ok("score", "--help").stdout.replace("│", " ").split()
+    )
+
+
+def test_the_line_of_an_example_is_the_question_its_answer_answers(place, here):
+    long = [
+        {"role": "system", "content": "Same for all. " * 20},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+    ]
+    rows = [
+        {
+            "messages": [
+                *long,
+                {"role": "user", "content": f"Is {i} even?"},
+                {"role": "assistant", "content": "yes " * (i + 1)},
+            ]
+        }
+        for i in range(4)
+    ]
+    Path("turns.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    printed = ok("score", place / "model", "turns.jsonl", "--methods", "length").stdout
+    lines = [line.split(maxsplit=2)[2] for line in printed.splitlines() if line[:6].strip().isdigit()]
+    assert lines == [f"Is {i} even?" for i in (3, 2, 1, 0)]
 
 
 def test_options_of_curvature_sites_and_cutting_arrive(place, here):

@@ -459,7 +459,8 @@ def test_bfloat16_on_a_machine_that_is_slow_in_it_is_said_once_with_the_way_out(
         monkeypatch.setattr(models, "bfloat16_ratio", lambda device: 0.5)
         load_model(folder, dtype="bfloat16", device="cpu")
 
-        def unmeasurable(device): raise models.ProbeError("no room on the device")
+        def unmeasurable(device):
+            raise models.ProbeError("no room on the device")
 
         monkeypatch.setattr(models, "bfloat16_ratio", unmeasurable)
         load_model(folder, dtype="bfloat16", device="cpu")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_attribution import HOSTILE, Reader, make
 
-from concept_tda.data.conversations import Conversation, Conversations
+from concept_tda.data.conversations import Conversation, Conversations, load_conversations
 from concept_tda.foundation.errors import StorageError
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import Cost, QueryCard
@@ -125,6 +125,37 @@ def test_the_report_shows_both_ends_of_every_method_with_their_numbers(tmp_path)
         and f"labelled: {'yes' if first.rows[0] % 2 == 0 else 'no'}" in page
     )
     assert all(f"title='{score:+.3g}'" in sections[0] for score in first.token_scores[0])
+
+
+def test_the_rows_side_by_side_show_the_question_each_answer_answers(tmp_path):
+    turns = [
+        {"role": "system", "content": "The same for every chat."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+    ]
+    data = load_conversations(
+        [
+            {
+                "messages": [
+                    *turns,
+                    {"role": "user", "content": f"Is <b>{i}</b> even?"},
+                    {"role": "assistant", "content": f"answer {i}"},
+                ]
+            }
+            for i in range(8)
+        ]
+    )
+    card = lambda method: QueryCard(method, "sycophancy", zero="gradient", data="train")
+    results = [
+        Attribution(data, np.arange(8.0), card("up")),
+        Attribution(data, -np.arange(8.0), card("down")),
+    ]
+    page = without_scripts(write_report(results, tmp_path / "report.html").read_text())
+    (table,) = re.findall(r'(?s)<table class="tops">.*?</table>', page)
+    asked = re.findall(r'class="quiet asked" dir="auto">([^<]*)</span>(answer \d)', table)
+    rows = [number for i in range(5) for number in (7 - i, i)]  # of each rank, both methods
+    assert asked == [(f"Is &lt;b&gt;{i}&lt;/b&gt; even?", f"answer {i}") for i in rows]
+    assert "The same for every chat" not in table
 
 
 def test_the_tables_are_those_of_compare(tmp_path):

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from ..foundation.storage import atomic_file, code_version
 from ..foundation.display import visible_text
-from ..results.attribution import Attribution, sentence
+from ..results.attribution import Attribution, question_text, sentence
 from ..results.comparison import Comparison, compare
 from concept_tda.views.html import (
     VIEW_STYLE,
@@ -120,7 +120,9 @@ def _tops(comparison: Comparison, labels: np.ndarray | None, n: int = 5) -> list
     "The first examples of each method, in words."
     def line(result: Attribution, i: int) -> dict:
         labelled = labels is not None and bool(labels[i])
-        return dict(text=_shortened(result.conversations[i].response, 110), row=int(result.rows[i]),
+        conversation = result.conversations[i]
+        return dict(text=_shortened(conversation.response, 110), row=int(result.rows[i]),
+                    question=_shortened(question_text(conversation), 90),
                     labelled=labelled, mark=" · labelled" if labelled else "")
     return [[line(result, int(i)) for i in np.argsort(-result.scores, kind="stable")[:n]]
             for result in comparison.attributions.values()]
