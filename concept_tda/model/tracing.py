@@ -7,20 +7,24 @@ __all__ = ['POOLINGS', 'TracingError', 'pooling_weights', 'work_dtype', 'progres
            'left_padded', 'as_prompts', 'generate']
 
 # %% ../../nbs/20_model/03_tracing.ipynb #0002
-import contextlib, json, warnings
+import contextlib
+import json
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..data.batches import Batch, batches
 from ..data.conversations import Conversation, Conversations, load_conversations
-from ..data.tokens import tokenize, tokenize_prompts
-from .loading import LanguageModel, ModelError
+from ..data.tokens import TokenizedConversations, tokenize, tokenize_prompts
 from ..foundation.errors import ConceptTDAError
 from ..foundation.storage import atomic_file, fingerprint
+from .loading import LanguageModel, ModelError
 
 # %% ../../nbs/20_model/03_tracing.ipynb #0003
 class TracingError(ConceptTDAError):
@@ -30,52 +34,78 @@ class TracingError(ConceptTDAError):
 POOLINGS = ("response_mean", "prompt_last", "all_but_first")
 
 def pooling_weights(
-    batch: Batch,                     # Masks [B, T]; any padding side, any device
-    pooling: str = "response_mean",   # One of `POOLINGS`
+    batch: Batch,                       # Masks [B, T]; any padding side, any device
+    pooling: str = "response_mean",     # One of `POOLINGS`
     dtype: torch.dtype = torch.float32, # Of the weights
-) -> torch.Tensor:                    # Weights [B, T], on the batch's device
-    "How much each token counts in its conversation's vector: rows sum to 1; padding and the first token weigh 0. Raises `TracingError` where nothing is left to pool."
-    if pooling not in POOLINGS: raise TracingError(f"pooling={pooling!r} is not known: use one of {', '.join(POOLINGS)}")
-    mask_BT = batch.attention_mask.bool()
-    chosen_BT = mask_BT & (mask_BT.cumsum(1) > 1)  # without padding and the first token
-    if pooling == "response_mean": chosen_BT = chosen_BT & batch.response_mask
-    if pooling == "prompt_last": chosen_BT = chosen_BT & _before_last_answer(batch.response_mask)
+) -> torch.Tensor:                      # Weights [B, T], on the batch's device
+    """How much each token counts in its conversation's vector: rows sum to 1; padding and the first token
+    weigh 0. Raises `TracingError` where nothing is left to pool."""
+    chosen_BT = _pooled_tokens(batch, pooling)
     counts_B = chosen_BT.sum(1, keepdim=True)
     if not counts_B.all():
         rows = batch.rows[(counts_B[:, 0] == 0).to(batch.rows.device)].tolist()
-        raise TracingError(f"nothing to pool in rows {rows}: {pooling!r} leaves no token there, since padding and the first token never count")
+        raise TracingError(
+            f"nothing to pool in rows {rows}: {pooling!r} leaves no token there, since padding and the first "
+            "token never count")
     return chosen_BT.to(dtype) / counts_B
 
-def _before_last_answer(response_BT):
-    "True [B, T] at the token before the last run of response tokens begins; nowhere in rows where it begins at token 0."
-    starts_BT = response_BT[:, 1:] & ~response_BT[:, :-1]
+# %% ../../nbs/20_model/03_tracing.ipynb #pooled-tokens
+def _pooled_tokens(batch: Batch, pooling: str) -> torch.Tensor:
+    "True [B, T] at the tokens that a pooling averages over."
+    if pooling not in POOLINGS:
+        raise TracingError(f"pooling={pooling!r} is not known: use one of {', '.join(POOLINGS)}")
+    mask_BT = batch.attention_mask.bool()
+    chosen_BT = mask_BT & (mask_BT.cumsum(1) > 1)  # without padding and the first token
+    if pooling == "response_mean":
+        chosen_BT = chosen_BT & batch.response_mask
+    if pooling == "prompt_last":
+        chosen_BT = chosen_BT & _before_last_answer(batch.response_mask)
+    return chosen_BT
+
+def _before_last_answer(response_BT: torch.Tensor) -> torch.Tensor:
+    "True [B, T] at the token before the last answer begins; nowhere in rows where it begins at token 0."
+    starts_BT = response_BT[:, 1:] & ~response_BT[:, :-1]  # a start at t+1 makes t the token before it
     position_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
-    last_B = torch.where(starts_BT, position_T, -1).max(1, keepdim=True).values  # a start at t+1 makes t the token before it
+    last_B = torch.where(starts_BT, position_T, -1).max(1, keepdim=True).values
     return torch.nn.functional.pad(starts_BT & (position_T == last_B), (0, 1))
 
 # %% ../../nbs/20_model/03_tracing.ipynb #0009
 @contextlib.contextmanager
-def _traceable(lm):
-    "nnsight's view of the model, and the path of its blocks in it; the model is as before when the block ends."
+def _traceable(lm: LanguageModel) -> Iterator[tuple[Any, str]]:
+    "nnsight's view of the model, and the path of its blocks in it; afterwards the model is as before."
     from nnsight import TransformersModel
     model = lm.model.get_base_model() if hasattr(lm.model, "peft_config") else lm.model
+    placed = {} if getattr(model, "hf_device_map", None) else {"device": lm.device}
+    with _owned_slots(model), lm.undisturbed(), torch.no_grad():
+        traced = TransformersModel(model, tokenizer=lm.tokenizer, **placed)
+        lm.tokenizer.padding_side = "right"  # batches are padded already; nothing may pad them again
+        yield traced, lm.blocks_path.removeprefix("base_model.model.")
+
+# %% ../../nbs/20_model/03_tracing.ipynb #slots
+@contextlib.contextmanager
+def _owned_slots(model: torch.nn.Module) -> Iterator[None]:
+    "Every module leaves the block with the `forward` it came with, and without nnsight's mark."
     slots = ("forward", "__nnsight__")
     before = [(module, {slot: module.__dict__.get(slot) for slot in slots}) for module in model.modules()]
-    placed = {} if getattr(model, "hf_device_map", None) else {"device": lm.device}
     try:
-        with lm.undisturbed(), torch.no_grad():
-            traced = TransformersModel(model, tokenizer=lm.tokenizer, **placed)
-            lm.tokenizer.padding_side = "right"  # batches are padded already; nothing may pad them again
-            yield traced, lm.blocks_path.removeprefix("base_model.model.")
+        yield
     finally:
         for module, owned in before:
             for slot, value in owned.items():
-                if value is None: module.__dict__.pop(slot, None)
-                else: module.__dict__[slot] = value
+                if value is None:
+                    module.__dict__.pop(slot, None)
+                else:
+                    module.__dict__[slot] = value
 
 # %% ../../nbs/20_model/03_tracing.ipynb #000b
-def _read_layers(traced, blocks_path, batch, layers, reduce):
-    "{layer: reduce(activations [B, T, d])} for one batch."
+def _read_layers(
+    traced: Any,               # nnsight's view of the model
+    blocks_path: str,          # Where its blocks are in that view
+    batch: Batch,              # B conversations of up to T tokens
+    layers: list[int],         # In ascending order, the order in which the pass meets them
+    reduce: Callable[[torch.Tensor], torch.Tensor], # Of activations [B, T, d], to what is kept of them
+) -> dict[int, torch.Tensor]:
+    "{layer: what `reduce` makes of its activations} for one batch."
     found = {}
     with traced.trace({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}) as tracer:
         blocks = traced.get(blocks_path)
@@ -92,151 +122,222 @@ def work_dtype(
     "The type in which numbers about the model are computed and kept."
     return torch.promote_types(torch.float32, lm.dtype)
 
-def _pool(acts_BTD, weights_BT):
+def _pool(acts_BTD: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
     "Weighted sums [B, d] in float32 (float64 where the model computes in it)."
     kind = torch.promote_types(acts_BTD.dtype, torch.float32)
     weights_BT = weights_BT.to(acts_BTD.device, kind)
     return torch.einsum("bt,btd->bd", weights_BT, acts_BTD.to(kind)).cpu()
 
-def _check_finite(pooled_BD, layer, ids):
+def _check_finite(pooled_BD: torch.Tensor, layer: int, ids: list[str]) -> None:
     "Raise where an activation overflowed; half precision does that on long inputs."
     bad = (~torch.isfinite(pooled_BD).all(1)).nonzero()[:, 0].tolist()
-    if bad: raise TracingError(f"activations of layer {layer} are not finite for the conversations {', '.join(ids[row] for row in bad[:5])}: open the model with dtype=\"bfloat16\" or torch.float32")
+    if bad:
+        raise TracingError(
+            f"activations of layer {layer} are not finite for the conversations "
+            f"{', '.join(ids[row] for row in bad[:5])}: open the model with dtype=\"bfloat16\" or "
+            "torch.float32")
 
+# %% ../../nbs/20_model/03_tracing.ipynb #bar
 def progress_bar(
     total: int,        # Units of work in all
     wanted: bool,      # False for a bar that says nothing
     what: str,         # Written before it
     unit: str = "tok", # Of the rate
-):                     # A `tqdm` bar, to be used as a context
+) -> tqdm:             # To be used as a context
     "A progress bar with a rate; silent where not wanted."
-    from tqdm.auto import tqdm
     return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "tok", disable=not wanted, leave=False)
 
+# %% ../../nbs/20_model/03_tracing.ipynb #store
 @contextlib.contextmanager
-def _row_store(folder, layers, shape, dtype, about):
-    "{layer: array [N, d]} to be filled: in memory, or as files in `folder` that appear when the block ends well."
+def _row_store(
+    folder: str | Path | None, # None keeps the rows in memory
+    layers: list[int],         # One array each
+    shape: tuple[int, int],    # (conversations, width of the model)
+    dtype: str,                # As numpy spells it
+    about: dict,               # Written beside the files
+) -> Iterator[Mapping[int, np.ndarray]]:
+    "{layer: array [N, d]} to be filled: in memory, or as files that appear when the block ends well."
     if folder is None:
         yield {layer: np.empty(shape, dtype) for layer in layers}
         return
+    place = Path(folder)
     with contextlib.ExitStack() as files:
-        parts = {layer: files.enter_context(atomic_file(Path(folder)/f"layer_{layer}.npy")) for layer in layers}
-        arrays = {layer: np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape) for layer, part in parts.items()}
+        parts = {layer: files.enter_context(atomic_file(place/f"layer_{layer}.npy")) for layer in layers}
+        arrays = {layer: np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
+                  for layer, part in parts.items()}
         yield arrays
-        for array in arrays.values(): array.flush()
-        with atomic_file(Path(folder)/"about.json") as part: part.write_text(json.dumps(about, indent=1))
+        for array in arrays.values():
+            array.flush()
+        with atomic_file(place/"about.json") as part:
+            part.write_text(json.dumps(about, indent=1))
 
 # %% ../../nbs/20_model/03_tracing.ipynb #000e
 def pooled_activations(
     lm: LanguageModel,               # The model
-    data,                            # `Conversations`, `TokenizedConversations`, or anything `load_conversations` reads
-    layers,                          # A layer or a list of layers, 0 (embeddings) to `lm.n_layers` (last block's own output)
+    data: Any,                       # What `load_conversations` reads, or `TokenizedConversations`
+    layers: Any,                     # One or several, 0 (embeddings) to `lm.n_layers` (last block's own output)
     pooling: str = "response_mean",  # One of `POOLINGS`
     *,
     token_budget: int = 4096,        # Tokens in a batch, padding included
-    folder=None,                     # Keep the vectors in files in this folder instead of in memory
+    folder: str | Path | None = None, # Keep the vectors in files in this folder instead of in memory
     progress: bool = True,           # Show a progress bar
-) -> dict[int, torch.Tensor]:        # {layer: [N, d] on the CPU}, float32 (float64 for a float64 model), rows in the order of `data`
-    "One activation vector per conversation and layer: Σ_t w_t h_t with `pooling_weights`. Equal to pooling transformers' `hidden_states[layer]`, whatever the batching."
-    layers = sorted({lm.check_layer(layer) for layer in (layers if isinstance(layers, (list, tuple, range, set, np.ndarray)) else [layers])})
-    if not layers: raise TracingError("layers is empty: name at least one layer")
-    tokenized = lm.tokenize(data)
-    about = {"model": lm.name, "layers": layers, "pooling": pooling, "data": tokenized.fingerprint, "ids": tokenized.ids}
-    with _row_store(folder, layers, (len(tokenized), lm.width), str(work_dtype(lm)).removeprefix("torch."), about) as rows_of, _traceable(lm) as (traced, blocks_path), \
+) -> dict[int, torch.Tensor]:        # {layer: [N, d] on the CPU}, `work_dtype`, rows in the order of `data`
+    """One activation vector per conversation and layer: Σ_t w_t h_t with `pooling_weights`. Equal to pooling
+    transformers' `hidden_states[layer]`, whatever the batching."""
+    layers, tokenized = _checked_layers(lm, layers), lm.tokenize(data)
+    about = {"model": lm.name, "layers": layers, "pooling": pooling, "data": tokenized.fingerprint,
+             "ids": tokenized.ids}
+    shape, kind = (len(tokenized), lm.width), str(work_dtype(lm)).removeprefix("torch.")
+    with _row_store(folder, layers, shape, kind, about) as rows_of:
+        _fill_rows(lm, tokenized, pooling, token_budget, progress, rows_of)
+    if folder is not None:
+        rows_of = {layer: np.load(Path(folder)/f"layer_{layer}.npy", mmap_mode="c") for layer in layers}
+    return {layer: torch.from_numpy(rows) for layer, rows in rows_of.items()}
+
+# %% ../../nbs/20_model/03_tracing.ipynb #fill
+def _checked_layers(lm: LanguageModel, layers: Any) -> list[int]:
+    "The layers asked for, each once and in ascending order; `LayerError` where one does not exist."
+    several = isinstance(layers, (list, tuple, range, set, np.ndarray))
+    checked = sorted({lm.check_layer(layer) for layer in (layers if several else [layers])})
+    if not checked: raise TracingError("layers is empty: name at least one layer")
+    return checked
+
+def _fill_rows(
+    lm: LanguageModel, tokenized: TokenizedConversations, pooling: str, token_budget: int, progress: bool,
+    rows_of: Mapping[int, np.ndarray],
+) -> None:
+    "Write every conversation's pooled activations to its row of each layer's array."
+    with _traceable(lm) as (traced, blocks_path), \
          progress_bar(tokenized.n_tokens, progress, f"activations of {lm.name}") as bar:
         for batch in batches(tokenized, token_budget=token_budget):
             weights_BT = pooling_weights(batch, pooling, work_dtype(lm))
-            pooled = _read_layers(traced, blocks_path, batch, layers, lambda acts_BTD: _pool(acts_BTD, weights_BT))
+            pooled = _read_layers(
+                traced, blocks_path, batch, list(rows_of), lambda acts_BTD: _pool(acts_BTD, weights_BT))
             for layer, pooled_BD in pooled.items():
                 _check_finite(pooled_BD, layer, [tokenized.ids[row] for row in batch.rows.tolist()])
                 rows_of[layer][batch.rows.numpy()] = pooled_BD.numpy()
             bar.update(batch.n_tokens)
-    if folder is not None: rows_of = {layer: np.load(Path(folder)/f"layer_{layer}.npy", mmap_mode="c") for layer in layers}
-    return {layer: torch.from_numpy(rows) for layer, rows in rows_of.items()}
 
 # %% ../../nbs/20_model/03_tracing.ipynb #001b
 def token_activations(
     lm: LanguageModel,         # The model
-    data,                      # `Conversations`, `TokenizedConversations`, or anything `load_conversations` reads
+    data: Any,                 # What `load_conversations` reads, or `TokenizedConversations`
     layer: int,                # 0 to `lm.n_layers`
     *,
     token_budget: int = 4096,  # Tokens in a batch, padding included
-) -> Iterator[tuple[int, torch.Tensor]]: # (row in `data`, activations [T, d] on the CPU in the model's dtype), longest conversations first
-    "The residual stream at one layer, token by token, padding removed."
+) -> Iterator[tuple[int, torch.Tensor]]: # (row in `data`, activations [T, d] on the CPU in the model's dtype)
+    "The residual stream at one layer, token by token, padding removed; the longest conversations first."
     layer, tokenized = lm.check_layer(layer), lm.tokenize(data)
     for batch in batches(tokenized, token_budget=token_budget):
-        with _traceable(lm) as (traced, blocks_path):  # not across a yield: between two conversations the model is the caller's
-            acts_BTD = _read_layers(traced, blocks_path, batch, [layer], lambda acts: acts.detach().cpu().clone())[layer]
-        for row, length, acts_TD in zip(batch.rows.tolist(), batch.attention_mask.sum(1).tolist(), acts_BTD): yield row, acts_TD[:length]
+        with _traceable(lm) as (traced, blocks_path):
+            found = _read_layers(traced, blocks_path, batch, [layer], lambda acts_BTD: acts_BTD.cpu().clone())
+        # the model is the caller's again before anything is handed out
+        lengths = batch.attention_mask.sum(1).tolist()
+        for row, length, acts_TD in zip(batch.rows.tolist(), lengths, found[layer]):
+            yield row, acts_TD[:length]
 
 # %% ../../nbs/20_model/03_tracing.ipynb #0021
-def _next_tokens(logits_BV, temperature, generators):
+def _next_tokens(
+    logits_BV: torch.Tensor, temperature: float, generators: list[torch.Generator],
+) -> torch.Tensor:
     "Greedy choice, or a draw from softmax(logits / temperature) with each row's own generator [B]."
     if not temperature: return logits_BV.argmax(1)
-    noise_BV = torch.stack([torch.empty(logits_BV.shape[1]).exponential_(generator=generator) for generator in generators])
-    return (logits_BV / temperature - noise_BV.clamp(min=1e-38).log().to(logits_BV.device)).argmax(1)
+    size = logits_BV.shape[1]
+    noise_BV = torch.stack([torch.empty(size).exponential_(generator=generator) for generator in generators])
+    gumbel_BV = -noise_BV.clamp(min=1e-38).log().to(logits_BV.device)
+    return (logits_BV / temperature + gumbel_BV).argmax(1)
 
+# %% ../../nbs/20_model/03_tracing.ipynb #padded
 def left_padded(
     prompts: list[torch.Tensor],  # Token ids of each prompt
     pad_token_id: int,            # Written where the mask is 0
     device: torch.device,         # Where the result lies
 ) -> tuple[torch.Tensor, torch.Tensor]: # Ids [B, T] and mask [B, T]
     "Token ids and mask with the padding in front, so that every prompt ends in the last column."
-    T = max(len(ids) for ids in prompts)
-    ids_BT = torch.stack([torch.nn.functional.pad(ids, (T - len(ids), 0), value=pad_token_id) for ids in prompts])
-    mask_BT = torch.stack([torch.nn.functional.pad(torch.ones_like(ids), (T - len(ids), 0)) for ids in prompts])
+    T, pad = max(len(ids) for ids in prompts), torch.nn.functional.pad
+    ids_BT = torch.stack([pad(ids, (T - len(ids), 0), value=pad_token_id) for ids in prompts])
+    mask_BT = torch.stack([pad(torch.ones_like(ids), (T - len(ids), 0)) for ids in prompts])
     return ids_BT.to(device), mask_BT.to(device)
 
-def _continue(lm, prompts, generators, max_new_tokens, temperature, stop_ids):
+# %% ../../nbs/20_model/03_tracing.ipynb #continue
+def _continue(
+    lm: LanguageModel,                  # The model that answers
+    prompts: list[torch.Tensor],        # Token ids of each prompt
+    generators: list[torch.Generator],  # One for each prompt
+    max_new_tokens: int,                # Longest answer
+    temperature: float,                 # 0 is greedy
+    stop_ids: set[int],                 # Tokens that end an answer
+) -> list[list[int]]:
     "Token ids of each answer, the stop token included where one was reached."
     ids_BT, mask_BT = left_padded(prompts, lm.tokenizer.pad_token_id or 0, lm.device)
     positions_BT, cache, steps = (mask_BT.cumsum(1) - 1).clamp(min=0), None, []
-    stops, done_B = torch.tensor(sorted(stop_ids), device=lm.device), torch.zeros(len(prompts), dtype=torch.bool, device=lm.device)
+    stops = torch.tensor(sorted(stop_ids), device=lm.device)
+    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=lm.device)
     while len(steps) < max_new_tokens and not done_B.all():
-        out = lm.model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, chosen_B = out.past_key_values, _next_tokens(out.logits[:, -1].float(), temperature, generators)
+        out = lm.model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT,
+                       past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        chosen_B = _next_tokens(out.logits[:, -1].float(), temperature, generators)
         steps.append(chosen_B)
         done_B = done_B | torch.isin(chosen_B, stops)
         ids_BT, positions_BT = chosen_B[:, None], positions_BT[:, -1:] + 1
         mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], 1)
-    answers = torch.stack(steps, 1).tolist()
-    ends = [next((t + 1 for t, token in enumerate(answer) if token in stop_ids), len(answer)) for answer in answers]
-    return [answer[:end] for answer, end in zip(answers, ends)]
+    return [_until_stop(answer, stop_ids) for answer in torch.stack(steps, 1).tolist()]
+
+def _until_stop(answer: list[int], stop_ids: set[int]) -> list[int]:
+    "The tokens up to the first that ends an answer, that one included; all where none does."
+    return answer[:next((t + 1 for t, token in enumerate(answer) if token in stop_ids), len(answer))]
 
 # %% ../../nbs/20_model/03_tracing.ipynb #0023
-def _stop_ids(lm):
+def _stop_ids(lm: LanguageModel) -> set[int]:
     "Ids of the tokens that end an answer."
     configured = getattr(lm.model.generation_config, "eos_token_id", None)
-    ids = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {lm.tokenizer.eos_token_id}
+    several = isinstance(configured, (list, tuple))
+    ids = {*(configured if several else [configured]), lm.tokenizer.eos_token_id}
     turn = tokenize([{"prompt": "a", "response": "b"}], lm.tokenizer)[0]
     last = turn.input_ids[turn.response_mask][-1].item()
-    if last in lm.tokenizer.all_special_ids or last in lm.tokenizer.added_tokens_decoder: ids.add(last)
+    if last in lm.tokenizer.all_special_ids or last in lm.tokenizer.added_tokens_decoder:
+        ids.add(last)
     return ids - {None}
 
+# %% ../../nbs/20_model/03_tracing.ipynb #prompts
 def as_prompts(
-    prompts,          # `Conversations`, texts, lists of messages, or anything `load_conversations` reads
+    prompts: Any,     # `Conversations`, texts, lists of messages, or anything `load_conversations` reads
 ) -> Conversations:
     "Conversations without their final answers: what is asked, ready to be answered."
-    if isinstance(prompts, str): prompts = [prompts]
+    if isinstance(prompts, str):
+        prompts = [prompts]
     if isinstance(prompts, (list, tuple)) and prompts:
-        if isinstance(prompts[0], str): prompts = [{"messages": [{"role": "user", "content": text}]} for text in prompts]
-        elif isinstance(prompts[0], (list, tuple)): prompts = [{"messages": list(messages)} for messages in prompts]
-        elif isinstance(prompts[0], Conversation): prompts = Conversations(prompts)
+        prompts = _records_of(list(prompts))
     conversations = load_conversations(prompts)
-    return Conversations([Conversation(c.prompt, metadata=c.metadata) for c in conversations], conversations.name)
+    without_answers = [Conversation(c.prompt, metadata=c.metadata) for c in conversations]
+    return Conversations(without_answers, conversations.name)
 
-def _generators(prompts, seed):
+def _records_of(prompts: list[Any]) -> Any:
+    "Texts and lists of messages as records that `load_conversations` reads; other things as they are."
+    if isinstance(prompts[0], str):
+        return [{"messages": [{"role": "user", "content": text}]} for text in prompts]
+    if isinstance(prompts[0], (list, tuple)):
+        return [{"messages": list(messages)} for messages in prompts]
+    if isinstance(prompts[0], Conversation):
+        return Conversations(prompts)
+    return prompts
+
+# %% ../../nbs/20_model/03_tracing.ipynb #generators
+def _generators(prompts: Conversations, seed: int) -> list[torch.Generator]:
     "A random number generator per prompt, seeded by its content and by how often it came before."
-    seen, generators = Counter(), []
+    seen: Counter[str] = Counter()
+    generators = []
     for id in prompts.ids:
-        generators.append(torch.Generator().manual_seed(int(fingerprint(seed, id, seen[id]), 16) % 2**63))
+        own_seed = int(fingerprint(seed, id, seen[id]), 16) % 2**63
+        generators.append(torch.Generator().manual_seed(own_seed))
         seen[id] += 1
     return generators
 
 # %% ../../nbs/20_model/03_tracing.ipynb #0024
 def generate(
     lm: LanguageModel,          # The model that answers
-    prompts,                    # `Conversations` (a final answer is left off), texts, or lists of messages
+    prompts: Any,               # `Conversations` (a final answer is left off), texts, or lists of messages
     *,
     max_new_tokens: int = 80,   # Longest answer in tokens
     temperature: float = 0.0,   # 0 is greedy; otherwise answers are drawn from softmax(logits / temperature)
@@ -244,28 +345,44 @@ def generate(
     batch_size: int = 8,        # Prompts answered at a time
     progress: bool = True,      # Show a progress bar
 ) -> Conversations:             # In the order of `prompts`, with the model's answers as final turns
-    """Ask the model. Metadata is kept and gains `answer_cut` (the answer reached `max_new_tokens`) and `empty_answer`.
-    A conversation with an empty answer keeps its prompt only, with a warning; `ModelError` if all are empty."""
-    if temperature < 0 or max_new_tokens < 1 or batch_size < 1: raise ModelError("generate needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
-    prompts = as_prompts(prompts)
-    tokens, generators, stop_ids, answers = tokenize_prompts(prompts, lm.tokenizer), _generators(prompts, seed), _stop_ids(lm), {}
+    """Ask the model. Metadata is kept and gains `answer_cut` (the answer reached `max_new_tokens`) and
+    `empty_answer`. A conversation with an empty answer keeps its prompt only, with a warning; `ModelError` if
+    all are empty."""
+    if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
+        raise ModelError("generate needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
+    prompts, stop_ids, answers = as_prompts(prompts), _stop_ids(lm), {}
+    tokens, generators = tokenize_prompts(prompts, lm.tokenizer), _generators(prompts, seed)
     longest_first = sorted(range(len(prompts)), key=lambda row: (-len(tokens[row]), row))
-    with lm.undisturbed(), torch.no_grad(), progress_bar(len(prompts), progress, f"answers of {lm.name}", "answer") as bar:
+    with lm.undisturbed(), torch.no_grad(), \
+         progress_bar(len(prompts), progress, f"answers of {lm.name}", "answer") as bar:
         for start in range(0, len(prompts), batch_size):
             rows = longest_first[start:start + batch_size]
-            found = _continue(lm, [tokens[row] for row in rows], [generators[row] for row in rows], max_new_tokens, temperature, stop_ids)
-            answers.update(zip(rows, found))
+            asked, drawn = [tokens[row] for row in rows], [generators[row] for row in rows]
+            answers.update(zip(rows, _continue(lm, asked, drawn, max_new_tokens, temperature, stop_ids)))
             bar.update(len(rows))
     return _with_answers(lm, prompts, [answers[row] for row in range(len(prompts))], stop_ids)
 
-def _with_answers(lm, prompts, answers, stop_ids):
+# %% ../../nbs/20_model/03_tracing.ipynb #with-answers
+def _with_answers(
+    lm: LanguageModel, prompts: Conversations, answers: list[list[int]], stop_ids: set[int],
+) -> Conversations:
     "The prompts with the decoded answers as their last turn."
     texts = [lm.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-    empty = [prompt.id for prompt, text in zip(prompts, texts) if not text]
-    if empty and len(empty) == len(prompts): raise ModelError(f"{lm.name} gave an empty answer to every prompt ({', '.join(empty[:10])}): is its chat template the one it was trained with?")
-    if empty: warnings.warn(f"{len(empty)} of {len(prompts)} answers are empty; these conversations keep their prompt only (metadata empty_answer): {', '.join(empty[:10])}", stacklevel=3)
+    _check_empty(lm, [prompt.id for prompt, text in zip(prompts, texts) if not text], len(prompts))
     answered = []
     for prompt, text, answer in zip(prompts, texts, answers):
         turn = ({"role": "assistant", "content": text},) if text else ()
-        answered.append(Conversation(prompt.messages + turn, metadata={**prompt.metadata, "answer_cut": answer[-1] not in stop_ids, "empty_answer": not text}))
+        about = {"answer_cut": answer[-1] not in stop_ids, "empty_answer": not text}
+        answered.append(Conversation(prompt.messages + turn, metadata={**prompt.metadata, **about}))
     return Conversations(answered, f"answers of {lm.name}")
+
+def _check_empty(lm: LanguageModel, empty: list[str], asked: int) -> None:
+    "Say which answers are empty; `ModelError` where all are."
+    if not empty: return
+    if len(empty) == asked:
+        raise ModelError(
+            f"{lm.name} gave an empty answer to every prompt ({', '.join(empty[:10])}): is its chat template "
+            "the one it was trained with?")
+    warnings.warn(
+        f"{len(empty)} of {asked} answers are empty; these conversations keep their prompt only "
+        f"(metadata empty_answer): {', '.join(empty[:10])}", stacklevel=4)
