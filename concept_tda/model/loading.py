@@ -20,6 +20,7 @@ import warnings
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -155,8 +156,8 @@ def _facts_html(lm):
 @dataclass(repr=False)
 class LanguageModel:
     "A causal language model with its tokenizer, and the names of its parts."
-    model: nn.Module   # A transformers model, or a PEFT model around one
-    tokenizer: object  # Its tokenizer
+    model: Any         # A transformers model, or a PEFT model around one
+    tokenizer: Any     # Its tokenizer
     name: str          # What it was opened from: hub id, folder, file, or built-in name
     placement: list[str] = field(default_factory=list) # What was placed from where, a line for each fact
     chat_template: str | None = None     # Name of the chat template that was asked for, where it is not the model's own

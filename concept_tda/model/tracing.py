@@ -175,7 +175,7 @@ def _row_store(
 def pooled_activations(
     lm: LanguageModel,               # The model
     data: Any,                       # What `load_conversations` reads, or `TokenizedConversations`
-    layers: Any,                     # One or several, 0 (embeddings) to `lm.n_layers` (last block's own output)
+    layers: Any,                     # One or several, from 0 (embeddings) to `lm.n_layers` (last block's own)
     pooling: str = "response_mean",  # One of `POOLINGS`
     *,
     token_budget: int = 4096,        # Tokens in a batch, padding included
@@ -230,7 +230,8 @@ def token_activations(
     layer, tokenized = lm.check_layer(layer), lm.tokenize(data)
     for batch in batches(tokenized, token_budget=token_budget):
         with _traceable(lm) as (traced, blocks_path):
-            found = _read_layers(traced, blocks_path, batch, [layer], lambda acts_BTD: acts_BTD.cpu().clone())
+            found = _read_layers(
+                traced, blocks_path, batch, [layer], lambda acts_BTD: acts_BTD.detach().cpu().clone())
         # the model is the caller's again before anything is handed out
         lengths = batch.attention_mask.sum(1).tolist()
         for row, length, acts_TD in zip(batch.rows.tolist(), lengths, found[layer]):
