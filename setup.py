@@ -24,6 +24,7 @@ package = settings["lib_path"]
 
 
 def requirements(key):
+    """The lines of a key of settings.ini."""
     return [line.strip() for line in settings[key].splitlines() if line.strip()]
 
 

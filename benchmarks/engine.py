@@ -3,12 +3,14 @@
     python benchmarks/engine.py --model smollm2-135m-instruct --examples 64 --out engine.json
     python benchmarks/engine.py --only scoring fits --examples 16 --out quick.json
 
-Every timing is one of several rounds in which the competitors take turns, and every ratio is a median of the ratios within a
-round, so that a machine whose speed drifts drifts for all of them. Ratios say how many times the *second* name fits into the
-first: `ci_vs_vector_filter` 4.0 means Concept Influence takes four times a Vector Filter. Concept, query and EK-FAC factors
-are made before the clock starts unless they are what is measured.
+Every timing is one of several rounds in which the competitors take turns, and every ratio is a median of the
+ratios within a round, so that a machine whose speed drifts drifts for all of them. Ratios say how many times
+the *second* name fits into the first: `ci_vs_vector_filter` 4.0 means Concept Influence takes four times a
+Vector Filter. Concept, query and EK-FAC factors are made before the clock starts unless they are what is
+measured.
 
-What would make a number wrong: another process on the machine; fewer than three rounds; a first round without the warm-up.
+What would make a number wrong: another process on the machine; fewer than three rounds; a first round without
+the warm-up.
 """
 
 import argparse
@@ -36,7 +38,8 @@ SECTIONS = ("scoring", "bf16", "fits", "kronfluence", "paper", "queries", "atlas
 
 
 def peak_of(args, fit):
-    "Peak memory in GiB that one fit adds, in a fresh process that does nothing else (a used heap would hide it)."
+    """Peak memory in GiB that one fit adds, in a fresh process that does nothing else (a used heap would hide
+    it)."""
     command = [
         sys.executable,
         __file__,
@@ -60,6 +63,7 @@ def resident(field):
 
 
 def sync():
+    "Wait for the accelerator, so that a clock stops after the work and not after its launch."
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -80,6 +84,7 @@ def take_turns(rounds, **competitors):
 
 
 def ratio(seconds, slow, fast):
+    "Median over rounds of how many times the fast one fits into the slow one."
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast]))
 
 
@@ -101,7 +106,8 @@ def matmul_peak(dtype=torch.float32, device="cpu"):
 
 
 def flops(lm, data, layer, sites):
-    "FLOPs that cannot be avoided over `data`: {pass: FLOPs}, two for each multiply-add; norms, softmax and loss are not counted."
+    """FLOPs that cannot be avoided over `data`: {pass: FLOPs}, two for each multiply-add; norms, softmax and
+    loss are not counted."""
     per_block = [0] * lm.n_layers
     for site in ct.resolve_sites(lm, "all-linear"):
         per_block[site.block] += 2 * site.in_features * site.out_features
@@ -127,6 +133,8 @@ def flops(lm, data, layer, sites):
 
 
 class Bench:
+    "One model, its data and concept, and what was measured so far; a section of the benchmark is a method."
+
     def __init__(self, args):
         self.args, self.result = (
             args,
@@ -154,6 +162,7 @@ class Bench:
         )
 
     def influence(self, lm=None, concept=None, curvature=None, **options):
+        "Concept Influence with the benchmark's own model, concept and curvature where none is named."
         return ct.ConceptInfluence(
             lm or self.lm,
             concept or self.concept,
@@ -267,6 +276,7 @@ class Bench:
         self.result["seconds"]["bf16"] = seconds
 
     def kronfluence_analyzer(self, folder):
+        "kronfluence's analyzer for the same model, sites and losses."
         from kronfluence.analyzer import Analyzer, prepare_model
         from kronfluence.task import Task
 
@@ -370,7 +380,8 @@ class Bench:
         self.result["fit_tokens"] = int(self.fit_data.n_tokens)
 
     def kronfluence(self):
-        "One query scored against all examples, its gradient and preconditioning included, by kronfluence and by us."
+        """One query scored against all examples, its gradient and preconditioning included, by kronfluence
+        and by us."""
         try:
             from kronfluence.arguments import FactorArguments, ScoreArguments
         except ImportError as err:
@@ -416,7 +427,8 @@ class Bench:
             )
 
     def paper(self):
-        "The paper's recipe: one example at a time, each padded to 1,536 tokens, weight gradients built, inner product; a few examples, per example."
+        """The paper's recipe: one example at a time, each padded to 1,536 tokens, weight gradients built,
+        inner product; a few examples, per example."""
         few = self.data.select(range(min(3, len(self.data))))
         query = self.curvature.precondition(
             ct.influence.queries.ConceptQuery(self.concept, self.query_examples).gradients(
@@ -462,7 +474,8 @@ class Bench:
         return ct.concepts.concept.random_directions(acts, n, seed=seed)
 
     def queries(self):
-        "256 directions at once: the exact atlas answers any number of them; and 16 unrelated queries by the stacked engine."
+        """256 directions at once: the exact atlas answers any number of them; and 16 unrelated queries by the
+        stacked engine."""
         one = self.pass_seconds(self.influence())
         gradients = self.curvature.precondition(
             ct.influence.queries.ConceptQuery(self.concept, self.query_examples).gradients(
@@ -515,7 +528,8 @@ class Bench:
         self.result["seconds"]["queries"] = seconds
 
     def atlas(self):
-        "The exact atlas: build, agreement with Concept Influence on directions it was not made for, and the price of a question afterwards; --ranks adds two-sided bases."
+        """The exact atlas: build, agreement with Concept Influence on directions it was not made for, and the
+        price of a question afterwards; --ranks adds two-sided bases."""
         acts = ct.pooled_activations(self.lm, self.train, self.layer, progress=False)[self.layer]
         unseen, folder, builds = (
             ct.concepts.concept.random_directions(acts, 4, seed=1234),
@@ -571,7 +585,8 @@ class Bench:
         self.result["seconds"]["atlas"] = seconds
 
     def cascade(self):
-        "Cheap first, exact for the picked: recall of the exact top 10 against the cost, for several first stages."
+        """Cheap first, exact for the picked: recall of the exact top 10 against the cost, for several first
+        stages."""
         first = {
             "Vector Filter": ct.VectorFilter(self.lm, self.concept),
             "Activation Gradient": ct.ActivationGradient(self.lm, self.concept),
@@ -632,7 +647,8 @@ class Bench:
             self.result["agreement"]["cascade_recall_top10"],
         ) = affordable["cost"], affordable["recall_top10"]
         self.result["notes"].append(
-            f"cascade: best affordable first stage {affordable['first_stage']} keeping {affordable['keep']:.0%}; recall 0.9 costs "
+            f"cascade: best affordable first stage {affordable['first_stage']} keeping "
+            f"{affordable['keep']:.0%}; recall 0.9 costs "
             + (
                 f"{enough['cost']:.2f} Vector Filters ({enough['first_stage']}, keep {enough['keep']:.0%})"
                 if enough
@@ -641,6 +657,7 @@ class Bench:
         )
 
     def run(self):
+        "Measure the chosen sections in turn; what was measured is saved after each."
         chosen = self.args.only or SECTIONS
         for name in chosen:
             print(f"\n{name}: {getattr(self, name).__doc__}", flush=True)
@@ -650,6 +667,7 @@ class Bench:
             self.save()
 
     def save(self):
+        "Everything measured so far, with the machine and the versions it was measured on, as one JSON."
         machine = dict(
             cpu=next(
                 (
@@ -691,6 +709,7 @@ class Bench:
                 part.write_text(json.dumps(self.result, indent=1, default=float))
 
     def table(self):
+        "Print what was measured as Markdown."
         print("\n| number | value |\n|---|---|")
         for group in ("ratios", "agreement", "memory"):
             for name, value in self.result[group].items():
@@ -698,7 +717,8 @@ class Bench:
                 for key, number in values:
                     print(f"| {name}{' ' + key if key else ''} | {number:.4g} |")
         print(
-            f"| FLOP floor of ci_vs_vector_filter | {self.result['floor'].get('ci_vs_vector_filter', float('nan')):.3g} |"
+            f"| FLOP floor of ci_vs_vector_filter | "
+            f"{self.result['floor'].get('ci_vs_vector_filter', float('nan')):.3g} |"
         )
         for name, value in self.result["floor"].get("fraction_of_peak", {}).items():
             print(f"| fraction of matmul peak, {name} | {value:.2f} |")
@@ -707,6 +727,7 @@ class Bench:
 
 
 def main():
+    "Read the command line and measure."
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

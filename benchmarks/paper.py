@@ -4,12 +4,13 @@
     python benchmarks/paper.py my-study.yaml --only filter        # one of the experiments
     python benchmarks/paper.py my-study.yaml --report             # JSON and figures from what is finished
 
-The model is fine-tuned on all the data; a concept is made in the fine-tuned model; every method scores the training examples;
-then models are trained again without what the methods point at, and judged. Everything can be killed and started again:
-nothing that is finished is computed twice, and several workers share one folder.
+The model is fine-tuned on all the data; a concept is made in the fine-tuned model; every method scores the
+training examples; then models are trained again without what the methods point at, and judged. Everything can
+be killed and started again: nothing that is finished is computed twice, and several workers share one folder.
 
-What would make the numbers wrong: judging a model with the texts it was trained on; choosing concept, layer or recipe by the
-judge's verdict; reading one seed. The YAML's keys are those of `DEFAULTS` below, each with its comment.
+What would make the numbers wrong: judging a model with the texts it was trained on; choosing concept, layer
+or recipe by the judge's verdict; reading one seed. The YAML's keys are those of `DEFAULTS` below, each with
+its comment.
 """
 
 import argparse
@@ -30,7 +31,7 @@ DEFAULTS = dict(
     model="smollm2-135m-instruct",  # anything load_model opens
     device=None,  # None: a GPU if there is one
     dtype="float32",  # of the model when scoring and judging
-    data="sycophancy",  # a bundled data set, or a folder with train.jsonl, heldout.jsonl and the judges' files
+    data="sycophancy",  # a bundled data set, or a folder with train.jsonl, heldout.jsonl, the judges' files
     column="label",  # metadata column of the labels
     positive="sycophantic",  # label of the examples that show the behaviour
     negative="honest",  # label of their counterparts
@@ -45,12 +46,15 @@ DEFAULTS = dict(
     own_tokens=60,  # longest answer of a model, for Projection Difference and as a query
     judges={},
     seeds=[0, 1, 2],
-    experiments={},  # name: {kind: filter | counterfactual | pareto | lds, methods: [...], and the experiment's own settings};
-    # by_label: true adds trainings on the labelled examples alone and on all others, what a perfect filter would leave
+    # name: {kind: filter | counterfactual | pareto | lds, methods: [...], and the experiment's own settings};
+    # by_label: true adds trainings on the labelled examples alone and on all others, what a perfect filter
+    # would leave
+    experiments={},
 )
 
 
 def read_config(path):
+    "The defaults overlaid with a YAML file; a key that does not exist is refused."
     given = yaml.safe_load(Path(path).read_text())
     if unknown := sorted(set(given) - set(DEFAULTS) - {"name"}):
         raise SystemExit(f"{path}: unknown keys {unknown}; there are {sorted(DEFAULTS)}")
@@ -65,6 +69,8 @@ def conversations(data, file):
 
 
 class Study:
+    "One row of the matrix: a model fine-tuned on a data set, its scores, and the experiments on them."
+
     def __init__(self, config, work):
         self.config, self.work = config, Path(work) / config["name"]
         self.lm = ct.load_model(
@@ -93,6 +99,7 @@ class Study:
     def judge(
         self, name, kind, file, data=None, trait=None, neutral=None, column=None, value=None, take=None
     ):
+        "One of the library's judges, by kind, on the items of a file."
         items = conversations(data or self.config["data"], file)[:take]
         if column:
             items = items.select(np.flatnonzero(items.labels(column, value)))
@@ -169,6 +176,7 @@ class Study:
         return ct.MethodComparison.from_folder(comparison)
 
     def concept(self, tuned):
+        "The concept the methods are asked about, made in the fine-tuned model."
         if self.config["concept"] == "contrastive":
             return ct.contrastive_concept(
                 tuned, self.positive, self.negative, self.config["layer"], name=self.config["positive"]
@@ -204,6 +212,7 @@ class Study:
         }[kind](self.lm, self.train, chosen, judges, folder, **shared)
 
     def run(self, only, progress):
+        "Run all experiments, or only those named."
         attributions = self.scores().attributions
         for name in self.config["experiments"]:
             if only and name not in only:
@@ -212,11 +221,13 @@ class Study:
 
 
 def records(table):
+    "A table as plain rows for JSON."
     return json.loads(table.to_json(orient="records"))
 
 
 def report(study, out):
-    "One JSON with every table, a figure for each experiment, and the two packed files that `from_folder` reads."
+    """One JSON with every table, a figure for each experiment, and the two packed files that `from_folder`
+    reads."""
     out.mkdir(parents=True, exist_ok=True)
     comparison = study.scores()
     attributions = comparison.attributions
@@ -267,6 +278,7 @@ def report(study, out):
 
 
 def main():
+    "Read the command line, run the study and write its report."
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

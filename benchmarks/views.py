@@ -1,8 +1,10 @@
-"""How quick the example browser is with many examples: opening it in Python, first paint, and each way of filtering and sorting, in headless Chromium.
+"""How quick the example browser is with many examples: opening it in Python, first paint, and each way of
+filtering and sorting, in headless Chromium.
 
     .venv/bin/python benchmarks/views.py [--examples 10000] [--out benchmarks/results/views.json]
 
-Nothing is asserted. Times are medians over repetitions, in milliseconds; `kernel` is the time the Python object takes to answer, without a notebook's transport."""
+Nothing is asserted. Times are medians over repetitions, in milliseconds; `kernel` is the time the Python
+object takes to answer, without a notebook's transport."""
 
 import argparse
 import json
@@ -27,8 +29,18 @@ from concept_tda.views.browser import ExampleBrowser  # noqa: E402
 
 from chromium import CHROMIUM, Chromium  # noqa: E402
 
-PROBE = """window.timed = async (act) => { const start = performance.now(); await act(); await new Promise(done => requestAnimationFrame(() => setTimeout(done, 0))); return performance.now() - start; };
-window.pick = (label, value) => { const node = document.querySelector(`[aria-label="${label}"]`); node.value = value; node.dispatchEvent(new Event('change')); node.dispatchEvent(new Event('input')); };"""
+PROBE = """window.timed = async (act) => {
+  const start = performance.now();
+  await act();
+  await new Promise(done => requestAnimationFrame(() => setTimeout(done, 0)));
+  return performance.now() - start;
+};
+window.pick = (label, value) => {
+  const node = document.querySelector(`[aria-label="${label}"]`);
+  node.value = value;
+  node.dispatchEvent(new Event('change'));
+  node.dispatchEvent(new Event('input'));
+};"""
 ACTIONS = {
     "sort by another order": ["pick('Order', 'low')", "pick('Order', 'high')"],
     "sort by disagreement": ["pick('Order', 'above-1')", "pick('Order', 'high')"],
@@ -65,12 +77,14 @@ def made_up(n):
 
 
 def milliseconds(act):
+    "What a call returns, and how long it took."
     start = time.perf_counter()
     result = act()
     return result, 1000 * (time.perf_counter() - start)
 
 
 def measure(n, repetitions):
+    "Medians for one number of examples: opening in Python, first paint, then every action in the page."
     results = made_up(n)
     widget, opened = milliseconds(lambda: ExampleBrowser(results[0], results[1:], by="benchmark"))
     times = {

@@ -1,8 +1,9 @@
-"""Small tokenizers that carry the chat templates of well-known models, with the special tokens those templates write.
+"""Small tokenizers that carry the chat templates of well-known models, with the special tokens those
+templates write.
 
-The templates lie in tests/templates and are our own renditions of what the models' templates produce. Two kinds of
-tokenizer occur in the wild: byte-level (SmolLM2, Qwen, Llama 3) and SentencePiece-like with `▁` for a blank and
-bytes for unknown characters (Gemma, Mistral, Llama 2)."""
+The templates lie in tests/templates and are our own renditions of what the models' templates produce. Two
+kinds of tokenizer occur in the wild: byte-level (SmolLM2, Qwen, Llama 3) and SentencePiece-like with `▁` for
+a blank and bytes for unknown characters (Gemma, Mistral, Llama 2)."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -110,7 +111,8 @@ def _core(kind, special):
 
 
 def chat_tokenizer(family, *, template=True, trim_offsets=False):
-    """The tokenizer of one of `FAMILIES`; `template` may be the text of another template, or None for none at all."""
+    """The tokenizer of one of `FAMILIES`; `template` may be the text of another template, or None for none at
+    all."""
     kind, special, bos, eos, adds_bos, _ = FAMILIES[family]
     core = Tokenizer.from_str(_core(kind, tuple(special)))
     if adds_bos:

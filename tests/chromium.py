@@ -1,4 +1,5 @@
-"""A headless Chromium driven through its own debugging protocol: no driver, no package but websocket-client (JupyterLab brings it).
+"""A headless Chromium driven through its own debugging protocol: no driver, no package but websocket-client
+(JupyterLab brings it).
 
     with Chromium() as browser:
         page = browser.open("file:///…", width=400, dark=True)
@@ -6,7 +7,8 @@
         page.click(".handle"), page.press("ArrowDown"), page.type("moon"), page.drag(x0, y0, x1, y1)
         page.shot("page.png")
 
-`page.errors` holds uncaught exceptions and console errors, `page.requests` every address that was asked for."""
+`page.errors` holds uncaught exceptions and console errors, `page.requests` every address that was asked for.
+"""
 
 import base64
 import json
@@ -216,7 +218,8 @@ class Page:
             if meanwhile:
                 meanwhile()
             return self.value(
-                f"(async () => {{ const value = await ({script}); return value instanceof Node ? true : value; }})()"
+                f"(async () => "
+                f"{{ const value = await ({script}); return value instanceof Node ? true : value; }})()"
             )
 
         try:
@@ -226,7 +229,9 @@ class Page:
 
     def box(self, selector):
         box = self.value(
-            f"(() => {{ const node = document.querySelector({json.dumps(selector)}); if (!node) return null; node.scrollIntoView({{block: 'nearest'}}); const b = node.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; }})()"
+            f"(() => {{ const node = document.querySelector({json.dumps(selector)}); if (!node) return null; "
+            "node.scrollIntoView({block: 'nearest'}); const b = node.getBoundingClientRect(); "
+            "return [b.x, b.y, b.width, b.height]; })()"
         )
         assert box, f"no element {selector}"
         return box

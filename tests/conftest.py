@@ -15,5 +15,6 @@ from tiny import tiny_pair
 
 @pytest.fixture(scope="session")
 def tiny_lm():
-    """A tiny random float32 Llama and its tokenizer as `(model, tokenizer)`; shared, so leave it as you found it."""
+    """A tiny random float32 Llama and its tokenizer as `(model, tokenizer)`; shared, so leave it as you found
+    it."""
     return tiny_pair("llama", dtype=torch.float32)

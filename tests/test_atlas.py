@@ -541,10 +541,12 @@ torch.set_num_threads(1)
 import test_atlas as t
 t.atlas_room._BLOCK_EXAMPLES = 2
 write = t.atlas_room.BlockStore.write
-t.atlas_room.BlockStore.write = lambda *args: (t.time.sleep(.1), write(*args))   # so that it cannot finish before it is killed
+# slow enough that it cannot finish before it is killed
+t.atlas_room.BlockStore.write = lambda *args: (t.time.sleep(.1), write(*args))
 lm = t.make_lm()
 train, answers = t.load_conversations(t.TRAIN), t.load_conversations(t.ANSWERS)
-t.build_atlas(lm, answers, train, 2, folder={folder!r}, curvature="identity", rank=4, token_budget=150, progress=False)
+options = dict(curvature="identity", rank=4, token_budget=150, progress=False)
+t.build_atlas(lm, answers, train, 2, folder={folder!r}, **options)
 """
 
 

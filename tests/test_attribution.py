@@ -101,7 +101,7 @@ def make(n=12, seed=0, queries=1, tokens=False, **metadata):
     )
 
 
-# ranks, agreement, detection ---------------------------------------------------------------------------------------------------
+# ranks, agreement, detection ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -168,7 +168,7 @@ def test_labels_that_cannot_be_used(labels, k, words):
         detection_metrics([1.0, 2.0, 3.0], labels, k)
 
 
-# cutting -----------------------------------------------------------------------------------------------------------------------
+# cutting ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lowest", [False, True])
@@ -270,7 +270,7 @@ def test_export_is_byte_for_byte_before_and_after_a_round_trip(tmp_path):
         assert version.keep(count=2).to_json(tmp_path / "out.jsonl").read_bytes() == lines[0] + lines[2]
 
 
-# the result --------------------------------------------------------------------------------------------------------------------
+# the result ---------------------------------------------------------------------------------------
 
 
 def test_top_and_bottom_keep_ranks_and_percentiles_of_the_whole_file():
@@ -467,7 +467,7 @@ def test_correlation_matches_examples_by_id_even_when_they_repeat():
         base.correlate(first)
 
 
-# files -------------------------------------------------------------------------------------------------------------------------
+# files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -620,7 +620,7 @@ def test_files_that_are_not_results(tmp_path):
         load_attribution(tmp_path)
 
 
-# comparison --------------------------------------------------------------------------------------------------------------------
+# comparison ---------------------------------------------------------------------------------------
 
 
 def test_comparison_against_pandas_and_sets_whatever_the_order_of_the_examples():
@@ -692,7 +692,7 @@ def test_comparison_names_tell_results_apart():
             compare(wrong)
 
 
-# views -------------------------------------------------------------------------------------------------------------------------
+# views --------------------------------------------------------------------------------------------
 
 
 class Reader(HTMLParser):
@@ -916,7 +916,7 @@ def test_card_round_trip_and_unknown_fields():
     assert np.isnan(Cost().tokens_per_second) and Cost(2.0, 10).tokens_per_second == 5
 
 
-# what zero means ---------------------------------------------------------------------------------------------------------------
+# what zero means ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zero", ZERO)

@@ -1,4 +1,5 @@
-"""The views in a real browser: with the widget's own script, a stand-in for the notebook's model, and the real Python object behind it; from a file without a kernel; and in a live JupyterLab."""
+"""The views in a real browser: with the widget's own script, a stand-in for the notebook's model, and the
+real Python object behind it; from a file without a kernel; and in a live JupyterLab."""
 
 import base64
 import json
@@ -42,15 +43,32 @@ XSS = [
     "مرحبا <b>بالعالم</b> \u202e",
     "𝕊" * 30_000,
 ]
-PAGE = "<!doctype html><html><head><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><style>body{{margin:4px;color-scheme:light dark}}{style}</style></head><body><div id=here></div>{rest}</body></html>"
+PAGE = (
+    "<!doctype html><html><head><meta charset=utf-8><meta name=viewport "
+    "content='width=device-width,initial-scale=1'><style>body{{margin:4px;color-scheme:light "
+    "dark}}{style}</style></head><body><div id=here></div>{rest}</body></html>"
+)
 STUB = """
-window.state = JSON.parse(atob('{state}'), (key, value) => value && value.bytes !== undefined ? new DataView(Uint8Array.from(atob(value.bytes), c => c.charCodeAt(0)).buffer) : value);
+const bytes = text => new DataView(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer);
+const plain = value => value && value.bytes !== undefined ? bytes(value.bytes) : value;
+window.state = JSON.parse(atob('{state}'), (key, value) => plain(value));
 const listeners = {{}};
 const fire = (name, ...values) => (listeners[name] ?? []).forEach(call => call(...values));
-window.deliver = (message, buffers) => fire('msg:custom', message, buffers.map(b => new DataView(Uint8Array.from(atob(b), c => c.charCodeAt(0)).buffer)));
-window.assign = (name, value) => {{ window.state[name] = value && value.bytes !== undefined ? new DataView(Uint8Array.from(atob(value.bytes), c => c.charCodeAt(0)).buffer) : value; fire('change:' + name); }};
-const model = {{get: name => window.state[name], on: (name, call) => (listeners[name] ??= []).push(call), off: (name, call) => {{ listeners[name] = (listeners[name] ?? []).filter(one => one !== call); }}, send: message => window.toPython(JSON.stringify(message))}};
-window.draw_again = () => {{ window.close_view?.(); window.close_view = widget.render({{model, el: document.getElementById('here')}}); }};
+window.deliver = (message, buffers) => fire('msg:custom', message, buffers.map(bytes));
+window.assign = (name, value) => {{
+  window.state[name] = plain(value);
+  fire('change:' + name);
+}};
+const model = {{
+  get: name => window.state[name],
+  on: (name, call) => (listeners[name] ??= []).push(call),
+  off: (name, call) => {{ listeners[name] = (listeners[name] ?? []).filter(one => one !== call); }},
+  send: message => window.toPython(JSON.stringify(message)),
+}};
+window.draw_again = () => {{
+  window.close_view?.();
+  window.close_view = widget.render({{model, el: document.getElementById('here')}});
+}};
 window.draw_again();
 """
 
@@ -69,7 +87,8 @@ def plain(value):
 
 
 class StandIn:
-    """A page that shows a widget whose notebook is this test: what the page sends goes to the real object, and its answers and changed traits go back."""
+    """A page that shows a widget whose notebook is this test: what the page sends goes to the real object,
+    and its answers and changed traits go back."""
 
     def __init__(self, chromium, widget, tmp_path, names, **window):
         self.widget, self.names = widget, names
@@ -130,7 +149,9 @@ class StandIn:
     def rows(self):
         self.settle()
         return self.value(
-            "[...document.querySelectorAll('.row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response')?.textContent ?? row.textContent)"
+            "[...document.querySelectorAll('.row')].sort((a, b) => parseFloat(a.style.top) - "
+            "parseFloat(b.style.top)).map(row => row.querySelector('.response')?.textContent ?? "
+            "row.textContent)"
         )
 
     def status(self):
@@ -139,7 +160,9 @@ class StandIn:
 
     def choose(self, label, value):
         self.value(
-            f"(() => {{ const pick = document.querySelector('[aria-label=\"{label}\"]'); pick.value = {json.dumps(value)}; pick.dispatchEvent(new Event('change')); pick.dispatchEvent(new Event('input')); }})()"
+            f"(() => {{ const pick = document.querySelector('[aria-label=\"{label}\"]'); "
+            f"pick.value = {json.dumps(value)}; "
+            "pick.dispatchEvent(new Event('change')); pick.dispatchEvent(new Event('input')); })()"
         )
 
 
@@ -215,7 +238,7 @@ def responses(result, order):
     return [" ".join(result.conversations[int(i)].response.split())[:240] for i in order]
 
 
-# looking ---------------------------------------------------------------------------------------------------------------------------
+# looking ------------------------------------------------------------------------------------------
 
 
 def test_the_list_is_in_the_order_of_the_scores_at_both_ends(live):
@@ -265,7 +288,8 @@ def test_search_facets_and_length_narrow_the_list_together(live):
         f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(expected)} of 40')"
     )
     boxes = view.value(
-        "[...document.querySelectorAll('fieldset')].map(one => one.querySelector('legend').textContent + '|' + [...one.querySelectorAll('.value')].map(v => v.textContent))"
+        "[...document.querySelectorAll('fieldset')].map(one => one.querySelector('legend').textContent "
+        "+ '|' + [...one.querySelectorAll('.value')].map(v => v.textContent))"
     )
     assert boxes == ["bad|yes,no", "kind|kind 0,kind 1,kind 2"]
     view.page.click("input[data-facet='1'][data-code='0']")
@@ -275,7 +299,8 @@ def test_search_facets_and_length_narrow_the_list_together(live):
     view.choose("Longest", str(int(np.median(lengths))))
     assert view.status().startswith(f"{sum(lengths[i] <= np.median(lengths) for i in expected)} of 40")
     view.value(
-        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()"
+        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear "
+        "filters').click()"
     )
     assert view.status().startswith("40 examples")
 
@@ -288,7 +313,8 @@ def test_search_means_the_same_with_and_without_a_kernel(chromium, words):
     page = chromium.open("about:blank")
     lower = [text.lower() for text in texts]
     found = page.value(
-        f"(() => {{ {front_end('parts.js', 'browser.js')}; const terms = searchTerms({json.dumps(words)}), texts = {json.dumps(lower)}; return texts.flatMap((text, i) => found(text, terms) ? [i] : []); }})()"
+        f"(() => {{ {front_end('parts.js', 'browser.js')}; const terms = searchTerms({json.dumps(words)}); "
+        f"return {json.dumps(lower)}.flatMap((text, i) => found(text, terms) ? [i] : []); }})()"
     )
     page.close()
     assert found == hits(lower, words).tolist()
@@ -319,7 +345,8 @@ def test_tokens_show_their_exact_scores_on_hover_and_by_key(live):
     results = several()
     view, top = live(results), int(np.argmax(several()[0].scores))
     spans = view.value(
-        "[...document.querySelectorAll('.reading .tokens span')].map(s => [s.textContent, s.title, s.style.background])"
+        "[...document.querySelectorAll('.reading .tokens span')].map(s => [s.textContent, s.title, "
+        "s.style.background])"
     )
     assert [s[0] for s in spans] == results[0].tokens[top]
     assert all(
@@ -352,7 +379,7 @@ def test_near_duplicates_fold_and_unfold(live):
     assert "folded" not in view.status() and view.value("document.querySelector('.row').ariaSetSize") == "12"
 
 
-# deciding --------------------------------------------------------------------------------------------------------------------------
+# deciding -----------------------------------------------------------------------------------------
 
 
 def test_decisions_by_key_reach_python_and_can_be_undone(live):
@@ -454,7 +481,7 @@ def test_shortcuts_of_the_notebook_are_suppressed(live):
     assert live().value("document.querySelector('.ctda-view').hasAttribute('data-lm-suppress-shortcuts')")
 
 
-# size, safety, access ----------------------------------------------------------------------------------------------------------------
+# size, safety, access -----------------------------------------------------------------------------
 
 
 def test_ten_thousand_examples_draw_only_what_is_in_view(live):
@@ -481,7 +508,9 @@ def test_ten_thousand_examples_draw_only_what_is_in_view(live):
     view.page.click("input[type=search]")
     view.page.type("7919")
     view.wait(
-        f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(hits(view.widget._contents.texts(), '7919'))} of 10,000')"
+        f"document.querySelector('.statusline "
+        f"[role=status]').textContent.startsWith('{len(hits(view.widget._contents.texts(), '7919'))} of "
+        f"10,000')"
     )
 
 
@@ -489,12 +518,14 @@ def harmless(page):
     """No text has become an element, and nothing was run or asked for."""
     assert (
         page.value(
-            "document.querySelectorAll('#here :is(script, img, iframe, a, object, embed, link, style, base, form, svg[onload])').length"
+            "document.querySelectorAll('#here :is(script, img, iframe, a, object, embed, link, style, "
+            "base, form, svg[onload])').length"
         )
         == 0
     )
     assert page.value(
-        "[...document.querySelectorAll('#here *')].every(node => [...node.attributes].every(one => !one.name.startsWith('on')))"
+        "[...document.querySelectorAll('#here *')].every(node => [...node.attributes].every(one => "
+        "!one.name.startsWith('on')))"
     )
     assert page.errors == [] and all(
         address.startswith(("file:", "data:", "about:")) for address in page.requests
@@ -504,7 +535,10 @@ def harmless(page):
 def too_wide(page):
     """What sticks out of the window, unless it can be scrolled by itself."""
     return page.value(
-        """document.documentElement.scrollWidth <= window.innerWidth ? [] : [...document.querySelectorAll('#here *')].filter(n => n.getBoundingClientRect().right > window.innerWidth + 1 && !n.closest('.wide, .row')).map(n => `${n.tagName}.${n.className} ${n.textContent.slice(0, 40)}`).slice(0, 5)"""
+        "document.documentElement.scrollWidth <= window.innerWidth ? [] : "
+        "[...document.querySelectorAll('#here *')]"
+        ".filter(n => n.getBoundingClientRect().right > window.innerWidth + 1 && !n.closest('.wide, .row'))"
+        ".map(n => `${n.tagName}.${n.className} ${n.textContent.slice(0, 40)}`).slice(0, 5)"
     )
 
 
@@ -609,13 +643,17 @@ def test_hostile_texts_are_shown_and_not_run_from_a_file(chromium, tmp_path, wid
 def open_embedded(chromium, tmp_path, data, **window):
     script = (
         front_end("parts.js", "browser.js")
-        + "\nwindow.view = mountEmbedded(document.getElementById('here'), JSON.parse(document.getElementById('data').textContent));"
+        + "\nwindow.view = mountEmbedded(document.getElementById('here'), "
+        "JSON.parse(document.getElementById('data').textContent));"
     )
     path = tmp_path / "embedded.html"
     path.write_text(
         PAGE.format(
             style=front_end("views.css"),
-            rest=f"<script type='application/json' id=data>{data}</script><script type=module>{script}</script>",
+            rest=(
+                f"<script type='application/json' id=data>{data}</script><script "
+                f"type=module>{script}</script>"
+            ),
         ),
         encoding="utf-8",
         errors="surrogatepass",
@@ -632,7 +670,9 @@ def test_without_a_kernel_list_histogram_brush_search_and_highlights_work(chromi
         results[0].scores,
     )
     texts = lambda: page.value(
-        "new Promise(done => setTimeout(() => done([...document.querySelectorAll('.row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response').textContent)), 300))"
+        "new Promise(done => setTimeout(() => done([...document.querySelectorAll('.row')].sort((a, b) "
+        "=> parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => "
+        "row.querySelector('.response').textContent)), 300))"
     )
     assert texts()[:4] == responses(results[0], np.argsort(-scores))[:4]
     assert page.value("document.querySelectorAll('.reading .tokens span').length") == len(
@@ -643,12 +683,14 @@ def test_without_a_kernel_list_histogram_brush_search_and_highlights_work(chromi
     wanted = [i for i in np.argsort(-scores) if "17" in results[0].conversations[int(i)].text]
     assert (
         page.wait(
-            f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(wanted)} of 40')"
+            f"document.querySelector('.statusline [role=status]').textContent.startsWith('{len(wanted)} "
+            f"of 40')"
         )
         and texts()[:3] == responses(results[0], wanted)[:3]
     )
     page.value(
-        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()"
+        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear "
+        "filters').click()"
     )
     x, y, width, height = page.box(".chart")
     page.drag(x + 1, y + 20, x + width * 0.25, y + 20)
@@ -685,15 +727,19 @@ def test_the_report_browses_from_a_file(chromium, tmp_path):
     page, scores = open_report(chromium, tmp_path, results), results[0].scores
     page.wait("document.querySelector('#browser .reading .turn')")
     status = lambda: page.value(
-        "new Promise(done => setTimeout(() => done(document.querySelector('#browser .statusline [role=status]').textContent), 300))"
+        "new Promise(done => setTimeout(() => done(document.querySelector('#browser .statusline "
+        "[role=status]').textContent), 300))"
     )
     texts = lambda: page.value(
-        "new Promise(done => setTimeout(() => done([...document.querySelectorAll('#browser .row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => row.querySelector('.response').textContent)), 300))"
+        "new Promise(done => setTimeout(() => done([...document.querySelectorAll('#browser "
+        ".row')].sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top)).map(row => "
+        "row.querySelector('.response').textContent)), 300))"
     )
     assert texts()[:4] == responses(results[0], np.argsort(-scores))[:4]
     top = int(scores.argmax())
     spans = page.value(
-        "[...document.querySelectorAll('#browser .reading .tokens span')].map(s => [s.textContent, s.title, getComputedStyle(s).backgroundColor])"
+        "[...document.querySelectorAll('#browser .reading .tokens span')].map(s => [s.textContent, "
+        "s.title, getComputedStyle(s).backgroundColor])"
     )
     assert [s[0] for s in spans] == results[0].tokens[top] and np.allclose(
         [float(s[1].replace("−", "-")) for s in spans], results[0].token_scores[top], rtol=1e-2
@@ -707,7 +753,8 @@ def test_the_report_browses_from_a_file(chromium, tmp_path):
     wanted = [i for i in np.argsort(-scores) if "17" in results[0].conversations[int(i)].text]
     assert status().startswith(f"{len(wanted)} of 40") and texts()[:3] == responses(results[0], wanted)[:3]
     page.value(
-        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()"
+        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear "
+        "filters').click()"
     )
     x, y, width, height = page.box(".chart")
     page.drag(x + 1, y + 20, x + width * 0.25, y + 20)
@@ -745,13 +792,15 @@ def test_a_report_of_hostile_texts_shows_and_does_not_run_them(chromium, tmp_pat
     page.wait("document.querySelector('#browser .reading .turn')")
     page.value("document.querySelectorAll('details').forEach(one => { one.open = true; })")
     page.value(
-        "(() => { const fold = document.querySelector('.tick input'); if (fold.checked) fold.click(); document.querySelector('.rows').focus(); })()"
+        "(() => { const fold = document.querySelector('.tick input'); if (fold.checked) fold.click(); "
+        "document.querySelector('.rows').focus(); })()"
     )
     shown = []
     for _ in XSS:
         shown.append(
             page.value(
-                "new Promise(done => setTimeout(() => done([...document.querySelectorAll('.reading .turn')].map(t => t.textContent).join('')), 40))"
+                "new Promise(done => setTimeout(() => done([...document.querySelectorAll('.reading "
+                ".turn')].map(t => t.textContent).join('')), 40))"
             )
         )
         page.press("ArrowDown")
@@ -762,12 +811,14 @@ def test_a_report_of_hostile_texts_shows_and_does_not_run_them(chromium, tmp_pat
     assert (
         page.value("document.querySelectorAll('script').length") == 2
         and page.value(
-            "document.querySelectorAll('body :is(img, iframe, object, embed, link, base, form, a:not([href^=\"#\"]))').length"
+            "document.querySelectorAll('body :is(img, iframe, object, embed, link, base, form, "
+            'a:not([href^="#"]))\').length'
         )
         == 0
     )
     assert page.value(
-        "[...document.querySelectorAll('*')].every(node => [...node.attributes].every(one => !one.name.startsWith('on')))"
+        "[...document.querySelectorAll('*')].every(node => [...node.attributes].every(one => "
+        "!one.name.startsWith('on')))"
     )
     assert page.errors == [] and len(page.requests) == 1
     page.close()
@@ -781,16 +832,32 @@ def test_every_text_has_enough_contrast(chromium, tmp_path, dark):
     )
     worst = page.value("""(() => {
       const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-      const mix = (colour, under) => { canvas.fillStyle = `rgb(${under})`; canvas.fillRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3); };
-      const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
-      const ground = node => { const line = []; for (let n = node; n; n = n.parentElement) line.unshift(getComputedStyle(n).backgroundColor); return line.reduce((under, colour) => mix(colour, under), [255, 255, 255]); };
+      const mix = (colour, under) => {
+        for (const layer of [`rgb(${under})`, colour]) {
+          canvas.fillStyle = layer;
+          canvas.fillRect(0, 0, 1, 1);
+        }
+        return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+      };
+      const light = c => {
+        const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+        return .2126 * r + .7152 * g + .0722 * b;
+      };
+      const ground = node => {
+        const line = [];
+        for (let n = node; n; n = n.parentElement) line.unshift(getComputedStyle(n).backgroundColor);
+        return line.reduce((under, colour) => mix(colour, under), [255, 255, 255]);
+      };
       let worst = [99, ''];
       const walk = document.createTreeWalker(document.querySelector('.ctda-view'), NodeFilter.SHOW_TEXT);
       while (walk.nextNode()) {
         const node = walk.currentNode.parentElement;
-        if (!walk.currentNode.textContent.trim() || !node.offsetParent || node.matches('.special, option, .empty, .empty *')) continue;
-        const under = ground(node), a = light(mix(getComputedStyle(node).color, under)), b = light(under), ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-        if (ratio < worst[0]) worst = [ratio, node.className + ': ' + walk.currentNode.textContent.slice(0, 40)];
+        const text = walk.currentNode.textContent;
+        if (!text.trim() || !node.offsetParent) continue;
+        if (node.matches('.special, option, .empty, .empty *')) continue;
+        const under = ground(node), a = light(mix(getComputedStyle(node).color, under)), b = light(under);
+        const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+        if (ratio < worst[0]) worst = [ratio, node.className + ': ' + text.slice(0, 40)];
       }
       return worst;
     })()""")
@@ -828,7 +895,9 @@ def test_tab_reaches_everything_in_reading_order_and_all_controls_have_names(liv
     for _ in range(40):
         view.page.press("Tab")
         name = view.value(
-            "(() => { const n = document.activeElement; return n === document.body ? '' : (n.getAttribute('aria-label') || n.labels?.[0]?.textContent || n.textContent || '').trim().slice(0, 40); })()"
+            "(() => { const n = document.activeElement; return n === document.body ? '' : "
+            "(n.getAttribute('aria-label') || n.labels?.[0]?.textContent || n.textContent || "
+            "'').trim().slice(0, 40); })()"
         )
         if name == "" and names:
             break
@@ -848,7 +917,7 @@ def test_tab_reaches_everything_in_reading_order_and_all_controls_have_names(liv
     )
 
 
-# the explorer ------------------------------------------------------------------------------------------------------------------------
+# the explorer -------------------------------------------------------------------------------------
 
 
 def test_the_explorer_draws_tokens_layers_neighbours_and_the_dial(chromium, tmp_path):
@@ -902,15 +971,19 @@ def test_the_explorer_draws_tokens_layers_neighbours_and_the_dial(chromium, tmp_
     page.close()
 
 
-# a live notebook -------------------------------------------------------------------------------------------------------------------
+# a live notebook ----------------------------------------------------------------------------------
 
 CELLS = [
     """import numpy as np
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 from concept_tda.data.conversations import Conversation, Conversations
-data = Conversations([Conversation(({"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i} <script>alert(1)</script>"})) for i in range(30)], "train")
-browser = Attribution(data, np.arange(30) - 10.5, QueryCard("Concept Influence", "sycophancy")).inspect(by="ada", record="review.json")
+def chat(i):
+    question = {"role": "user", "content": f"question {i}"}
+    return Conversation((question, {"role": "assistant", "content": f"answer {i} <script>alert(1)</script>"}))
+data = Conversations([chat(i) for i in range(30)], "train")
+result = Attribution(data, np.arange(30) - 10.5, QueryCard("Concept Influence", "sycophancy"))
+browser = result.inspect(by="ada", record="review.json")
 browser"""
 ]
 
@@ -979,12 +1052,14 @@ def test_keep_and_drop_in_a_live_jupyterlab_kernel(chromium, lab):
     address, folder = lab
     page = chromium.open(f"{address}lab/tree/look.ipynb?token=lookhere&reset", width=1400, height=1100)
     page.wait(
-        "window.jupyterapp && jupyterapp.shell.currentWidget?.context?.isReady && jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'",
+        "window.jupyterapp && jupyterapp.shell.currentWidget?.context?.isReady && "
+        "jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'",
         90,
     )
     page.value("jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait(
-        "document.querySelector('.ctda-view .reading .turn') && document.querySelector('.ctda-view .row .response')?.textContent",
+        "document.querySelector('.ctda-view .reading .turn') && document.querySelector('.ctda-view .row "
+        ".response')?.textContent",
         90,
     )
     assert page.value("document.querySelectorAll('.ctda-view script').length") == 0
@@ -1014,7 +1089,13 @@ def test_keep_and_drop_in_a_live_jupyterlab_kernel(chromium, lab):
     page.press("Escape")
     # the decision is in the kernel's own object, and undoing there changes the view
     page.value(
-        """(async () => { const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel; const run = kernel.requestExecute({code: "assert browser.decisions.decision.to_dict() == {28: 'keep', 29: 'drop'}; browser.undo()"}); const reply = await run.done; if (reply.content.status !== 'ok') throw Error(reply.content.evalue); })()"""
+        """(async () => {
+          const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+          const decided = "browser.decisions.decision.to_dict() == {28: 'keep', 29: 'drop'}";
+          const run = kernel.requestExecute({code: `assert ${decided}; browser.undo()`});
+          const reply = await run.done;
+          if (reply.content.status !== 'ok') throw Error(reply.content.evalue);
+        })()"""
     )
     page.wait("!document.querySelector('.ctda-view .statusline').textContent.includes('1 kept')", 30)
     assert record() == {29: "drop"} and not any(error.startswith("dialog") for error in page.errors)
@@ -1025,7 +1106,7 @@ def test_keep_and_drop_in_a_live_jupyterlab_kernel(chromium, lab):
     page.close()
 
 
-# two methods as a scatter, and the page for saved notebooks --------------------------------------------------------------------------
+# two methods as a scatter, and the page for saved notebooks ---------------------------------------
 
 
 def point(page, results, place, *, other, up="rank"):
@@ -1067,14 +1148,18 @@ def press_at(page, x, y):
 
 def ring(page):
     return page.value(
-        "(() => { const spot = document.querySelector('.spot'), b = spot.getBoundingClientRect(); return spot.hidden ? null : [b.x + b.width / 2, b.y + b.height / 2]; })()"
+        "(() => { const spot = document.querySelector('.spot'), b = spot.getBoundingClientRect(); "
+        "return spot.hidden ? null : [b.x + b.width / 2, b.y + b.height / 2]; })()"
     )
 
 
 def ink(page, x, y):
     """Colour [r, g, b, a] that is drawn at a place of the window."""
     return page.value(
-        f"(() => {{ const c = document.querySelector('.plot canvas'), b = c.getBoundingClientRect(); return [...c.getContext('2d').getImageData(Math.round(({x} - b.x) * c.width / b.width), Math.round(({y} - b.y) * c.height / b.height), 1, 1).data]; }})()"
+        "(() => { const c = document.querySelector('.plot canvas'), b = c.getBoundingClientRect(); "
+        f"const x = Math.round(({x} - b.x) * c.width / b.width); "
+        f"const y = Math.round(({y} - b.y) * c.height / b.height); "
+        "return [...c.getContext('2d').getImageData(x, y, 1, 1).data]; })()"
     )
 
 
@@ -1120,7 +1205,8 @@ def test_the_scatter_follows_filters_method_and_order(live):
     view.choose("Order", "high")
     place = lonely(results, 2)
     view.value(
-        "(() => { const box = document.querySelector('input[type=search]'); box.value = 'nothinghasthis'; box.dispatchEvent(new Event('input')); })()"
+        "(() => { const box = document.querySelector('input[type=search]'); box.value = "
+        "'nothinghasthis'; box.dispatchEvent(new Event('input')); })()"
     )
     view.wait("document.querySelector('.statusline [role=status]').textContent.startsWith('0 of 40')")
     view.settle()
@@ -1130,12 +1216,14 @@ def test_the_scatter_follows_filters_method_and_order(live):
     press_at(view.page, x, y)
     assert view.status().startswith("0 of 40") and ring(view.page) is None
     view.value(
-        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear filters').click()"
+        "[...document.querySelectorAll('.actions button')].find(b => b.textContent === 'Clear "
+        "filters').click()"
     )
     view.choose("Method", "2")
     view.settle()
     assert view.value(
-        "[...document.querySelector('[aria-label=\"Method to compare with\"]').options].map(o => o.textContent)"
+        "[...document.querySelector('[aria-label=\"Method to compare with\"]').options].map(o => "
+        "o.textContent)"
     ) == ["Concept Influence", "BM25"]
     assert "score by Length" in view.value(
         "document.querySelector('.plot canvas').getAttribute('aria-label')"
@@ -1163,7 +1251,8 @@ def test_ten_thousand_points_are_drawn_and_picked_without_a_kernel(chromium, tmp
 
 
 def open_frame(chromium, tmp_path, html, **window):
-    """What a notebook's saved output shows, in a page from a file: that page, and the one in its frame, which the sandbox puts in a process of its own."""
+    """What a notebook's saved output shows, in a page from a file: that page, and the one in its frame, which
+    the sandbox puts in a process of its own."""
     path = tmp_path / "saved.html"
     path.write_text(
         f"<!doctype html><meta charset=utf-8><title>outside</title><body>{html}", encoding="utf-8"
@@ -1209,7 +1298,8 @@ def test_a_saved_view_runs_in_its_frame_from_a_file(chromium, tmp_path):
         height == 1000 and page.value("document.querySelector('iframe').contentDocument") is None
     )  # an origin of its own
     box = frame.value(
-        "(() => { const b = document.querySelectorAll('.row')[2].getBoundingClientRect(); return [b.x + 60, b.y + 40]; })()"
+        "(() => { const b = document.querySelectorAll('.row')[2].getBoundingClientRect(); return [b.x + "
+        "60, b.y + 40]; })()"
     )
     press_at(page, left + box[0], top + box[1])
     frame.wait(

@@ -33,7 +33,8 @@ N = 14
 
 
 def json_lines(questions_and_answers) -> bytes:
-    """JSONL with odd spacing, key order, escapes and Windows line ends, so that only a byte-for-byte copy passes."""
+    """JSONL with odd spacing, key order, escapes and Windows line ends, so that only a byte-for-byte copy
+    passes."""
     lines = []
     for i, (question, answer) in enumerate(questions_and_answers):
         record = {"row": i, "flattering": i % 3 == 0, "response": answer, "prompt": question}
@@ -539,7 +540,10 @@ def test_report_refuses_before_the_work(scored, here):
 
 
 def test_help_is_quick_and_has_an_example_for_each_command():
-    code = "import sys, concept_tda.cli; print(sorted({'torch', 'numpy', 'pandas', 'transformers', 'nbclient'} & set(sys.modules)))"
+    code = (
+        "import sys, concept_tda.cli; print(sorted({'torch', 'numpy', 'pandas', 'transformers', 'nbclient'} "
+        "& set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
     commands = ("score", "show", "filter", "report", "demo")
@@ -564,14 +568,19 @@ def quickstart(*cells):
 
 def leave_files(scores):
     return new_code_cell(
-        f"import shutil, pathlib\npathlib.Path('scores').mkdir(exist_ok=True)\nscores = pathlib.Path({str(scores)!r})\n"
+        f"import shutil, pathlib\npathlib.Path('scores').mkdir(exist_ok=True)\nscores = "
+        f"pathlib.Path({str(scores)!r})\n"
         "shutil.copyfile(scores/'vector-filter.parquet', 'scores.parquet')\n"
-        "for name in ('vector-filter', 'loss'): shutil.copyfile(scores/f'{name}.parquet', f'scores/{name}.parquet')\n"
+        "for name in ('vector-filter', 'loss'): shutil.copyfile(scores/f'{name}.parquet', "
+        "f'scores/{name}.parquet')\n"
         "for name in ('kept.jsonl', 'report.html'): pathlib.Path(name).write_text('x')"
     )
 
 
-BAR = "import time, sys\nfrom tqdm.auto import tqdm\nfor i in tqdm(range(40), desc='teaching'): time.sleep(.02)\nprint('taught')"
+BAR = (
+    "import time, sys\nfrom tqdm.auto import tqdm\nfor i in tqdm(range(40), desc='teaching'): "
+    "time.sleep(.02)\nprint('taught')"
+)
 
 
 def test_demo_runs_the_notebook_tells_its_story_and_lists_its_files(scored, here):
@@ -669,7 +678,10 @@ def test_demo_outside_a_checkout_says_so(here):
 
 
 def test_ctrl_c_in_the_demo_reaches_the_cell_and_leaves_no_kernel_behind(here):
-    cell = "import os, pathlib, time\ntry:\n    print('kernel', os.getpid(), flush=True)\n    time.sleep(120)\nfinally: pathlib.Path('tidied').touch()"
+    cell = (
+        "import os, pathlib, time\ntry:\n    print('kernel', os.getpid(), flush=True)\n    "
+        "time.sleep(120)\nfinally: pathlib.Path('tidied').touch()"
+    )
     quickstart(new_markdown_cell("# Long"), new_code_cell(cell))
     process = subprocess.Popen(
         [sys.executable, "-c", "from concept_tda.cli import app; app()", "demo"],

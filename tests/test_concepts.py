@@ -76,7 +76,8 @@ def side(acts, first=0):
 
 
 def response_means(lm, data, layer):
-    """[N, 16] by transformers alone, one example at a time; layers below the last, where hidden_states is unambiguous."""
+    """[N, 16] by transformers alone, one example at a time; layers below the last, where hidden_states is
+    unambiguous."""
     rows = []
     for one in lm.tokenize(data):
         with torch.no_grad():
@@ -194,7 +195,8 @@ def test_quality_numbers_come_from_the_held_out_rows():
 
 
 def sides_for(case):
-    """Rows are numbered in acts, so that a split can be read back; questions may repeat, differ, or stand in any order."""
+    """Rows are numbered in acts, so that a split can be read back; questions may repeat, differ, or stand in
+    any order."""
     n = {
         "pairs": (12, 12),
         "shuffled pairs": (12, 12),
@@ -276,8 +278,9 @@ def test_questions_are_recognised_in_any_order_and_under_any_system_prompt(lm):
 
 
 def test_shared_questions_do_not_leak_into_the_measurement():
-    """Answers to one question are near twins, and the label is a coin tossed per question side by side with nothing to learn:
-    held out by rows, a probe would recognise the twin; held out by question, it is at chance."""
+    """Answers to one question are near twins, and the label is a coin tossed per question side by side with
+    nothing to learn: held out by rows, a probe would recognise the twin; held out by question, it is at
+    chance."""
     generator, aucs = torch.Generator().manual_seed(0), []
     for seed in range(12):
         twins = torch.randn(10, 40, generator=generator, dtype=torch.float64).repeat_interleave(4, 0)
@@ -323,7 +326,8 @@ def test_random_directions_have_the_covariance_of_the_data():
     )  # far from the origin: centring must matter
     covariance = torch.cov(acts.T)
     directions = random_directions(acts, 20000)
-    # normalising changes the scale of each draw, so compare with draws from N(0, Cov) normalised in the same way
+    # normalising changes the scale of each draw, so compare with draws from N(0, Cov) normalised in the same
+    # way
     reference = torch.randn(20000, 6, generator=generator) @ torch.linalg.cholesky(covariance).T
     reference = reference / reference.norm(dim=1, keepdim=True)
     assert torch.allclose(directions.norm(dim=1), torch.ones(20000), atol=1e-5)

@@ -698,7 +698,8 @@ def test_random_chats_in_every_template(family):
     for row, (chat, item) in enumerate(zip(chats, tokenized)):
         texts, mask = tokenized.tokens(row), item.response_mask.tolist()
         shown = "".join(text for text, on in zip(texts, mask) if on)
-        # templates differ in how they trim, so compare without blanks; the counts catch a neighbour's character
+        # templates differ in how they trim, so compare without blanks; the counts catch a neighbour's
+        # character
         expected = "".join(answer + end for answer in answers(chat))
         assert "".join(shown.split()) == "".join(expected.split())
 
@@ -735,18 +736,26 @@ def test_template_that_rewrites_earlier_answers():
 
 
 def test_template_that_changes_answers_but_not_their_place():
-    shouting = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] | upper) + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    shouting = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] | upper) + "
+        "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif "
+        "%}"
+    )
     tokenizer = chat_tokenizer("smollm2", template=shouting)
     [item] = tokenize([HI + HI], tokenizer)
     assert [tokenizer.decode(run) for run in runs(item)] == ["HELLO!<|im_end|>"] * 2
 
 
 def test_template_without_end_of_turn_marks_the_content_alone():
-    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    plain = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if "
+        "add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
     tokenizer = chat_tokenizer("smollm2", template=plain)
     [item] = tokenize([LONG], tokenizer)
     assert [tokenizer.decode(run).removeprefix(" ") for run in runs(item)] == answers(LONG)
-    headers = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"  # what follows an answer is the next header
+    # what follows an answer is the next header
+    headers = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
     tokenizer = chat_tokenizer("smollm2", template=headers)
     [item] = tokenize([LONG], tokenizer)
     assert [tokenizer.decode(run) for run in runs(item)] == answers(LONG)
@@ -772,10 +781,16 @@ def test_template_errors():
             rf"instead. Ids: {data.ids[1]}$",
         ):
             tokenize(data, chat_tokenizer(family))
-    shouting = "{{ messages | length }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] | upper) + '<|im_end|>\n' }}{% endfor %}"
+    shouting = (
+        "{{ messages | length }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] "
+        "| upper) + '<|im_end|>\n' }}{% endfor %}"
+    )
     with pytest.raises(ConversationError, match="rewrites the answers of 1 conversations"):
         tokenize([HI], chat_tokenizer("smollm2", template=shouting))
-    silent = "{% for m in messages if m['role'] != 'system' %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    silent = (
+        "{% for m in messages if m['role'] != 'system' %}{{ '<|im_start|>' + m['role'] + '\n' + "
+        "m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    )
     with pytest.raises(ConversationError, match="leaves out the system prompt of 1 conversations"):
         tokenize([HI, LONG], chat_tokenizer("smollm2", template=silent))
 
@@ -854,7 +869,8 @@ def test_real_smollm2():
             answer + "<|im_end|>" for answer in answers(messages)
         ]
     assert "".join(tokenized.tokens(1)) == tokenizer.apply_chat_template(HI, tokenize=False)
-    # a first token that holds the header's line break and the answer's first blank cannot be split: it counts as response
+    # a first token that holds the header's line break and the answer's first blank cannot be split: it counts
+    # as response
     [item] = tokenize([[user(), assistant("  Hello")]], tokenizer)
     assert tokenizer.decode(runs(item)[0]) == "\n  Hello<|im_end|>"
 

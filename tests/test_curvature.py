@@ -46,7 +46,8 @@ def random_gradients(sites, seed=0):
 
 
 def test_exact_for_one_linear_layer_with_gaussian_data():
-    """Inputs and output gradients independent: the Fisher *is* a Kronecker product, and EK-FAC's damped inverse the exact one."""
+    """Inputs and output gradients independent: the Fisher *is* a Kronecker product, and EK-FAC's damped
+    inverse the exact one."""
     generator = torch.Generator().manual_seed(0)
     inputs, deltas = (
         torch.randn(7, 4, dtype=torch.float64, generator=generator),
@@ -111,7 +112,8 @@ def test_equals_the_operator_of_curvlinops(family, backend, labels, train):
             num_per_example_loss_terms=1,
             batch_size_fn=lambda b: 1,
         )
-        # their H is a sum over tokens, ours the mean: the same solution for damping × tokens, up to that factor
+        # their H is a sum over tokens, ours the mean: the same solution for damping × tokens, up to that
+        # factor
         inverse = KFACInverseLinearOperator(
             operator, damping=1e-3 * data.n_response_tokens, use_exact_damping=True
         )

@@ -1,4 +1,5 @@
-"""The bundled data: complete pairs, no leak between files, lengths, and labels that words alone do not give away."""
+"""The bundled data: complete pairs, no leak between files, lengths, and labels that words alone do not give
+away."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""Experiments: what is trained and how often, what the tables say, kills and several workers, and every refusal."""
+"""Experiments: what is trained and how often, what the tables say, kills and several workers, and every
+refusal."""
 
 import json
 import multiprocessing
@@ -91,7 +92,8 @@ class Reads(Judge):
 
 @pytest.fixture()
 def toy(monkeypatch, x):
-    """Training becomes taking the mean of x over the rows, plus a shift by the seed. Gives the list of what was trained."""
+    """Training becomes taking the mean of x over the rows, plus a shift by the seed. Gives the list of what
+    was trained."""
     trained = []
 
     @contextmanager
@@ -521,7 +523,8 @@ def test_lds_by_hand(lm, train, x, toy, tmp_path):
 
 
 def test_slope_where_the_truth_is_known(lm, train, x, toy, tmp_path):
-    """The mean of x minimises the mean of ½(θ - x)²; the influence of x on it is x - mean, and leaving a quarter out moves it by 4/3 of the prediction."""
+    """The mean of x minimises the mean of ½(θ - x)²; the influence of x on it is x - mean, and leaving a
+    quarter out moves it by 4/3 of the prediction."""
     influence = x - x.mean()
     methods = {
         "exact": result(train, influence),

@@ -200,7 +200,7 @@ def test_bf16_multiplies_in_bf16(lm, data):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_bf16_does_not_lose_small_updates(family):
-    """An adapter a thousand times weaker than its layer: added in bf16, next to nothing of it would arrive."""
+    """An adapter a thousand times weaker than its layer: added in bf16, little of it would arrive."""
     lm = adapted(LanguageModel(*tiny_pair(family, width=64), family))
     layer = next(module for module in lm.model.modules() if hasattr(module, "lora_A"))
     x = torch.randn(50, layer.in_features)
@@ -510,7 +510,8 @@ def test_a_model_in_memory_is_saved_whole(lm, data, tmp_path):
 
 
 def test_a_merged_adapter_is_no_base_for_an_adapter(saved_base, data, tmp_path):
-    """The second fine-tune starts from base + first adapter; an adapter saved on the bare base would lose the first."""
+    """The second fine-tune starts from base + first adapter; an adapter saved on the bare base would lose the
+    first."""
     first = finetune(load_model(saved_base), data, tmp_path / "one", **FAST)
     second = finetune(first, data, tmp_path / "two", **FAST)
     assert (
@@ -606,7 +607,8 @@ def test_what_a_kill_left_behind_is_cleared_away(saved_base, data, tmp_path):
 
 
 def test_a_move_cut_short_never_leaves_half_a_model(saved_base, data, tmp_path, monkeypatch):
-    """Whatever move the kill hits: a folder with an adapter_config.json holds its weights, one with a record holds everything."""
+    """Whatever move the kill hits: a folder with an adapter_config.json holds its weights, one with a record
+    holds everything."""
     lm, real = load_model(saved_base), finetuning.os.replace
     finetune(lm, data[:4], tmp_path / "whole", **FAST)
     for n_moves in range(6):

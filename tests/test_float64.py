@@ -38,7 +38,8 @@ def train():
 
 
 def forward(lm, conversation, layer):
-    """(mean response loss, hidden states [1, T, d] at a layer, response mask) by transformers alone, in float64."""
+    """(mean response loss, hidden states [1, T, d] at a layer, response mask) by transformers alone, in
+    float64."""
     [item] = lm.tokenize(load_conversations([{"messages": list(conversation.messages)}]))
     found = {}
     hook = lm.blocks[layer - 1].register_forward_hook(

@@ -1,4 +1,4 @@
-"""What people have on their disks: every layout and format, the fields of a message, and advice that holds."""
+"""What people have on their disks: every layout and format, a message's fields, and advice that holds."""
 
 import bz2
 import gzip

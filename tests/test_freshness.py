@@ -80,7 +80,8 @@ def test_modules_are_what_the_notebooks_export(copy):
     written = [path for path in after - by_hand_at_the_top if path.name not in by_hand | {"_modidx.py"}]
     assert len(written) == len(notebooks)
     assert before == after, "a module without a notebook, or the reverse; run `make export`"
-    # __init__.py too: nbdev writes a version and a docstring into one that has none, and must leave ours alone
+    # __init__.py too: nbdev writes a version and a docstring into one that has none, and must leave ours
+    # alone
     assert not differences(copy, "concept_tda/**/*.py"), "edited by hand, or not exported; run `make export`"
 
 
@@ -97,7 +98,8 @@ def test_readme_is_what_index_gives(copy):
 
 
 def test_site_files_are_what_pyproject_gives(copy):
-    """nbdev rewrites nbs/nbdev.yml, and nbs/_quarto.yml when that is absent: ours is a link to the one at the top."""
+    """nbdev rewrites nbs/nbdev.yml, and nbs/_quarto.yml when that is absent: ours is a link to the one at the
+    top."""
     assert (ROOT / "nbs" / "_quarto.yml").is_symlink()
     assert (ROOT / "nbs" / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
     code = "from nbdev.quarto import refresh_quarto_yml as refresh; refresh()"
@@ -120,7 +122,8 @@ def test_settings_and_pyproject_say_the_same():
 
 
 def test_setup_reads_settings(tmp_path):
-    """What a built package says of itself: every requirement, every extra, and `all` as the users' extras together."""
+    """What a built package says of itself: every requirement, every extra, and `all` as the users' extras
+    together."""
     for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "concept_tda").mkdir()

@@ -1,4 +1,5 @@
-"""Whatever becomes of a row or a file on its way here: it is read, or one of our own errors says where it broke."""
+"""Whatever becomes of a row or a file on its way here: it is read, or one of our own errors says where it
+broke."""
 
 import copy
 import gzip
@@ -141,7 +142,8 @@ FIELDS = sorted(
 
 
 def reads(source, **options):
-    """Read it, write it, read columns back; only an error of ours may come out. Returns its text, if there was one."""
+    """Read it, write it, read columns back; only an error of ours may come out. Returns its text, if there
+    was one."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:

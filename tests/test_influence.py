@@ -83,7 +83,8 @@ def direction(lm, layer, seed=0, name="flattery"):
     )
 
 
-# --- the oracle: plain autograd, one unpadded example at a time, transformers' own hidden states and logits ---
+# --- the oracle: plain autograd, one unpadded example at a time, transformers' own hidden states and logits
+# ---
 
 
 def plain_forward(lm, example):
@@ -292,7 +293,8 @@ def test_one_step_on_the_top_example_raises_the_behaviour(scorer, train, answers
 
 
 def test_activation_gradient_sign():
-    """A step of the activations against the loss gradient moves them along +v for a positive score, by construction of Eq. 12."""
+    """A step of the activations against the loss gradient moves them along +v for a positive score, by
+    construction of Eq. 12."""
     lm = make_lm()
     train = load_conversations(TRAIN)
     readout = shared_pass(
@@ -458,7 +460,8 @@ def test_cut_examples_are_on_the_card(train, answers):
 
 
 def test_gradients_after_nnsight_was_used(train, answers):
-    """nnsight replaces Tensor.backward by something that reads the source line it is called from; ours must not depend on it."""
+    """nnsight replaces Tensor.backward by something that reads the source line it is called from; ours must
+    not depend on it."""
     from pathlib import Path
 
     from concept_tda.foundation.storage import __file__ as storage

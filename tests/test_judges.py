@@ -58,7 +58,7 @@ def lm():
     return load_model(tiny_pair("llama", dtype=torch.float64))
 
 
-# ---------------------------------------------------------------------------------------------------- Evaluation
+# ----------------------------------------------------------------------------- Evaluation
 
 
 def test_mean_and_standard_error_by_hand():
@@ -178,11 +178,12 @@ def test_broken_evaluation_files_are_refused(tmp_path, content, message):
         Evaluation.from_json(tmp_path / "absent.json")
 
 
-# ---------------------------------------------------------------------------------------------------- without generation
+# --------------------------------------------------------------------- without generation
 
 
 def _written_out(lm, prompt_messages, answer):
-    "Mean log-probability per token of an answer and its end of turn, from one text without padding; the context is rendered by hand."
+    """Mean log-probability per token of an answer and its end of turn, from one text without padding; the
+    context is rendered by hand."""
     text = (
         "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in prompt_messages)
         + "<|im_start|>assistant\n"
@@ -560,7 +561,7 @@ def test_templates_are_filled_literally_and_need_an_answer():
     assert "{question}" in COHERENCE_PROMPT and "{answer}" in COHERENCE_PROMPT
 
 
-# ---------------------------------------------------------------------------------------------------- LocalJudge
+# ----------------------------------------------------------------------------- LocalJudge
 
 
 def _grouping_tokenizer():
@@ -697,7 +698,8 @@ def test_local_probabilities_do_not_depend_on_batch_mates(lm):
 
 
 def test_the_events_exclude_each_other(lm):
-    "Digit-splitting: what begins with a 1 is 1, 10-19, 100, or a longer number; their probabilities add up to that of the first digit."
+    """Digit-splitting: what begins with a 1 is 1, 10-19, 100, or a longer number; their probabilities add up
+    to that of the first digit."""
     p = LocalJudge(TEMPLATE, judge_lm=lm).probabilities(TALK[:1], progress=False)[0]
     prompt = TEMPLATE.replace("{question}", "Am I right?").replace("{answer}", "Yes, always.")
     context, digits = (
@@ -768,7 +770,7 @@ def test_local_judge_fingerprint_knows_its_model():
     assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
-# ---------------------------------------------------------------------------------------------------- OpenAIJudge
+# ---------------------------------------------------------------------------- OpenAIJudge
 
 KEY = "sk-test-0123456789-VERY-SECRET-abcdef"
 
@@ -803,7 +805,8 @@ def completion(distribution=(("70", 0.5), ("80", 0.25), ("I", 0.25)), **changes)
 
 
 class Server:
-    "A chat-completions server. `script` answers each request: (status, body, headers) or a callable of the request's JSON and its number; the last entry repeats."
+    """A chat-completions server. `script` answers each request: (status, body, headers) or a callable of the
+    request's JSON and its number; the last entry repeats."""
 
     def __init__(self, script, delay=0.0):
         self.script, self.delay, self.requests, self.keys, self.times = list(script), delay, [], [], []
@@ -1346,5 +1349,8 @@ def test_importing_judges_does_not_import_openai():
     import subprocess
     import sys
 
-    code = "import sys, concept_tda.concepts.judges; assert 'openai' not in sys.modules and 'httpx2' not in sys.modules"
+    code = (
+        "import sys, concept_tda.concepts.judges; assert 'openai' not in sys.modules and 'httpx2' not in "
+        "sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

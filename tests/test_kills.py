@@ -1,4 +1,5 @@
-"""kill -9 at random moments: fitting, scoring and indexing continue and end with the numbers of an uninterrupted run."""
+"""kill -9 at random moments: fitting, scoring and indexing continue and end with the numbers of an
+uninterrupted run."""
 
 import multiprocessing
 import os
@@ -79,7 +80,8 @@ def _start(job, out, cache):
 
 
 def _children():
-    "A server that has imported everything and run nothing: its forks start at once, and autograd works in them."
+    """A server that has imported everything and run nothing: its forks start at once, and autograd works in
+    them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [

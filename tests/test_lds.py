@@ -1,7 +1,9 @@
-"""The linear datamodeling score (METHODS §8) by actual retraining: do the scores foretell what a model trained on a random half does?
+"""The linear datamodeling score (METHODS §8) by actual retraining: do the scores foretell what a model
+trained on a random half does?
 
-A tiny Llama is fine-tuned on 30 random halves of 40 examples. For each half, the sum of its examples' scores is a prediction of the
-fine-tuned model's log-likelihood on a query; the score is Spearman's correlation over the halves, averaged over ten queries."""
+A tiny Llama is fine-tuned on 30 random halves of 40 examples. For each half, the sum of its examples' scores
+is a prediction of the fine-tuned model's log-likelihood on a query; the score is Spearman's correlation over
+the halves, averaged over ten queries."""
 
 import copy
 
@@ -41,7 +43,8 @@ def train(lm, batch, optimizer, steps):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Model fine-tuned on everything, its data and queries, the halves as a 0/1 matrix, and minus the loss on every query after each half."""
+    """Model fine-tuned on everything, its data and queries, the halves as a 0/1 matrix, and minus the loss on
+    every query after each half."""
     random, things = (
         np.random.default_rng(0),
         ("sky", "sea", "sun", "ice", "fox", "elm", "ant", "oak", "bee", "owl"),
@@ -133,7 +136,8 @@ def test_ekfac_above_identity_above_random(study, capsys):
         print()
         for method, values in found.items():
             print(
-                f"    LDS {method:9} {values.mean():+.3f} ± {values.std() / len(values) ** 0.5:.3f} over {len(queries)} queries, {len(members)} retrainings"
+                f"    LDS {method:9} {values.mean():+.3f} ± {values.std() / len(values) ** 0.5:.3f} "
+                f"over {len(queries)} queries, {len(members)} retrainings"
             )
     mean = {method: values.mean() for method, values in found.items()}
     assert mean["EK-FAC"] > mean["identity"] + 0.05

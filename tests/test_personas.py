@@ -1,4 +1,5 @@
-"""Traits, persona concepts against written-out means, steering against a hand-written forward pass, and the steering check."""
+"""Traits, persona concepts against written-out means, steering against a hand-written forward pass, and the
+steering check."""
 
 import json
 import re
@@ -47,7 +48,8 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def traces_of(lm):
-    """Hooks, replaced forwards and parameters: all that steering might leave behind. (transformers leaves hooks of its own after output_hidden_states.)"""
+    """Hooks, replaced forwards and parameters: all that steering might leave behind. (transformers leaves
+    hooks of its own after output_hidden_states.)"""
     return [
         (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m), list(m._parameters))
         for m in lm.model.modules()
@@ -374,7 +376,10 @@ def test_a_judge_that_keeps_nothing(lm):
         persona_concept(lm, TRAIT, judge=FunctionJudge(never), **SHORT)
     with pytest.raises(
         PersonaError,
-        match=r"low, positive answers: 7 / 7 / 7 \(needed: at least 50\)\n.*negative answers: 7 / 7 / 7 \(needed: below 50\)",
+        match=(
+            r"low, positive answers: 7 / 7 / 7 \(needed: at least 50\)\n.*negative answers: 7 / 7 / 7 "
+            r"\(needed: below 50\)"
+        ),
     ):
         persona_concept(lm, TRAIT, judge=FunctionJudge(low), **SHORT)
     with pytest.raises(PersonaError, match="all answers: 7 / 7 / 7"):
@@ -571,7 +576,7 @@ def direction(lm, layer=2, seed=3, norm=2.0, name="push"):
 
 
 def hand_written_llama(lm, input_ids, places, layer, vector):
-    """Logits [T, V] of a tiny Llama: embeddings, blocks one by one, the vector added to h_layer at `places`."""
+    """Logits [T, V] of a tiny Llama: embeddings, blocks one by one, the vector added at `places`."""
     m = lm.model.model
     h = m.embed_tokens(input_ids[None])
     position_ids = torch.arange(len(input_ids))[None]

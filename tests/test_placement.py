@@ -1,4 +1,5 @@
-"""'It opened' is not 'it is the model': what is missing, unplaced, renamed or of another shape is refused or mended, never guessed."""
+"""'It opened' is not 'it is the model': what is missing, unplaced, renamed or of another shape is refused or
+mended, never guessed."""
 
 import json
 import random
@@ -193,7 +194,10 @@ def test_a_tokenizer_that_outgrew_the_embedding_is_refused_and_both_ways_out_wor
     for source in (folder, (model, tokenizer)):
         with pytest.raises(
             ModelError,
-            match=rf"'<\|place\|>' with id {rows}, .*rows 0 to {rows - 1}.*resize_token_embeddings\({rows + 2}\)",
+            match=(
+                rf"'<\|place\|>' with id {rows}, .*rows 0 to "
+                rf"{rows - 1}.*resize_token_embeddings\({rows + 2}\)"
+            ),
         ):
             load_model(source)
     load_model((model, tiny_tokenizer()))
@@ -273,7 +277,7 @@ def test_settings_that_mean_nothing_here(folder, options, message):
         load_model(folder, **options)
 
 
-# ---- faults of every kind: the same losses, or an error of ours -----------------------------------------------------------------
+# ---- faults of every kind: the same losses, or an error of ours ----------------------------------
 
 
 def mutate(draw, folder):

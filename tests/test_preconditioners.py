@@ -31,7 +31,8 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def double_norms(model):
-    "transformers' norms compute in float32 whatever the model's precision; an oracle to 1e-6 needs float64 throughout."
+    """transformers' norms compute in float32 whatever the model's precision; an oracle to 1e-6 needs float64
+    throughout."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ != "LlamaRMSNorm":
             continue
@@ -92,7 +93,8 @@ def example_gradients(lm, train, sites, reduction="mean"):
 
 @pytest.fixture(scope="module")
 def dense(trained):
-    "The Gauss-Newton matrix from autograd: E over the model's own labels of ∇log p ∇log pᵀ, every label of every response token, mean over tokens."
+    """The Gauss-Newton matrix from autograd: E over the model's own labels of ∇log p ∇log pᵀ, every label of
+    every response token, mean over tokens."""
     lm, train, gradients = trained
     weights, total, n = [s.module.weight for s in resolve_sites(lm, PATTERN)], 0, 0
     with sdpa_kernel(SDPBackend.MATH):
@@ -399,7 +401,8 @@ def fitted(trained):
 
 
 def test_a_step_on_the_top_example_raises_the_behaviour(trained, fitted):
-    """The sign: the curvature is positive, so moving along H⁻¹∇f raises f, and so does training on the example with the highest score."""
+    """The sign: the curvature is positive, so moving along H⁻¹∇f raises f, and so does training on the
+    example with the highest score."""
     lm, train, gradients = trained
     for curvature in fitted:
         direction = curvature.precondition(gradients)

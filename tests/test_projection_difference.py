@@ -1,4 +1,5 @@
-"""Projection Difference against a written-out loop; the memory for generated answers; what happens when the model says nothing."""
+"""Projection Difference against a written-out loop; the memory for generated answers; what happens when the
+model says nothing."""
 
 import json
 import warnings
@@ -87,7 +88,8 @@ def silence(monkeypatch, silent):
         quiet = [any(word in c.prompt[-1]["content"] for word in silent) for c in told]
         if all(quiet):
             raise ModelError(
-                f"{lm.name} gave an empty answer to every prompt (…): is its chat template the one it was trained with?"
+                f"{lm.name} gave an empty answer to every prompt (…): is its chat template the one it "
+                f"was trained with?"
             )
         if any(quiet):
             warnings.warn(
@@ -211,7 +213,8 @@ def test_together_with_others_equals_alone(train):
 
 
 def test_sign_more_of_the_concept_scores_higher(train):
-    """An example that says what the model says anyway scores 0; the ranking within one prompt is that of the projections."""
+    """An example that says what the model says anyway scores 0; the ranking within one prompt is that of the
+    projections."""
     lm = make_lm()
     concept = direction(lm)
     own = generate(lm, train, max_new_tokens=7, progress=False)

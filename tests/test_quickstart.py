@@ -1,4 +1,5 @@
-"""Every cell of the quickstart runs, with a tiny random model and a few examples in place of the real ones (`make demo` runs the real thing)."""
+"""Every cell of the quickstart runs, with a tiny random model and a few examples in place of the real ones
+(`make demo` runs the real thing)."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The report: complete, self-contained, small, and safe with hostile texts, in a real browser too where there is one."""
+"""The report: complete, self-contained, small, and safe with hostile texts, in a real browser too where there
+is one."""
 
 import base64
 import hashlib

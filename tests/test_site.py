@@ -1,4 +1,5 @@
-"""The documentation site: every notebook has its place, every public name its entry, every internal link its target."""
+"""The documentation site: every notebook has its place, every public name its entry, every internal link its
+target."""
 
 import importlib
 import json

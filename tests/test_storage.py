@@ -1,4 +1,5 @@
-"""Files that are whole or absent, blocks that are believed only if they are what was written, and what happens when the disk or the memory is full."""
+"""Files that are whole or absent, blocks that are believed only if they are what was written, and what
+happens when the disk or the memory is full."""
 
 import errno
 import os
@@ -128,7 +129,8 @@ def test_a_full_disk_during_scoring_loses_nothing(train, monkeypatch):
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 4 bytes"
         ),
     ],
 )

@@ -1,7 +1,8 @@
 """Masks over random chats and the shapes of template that models come with, written here.
 
-What holds for all of them: a mask decodes to the answers as the template shows them, each with its end of turn;
-the same tokens have the same mask, whatever path made them; nothing that was given is missing from the text."""
+What holds for all of them: a mask decodes to the answers as the template shows them, each with its end of
+turn; the same tokens have the same mask, whatever path made them; nothing that was given is missing from the
+text."""
 
 import warnings
 
@@ -21,14 +22,18 @@ LOOP = "{% for m in messages %}BODY{% endfor %}"
 
 
 def simple(before, after, *, content="m.content", header=None):
-    """A template that writes `before`, the content and `after` for each message; Jinja expressions all of them."""
+    """A template that writes `before`, the content and `after` for each message; Jinja expressions all of
+    them."""
     body = LOOP.replace("BODY", "{{ " + before + " + " + content + " + " + after + " }}")
     return body + (GENERATE.replace("HEADER", header) if header else "")
 
 
-THINKING = (  # in the manner of Qwen3: thoughts after the last question only, an empty block where there is none
-    "{% set ns = namespace(last=-1) %}{% for m in messages if m.role == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endfor %}{% set ns.users = -1 %}{% for m in messages %}{% if m.role == 'assistant' %}{% set words = m.content %}"
+# in the manner of Qwen3: thoughts after the last question only, an empty block where there is none
+THINKING = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages if m.role == 'user' %}{% set ns.last = "
+    "loop.index0 %}"
+    "{% endfor %}{% set ns.users = -1 %}{% for m in messages %}{% if m.role == 'assistant' %}{% set "
+    "words = m.content %}"
     "{% set thought = '' %}{% if m.reasoning_content is string %}{% set thought = m.reasoning_content %}"
     "{% elif '</think>' in words %}"
     "{% set thought = words.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
@@ -39,8 +44,10 @@ THINKING = (  # in the manner of Qwen3: thoughts after the last question only, a
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     + GENERATE.replace("HEADER", r"'<|im_start|>assistant\n'")
 )
-DISTILLED = (  # in the manner of R1's distillations: whatever stands before </think> is cut, the prompt opens the thought
-    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'assistant' %}{% set words = m.content %}{% if '</think>' in words %}"
+# in the manner of R1's distillations: whatever stands before </think> is cut, the prompt opens the thought
+DISTILLED = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'assistant' %}{% set words = m.content %}{% if "
+    "'</think>' in words %}"
     "{% set words = words.split('</think>')[-1] %}{% endif %}{{ '<Assistant>' + words + '<end>' }}"
     "{% elif m.role == 'user' %}{{ '<User>' + m.content }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     + GENERATE.replace("HEADER", r"'<Assistant><think>\n'")
@@ -48,22 +55,28 @@ DISTILLED = (  # in the manner of R1's distillations: whatever stands before </t
 HARMONY = (  # channels; another end for the last answer
     "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.reasoning_content and loop.last %}"
     "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.reasoning_content + '<|end|>' }}{% endif %}"
-    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else "
+    "'<|end|>') }}"
     "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
     + GENERATE.replace("HEADER", "'<|start|>assistant'")
 )
 INST = (  # no headers, a blank before the answer, the question trimmed
-    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content | trim + ' [/INST]' }}"
-    "{% elif m.role == 'system' %}{{ m.content }}{% else %}{{ ' ' + m.content | trim + '</s>' }}{% endif %}{% endfor %}"
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content | trim + ' "
+    "[/INST]' }}"
+    "{% elif m.role == 'system' %}{{ m.content }}{% else %}{{ ' ' + m.content | trim + '</s>' }}{% "
+    "endif %}{% endfor %}"
 )
 LISTS = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' }}{% for part in m.content %}{% if part.type == 'text' %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' }}{% for part in m.content %}{% if "
+    "part.type == 'text' %}"
     "{{ part.text }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     + GENERATE.replace("HEADER", "'<|im_start|>assistant: '")
 )
 MARKED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
-    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% "
+    "generation %}"
+    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif "
+    "%}{{ '\n' }}"
     "{% endfor %}" + GENERATE.replace("HEADER", r"'<|im_start|>assistant\n'")
 )
 
@@ -220,7 +233,8 @@ thoughts = st.sampled_from(["Three threes.", "hm", "Is it?\nIt is.", "divide it 
     seen=st.lists(st.booleans(), min_size=3, max_size=3),
 )
 def test_equal_tokens_have_equal_masks_however_a_thought_was_given(turns, thinks, seen):
-    """In a field of its own, inside the content, or (in earlier turns, where the template drops it) not at all."""
+    """In a field of its own, inside the content, or (in earlier turns, where the template drops it) not at
+    all."""
     tokenizer = chat_tokenizer("smollm2", template=THINKING)
     field, inside, dropped = [], [], []
     number = iter(range(3))
@@ -349,7 +363,8 @@ def test_harmony_marks_the_thought_with_its_channel():
     ]
     [rendered] = rendered_chats(load_conversations([chat]), tokenizer)
     assert marked(tokenizer, rendered.text, rendered) == [
-        "<|channel|>analysis<|message|>Three threes.<|end|><|start|>assistant<|channel|>final<|message|>No.<|return|>"
+        "<|channel|>analysis<|message|>Three "
+        "threes.<|end|><|start|>assistant<|channel|>final<|message|>No.<|return|>"
     ]
 
 

@@ -1,4 +1,5 @@
-"""The room `tracing`: activations equal the model's own, whatever the batching; answers that depend on nothing but prompt and seed."""
+"""The room `tracing`: activations equal the model's own, whatever the batching; answers that depend on
+nothing but prompt and seed."""
 
 import json
 import warnings
@@ -103,7 +104,8 @@ CHATS = load_conversations(
 
 
 def oracle(lm, data=CHATS):
-    """[{layer: activations [T, d]}] by transformers alone: one conversation at a time, no padding; the last layer by a hook on the last block."""
+    """[{layer: activations [T, d]}] by transformers alone: one conversation at a time, no padding; the last
+    layer by a hook on the last block."""
     found = []
     for item in lm.tokenize(data):
         last = {}
@@ -140,7 +142,7 @@ def footprint(lm):
     )
 
 
-# ---- pooling -------------------------------------------------------------------------------------------------------
+# ---- pooling -------------------------------------------------------------------------------------
 
 
 def masks(*rows):
@@ -197,7 +199,7 @@ def test_pooling_is_differentiable():
     torch.testing.assert_close(acts.grad, weights[:, :, None].expand(-1, -1, 3))
 
 
-# ---- activations ---------------------------------------------------------------------------------------------------
+# ---- activations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -248,12 +250,14 @@ def test_stops_after_the_last_layer():
     for layers, reached in (([0], set()), ([1], {0}), ([0, 2], {0, 1}), ([3], {0, 1, 2})):
         runs.clear()
         pooled_activations(lm, CHATS, layers, progress=False)
-        # a block's own hook does not run when the pass is stopped inside it, so the last block needed may be missing
+        # a block's own hook does not run when the pass is stopped inside it, so the last block needed may be
+        # missing
         assert set(runs) <= reached and set(runs) >= reached - {max(layers) - 1}
 
 
 def test_streams(monkeypatch):
-    """Batches stay within the budget, each is reduced before the next, and an iterator reads no further than asked."""
+    """Batches stay within the budget, each is reduced before the next, and an iterator reads no further than
+    asked."""
     lm, shapes, kept = make("llama"), [], []
     forward = lm.model.model.forward
     monkeypatch.setattr(
@@ -404,7 +408,7 @@ def test_rows_keep_the_order_of_the_data():
     assert torch.equal(pooled_activations(lm, lm.tokenize(CHATS), np.array([2]), progress=False)[2], forwards)
 
 
-# ---- answers -------------------------------------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------------------
 
 PROMPTS = [
     "Is 3 a big number?",

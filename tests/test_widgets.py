@@ -1,4 +1,5 @@
-"""What stands behind the views: near-duplicates, length control, z, facets, decisions and their record, exports, answers to the page."""
+"""What stands behind the views: near-duplicates, length control, z, facets, decisions and their record,
+exports, answers to the page."""
 
 import json
 
@@ -24,7 +25,7 @@ def browser():
     return ExampleBrowser(make(12, tokens=True), [make(12, seed=1)], labels="bad", by="ada")
 
 
-# near-duplicates -----------------------------------------------------------------------------------------------------------------
+# near-duplicates ----------------------------------------------------------------------------------
 
 
 def triples(text):
@@ -73,7 +74,7 @@ def test_a_thousand_copies_are_one_group_quickly():
     ) == {0, 1000}
 
 
-# numbers -------------------------------------------------------------------------------------------------------------------------
+# numbers ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 5, 40, 2_345])
@@ -167,7 +168,7 @@ def test_refused_results():
     assert len(result.top(3).inspect().table["methods"]) == 1
 
 
-# decisions -----------------------------------------------------------------------------------------------------------------------
+# decisions ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -301,7 +302,7 @@ def test_a_record_survives_the_kernel_and_is_refused_for_other_data(tmp_path):
             result.inspect(record=path)
 
 
-# the page's questions --------------------------------------------------------------------------------------------------------------
+# the page's questions -----------------------------------------------------------------------------
 
 
 def answers(browser, **message):
@@ -382,7 +383,7 @@ def test_every_trait_can_be_sent(browser):
         ).encode("utf-8")
 
 
-# a page without a kernel -----------------------------------------------------------------------------------------------------------
+# a page without a kernel --------------------------------------------------------------------------
 
 
 def test_the_embedded_data_is_safe_and_keeps_to_its_size():
@@ -416,7 +417,7 @@ def test_the_embedded_data_is_safe_and_keeps_to_its_size():
     assert {order[0], order[-1]} <= set(with_tokens)
 
 
-# the explorer ----------------------------------------------------------------------------------------------------------------------
+# the explorer -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

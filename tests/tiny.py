@@ -96,7 +96,8 @@ def tiny_model(
     """A random model of one of `FAMILIES` in eval mode.
 
     Four query heads; Llama, Qwen2 and Mistral share two key/value heads (grouped-query attention), Gemma one.
-    Mistral's sliding window is longer than any test text. "llama-tied", Gemma and GPT-2 tie the embeddings."""
+    Mistral's sliding window is longer than any test text. "llama-tied", Gemma and GPT-2 tie the embeddings.
+    """
     vocab_size = vocab_size or len(tiny_tokenizer())
     gated = dict(
         vocab_size=vocab_size,

@@ -19,6 +19,7 @@ class Page(HTMLParser):
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
+        """Note the places that can be linked to, and the links."""
         found = dict(attributes)
         for key in ("id", "name"):
             if found.get(key):
@@ -59,6 +60,7 @@ def broken_links(site: Path) -> list[str]:
 
 
 def main(folder: str) -> int:
+    """Print every broken link and a count; 1 if there are any."""
     problems = broken_links(Path(folder))
     for problem in problems:
         print(problem, file=sys.stderr)

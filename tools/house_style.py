@@ -73,7 +73,7 @@ def measure(path: Path) -> Room:
             room.words += len(re.findall(r"\w+", source))
             continue
         code = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE)
-        where = f"{path.relative_to(ROOT)} cell {cell['id']}"
+        where = f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path} cell {cell['id']}"
         for number, line in enumerate(source.split("\n"), 1):
             if len(line) > LIMITS["line"]:
                 room.places.append(f"{where} line {number}: {len(line)} characters")
@@ -92,7 +92,7 @@ def measure(path: Path) -> Room:
 
 
 def figures(rooms: list[Room]) -> dict[str, float]:
-    """Median, 90th percentile and maximum of the exported cells, and words of prose for each exported line."""
+    """Median, 90th percentile and maximum of the exported cells; words of prose for each exported line."""
     cells = sorted(length for room in rooms for length in room.cells) or [0]
     lines = sum(room.lines for room in rooms) or 1
     return {

@@ -29,6 +29,7 @@ HEADER = """\
 
 
 def main():
+    """Write the file, or say which packages are not installed."""
     parser = ConfigParser(delimiters=["="], interpolation=None)
     parser.read(ROOT / "settings.ini", encoding="utf-8")
     settings = parser["DEFAULT"]

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "concept_tda"
 
 
 def rooms(package: Path) -> list[Path]:
-    """The modules in import order: floors first, then rooms, by the numbers of the notebooks they come from."""
+    """The modules in import order: floors first, then rooms, by the numbers of their notebooks."""
 
     def numbers(path):
         notebook = re.search(r"File to edit: \S*?nbs/(\S+)\.ipynb", path.read_text(encoding="utf-8"))
@@ -74,6 +74,7 @@ def written(found: dict[str, list[str]]) -> str:
 
 
 def main(check: bool) -> int:
+    """Write the table, or with `check` only say that it is stale; 1 if it is."""
     path = PACKAGE / "_public.py"
     new = HEAD + written(table(PACKAGE)) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == new:

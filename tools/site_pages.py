@@ -1,9 +1,10 @@
 """What our documentation pages do beyond nbdev's defaults (`doc_procs` in pyproject.toml).
 
-Exported cells are replaced by nbdev with an entry per symbol. This processor rewrites these entries: in the order of
-the code, classes shown as classes with an entry for each public method, and the source folded below, because in a
-literate library the reader wants to see it. Everything is read from the modules, so that no cell has to run while the
-site is built (`skip_procs`). tools/with_quarto.sh puts this folder where nbdev finds it."""
+Exported cells are replaced by nbdev with an entry per symbol. This processor rewrites these entries: in the
+order of the code, classes shown as classes with an entry for each public method, and the source folded below,
+because in a literate library the reader wants to see it. Everything is read from the modules, so that no cell
+has to run while the site is built (`skip_procs`). tools/with_quarto.sh puts this folder where nbdev finds it.
+"""
 
 import dataclasses
 import functools
@@ -49,7 +50,8 @@ def plain(thing):
 
 
 def rendering(function, short: str) -> str:
-    """The definition in Markdown. A type that the room imports for type checkers only is shown by its bare name."""
+    """The definition in Markdown. A type that the room imports for type checkers only is shown by its bare
+    name."""
     while True:
         try:
             return MarkdownRenderer(function, name=short)._repr_markdown_()
@@ -61,7 +63,8 @@ def rendering(function, short: str) -> str:
 
 
 def signature(thing, name: str) -> str:
-    """The definition with a comment for each parameter; a class with its bases where it takes nothing of its own."""
+    """The definition with a comment for each parameter; a class with its bases where it takes nothing of its
+    own."""
     short = name.split(".")[-1]
     if inspect.isclass(thing):
         own = [thing, *itertools.takewhile(lambda base: base.__name__.startswith("_"), thing.__mro__[1:])]
@@ -88,6 +91,7 @@ def source(thing) -> str:
 
 
 def docstring(thing) -> str:
+    """The docstring, without the one that dataclasses writes."""
     text = inspect.getdoc(plain(thing)) or ""
     if dataclasses.is_dataclass(thing) and text.startswith(f"{thing.__name__}("):
         return ""  # written by dataclasses
@@ -95,6 +99,7 @@ def docstring(thing) -> str:
 
 
 def entry(thing, name: str, level: int = 3, with_source: bool = True) -> str:
+    """One symbol in Markdown: heading, signature, docstring, folded source."""
     parts = [
         f"{'#' * level} {name}",
         f"```python\n{signature(thing, name)}\n```",
@@ -105,6 +110,7 @@ def entry(thing, name: str, level: int = 3, with_source: bool = True) -> str:
 
 
 def is_property(member) -> bool:
+    """Whether a class member is read like a value."""
     return isinstance(member, (property, functools.cached_property))
 
 
@@ -141,6 +147,7 @@ class api_entries(Processor):
     """Rewrites the entries in place; hands over their links to nbdev's lookup."""
 
     def begin(self):
+        """Replace nbdev's entries of a page by ours, before any cell of it is processed."""
         cells = self.nb.cells
         room = room_of(Path(self.nb.path_))
         named = {
@@ -188,7 +195,7 @@ def unlink_private(text: str) -> str:
 
 
 def in_code_order(named: dict[int, str], room: str | None) -> dict[int, str]:
-    """nbdev puts the entries of one exported cell in reverse: neighbours are put in the order of the module."""
+    """nbdev puts the entries of one exported cell in reverse: neighbours are put back in order."""
     if room is None:
         return named
     order = importlib.import_module(f"concept_tda.{room}").__all__
