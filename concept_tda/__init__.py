@@ -14,10 +14,10 @@ from concept_tda._registry import VIEWS as _VIEWS
 
 _FRONT_DOOR = {
     "open": "load_model load_conversations bundled Conversation Conversations tokenize doctor plan",
-    "behaviour": "contrastive_concept probe_concept tensor_concept persona_concept random_concepts sweep_layers "
-        "Concept load_trait steer steering_check generate pooled_activations",
-    "score": "VectorFilter ActivationGradient ProjectionDifference ConceptInfluence InfluenceFunction GradDot "
-        "GradCos TracIn LESS Cascade EKFAC resolve_sites score_together build_atlas build_index",
+    "behaviour": "contrastive_concept probe_concept tensor_concept persona_concept random_concepts "
+        "sweep_layers Concept load_trait steer steering_check generate pooled_activations",
+    "score": "VectorFilter ActivationGradient ProjectionDifference ConceptInfluence InfluenceFunction "
+        "GradDot GradCos TracIn LESS Cascade EKFAC resolve_sites score_together build_atlas build_index",
     "baselines": "RandomScore ResponseLength MeanLoss BM25 RepSim RandomDirection",
     "look": "Attribution load_attribution compare ConceptExplorer write_report",
     "train and judge": "finetune ContrastJudge LossJudge FunctionJudge LocalJudge OpenAIJudge",

@@ -18,7 +18,8 @@ def front_door(package: str, names: list[str]) -> Lookup:
     """`__getattr__` and `__dir__` of the package: `names`, and the floors."""
     def look_up(name: str) -> object:
         if name in FLOORS: return import_module(f"{package}.{name}")
-        if name not in names: raise AttributeError(f"module {package!r} has no attribute {name!r}{where(name)}")
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{where(name)}")
         value = getattr(import_module(f"{package}.{ROOM_OF[name]}"), name)
         setattr(modules[package], name, value)  # the next access does not come here
         return value

@@ -1,4 +1,4 @@
-"""Who draws what, by full names. Filled by concept_tda/__init__.py, read by concept_tda.foundation.display."""
+"""Who draws what, by full names. Filled by concept_tda/__init__.py, read by foundation.display."""
 
 from collections.abc import Callable
 

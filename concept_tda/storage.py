@@ -1,4 +1,4 @@
-"""Where 0.1 kept the base of all errors. Collections of test cases outside of this repository import it from here."""
+"""Where 0.1 kept the base of all errors. Test cases outside of this repository import it from here."""
 
 from concept_tda.foundation.errors import ConceptTDAError
 
