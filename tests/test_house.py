@@ -105,7 +105,6 @@ NOT_YET: dict[str, dict[str, str]] = {
         "influence.queries": "D102",
         "influence.scorers": "D102, E702",
         "model.finetuning": "E702, F401",
-        "storage": "E501",
     },
     "types": {
         "cli": "annotations to mend",
