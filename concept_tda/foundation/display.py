@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['visible_text', 'safe_text', 'one_line', 'DisplayError', 'full_name', 'register_view', 'html_of', 'act', 'Table',
-           'Sheet']
+           'Sheet', 'Facts']
 
 # %% ../../nbs/00_foundation/03_display.ipynb #imports
 import html
@@ -89,7 +89,7 @@ def _view(shown: object, action: str | None) -> Callable:
 def html_of(
     shown: object, # Anything with a registered view
 ) -> str:          # HTML
-    "The object drawn by the view that is registered for its class. Raises `DisplayError` where there is none."
+    "The object drawn by the view registered for its class. Raises `DisplayError` where there is none."
     return _view(shown, None)(shown)
 
 def act(
@@ -107,7 +107,7 @@ class Table:
     "One table of a sheet."
     frame: pd.DataFrame           # What it holds; the index is the first column
     heading: str = ""             # Written above it
-    formats: dict[str, str] = field(default_factory=dict) # Such as {"seconds": "{:.2f}"}; others get three decimals
+    formats: dict[str, str] = field(default_factory=dict) # {"seconds": "{:.2f}"}; others get three decimals
     heat: float | None = None     # Colour the cells; this value and beyond get the full colour
 
 @dataclass
@@ -117,6 +117,16 @@ class Sheet:
     notes: str = ""               # A smaller one below it
     tables: tuple[Table, ...] = () # In their order
     empty: str = ""               # What is said where there is no table
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
+
+# %% ../../nbs/00_foundation/03_display.ipynb #facts
+@dataclass
+class Facts:
+    "What a thing is called, and what is known of it."
+    name: str                     # Written above
+    facts: dict[str, Any]         # {what: value}, shown as their `str`, in their order
 
     def _repr_html_(self) -> str:
         return html_of(self)

@@ -29,7 +29,7 @@ from ..data.conversations import Conversations
 from .curvature import EKFAC, Identity
 from ..model.losses import GradientError, loss_weights, token_losses
 from .gradients import _require_grad, hidden_states, site_flows
-from ..model.loading import _fact_rows
+from ..foundation.display import Facts, html_of
 from ..model.sites import resolve_sites
 from ..foundation.storage import BlockStore, atomic_file, code_version, fingerprint
 from ..foundation.errors import ConceptTDAError, StorageError
@@ -363,7 +363,7 @@ def __repr__(self: _Stored): return f"{type(self).__name__}(" + ", ".join(f"{key
 
 @patch
 def _repr_html_(self: _Stored):
-    return f"<table><caption><b>{type(self).__name__}</b></caption>{_fact_rows(self._facts())}</table>"
+    return html_of(Facts(type(self).__name__, self._facts()))
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0024
 def _read_header(folder, kind, maker):

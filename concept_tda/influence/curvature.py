@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..data.batches import batches
 from ..model.losses import _CrossEntropy, _predicted, response_logits
 from .gradients import site_flows
-from ..model.loading import _fact_rows
+from ..foundation.display import Facts, html_of
 from ..model.sites import resolve_sites
 from ..foundation.storage import BlockStore, atomic_file, cache_folder, code_version, fingerprint
 from ..foundation.errors import ConceptTDAError
@@ -34,7 +34,7 @@ def _curvature_html(curvature):
     facts = {"model": about.get("model"), "fitted on": about.get("n_examples") and f"{about['n_examples']:,} examples, {about['n_tokens']:,} response tokens from {about['data']}",
              "labels": about.get("labels"), "damping": curvature.damping_text, "sites": sites and f"{len(sites)}: {', '.join(sites[:3])}{' …' if len(sites) > 3 else ''}",
              "rank": about.get("rank"), "fitted in": about.get("seconds") and f"{about['seconds']:.3g} s"}
-    return f"<div><strong>{type(curvature).__name__}</strong><table>{_fact_rows({name: value for name, value in facts.items() if value})}</table></div>"
+    return html_of(Facts(type(curvature).__name__, {name: value for name, value in facts.items() if value}))
 
 class Identity:
     "H = I: gradients stay as they are."

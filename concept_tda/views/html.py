@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEVELS', 'ORANGE', 'BLUE', 'GREY', 'VIEW_STYLE', 'END_TITLES', 'page_part', 'colour_limit', 'ColourScale',
            'colour_scale', 'legend_html', 'conversation_html', 'card_html', 'histogram_svg', 'table_html', 'sheet_html',
-           'example_html', 'examples_html', 'end_titles', 'attribution_html', 'comparison_html', 'show_card',
-           'show_sheet', 'show_attribution', 'show_comparison']
+           'facts_html', 'example_html', 'examples_html', 'end_titles', 'attribution_html', 'comparison_html',
+           'show_card', 'show_sheet', 'show_facts', 'show_attribution', 'show_comparison']
 
 # %% ../../nbs/90_views/00_html.ipynb #0003
 import re
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.conversations import Conversation
-from ..foundation.display import Sheet, one_line, safe_text
+from ..foundation.display import Facts, Sheet, one_line, safe_text
 from ..results.attribution import Attribution, question_text
 from ..results.cards import QueryCard
 from ..results.comparison import Comparison
@@ -295,6 +295,15 @@ def sheet_html(
                      + table_html(table.frame, table.formats, table.heat) for table in sheet.tables)
     return head + (tables or (f"<p>{safe_text(sheet.empty)}</p>" if sheet.empty else ""))
 
+# %% ../../nbs/90_views/00_html.ipynb #facts-of
+def facts_html(
+    facts: Facts, # A name, and what is known
+) -> str:
+    "The name in bold, and the facts as a table of two columns."
+    rows = "".join(f"<tr><th>{safe_text(name)}</th><td>{safe_text(value)}</td></tr>"
+                   for name, value in facts.facts.items())
+    return f"<strong>{safe_text(facts.name)}</strong><table class='card'>{rows}</table>"
+
 # %% ../../nbs/90_views/00_html.ipynb #facts
 def _numbers_html(result: Attribution, position: int) -> str:
     "Percentile, distance and rank of an example; the raw score in the titles."
@@ -404,6 +413,12 @@ def show_sheet(
 ) -> str:
     "The sheet as a notebook shows it."
     return page_part(sheet_html(sheet))
+
+def show_facts(
+    facts: Facts, # A name, and what is known
+) -> str:
+    "The facts as a notebook shows them."
+    return page_part(facts_html(facts))
 
 def show_attribution(
     result: Attribution, # A result
