@@ -6,7 +6,7 @@ PUBLIC = {
         "BlockStore",
     "foundation.probes": "ProbeError bfloat16_ratio bfloat16_pays",
     "foundation.display": "visible_text safe_text one_line DisplayError full_name register_view html_of act "
-        "Table Sheet",
+        "Table Sheet Facts",
     "foundation.patching": "patch",
     "data.messages": "PASSED_ON REFUSED ROLES ConversationError shortened listing kind_of says_nothing Turn "
         "read_message check_turns",
@@ -68,9 +68,9 @@ PUBLIC = {
     "evidence.method_comparison": "Scorers baseline_scorers scorer_key MethodComparison",
     "evidence.pareto": "ParetoCurve",
     "views.html": "LEVELS ORANGE BLUE GREY VIEW_STYLE END_TITLES page_part colour_limit ColourScale "
-        "colour_scale legend_html conversation_html card_html histogram_svg table_html sheet_html "
+        "colour_scale legend_html conversation_html card_html histogram_svg table_html sheet_html facts_html "
         "example_html examples_html end_titles attribution_html comparison_html show_card show_sheet "
-        "show_attribution show_comparison",
+        "show_facts show_attribution show_comparison",
     "views.contents": "Facet WidgetError front_end percentiles_for_length null_z short_name Contents "
         "example_texts browser_table browser_columns rounded_columns token_turns written_turns "
         "example_to_read snippet search_terms hits within from_both_ends json_in_script",
