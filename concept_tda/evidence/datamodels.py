@@ -32,13 +32,14 @@ from ..results.metrics import cut_rows, spearman
 
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #0035
 class ActivationJudge(Judge):
-    "Mean projection of held-out conversations' pooled activations on a concept's unit direction; one forward pass."
+    """Mean projection of held-out conversations' pooled activations on a concept's unit direction; one
+    forward pass."""
     unit = "activation"
 
     def __init__(
         self,
         concept: Concept,         # May come from a sibling of the judged model
-        conversations: Any,       # `Conversations` (or what `load_conversations` reads) with answers to be measured
+        conversations: Any,       # `Conversations`, or what `load_conversations` reads, with answers
         *,
         name: str | None = None,  # Shown in tables; the concept's name if None
     ):
@@ -47,18 +48,32 @@ class ActivationJudge(Judge):
         if not len(self.conversations):
             raise ExperimentError("an ActivationJudge needs at least one conversation")
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         "Direction, layer, pooling and the texts."
-        return dict(concept=self.concept.name, direction=fingerprint(self.concept.direction), layer=self.concept.layer,
-                    pooling=self.concept.pooling, references=self.conversations.fingerprint)
+        concept = self.concept
+        return {"concept": concept.name, "direction": fingerprint(concept.direction), "layer": concept.layer,
+                "pooling": concept.pooling, "references": self.conversations.fingerprint}
 
     def measure(self, lm: LanguageModel, progress: bool) -> tuple[list[str], np.ndarray, None]:
         "One projection for each conversation."
         concept = self.concept
         concept.check(lm, allow_other_model=True)
         data = lm.tokenize(self.conversations)
-        acts_ND = pooled_activations(lm, data, concept.layer, concept.pooling, progress=progress)[concept.layer]
-        return data.ids, (acts_ND.double() @ concept.direction.double()).numpy(), None
+        acts = pooled_activations(lm, data, concept.layer, concept.pooling, progress=progress)
+        return data.ids, (acts[concept.layer].double() @ concept.direction.double()).numpy(), None
+
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #sums
+def _sums(results: dict[str, Attribution], rows: np.ndarray) -> dict[str, float]:
+    "Each method's sum of scores over a subset."
+    return {name: float(result.scores[rows].sum()) for name, result in results.items()}
+
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #draws
+def _random_subsets(n: int, n_subsets: int, fraction: float) -> list[np.ndarray]:
+    "Rows of the random subsets, draw by draw."
+    if n_subsets < 4:
+        raise ExperimentError(
+            f"n_subsets={n_subsets}: a rank correlation needs 4 subsets or more; 30 are a good number")
+    return [random_rows(n, share_count(n, fraction), draw) for draw in range(n_subsets)]
 
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #ldsplan
 class _Halves(Experiment):
@@ -78,45 +93,49 @@ class _Halves(Experiment):
         seeds: int | Sequence[int] = (0,), # Every subset is trained with each; the measurements are averaged
         recipe: dict | str = {},    # Settings of `finetune`, or the name of a recipe
         keep_models: bool = False,  # Keep the trained models in cells/<cell>/model
-        name: str | None = None,    # Of the plan's file; experiments with names of their own can share a folder
+        name: str | None = None,    # Of the plan's file; experiments of different names can share a folder
     ):
         super().__init__(Retraining(lm, train, recipe), judges, folder, name, keep_models)
         results, seeds = aligned_scores(attributions, self._maker().conversations), checked_seeds(seeds)
-        if n_subsets < 4:
-            raise ExperimentError(
-                f"n_subsets={n_subsets}: a rank correlation needs 4 subsets or more; 30 are a good number")
-        n = len(train)
-        subsets = [random_rows(n, share_count(n, fraction), draw) for draw in range(n_subsets)]
-        entries: list[dict] = [dict(arm="base", draw=None, seed=None, rows=None, predicted={})]
+        subsets = _random_subsets(len(train), n_subsets, fraction)
+        entries: list[dict[str, Any]] = [dict(arm="base", draw=None, seed=None, rows=None, predicted={})]
         entries += [dict(arm="subset", draw=draw, seed=seed, rows=rows, predicted=_sums(results, rows))
                     for seed in seeds for draw, rows in enumerate(subsets)]
         self.settle(entries, seeds=seeds, fraction=fraction, methods=list(results))
 
-def _sums(results: dict[str, Attribution], rows: np.ndarray) -> dict[str, float]:
-    "Each method's sum of scores over a subset."
-    return {name: float(result.scores[rows].sum()) for name, result in results.items()}
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #point
+class _HalvesPoint(_Halves):
+    "One subset."
+    def _point(self, judge: dict[str, Any], draw: int,
+               entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+        "Measured and predicted; None where a seed is missing."
+        values = {f"seed {entry['seed']}": evaluation_mean(self.evaluation(entry["cell"], judge))
+                  for entry in entries}
+        if not np.isfinite(list(values.values())).all(): return None
+        measured = float(np.mean(list(values.values())))
+        return {"judge": judge["name"], "draw": draw, "measured": measured} | values | entries[0]["predicted"]
 
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #points
-class _HalvesPoints(_Halves):
+class _HalvesPoints(_HalvesPoint):
     "Measured and predicted, subset by subset."
     @property
-    def points(self) -> pd.DataFrame: # Columns judge, draw, measured, one for each seed ("seed 0" …) and each method
+    def points(self) -> pd.DataFrame: # judge, draw, measured, one for each seed ("seed 0" …) and method
         "One row for each subset and judge for which all seeds are finished."
-        drawn: dict[int, list[dict]] = {}
+        drawn: dict[int, list[dict[str, Any]]] = {}
         for entry in self.entries:
             if entry["arm"] == "subset":
                 drawn.setdefault(entry["draw"], []).append(entry)
-        rows = [self._point(judge, draw, entries) for judge in self.judge_records for draw, entries in drawn.items()]
+        rows = [self._point(judge, draw, entries)
+                for judge in self.judge_records for draw, entries in drawn.items()]
         seeds = [f"seed {seed}" for seed in self.about["seeds"]]
-        return pd.DataFrame([row for row in rows if row], columns=["judge", "draw", "measured", *seeds,
-                                                                   *self.about["methods"]])
+        return pd.DataFrame([row for row in rows if row],
+                            columns=["judge", "draw", "measured", *seeds, *self.about["methods"]])
 
-    def _point(self, judge: dict, draw: int, entries: list[dict]) -> dict | None:
-        "One subset; None where a seed is missing."
-        values = {f"seed {entry['seed']}": evaluation_mean(self.evaluation(entry["cell"], judge)) for entry in entries}
-        if not np.isfinite(list(values.values())).all(): return None
-        return {"judge": judge["name"], "draw": draw, "measured": float(np.mean(list(values.values())))} | values | (
-            entries[0]["predicted"])
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #agreement
+def _agreement(part: pd.DataFrame, seeds: list[int]) -> float:
+    "Mean rank correlation between two seeds, over the subsets; NaN for a single seed."
+    between = [spearman(part[f"seed {a}"], part[f"seed {b}"]) for i, a in enumerate(seeds) for b in seeds[:i]]
+    return float(np.mean(between)) if between else np.nan
 
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #003a
 _LDS_COLUMNS = ["method", "judge", "LDS", "low", "high", "subsets", "seeds", "seed agreement"]
@@ -126,35 +145,42 @@ class _HalvesTable(_HalvesPoints):
     @property
     def table(self) -> pd.DataFrame: # Columns method, judge, LDS, low, high, subsets, seeds, seed agreement
         "The score of every method for every judge, with 95 % intervals over subsets."
-        rows = []
+        rows, seeds = [], self.about["seeds"]
         for judge, part in self.points.groupby("judge", sort=False):
-            agreement = self._agreement(part)
+            agreement = _agreement(part, seeds)
             for method in self.about["methods"]:
                 score = spearman(part["measured"], part[method])
                 low, high = spearman_interval(score, len(part))
-                rows.append((method, judge, score, low, high, len(part), len(self.about["seeds"]), agreement))
+                rows.append((method, judge, score, low, high, len(part), len(seeds), agreement))
         return pd.DataFrame(rows, columns=_LDS_COLUMNS)
 
-    def _agreement(self, part: pd.DataFrame) -> float:
-        "Mean rank correlation between two seeds; NaN for a single one."
-        seeds = self.about["seeds"]
-        between = [spearman(part[f"seed {a}"], part[f"seed {b}"]) for i, a in enumerate(seeds) for b in seeds[:i]]
-        return float(np.mean(between)) if between else np.nan
-
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #ldsnotes
+class _HalvesShown(_HalvesTable):
+    "What is shown."
     def shown(self) -> pd.DataFrame:
         "The table."
         return self.table
 
     def notes(self) -> str:
         "What the numbers are."
-        return (f"Spearman's correlation over random subsets of {self.about['fraction']:.0%} of the data between the sum "
-                f"of scores and the judge's mean over {len(self.about['seeds'])} seed(s); "
+        return (f"Spearman's correlation over random subsets of {self.about['fraction']:.0%} of the data "
+                f"between the sum of scores and the judge's mean over {len(self.about['seeds'])} seed(s); "
                 "low and high: 95 % interval over subsets. Chance is 0.")
 
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #ldsdraw
+def _draw_scores(ax: Axes, table: pd.DataFrame, methods: list[str], judges: list[str]) -> None:
+    "A point with its interval for each method and judge, the judges a little apart."
+    for i, judge in enumerate(judges):
+        part = table[table["judge"] == judge]
+        places = [methods.index(method) + .16*(i - (len(judges) - 1)/2) for method in part["method"]]
+        sides = np.array([part["LDS"] - part["low"], part["high"] - part["LDS"]], float)
+        ax.errorbar(part["LDS"], places, xerr=np.nan_to_num(sides).clip(0), fmt="o", ms=4, capsize=2, lw=1.2,
+                    color=COLOURS[i % len(COLOURS)], label=judge)
+
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #003b
-class LinearDatamodelingScore(_HalvesTable):
-    """Spearman's correlation, over random subsets, between the sum of an example's scores and the behaviour after
-    training on the subset (METHODS §8)."""
+class LinearDatamodelingScore(_HalvesShown):
+    """Spearman's correlation, over random subsets, between the sum of an example's scores and the behaviour
+    after training on the subset (METHODS §8)."""
     def plot(self) -> Figure:
         "One point for each method and judge, with its interval over subsets."
         import matplotlib.pyplot as plt
@@ -163,12 +189,7 @@ class LinearDatamodelingScore(_HalvesTable):
         methods, judges = list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["judge"]))
         height = 1.1 + .34*len(methods)*max(1, .6*len(judges))
         figure, ax = plt.subplots(figsize=(6.4, height), layout="constrained")
-        for i, judge in enumerate(judges):
-            part = table[table["judge"] == judge]
-            places = [methods.index(method) + .16*(i - (len(judges) - 1)/2) for method in part["method"]]
-            sides = np.array([part["LDS"] - part["low"], part["high"] - part["LDS"]], float)
-            ax.errorbar(part["LDS"], places, xerr=np.nan_to_num(sides).clip(0), fmt="o", ms=4, capsize=2, lw=1.2,
-                        color=COLOURS[i % len(COLOURS)], label=judge)
+        _draw_scores(ax, table, methods, judges)
         ax.axvline(0, color="#777777", lw=.8)
         ax.set_yticks(range(len(methods)), methods)
         ax.invert_yaxis()
@@ -178,20 +199,35 @@ class LinearDatamodelingScore(_HalvesTable):
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #removed2
 Removal = tuple[str, str, float, np.ndarray, list[int]] # arm, name, share, rows left out, seeds
 
-def _removals(results: dict[str, Attribution], n: int, fractions, n_random: int, seeds: list[int]) -> Iterator[Removal]:
+def _removals(results: dict[str, Attribution], n: int, fractions: Sequence[float], n_random: int,
+              seeds: list[int]) -> Iterator[Removal]:
     "The subsets to leave out."
     others = [draw for draw in range(n_random + len(seeds)) if draw not in seeds]
     draws = (seeds + others)[:n_random]  # the first ones are the random arms of FilterAndRetrain
     for fraction, count in ((float(fraction), share_count(n, fraction)) for fraction in fractions):
         for name, result in results.items():
             for arm in ("drop-most", "drop-least"):
-                yield arm, name, fraction, cut_rows(result.scores, count=count, lowest=arm == "drop-least"), seeds
+                rows = cut_rows(result.scores, count=count, lowest=arm == "drop-least")
+                yield arm, name, fraction, rows, seeds
         for i, draw in enumerate(draws):
             yield "random", f"draw {draw}", fraction, random_rows(n, count, draw), [seeds[i % len(seeds)]]
 
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #predicted
 def _predicted(results: dict[str, Attribution], rows: np.ndarray) -> dict[str, float]:
     "Each method's -Σs/N for leaving these rows out."
     return {method: -float(result.scores[rows].sum())/len(result) for method, result in results.items()}
+
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #cfentries
+def _counterfactual_plan(results: dict[str, Attribution], n: int, removals: list[Removal],
+                         seeds: list[int]) -> list[dict[str, Any]]:
+    "Base model, full runs, and the subsets left out, seed by seed."
+    nothing = {"method": "", "fraction": None, "predicted": {}}
+    entries: list[dict[str, Any]] = [{"arm": "base", "seed": None, "rows": None} | nothing]
+    entries += [{"arm": "full", "seed": seed, "rows": np.arange(n)} | nothing for seed in seeds]
+    return entries + [
+        {"arm": arm, "method": name, "fraction": fraction, "seed": seed, "rows": all_but(n, rows),
+         "predicted": _predicted(results, rows)}
+        for seed in seeds for arm, name, fraction, rows, its in removals if seed in its]
 
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #0041
 class _Counterfactuals(Experiment):
@@ -204,43 +240,27 @@ class _Counterfactuals(Experiment):
         train: Conversations,       # The training data
         attributions: Attributions, # Results on `train` to test: a dict by name, or a list
         judges: Judges,             # The behaviours
-        folder: str | Path,         # Where plan and cells are kept; that of a `FilterAndRetrain` lends its retrainings
+        folder: str | Path,         # Where plan and cells are kept, such as that of a `FilterAndRetrain`
         *,
         fractions: Sequence[float] = (.25,), # Shares of the data to leave out
-        n_random: int = 8,          # Random subsets of each share, beside every method's highest and lowest scores
-        seeds: int | Sequence[int] = (0, 1, 2), # Methods' subsets get every seed, each random one gets one of them
+        n_random: int = 8,          # Random subsets of each share, beside every method's two ends
+        seeds: int | Sequence[int] = (0, 1, 2), # Methods' subsets get every seed, random ones one each
         recipe: dict | str = {},    # Settings of `finetune`, or the name of a recipe
         keep_models: bool = False,  # Keep the trained models in cells/<cell>/model
-        name: str | None = None,    # Of the plan's file; experiments with names of their own can share a folder
+        name: str | None = None,    # Of the plan's file; experiments of different names can share a folder
     ):
         super().__init__(Retraining(lm, train, recipe), judges, folder, name, keep_models)
         results, seeds = aligned_scores(attributions, self._maker().conversations), checked_seeds(seeds)
-        n, nothing = len(train), dict(method="", fraction=None, predicted={})
-        removals = list(_removals(results, n, fractions, n_random, seeds))
-        entries: list[dict] = [dict(arm="base", seed=None, rows=None) | nothing]
-        entries += [dict(arm="full", seed=seed, rows=np.arange(n)) | nothing for seed in seeds]
-        entries += [dict(arm=arm, method=name, fraction=fraction, seed=seed, rows=all_but(n, rows),
-                         predicted=_predicted(results, rows))
-                    for seed in seeds for arm, name, fraction, rows, its in removals if seed in its]
-        self.settle(entries, seeds=seeds, fractions=[float(fraction) for fraction in fractions], methods=list(results))
+        removals = list(_removals(results, len(train), fractions, n_random, seeds))
+        self.settle(_counterfactual_plan(results, len(train), removals, seeds), seeds=seeds,
+                    fractions=[float(fraction) for fraction in fractions], methods=list(results))
 
-# %% ../../nbs/80_evidence/05_datamodels.ipynb #changes
-class _Changes(_Counterfactuals):
-    "Measured and predicted changes."
-    @property
-    def points(self) -> pd.DataFrame: # Columns judge, arm, method, fraction, seeds, measured, and "by <method>" for each
-        """One row for each subset left out and judge: measured change (mean over the finished seeds) and predicted
-        changes. A subset that two arms share comes once."""
-        full = {entry["seed"]: entry["cell"] for entry in self.entries if entry["arm"] == "full"}
-        rows = [self._change(judge, key, entries, full)
-                for judge in self.judge_records for key, entries in self._subsets().items()]
-        columns = ["judge", "arm", "method", "fraction", "seeds", "measured"]
-        return pd.DataFrame([row for row in rows if row],
-                            columns=columns + [f"by {name}" for name in self.about["methods"]])
-
-    def _subsets(self) -> dict[tuple, list[dict]]:
-        "Entries by subset, each cell once."
-        found: dict[tuple, list[dict]] = {}
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #subsets
+class _Subsets(_Counterfactuals):
+    "Who was left out."
+    def _subsets(self) -> dict[tuple[str, str, float], list[dict[str, Any]]]:
+        "Entries by arm, method and share; a cell that two of them share comes once."
+        found: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
         seen = set()
         for entry in self.entries:
             if entry["arm"] in ("base", "full") or entry["cell"] in seen: continue
@@ -248,38 +268,61 @@ class _Changes(_Counterfactuals):
             found.setdefault((entry["arm"], entry["method"], entry["fraction"]), []).append(entry)
         return found
 
-    def _change(self, judge: dict, key: tuple, entries: list[dict], full: dict) -> dict | None:
-        "One subset; None where no seed is finished."
-        changes = [paired_change(self.evaluation(entry["cell"], judge), self.evaluation(full[entry["seed"]], judge))
-                   for entry in entries]
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #change
+class _Change(_Subsets):
+    "What came of it."
+    def _change(self, judge: dict[str, Any], key: tuple[str, str, float], entries: list[dict[str, Any]],
+                full: dict[int, str]) -> dict[str, Any] | None:
+        "Measured and predicted change of one subset; None where no seed is finished."
+        changes = [paired_change(self.evaluation(entry["cell"], judge),
+                                 self.evaluation(full[entry["seed"]], judge)) for entry in entries]
         changes = [change for change in changes if np.isfinite(change)]
         if not changes: return None
         measured = {"seeds": len(changes), "measured": float(np.mean(changes))}
         predicted = {f"by {name}": value for name, value in entries[0]["predicted"].items()}
         return {"judge": judge["name"]} | dict(zip(("arm", "method", "fraction"), key)) | measured | predicted
 
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #changes
+class _Changes(_Change):
+    "Measured and predicted changes."
+    @property
+    def points(self) -> pd.DataFrame: # judge, arm, method, fraction, seeds, measured, "by <method>" …
+        """One row for each subset left out and judge: measured change (mean over the finished seeds) and
+        predicted changes. A subset that two arms share comes once."""
+        full = {entry["seed"]: entry["cell"] for entry in self.entries if entry["arm"] == "full"}
+        rows = [self._change(judge, key, entries, full)
+                for judge in self.judge_records for key, entries in self._subsets().items()]
+        columns = ["judge", "arm", "method", "fraction", "seeds", "measured"]
+        return pd.DataFrame([row for row in rows if row],
+                            columns=columns + [f"by {name}" for name in self.about["methods"]])
+
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #0043
 class _Regressed(_Changes):
     "The line for every method and judge."
     @property
-    def table(self) -> pd.DataFrame: # Columns method, judge, slope, slope ±, intercept, R², Spearman, subsets, seeds
+    def table(self) -> pd.DataFrame: # method, judge, slope, slope ±, intercept, R², Spearman, subsets, seeds
         "The regression of measured on predicted changes, for every method and judge."
         rows = [{"method": method, "judge": judge} | fitted_line(part[f"by {method}"], part["measured"])
                 | {"subsets": len(part), "seeds": len(self.about["seeds"])}
-                for judge, part in self.points.groupby("judge", sort=False) for method in self.about["methods"]]
+                for judge, part in self.points.groupby("judge", sort=False)
+                for method in self.about["methods"]]
         columns = ["method", "judge", "slope", "slope ±", "intercept", "R²", "Spearman", "subsets", "seeds"]
         return pd.DataFrame(rows, columns=columns)
 
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #cfnotes
+class _CounterfactualShown(_Regressed):
+    "What is shown."
     def shown(self) -> pd.DataFrame:
         "The table."
         return self.table
 
     def notes(self) -> str:
         "How the slope is to be read."
-        return ("Measured change of leaving out a subset (against the full run of the same seed, in the judge's units) "
-                "regressed on the predicted one, -Σs/N (in units of the score). A right method has a positive slope; "
-                "1 is to be expected only of exact influence on the judge's own quantity at the optimum. "
-                "± is half a 95 % interval that takes subsets as independent; they overlap, so it is too narrow.")
+        return ("Measured change of leaving out a subset (against the full run of the same seed, in the "
+                "judge's units) regressed on the predicted one, -Σs/N (in units of the score). "
+                "A right method has a positive slope; 1 is to be expected only of exact influence on the judge's own quantity at "
+                "the optimum. ± is half a 95 % interval that takes subsets as independent; they overlap, "
+                "so it is too narrow.")
 
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #panel
 _MARKS = (("other methods'", "#c8c8c8", "o"), ("random", "#777777", "o"),
@@ -300,8 +343,19 @@ def _draw_prediction(ax: Axes, points: pd.DataFrame, method: str) -> None:
     ax.set_title(f"{method}\nR² {line['R²']:.2f}, slope {line['slope']:.2g}", fontsize=9)
     ax.ticklabel_format(axis="x", scilimits=(-2, 3))
 
+# %% ../../nbs/80_evidence/05_datamodels.ipynb #cfpoints
+class _JudgePoints(_CounterfactualShown):
+    "What there is to draw."
+    def _points_of(self, judge: str) -> pd.DataFrame:
+        "Points of one judge; an error that names the judges where there are none."
+        points = self.points.loc[self.points["judge"] == judge]
+        if len(points): return points
+        names = ", ".join(one["name"] for one in self.judge_records)
+        raise ExperimentError(f"nothing to draw for the judge {judge!r}: there are {names}, "
+                              f"and {self.remaining} models still to come")
+
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #0044
-class CounterfactualPrediction(_Regressed):
+class CounterfactualPrediction(_JudgePoints):
     "Predicted change of leaving out a subset, -Σs/N, against the change measured by retraining (METHODS §8)."
     def plot(
         self,
@@ -309,19 +363,15 @@ class CounterfactualPrediction(_Regressed):
     ) -> Figure:
         "Measured against predicted change, one panel for each method."
         import matplotlib.pyplot as plt
-        judge, methods = judge or self.judge_records[0]["name"], self.about["methods"]
-        points = self.points[self.points["judge"] == judge]
-        if points.empty:
-            names = ", ".join(one["name"] for one in self.judge_records)
-            raise ExperimentError(f"nothing to draw for the judge {judge!r}: there are {names}, "
-                                  f"and {self.remaining} models still to come")
+        shown, methods = judge or str(self.judge_records[0]["name"]), self.about["methods"]
+        points = self._points_of(shown)
         across, down = min(4, len(methods)), -(-len(methods)//4)
-        figure, axes = plt.subplots(down, across, figsize=(1 + 2.7*across, .4 + 2.6*down), layout="constrained",
-                                    squeeze=False, sharey=True)
+        figure, axes = plt.subplots(down, across, figsize=(1 + 2.7*across, .4 + 2.6*down),
+                                    layout="constrained", squeeze=False, sharey=True)
         for ax in axes.flat[len(methods):]:
             ax.set_visible(False)
         for ax, method in zip(axes.flat, methods):
             _draw_prediction(ax, points, method)
         figure.supxlabel("predicted change, -Σs/N (units of the score)", fontsize=9)
-        figure.supylabel(f"measured change of {judge}", fontsize=9)
+        figure.supylabel(f"measured change of {shown}", fontsize=9)
         return finished(figure)

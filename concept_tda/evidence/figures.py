@@ -6,23 +6,27 @@
 __all__ = ['COLOURS', 'finished']
 
 # %% ../../nbs/80_evidence/03_figures.ipynb #imports
+from typing import Any
+
 from matplotlib.figure import Figure
 
 # %% ../../nbs/80_evidence/03_figures.ipynb #colours
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#5b5bd6", "#000000")
 
+# %% ../../nbs/80_evidence/03_figures.ipynb #finished1
 def finished(
     figure: Figure,       # With one or several axes
     legend: bool = True,  # Gather the labels of all axes into one legend outside of them
 ) -> Figure:              # The same
     "Take away the frames that carry nothing, gather the legend, and close the figure."
     import matplotlib.pyplot as plt
-    labelled = {}
+    labelled: dict[str, Any] = {}
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
         for handle, label in zip(*ax.get_legend_handles_labels()):
             labelled[label] = handle
     if legend and labelled:
-        figure.legend(labelled.values(), labelled.keys(), frameon=False, fontsize=8, loc="outside right upper")
+        figure.legend(list(labelled.values()), list(labelled), frameon=False, fontsize=8,
+                      loc="outside right upper")
     plt.close(figure)
     return figure

@@ -8,7 +8,7 @@ __all__ = ['FilterAndRetrain']
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #imports
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from concept_tda.evidence.subsets import (
     Attributions, Subset, aligned_scores, all_but, checked_seeds, random_rows, share_count, subset_rows,
 )
 from ..model.loading import LanguageModel
+from ..results.attribution import Attribution
 from ..results.metrics import cut_rows
 
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #ways
@@ -40,13 +41,35 @@ class _Ways(Experiment):
         "What an arm trains on when `count` examples go."
         return all_but(len(scores), cut_rows(scores, count=count, lowest=arm == "drop-least"))
 
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #entry
+def _entry(
+    arm: str, method: str = "", fraction: float | None = None, seed: int | None = None, rows: Any = (),
+) -> dict[str, Any]:
+    "One line of the plan."
+    return {"arm": arm, "method": method, "fraction": fraction, "seed": seed, "rows": rows}
+
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #shares1
+class _Shares(_Ways):
+    "The arms at one share."
+    def _at_share(self, results: dict[str, Attribution], fraction: float, count: int, arms: Sequence[str],
+                  seed: int, n_random: int) -> list[dict[str, Any]]:
+        "The arms at one share and seed, the random ones first."
+        n = len(self._maker().conversations)
+        draws = range(n_random if "random" in arms else 0)
+        entries = [_entry("random", "", fraction, seed, all_but(n, random_rows(n, count, seed, draw)))
+                   for draw in draws]
+        ranked = [(name, result, arm) for name, result in results.items() for arm in arms if arm != "random"]
+        return entries + [_entry(arm, name, fraction, seed, self._kept_rows(arm, result.scores, count))
+                          for name, result, arm in ranked]
+
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #plan
-class _Arms(_Ways):
+class _Arms(_Shares):
     "The plan."
-    def _entries(self, results, dropped, arms, seeds, chosen, n_random) -> list[dict]:
+    def _entries(self, results: dict[str, Attribution], dropped: dict[float, int], arms: Sequence[str],
+                 seeds: list[int], chosen: dict[str, np.ndarray], n_random: int) -> list[dict[str, Any]]:
         "Everything to be trained, seed by seed."
         everything = np.arange(len(self._maker().conversations))
-        entries: list[dict] = [_entry("base", rows=None)]
+        entries = [_entry("base", rows=None)]
         for seed in seeds:
             entries.append(_entry("full", seed=seed, rows=everything))
             entries += [_entry("subset", name, seed=seed, rows=rows) for name, rows in chosen.items()]
@@ -54,17 +77,14 @@ class _Arms(_Ways):
                 entries += self._at_share(results, fraction, count, arms, seed, n_random)
         return entries
 
-    def _at_share(self, results, fraction, count, arms, seed, n_random) -> list[dict]:
-        "The arms at one share and seed, the random ones first."
-        n = len(self._maker().conversations)
-        draws = range(n_random if "random" in arms else 0)
-        entries = [_entry("random", "", fraction, seed, all_but(n, random_rows(n, count, seed, draw))) for draw in draws]
-        ranked = [(name, result, arm) for name, result in results.items() for arm in arms if arm != "random"]
-        return entries + [_entry(arm, name, fraction, seed, self._kept_rows(arm, result.scores, count))
-                          for name, result, arm in ranked]
-
-def _entry(arm: str, method: str = "", fraction: float | None = None, seed: int | None = None, rows: Any = ()) -> dict:
-    return {"arm": arm, "method": method, "fraction": fraction, "seed": seed, "rows": rows}
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #checkarms
+def _check_arms(arms: Sequence[str], known: Sequence[str], n_random: object) -> None:
+    "Refuse arms that there are none of, and a number of draws that is none."
+    if unknown := [arm for arm in arms if arm not in known]:
+        raise ExperimentError(f"unknown arm {unknown[0]!r}; there are {', '.join(known)}")
+    if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 1:
+        raise ExperimentError(f"n_random={n_random!r}: one random draw or more; "
+                              "without the control, leave 'random' out of arms")
 
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #0022
 class _FilterPlan(_Arms):
@@ -80,15 +100,15 @@ class _FilterPlan(_Arms):
         fractions: Sequence[float] = (.1, .25, .5),                    # Shares of the data to drop
         arms: Sequence[str] = ("drop-most", "drop-least", "random"),   # What is dropped
         seeds: int | Sequence[int] = (0, 1, 2), # Of training; each has a full run and random draws of its own
-        n_random: int = 1,          # Random draws for each seed and share; the mean of several is a better control
+        n_random: int = 1,          # Random draws for each seed and share; several make a better control
         recipe: dict | str = {},    # Settings of `finetune`, or the name of a recipe
-        subsets: dict[str, Subset] = {}, # More arms: what to train on by name: row numbers, a mask or `Conversations`
+        subsets: dict[str, Subset] = {}, # More arms, rows to train on: numbers, a mask or `Conversations`
         keep_models: bool = False,  # Keep the trained models in cells/<cell>/model
-        name: str | None = None,    # Of the plan's file; experiments with names of their own can share a folder
+        name: str | None = None,    # Of the plan's file; experiments of different names can share a folder
     ):
         super().__init__(Retraining(lm, train, recipe), judges, folder, name, keep_models)
         train, seeds = self._maker().conversations, checked_seeds(seeds)
-        self._check_arms(arms, n_random)
+        _check_arms(arms, self.all_arms, n_random)
         results = aligned_scores(attributions, train)
         chosen = {name: subset_rows(name, subset, train) for name, subset in subsets.items()}
         dropped = {float(fraction): self._dropped(len(train), fraction) for fraction in fractions}
@@ -96,53 +116,37 @@ class _FilterPlan(_Arms):
                     seeds=seeds, fractions=list(dropped), arms=list(arms),
                     cards={name: result.card.to_dict() for name, result in results.items()})
 
-    def _check_arms(self, arms: Sequence[str], n_random: int) -> None:
-        if unknown := [arm for arm in arms if arm not in self.all_arms]:
-            raise ExperimentError(f"unknown arm {unknown[0]!r}; there are {', '.join(self.all_arms)}")
-        if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 1:
-            raise ExperimentError(f"n_random={n_random!r}: one random draw or more; "
-                                  "without the control, leave 'random' out of arms")
-
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #compared
-_COLUMNS = ("arm method fraction n seed judge unit value standard_error items missing "
-            "from_base from_full from_random cell").split()
-
 class _Compared(_FilterPlan):
     "What a retraining is compared with."
-    def _change(self, entry: dict, judge: dict, other: str | None) -> float:
+    def _change(self, entry: dict[str, Any], judge: dict[str, Any], other: str | None) -> float:
         "Paired difference from the model of another cell; NaN from itself."
         if other is None or other == entry["cell"]: return float("nan")
         return paired_change(self.evaluation(entry["cell"], judge), self.evaluation(other, judge))
 
-    def _controls(self) -> dict[tuple, list[str]]:
+    def _controls(self) -> dict[tuple[int, int], list[str]]:
         "Cells of the random draws, by seed and number of examples."
-        found: dict[tuple, list[str]] = {}
+        found: dict[tuple[int, int], list[str]] = {}
         for entry in self.entries:
             if entry["arm"] == "random":
                 found.setdefault((entry["seed"], entry["n"]), []).append(entry["cell"])
         return found
 
-    def _from_random(self, entry: dict, judge: dict, controls: dict[tuple, list[str]]) -> float:
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #control
+class _Controlled(_Compared):
+    "The difference that counts."
+    def _from_random(self, entry: dict[str, Any], judge: dict[str, Any],
+                     controls: dict[tuple[int, int], list[str]]) -> float:
         "Mean difference from the random draws of the same seed and size."
         draws = [] if entry["arm"] == "random" else controls.get((entry["seed"], entry["n"]), [])
-        return pd.Series([self._change(entry, judge, cell) for cell in draws], dtype=float).mean()
+        return float(pd.Series([self._change(entry, judge, cell) for cell in draws], dtype=float).mean())
 
-# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #0024
-class _Tabled(_Compared):
-    "One row for each retraining and judge."
-    @property
-    def table(self) -> pd.DataFrame:
-        """What is finished. Columns arm, method, fraction, n, seed, judge, unit, value, standard_error, items, missing,
-        from_base, from_full, from_random, cell."""
-        base = next(entry["cell"] for entry in self.entries if entry["arm"] == "base")
-        full = {entry["seed"]: entry["cell"] for entry in self.entries if entry["arm"] == "full"}
-        controls = self._controls()
-        rows = [self._row(entry, judge, base, full, controls) for entry in self.entries for judge in self.judge_records
-                if self.evaluation(entry["cell"], judge) is not None]
-        table = pd.DataFrame(rows, columns=_COLUMNS)
-        return table.astype({"fraction": float, "seed": "Int64", "value": float})
-
-    def _row(self, entry: dict, judge: dict, base: str, full: dict, controls: dict) -> dict:
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #row
+class _Rows(_Controlled):
+    "One retraining and judge."
+    def _row(self, entry: dict[str, Any], judge: dict[str, Any], base: str, full: dict[int, str],
+             controls: dict[tuple[int, int], list[str]]) -> dict[str, Any]:
+        "One row of the table; empty where the judge has not spoken yet."
         found = self.evaluation(entry["cell"], judge)
         if found is None: return {}
         said = np.isfinite(found.values).any()
@@ -154,35 +158,63 @@ class _Tabled(_Compared):
             "from_full": self._change(entry, judge, full.get(entry["seed"])),
             "from_random": self._from_random(entry, judge, controls), "cell": entry["cell"]}
 
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #0024
+_COLUMNS = ("arm method fraction n seed judge unit value standard_error items missing "
+            "from_base from_full from_random cell").split()
+
+class _Tabled(_Rows):
+    "One row for each retraining and judge."
+    @property
+    def table(self) -> pd.DataFrame:
+        """What is finished. Columns arm, method, fraction, n, seed, judge, unit, value, standard_error,
+        items, missing, from_base, from_full, from_random, cell."""
+        base = next(entry["cell"] for entry in self.entries if entry["arm"] == "base")
+        full = {entry["seed"]: entry["cell"] for entry in self.entries if entry["arm"] == "full"}
+        controls = self._controls()
+        rows = [self._row(entry, judge, base, full, controls)
+                for entry in self.entries for judge in self.judge_records]
+        table = pd.DataFrame([row for row in rows if row], columns=_COLUMNS)
+        return table.astype({"fraction": float, "seed": "Int64", "value": float})
+
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #mean
+_QUANTITIES = ("value", "from_base", "from_full", "from_random")
+
+def _over_seeds(part: pd.DataFrame) -> dict[str, Any]:
+    "Means over the seeds of one arm, each with half its interval."
+    row: dict[str, Any] = {"n": int(np.asarray(part["n"])[0]), "seeds": max(1, part["seed"].nunique())}
+    for column in _QUANTITIES:
+        by_seed = part.groupby("seed", dropna=False)[column].mean()
+        mean, half, _ = t_interval(np.asarray(by_seed, float))
+        row |= {column: mean, f"{column} ±": half}
+    return row | {"missing": int(np.asarray(part["missing"]).sum())}
+
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #0026
 class _Summed(_Tabled):
     "Means over the seeds."
-    def summary(self) -> pd.DataFrame: # By judge, arm, method, fraction: n, seeds, mean and ± of each quantity, missing
-        "Means over seeds of value, from_base, from_full and from_random; each ± is half a 95 % t-interval over seeds."
-        keys, rows = ["judge", "arm", "method", "fraction"], []
-        for values, part in self.table.groupby(keys, sort=False, dropna=False):
-            row = dict(zip(keys, values)) | {"n": int(part["n"].iloc[0]), "seeds": max(1, part["seed"].nunique())}
-            for column in ("value", "from_base", "from_full", "from_random"):
-                mean, half, _ = t_interval(part.groupby("seed", dropna=False)[column].mean())
-                row |= {column: mean, f"{column} ±": half}
-            rows.append(row | {"missing": int(part["missing"].sum())})
-        return pd.DataFrame(rows)
+    def summary(self) -> pd.DataFrame: # By judge, arm, method, fraction: n, seeds, means with their ±
+        """Means over seeds of value, from_base, from_full and from_random; each ± is half a 95 % t-interval
+        over seeds. `missing` counts answers without a score."""
+        keys = ["judge", "arm", "method", "fraction"]
+        groups = self.table.groupby(keys, sort=False, dropna=False)
+        return pd.DataFrame([dict(zip(keys, cast(tuple, values))) | _over_seeds(part)
+                             for values, part in groups])
 
     def shown(self) -> pd.DataFrame:
         "The summary."
         return self.summary()
 
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #notes
+class _Noted(_Summed):
+    "How to read it."
     def notes(self) -> str:
         "What ± and from_random mean."
-        missing, seeds = int(self.table["missing"].sum()), len(self.about["seeds"])
+        missing, seeds = int(np.asarray(self.table["missing"]).sum()), len(self.about["seeds"])
         return (f"{seeds} seed{'s' if seeds > 1 else ''}; ± is half a 95 % t-interval over the seeds, "
                 f"evaluation items fixed{' (none with one seed)' if seeds == 1 else ''}. "
                 "Differences are paired by item; from_random: against random removal of as many examples "
                 "with the same seed." + (f" Judges gave no score in {missing} cases." if missing else ""))
 
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #lines
-_STYLES = {"drop-most": "-", "drop-least": "--", "keep-least": "-", "keep-most": "--"}
-_QUANTITIES = ("value", "from_base", "from_full", "from_random")
 _BROKEN = (0, (4, 2, 1, 2))  # dashes and dots, for subsets
 
 def _across(ax: Axes, value: float, label: str, where: int, above: int, style: Any) -> None:
@@ -191,32 +223,39 @@ def _across(ax: Axes, value: float, label: str, where: int, above: int, style: A
     ax.annotate(label, (where, value), xycoords=("axes fraction", "data"), xytext=(-2 if where else 2, above),
                 textcoords="offset points", ha="right" if where else "left", fontsize=8, color="#555555")
 
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #levels
 def _levels(ax: Axes, part: pd.DataFrame, column: str) -> None:
     "Base, full run and subsets."
     for arm, style, above in (("base", ":", -9), ("full", "-", 2)):
-        for value in part.loc[part["arm"] == arm, column]:
+        for value in part.loc[part["arm"] == arm, column].tolist():
             _across(ax, value, arm, 1, above, style)
-    for _, row in part[part["arm"] == "subset"].iterrows():
+    for row in part.loc[part["arm"] == "subset"].to_dict(orient="records"):
         _across(ax, row[column], row["method"], 0, 2, _BROKEN)
     if column != "value":
         ax.axhline(0, color="#777777", lw=.8)
 
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #lines2
-class _Drawn(_Summed):
+_STYLES = {"drop-most": "-", "drop-least": "--", "keep-least": "-", "keep-most": "--"}
+
+class _Lines(_Noted):
     "Lines over the share."
     def _lines(self, ax: Axes, part: pd.DataFrame, column: str) -> None:
         "One line for each arm and method, a little aside of each other."
         methods, fractions = list(self.about["cards"]), self.about["fractions"]
         step = .012*(max(fractions) - min(fractions) or 1) if fractions else 0
-        shares = part[part["fraction"].notna()].sort_values("fraction", kind="stable")
-        lines = list(shares.groupby(["arm", "method"], sort=False))
-        for i, ((arm, method), line) in enumerate(lines):
+        shares = part.loc[part["fraction"].notna()].sort_values("fraction", kind="stable")
+        lines = [(*cast(tuple, key), line) for key, line in shares.groupby(["arm", "method"], sort=False)]
+        for i, (arm, method, line) in enumerate(lines):
             colour = "#888888" if arm == "random" else COLOURS[methods.index(method) % len(COLOURS)]
-            ax.errorbar(line["fraction"] + step*(i - (len(lines) - 1)/2), line[column], line[f"{column} ±"].fillna(0),
-                        color=colour, ls=_STYLES.get(arm, "-."), marker="o", ms=3.5, lw=1.4, elinewidth=.9,
-                        capsize=2, label=f"{arm} {method}".strip())
+            aside = step*(i - (len(lines) - 1)/2)
+            ax.errorbar(line["fraction"] + aside, line[column], line[f"{column} ±"].fillna(0), color=colour,
+                        ls=_STYLES.get(arm, "-."), marker="o", ms=3.5, lw=1.4, elinewidth=.9, capsize=2,
+                        label=f"{arm} {method}".strip())
 
-    def _panel(self, ax: Axes, part: pd.DataFrame, judge: dict, column: str) -> None:
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #panel
+class _Drawn(_Lines):
+    "Panels."
+    def _panel(self, ax: Axes, part: pd.DataFrame, judge: dict[str, Any], column: str) -> None:
         "One judge."
         _levels(ax, part, column)
         self._lines(ax, part, column)
@@ -225,9 +264,17 @@ class _Drawn(_Summed):
         what = judge["unit"] if column == "value" else f"{column.replace('_', ' ')} ({judge['unit']})"
         ax.set(title=judge["name"], xlabel=self.fraction_name, ylabel=what)
 
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #asked
+def _asked_judges(records: list[dict[str, Any]], judge: str | None) -> list[dict[str, Any]]:
+    "Those to draw: one, or all of them."
+    judges = [one for one in records if judge in (None, one["name"])]
+    if judges: return judges
+    names = ", ".join(one["name"] for one in records)
+    raise ExperimentError(f"no judge {judge!r}; there are {names}")
+
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #0028
 class FilterAndRetrain(_Drawn):
-    "Train from the base model without the highest (lowest, random) scores, and judge what comes out (METHODS §8)."
+    "Train from the base model without the highest (lowest, random) scores, and judge it (METHODS §8)."
     def plot(
         self,
         judge: str | None = None, # One judge; None draws all of them
@@ -235,9 +282,7 @@ class FilterAndRetrain(_Drawn):
     ) -> Figure:
         "Value (or difference) against the share of examples, with 95 % intervals over seeds."
         import matplotlib.pyplot as plt
-        names = [one["name"] for one in self.judge_records]
-        judges = [one for one in self.judge_records if judge in (None, one["name"])]
-        if not judges: raise ExperimentError(f"no judge {judge!r}; there are {', '.join(names)}")
+        judges = _asked_judges(self.judge_records, judge)
         if column not in _QUANTITIES:
             raise ExperimentError(f"no column {column!r} to draw; there are {', '.join(_QUANTITIES)}")
         summary = self.summary()
@@ -245,6 +290,6 @@ class FilterAndRetrain(_Drawn):
         figure, axes = plt.subplots(1, len(judges), figsize=(1.6 + 4.6*len(judges), 3.6),
                                     layout="constrained", squeeze=False)
         for ax, one in zip(axes[0], judges):
-            part = summary[(summary["judge"] == one["name"]) & summary[column].notna()]
+            part = summary.loc[(summary["judge"] == one["name"]) & summary[column].notna()]
             self._panel(ax, part, one, column)
         return finished(figure)

@@ -19,13 +19,14 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from inspect import signature
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO, TypeGuard, cast
 
 import numpy as np
 import pandas as pd
 
 from ..concepts.judges import Evaluation, Judge, JudgeError
 from ..data.conversations import Conversations
+from ..data.tokens import TokenizedConversations
 from ..foundation.display import Sheet, Table, html_of
 from ..foundation.errors import ConceptTDAError, StorageError
 from ..foundation.storage import atomic_file, check_free, code_version, fingerprint
@@ -41,20 +42,27 @@ class ExperimentError(ConceptTDAError):
 _ALWAYS = ("rank", "alpha", "rslora", "learning_rate", "epochs", "batch_size", "max_tokens")
 _OURS = ("lm", "data", "folder", "seed", "merge", "progress", "checkpoints")
 
-def _check_recipe(recipe: dict | str, known: dict) -> dict:
-    "The recipe as settings, each of which `finetune` knows."
+def _settings(recipe: dict | str) -> dict[str, Any]:
+    "The settings that a recipe stands for, not yet checked."
     if isinstance(recipe, str) and recipe not in RECIPES:
         raise ExperimentError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
     settings = RECIPES[recipe] if isinstance(recipe, str) else recipe
     if not isinstance(settings, dict):
-        raise ExperimentError(f"recipe={recipe!r}: give the settings of finetune as a dict, or a recipe's name")
+        raise ExperimentError(
+            f"recipe={recipe!r}: give the settings of finetune as a dict, or a recipe's name")
+    return settings
+
+# %% ../../nbs/80_evidence/00_retraining.ipynb #recipe-check2
+def _check_settings(settings: dict[str, Any], known: dict[str, Any]) -> None:
+    "Refuse settings that `finetune` does not know, and those that are not the recipe's to set."
     for name in settings:
         if name in _OURS:
-            raise ExperimentError(f"{name!r} is set by the experiment itself and cannot be part of the recipe")
+            raise ExperimentError(
+                f"{name!r} is set by the experiment itself and cannot be part of the recipe")
         if name not in known:
             raise ExperimentError(
-                f"the recipe has a setting {name!r} that finetune does not know; it knows {', '.join(known)}")
-    return settings
+                f"the recipe has a setting {name!r} that finetune does not know; "
+                f"it knows {', '.join(known)}")
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #000b
 def full_recipe(
@@ -63,7 +71,8 @@ def full_recipe(
     "Settings of `finetune` as they will be. Raises `ExperimentError` for a setting it does not have."
     parameters = signature(finetune).parameters
     defaults = {name: one.default for name, one in parameters.items() if name not in _OURS}
-    given = _check_recipe(recipe, defaults)
+    given = _settings(recipe)
+    _check_settings(given, defaults)
     return {name: given.get(name, default) for name, default in defaults.items()
             if name in _ALWAYS or given.get(name, default) != default}
 
@@ -88,8 +97,8 @@ class Maker:
         seed: int | None,                        # As in `cell`
         folder: Path,                            # Where weights may be kept meanwhile
         keep: bool,                              # Leave them there
-    ) -> AbstractContextManager[tuple[LanguageModel, dict | None]]: # The model, and a record of how it was made
-        "Lend the model out."
+    ) -> AbstractContextManager[tuple[LanguageModel, dict[str, Any] | None]]:
+        "Lend the model out, with a record of how it was made (None for the base model)."
         raise NotImplementedError
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #tokens2
@@ -97,13 +106,14 @@ def tokenized_whole(
     lm: LanguageModel,    # Whose tokenizer
     train: Conversations, # The training data
     **options: Any,       # Of `LanguageModel.tokenize`
-):                        # `TokenizedConversations`, as many as there are examples
+) -> TokenizedConversations: # As many as there are examples
     "Tokenise training data of which every example can be used. Raises `ExperimentError` otherwise."
     if not len(train): raise ExperimentError("the training data are empty")
     data = lm.tokenize(train, **options)
     if len(data) != len(train):
         raise ExperimentError(
-            f"{len(train) - len(data)} examples were dropped when tokenised: pass data of which all can be used")
+            f"{len(train) - len(data)} examples were dropped when tokenised: "
+            "pass data of which all can be used")
     return data
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #000d
@@ -120,29 +130,39 @@ class _Named(Maker):
         if rows is None: return fingerprint(self.setting["base"], "untrained")
         return fingerprint(self.setting["base"], self.data.select(rows).fingerprint, self.recipe, seed)
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #told
+def _training_told(
+    folder: Path,               # Of a finished fine-tuning
+    rows: Sequence[int] | np.ndarray, # It was trained on these rows of the data
+    **more: Any,                # What the caller knows of it
+) -> dict[str, Any]:
+    "What is kept of a training once its weights are gone."
+    told = training_record(folder)
+    losses = told.pop("steps")["loss"]
+    return {"rows": [int(row) for row in rows], "n": len(rows), **more, "seconds": told["seconds"],
+            "first_loss": float(losses.iloc[0]), "last_loss": float(losses.iloc[-1]), "training": told}
+
 # %% ../../nbs/80_evidence/00_retraining.ipynb #lend2
 class Retraining(_Named):
-    "Trains the base model on chosen rows of the data. Knows the name of every such training without running it."
+    "Trains the base model on chosen rows of the data. Knows the name of each training without running it."
     @contextmanager
-    def model(self, rows, seed, folder, keep):
+    def model(self, rows: Sequence[int] | np.ndarray | None, seed: int | None, folder: Path,
+              keep: bool) -> Iterator[tuple[LanguageModel, dict[str, Any] | None]]:
         "The trained model and a record of its training; taken from `folder` where it lies there already."
         if rows is None:
             yield self.lm, None
             return
-        gc.collect()  # the model before this one goes now, not when two more are there
+        if seed is None: raise ExperimentError("a training on rows of the data needs a seed, such as 0")
+        gc.collect()
         start, chosen = time.perf_counter(), self.data.select(rows)
         trained = finetune(self.lm, chosen, folder, seed=seed, merge=True, progress=False, **self.recipe)
-        told = training_record(folder)
-        losses = told.pop("steps")["loss"]
-        yield trained, {
-            "rows": [int(row) for row in rows], "n": len(rows), "n_tokens": chosen.n_tokens, "seed": seed,
-            "seconds": told["seconds"], "wall_seconds": time.perf_counter() - start,
-            "first_loss": float(losses.iloc[0]), "last_loss": float(losses.iloc[-1]), "training": told}
+        yield trained, _training_told(folder, rows, n_tokens=chosen.n_tokens, seed=seed,
+                                      wall_seconds=time.perf_counter() - start)
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #000f
-def _open_claim(folder: Path):
+def _open_claim(folder: Path) -> TextIO:
     "The file that is locked."
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,6 +171,7 @@ def _open_claim(folder: Path):
         raise StorageError(
             f"cannot write to {folder}: {err.strerror or err}. Choose a folder you can write to.") from err
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #claim1
 @contextmanager
 def claim(
     folder: Path,     # Of one retraining
@@ -177,7 +198,7 @@ def claim(
 def read_record(
     path: Path, # A JSON file
     what: str,  # What it should be, for the message
-) -> dict:
+) -> dict[str, Any]:
     "A JSON object. Raises `ExperimentError` where there is none, or a damaged one."
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -189,19 +210,20 @@ def read_record(
     if not isinstance(record, dict): raise ExperimentError(f"{path} is not {what}.")
     return record
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #write1
 def write_record(
-    path: Path,   # Where to
-    record: dict, # Plain data
+    path: Path,             # Where to
+    record: dict[str, Any], # Plain data
 ) -> None:
     "One JSON file, written completely or not at all."
     with atomic_file(path) as part:
         part.write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #cells1
-TRAINING = "training"  # name of the part of a cell that says how the model was made; the others are judges' fingerprints
+TRAINING = "training"  # part of a cell: how the model was made; the others are named by judges' fingerprints
 
-class Cells:
-    "What is known of the models of an experiment: of each how it was trained, and what each judge said."
+class _Records:
+    "Records by cell and part."
     def holds(
         self,
         cell: str, # Name of a model
@@ -210,10 +232,17 @@ class Cells:
         "Whether it is there."
         raise NotImplementedError
 
-    def record(self, cell: str, part: str) -> dict:
+    def record(self, cell: str, part: str) -> dict[str, Any]:
         "What is there. Raises `ExperimentError` where it is absent or damaged."
         raise NotImplementedError
 
+    def _damaged(self, cell: str, part: str, err: Exception) -> str:
+        "What to say of a part that cannot be understood."
+        raise NotImplementedError
+
+# %% ../../nbs/80_evidence/00_retraining.ipynb #verdicts1
+class Cells(_Records):
+    "What is known of the models of an experiment: of each how it was trained, and what each judge said."
     def evaluation(
         self,
         cell: str,  # Name of a model
@@ -224,9 +253,6 @@ class Cells:
             return Evaluation.from_record(self.record(cell, judge), f"the verdict {judge} on {cell}")
         except JudgeError as err:
             raise ExperimentError(self._damaged(cell, judge, err)) from err
-
-    def _damaged(self, cell: str, part: str, err: Exception) -> str:
-        raise NotImplementedError
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #cells2
 class CellFolder(Cells):
@@ -259,27 +285,35 @@ _PACKED = "concept_tda.experiments-packed/1"
 def packed_record(
     plans: dict[str, dict],            # What each experiment wrote down, by its name
     cells: dict[str, dict[str, dict]], # By cell, the records of its parts
-) -> dict:
+) -> dict[str, Any]:
     "What a packed file holds."
     return {"format": _PACKED, "checksum": fingerprint(plans, cells), "plans": plans, "cells": cells}
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #packed-check
+_COPY_AGAIN = "Copy it again, or pack its folder again with overwrite=True."
+
+def _is_intact(record: object, path: Path) -> bool:
+    "Whether a record of packed experiments is what was packed; `ExperimentError` for another kind of file."
+    if not isinstance(record, dict) or record.get("format") != _PACKED:
+        raise ExperimentError(
+            f"{path} holds no packed experiments (its format should be {_PACKED!r}): "
+            "name the folder of a run, or a file that Experiment.pack wrote.")
+    return record["checksum"] == fingerprint(record["plans"], record["cells"])
+
+# %% ../../nbs/80_evidence/00_retraining.ipynb #packed-open
 def read_packed(
     path: Path, # A file that `Experiment.pack` wrote
-) -> dict:
+) -> dict[str, Any]:
     "Its content, checked. Raises `ExperimentError` where it is damaged or something else."
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.get("format") != _PACKED:
-            raise ExperimentError(
-                f"{path} holds no packed experiments (its format should be {_PACKED!r}): "
-                "name the folder of a run, or a file that Experiment.pack wrote.")
-        intact = record["checksum"] == fingerprint(record["plans"], record["cells"])
+        intact = _is_intact(record, path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as err:
         raise ExperimentError(f"{path} is damaged ({type(err).__name__}: {err}). {_COPY_AGAIN}") from err
-    if not intact: raise ExperimentError(f"{path} was changed after it was packed: its checksum differs. {_COPY_AGAIN}")
+    if not intact:
+        raise ExperimentError(
+            f"{path} was changed after it was packed: its checksum differs. {_COPY_AGAIN}")
     return record
-
-_COPY_AGAIN = "Copy it again, or pack its folder again with overwrite=True."
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #packed2
 class PackedCells(Cells):
@@ -298,26 +332,14 @@ class PackedCells(Cells):
     def record(self, cell: str, part: str) -> dict:
         "What was packed."
         if not self.holds(cell, part):
-            raise ExperimentError(f"{self.path} holds no {part} of the cell {cell}: it was not finished when packed.")
+            raise ExperimentError(
+                f"{self.path} holds no {part} of the cell {cell}: it was not finished when packed.")
         return self.cells[cell][part]
 
     def _damaged(self, cell: str, part: str, err: Exception) -> str:
         return f"{self.path}: {part} of the cell {cell} is damaged ({err}). {_COPY_AGAIN}"
 
-# %% ../../nbs/80_evidence/00_retraining.ipynb #gather2
-PLAN_FORMAT = "concept_tda.experiment/1"
-
-def _is_plan(record: object) -> bool:
-    return isinstance(record, dict) and record.get("format") == PLAN_FORMAT and "entries" in record
-
-def _read_folder(folder: Path) -> dict:
-    "The packed record of a folder. A file that cannot be read is an error, never left out."
-    found = {path.stem: _any_json(path) for path in sorted(folder.glob("*.json"))}
-    cells: dict[str, dict[str, dict]] = {}
-    for path in sorted(folder.glob("cells/*/*.json")):
-        cells.setdefault(path.parent.name, {})[path.stem] = read_record(path, "record of a cell")
-    return packed_record({name: record for name, record in found.items() if _is_plan(record)}, cells)
-
+# %% ../../nbs/80_evidence/00_retraining.ipynb #gather1
 def _any_json(path: Path) -> object:
     "What a file holds; `ExperimentError` where it cannot be read."
     try:
@@ -327,15 +349,36 @@ def _any_json(path: Path) -> object:
             f"{path} cannot be read ({err}), so it is unknown whether it is part of the experiment. "
             "Mend it or move it elsewhere.") from err
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #gather2
+PLAN_FORMAT = "concept_tda.experiment/1"
+
+def _is_plan(record: object) -> TypeGuard[dict[str, Any]]:
+    "Whether this is what an experiment wrote down."
+    return isinstance(record, dict) and record.get("format") == PLAN_FORMAT and "entries" in record
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    "The packed record of a folder. A file that cannot be read is an error, never left out."
+    found = {path.stem: _any_json(path) for path in sorted(folder.glob("*.json"))}
+    cells: dict[str, dict[str, dict]] = {}
+    for path in sorted(folder.glob("cells/*/*.json")):
+        cells.setdefault(path.parent.name, {})[path.stem] = read_record(path, "record of a cell")
+    return packed_record({name: record for name, record in found.items() if _is_plan(record)}, cells)
+
 # %% ../../nbs/80_evidence/00_retraining.ipynb #judges
 Judges = Judge | Sequence[Judge] | dict[str, Judge]
 
+def _with_names(judges: Judges) -> list[tuple[str, Judge]]:
+    "Pairs of a name and a judge, in the order given."
+    if isinstance(judges, dict): return list(judges.items())
+    several: Sequence[Judge] = judges if isinstance(judges, (list, tuple)) else [cast(Judge, judges)]
+    return [(getattr(one, "name", "?"), one) for one in several]
+
+# %% ../../nbs/80_evidence/00_retraining.ipynb #judges1
 def judges_by_name(
-    judges: Judges,   # One judge, a list, or a dict with names of your own
+    judges: Judges,     # One judge, a list, or a dict with names of your own
 ) -> dict[str, Judge]:
     "Judges by name. Raises `ExperimentError` where there is none, or two share a name."
-    several = judges if isinstance(judges, (list, tuple)) else [judges]
-    listed = list(judges.items() if isinstance(judges, dict) else ((getattr(one, "name", "?"), one) for one in several))
+    listed = _with_names(judges)
     named = dict(listed)
     if len(named) < len(listed):
         names = [name for name, _ in listed]
@@ -347,11 +390,62 @@ def judges_by_name(
             raise ExperimentError(f"the judge {name!r} has no evaluate(lm): pass a Judge")
     return named
 
-# %% ../../nbs/80_evidence/00_retraining.ipynb #plan1
-class _Planned:
-    "What is to be made, and where it is kept."
-    kind = "experiment"
+# %% ../../nbs/80_evidence/00_retraining.ipynb #plan0
+def _check_place(name: object, folder: str | Path) -> None:
+    "Refuse what cannot be the name of a plan's file, or the folder of a run."
+    if name is not None and (not isinstance(name, str) or not name or Path(name).name != name):
+        raise ExperimentError(f"name={name!r} becomes the name of a file: give a plain word")
+    if Path(folder).is_file():
+        raise ExperimentError(
+            f"{folder} is a file; a run needs a folder. A packed file is read with from_folder")
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #plan1
+class _Filed:
+    "What is to be made, and where it is written down."
+    kind = "experiment"
+    name: str | None              # Of the plan's file; its kind if None
+    maker: Maker | None           # Makes the models; None for an experiment read from its files
+    folder: Path                  # Where plan and cells are kept
+    cells: Cells                  # What is known of the models
+    judge_records: list[dict[str, Any]] # Name, unit and fingerprint of every judge
+    entries: list[dict[str, Any]]       # The plan
+    about: dict[str, Any]               # What else the table needs
+
+    @property
+    def _plan_file(self) -> Path:
+        return self.folder/f"{self.name or self.kind}.json"
+
+    def _maker(self) -> Maker:
+        if self.maker is not None: return self.maker
+        raise ExperimentError("this experiment was read from its files and has no model: "
+                              "make it again with model and data to run it")
+
+# %% ../../nbs/80_evidence/00_retraining.ipynb #settings1
+def _other_settings(there: dict[str, Any], asked: dict[str, Any]) -> str:
+    "Settings that differ, with both values; empty where none does."
+    return "; ".join(f"{name} ({there.get(name)} there, {value} asked)"
+                     for name, value in asked.items() if there.get(name) != value)
+
+# %% ../../nbs/80_evidence/00_retraining.ipynb #plan2
+class _Refusing(_Filed):
+    "A plan that does not mix with others."
+    def _check_folder(self) -> None:
+        "Refuse a folder that holds an experiment of this name of another kind or setting."
+        if not self._plan_file.exists(): return
+        record = read_record(self._plan_file, f"{self.kind} experiment")
+        if record.get("kind") != self.kind:
+            raise ExperimentError(
+                f"{self._plan_file} belongs to a {record.get('kind')} experiment. "
+                "Choose another name= or folder.")
+        different = _other_settings(record.get("setting", {}), self._maker().setting)
+        if different:
+            raise ExperimentError(
+                f"{self.folder} holds a {self.kind} experiment of another setting; different: "
+                f"{different}. Choose another folder or name=.")
+
+# %% ../../nbs/80_evidence/00_retraining.ipynb #planned1
+class _Planned(_Refusing):
+    "What every experiment is made of."
     def __init__(
         self,
         maker: Maker | None,       # Makes the models; None for an experiment read from its files
@@ -360,22 +454,22 @@ class _Planned:
         name: str | None = None,   # Of the plan's file; its kind if None
         keep_models: bool = False, # Keep the trained models in cells/<cell>/model
     ):
-        if name is not None and (not isinstance(name, str) or not name or Path(name).name != name):
-            raise ExperimentError(f"name={name!r} becomes the name of a file: give a plain word")
-        if Path(folder).is_file():
-            raise ExperimentError(f"{folder} is a file; a run needs a folder. A packed file is read with from_folder")
+        _check_place(name, folder)
         self.name, self.maker, self.folder = name, maker, Path(folder)
         self.judges, self.keep_models = judges_by_name(judges), keep_models
         self.judge_records = [{"name": name, "unit": judge.unit, "fingerprint": judge.fingerprint}
                               for name, judge in self.judges.items()]
-        self.cells: Cells = CellFolder(self.folder)
+        self.cells = CellFolder(self.folder)
         self._evaluations: dict[tuple[str, str], Evaluation] = {}
         self._check_folder()
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #settled1
+class _Settled(_Planned):
+    "The plan itself."
     def settle(
         self,
-        entries: list[dict], # Each with `rows` (None: the base model), `seed` and whatever the table needs
-        **about: Any,        # What else the table needs, as plain data
+        entries: list[dict[str, Any]], # With `rows` (None: the base model), `seed`, and what the table needs
+        **about: Any,                  # What else the table needs, as plain data
     ) -> None:
         "Fix the plan."
         maker, self._rows, self.about = self._maker(), {}, about
@@ -386,65 +480,47 @@ class _Planned:
             self._rows[entry["cell"]] = rows
         self.entries = entries
 
-# %% ../../nbs/80_evidence/00_retraining.ipynb #plan2
-class _Filed(_Planned):
-    "The plan's file."
-    @property
-    def _plan_file(self) -> Path:
-        return self.folder/f"{self.name or self.kind}.json"
-
-    def _maker(self) -> Maker:
-        if self.maker is not None: return self.maker
-        raise ExperimentError("this experiment was read from its files and has no model: "
-                              "make it again with model and data to run it")
-
-    def _check_folder(self) -> None:
-        "Refuse a folder that holds an experiment of this name of another kind or setting."
-        if not self._plan_file.exists(): return
-        record = read_record(self._plan_file, f"{self.kind} experiment")
-        if record.get("kind") != self.kind:
-            raise ExperimentError(
-                f"{self._plan_file} belongs to a {record.get('kind')} experiment. Choose another name= or folder.")
-        there, asked = record.get("setting", {}), self._maker().setting
-        different = [f"{name} ({there.get(name)} there, {value} asked)"
-                     for name, value in asked.items() if there.get(name) != value]
-        if different:
-            raise ExperimentError(
-                f"{self.folder} holds a {self.kind} experiment of another setting; different: "
-                f"{'; '.join(different)}. Choose another folder or name=.")
-
-    def _record(self) -> dict:
+    def _record(self) -> dict[str, Any]:
         "What the plan's file holds."
         maker = self._maker()
         return {"format": PLAN_FORMAT, "kind": self.kind, "setting": maker.setting, "model": maker.lm.name,
-                "data": maker.conversations.name, "n": len(maker.conversations), "judges": self.judge_records,
-                "about": self.about, "entries": self.entries, "code": code_version()}
+                "data": maker.conversations.name, "n": len(maker.conversations),
+                "judges": self.judge_records, "about": self.about, "entries": self.entries,
+                "code": code_version()}
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #from1
-def _find_plan(place: Path, name: str, what: str) -> tuple[Cells, dict]:
+def _find_plan(place: Path, name: str, what: str) -> tuple[Cells, dict[str, Any]]:
     "Cells and plan of an experiment, from a folder or a packed file."
     if not place.is_file(): return CellFolder(place), read_record(place/f"{name}.json", what)
     packed = read_packed(place)
     if name not in packed["plans"]:
         names = ", ".join(map(repr, packed["plans"])) or "nothing"
-        raise ExperimentError(f"{place} holds no {what} of the name {name!r}; it holds {names}. Choose with name=")
+        raise ExperimentError(
+            f"{place} holds no {what} of the name {name!r}; it holds {names}. Choose with name=")
     return PackedCells(place, packed["cells"]), packed["plans"][name]
 
-def _check_plan(record: dict, kind: str, place: Path) -> None:
+# %% ../../nbs/80_evidence/00_retraining.ipynb #from-check1
+def _broken_parts(record: dict[str, Any]) -> str:
+    "Parts of a plan that cannot be read; empty where it is whole."
+    parts = {"judges": list, "about": dict, "entries": list}
+    broken = [name for name, form in parts.items() if not isinstance(record.get(name), form)]
+    if broken: return ", ".join(broken)
+    listed = (*record["judges"], *record["entries"])
+    whole = all(isinstance(one, dict) and ("cell" in one or "fingerprint" in one) for one in listed)
+    return "" if whole else "an entry"
+
+def _check_plan(record: dict[str, Any], kind: str, place: Path) -> None:
     "Refuse a plan of another kind or format, or one that lacks a part."
     if record.get("format") != PLAN_FORMAT or record.get("kind") != kind:
         raise ExperimentError(f"{place} holds no {kind} experiment in the format {PLAN_FORMAT!r}, "
                               f"but {record.get('kind')!r}, {record.get('format')!r}.")
-    parts = {"judges": list, "about": dict, "entries": list}
-    broken = [name for name, form in parts.items() if not isinstance(record.get(name), form)]
-    listed = () if broken else (*record["judges"], *record["entries"])
-    if broken or not all(isinstance(one, dict) and ("cell" in one or "fingerprint" in one) for one in listed):
+    if broken := _broken_parts(record):
         raise ExperimentError(f"{place}: the plan of the {kind} experiment is damaged "
-                              f"({', '.join(broken) or 'an entry'} cannot be read). Run again, or copy it again.")
+                              f"({broken} cannot be read). Run again, or copy it again.")
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #from2
-class _Kept(_Filed):
-    "What is known already."
+class _Opened(_Settled):
+    "An experiment without its model."
     @classmethod
     def from_folder(
         cls,
@@ -459,10 +535,13 @@ class _Kept(_Filed):
         new.judge_records, new.about, new.entries = record["judges"], record["about"], record["entries"]
         return new
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #known1
+class _Kept(_Opened):
+    "What is known already."
     def evaluation(
         self,
-        cell: str,   # Name of a model
-        judge: dict, # One of `judge_records`
+        cell: str,             # Name of a model
+        judge: dict[str, Any], # One of `judge_records`
     ) -> Evaluation | None:
         "What a judge said about a model; None where it has not yet spoken."
         key = cell, judge["fingerprint"]
@@ -473,8 +552,8 @@ class _Kept(_Filed):
 
     def training(
         self,
-        cell: str, # Name of a model
-    ) -> dict | None: # Its rows, tokens, seconds, losses …
+        cell: str,              # Name of a model
+    ) -> dict[str, Any] | None: # Its rows, tokens, seconds, losses …
         "How a model was made; None for the base model, and where it is not yet made."
         return self.cells.record(cell, TRAINING) if self.cells.holds(cell, TRAINING) else None
 
@@ -488,29 +567,34 @@ class _Packable(_Kept):
         overwrite: bool = False, # May a file of that name be replaced?
     ) -> Path:
         """Write the whole folder, every cell and every experiment that shares it, as one JSON file that
-        `from_folder` reads. Raises `StorageError` where the file exists, `ExperimentError` for a damaged cell."""
+        `from_folder` reads. Raises `StorageError` where the file exists, `ExperimentError` for a damaged
+        cell."""
         path = check_free(path, overwrite)
         packed = read_packed(self.folder) if self.folder.is_file() else _read_folder(self.folder)
         if (self.name or self.kind) not in packed["plans"]:
             raise ExperimentError(f"there is no {self._plan_file.name} in {self.folder} yet: run() first")
+        text = json.dumps(packed, ensure_ascii=False, separators=(",", ":")) + "\n"
         with atomic_file(path) as part:
-            part.write_text(json.dumps(packed, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
         return path
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #missing2
-class _Counted(_Packable):
+class _Missing(_Packable):
     "What is missing."
-    def _missing(self, cell: str) -> list[dict]:
+    def _missing(self, cell: str) -> list[dict[str, Any]]:
         "Judges that have not yet spoken about a model."
         return [judge for judge in self.judge_records if not self.cells.holds(cell, judge["fingerprint"])]
 
-    def _pending(self) -> list[dict]:
+    def _pending(self) -> list[dict[str, Any]]:
         "The first entry of every model that still lacks a judgement, in the order of the plan."
-        first: dict[str, dict] = {}
+        first: dict[str, dict[str, Any]] = {}
         for entry in self.entries:
             first.setdefault(entry["cell"], entry)
         return [entry for cell, entry in first.items() if self._missing(cell)]
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #counted
+class _Counted(_Missing):
+    "How much of it."
     @property
     def n_models(self) -> int:
         "Models in the plan, the base model among them."
@@ -521,11 +605,11 @@ class _Counted(_Packable):
         "Models that still lack a judgement."
         return len(self._pending())
 
-# %% ../../nbs/80_evidence/00_retraining.ipynb #001a
-class _Timed(_Counted):
-    "What it will cost."
-    def estimate(self) -> float: # Seconds for one process; NaN as long as none is finished
-        "How long the remaining retrainings take, from those that are done: training by examples, judging by model."
+# %% ../../nbs/80_evidence/00_retraining.ipynb #costs
+class _Priced(_Counted):
+    "What was paid so far."
+    def _costs(self) -> tuple[list[dict[str, Any]], list[float]]:
+        "Training records, and seconds of judging, of the models that are finished."
         trainings, judging = [], []
         for cell in {entry["cell"] for entry in self.entries}:
             if self._missing(cell): continue
@@ -533,51 +617,64 @@ class _Timed(_Counted):
             judging.append(sum(one.seconds for one in said if one))
             if record := self.training(cell):
                 trainings.append(record)
+        return trainings, judging
+
+# %% ../../nbs/80_evidence/00_retraining.ipynb #001a
+class _Timed(_Priced):
+    "What it will cost."
+    def estimate(self) -> float: # Seconds for one process; NaN as long as none is finished
+        "How long the rest takes, from what is done: training by examples, judging by model."
+        trainings, judging = self._costs()
         if not self.remaining: return 0.
         if not trainings: return float("nan")
-        per_example = sum(t["seconds"] for t in trainings)/sum(t["n"] for t in trainings)
+        per_example = sum(one["seconds"] for one in trainings)/sum(one["n"] for one in trainings)
         return float(sum(entry["n"]*per_example + np.mean(judging) for entry in self._pending()))
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #spoken
+def _check_spoken(judge: str, evaluation: Evaluation) -> None:
+    "Refuse a judge without a word about the base model."
+    if np.isfinite(evaluation.values).any(): return
+    raise ExperimentError(
+        f"the judge {judge!r} gave no score for any of its {len(evaluation.values)} items on the base model, "
+        "so it would not for the others either. "
+        "Look at its answers, its prompt, and whether it fits this model.")
+
 # %% ../../nbs/80_evidence/00_retraining.ipynb #0016
+def _signed(record: dict[str, Any]) -> dict[str, Any]:
+    "The record with when, where and by which code it was made."
+    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return record | {"finished": finished, "worker": f"{socket.gethostname()}:{os.getpid()}",
+                     "code": code_version()}
+
 class _Computing(_Timed):
     "Making and judging one model."
-    def _compute(self, entry: dict) -> None:
+    def _compute(self, entry: dict[str, Any]) -> None:
         "Make and judge one entry of the plan; what is there already is not done again."
         cell, place = entry["cell"], self.folder/"cells"/entry["cell"]
         rows = self._rows[cell]
         with self._maker().model(rows, entry["seed"], place/"model", self.keep_models) as (lm, record):
             if record and not self.cells.holds(cell, TRAINING):
-                finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                worker = f"{socket.gethostname()}:{os.getpid()}"
-                write_record(place/f"{TRAINING}.json",
-                             record | {"finished": finished, "worker": worker, "code": code_version()})
+                write_record(place/f"{TRAINING}.json", _signed(record))
             for judge in self._missing(cell):
                 evaluation = self.judges[judge["name"]].evaluate(lm, progress=False)
                 if rows is None:
-                    self._check_spoken(judge["name"], evaluation)
+                    _check_spoken(judge["name"], evaluation)
                 evaluation.to_json(place/f"{judge['fingerprint']}.json", overwrite=True)
 
-    @staticmethod
-    def _check_spoken(judge: str, evaluation: Evaluation) -> None:
-        if np.isfinite(evaluation.values).any(): return
-        raise ExperimentError(
-            f"the judge {judge!r} gave no score for any of its {len(evaluation.values)} items on the base model, "
-            "so it would not for the others either. "
-            "Look at its answers, its prompt, and whether it fits this model.")
-
 # %% ../../nbs/80_evidence/00_retraining.ipynb #round
+def _label(entry: dict[str, Any]) -> str:
+    "An entry in a few words, for the bar."
+    told = (entry.get(name) for name in ("arm", "method", "fraction", "seed"))
+    return " ".join(str(value) for value in told if value not in (None, ""))
+
 class _Round(_Computing):
     "One way through what is missing."
-    def _label(self, entry: dict) -> str:
-        told = (entry.get(name) for name in ("arm", "method", "fraction", "seed"))
-        return " ".join(str(value) for value in told if value not in (None, ""))
-
-    def _round(self, bar, at_most: int | None) -> tuple[int, int]: # Models made here, models that others hold
-        "Make what nobody else works on."
+    def _round(self, bar: Any, at_most: int | None) -> tuple[int, int]:
+        "Make what nobody else works on. Models made here, and models that others hold."
         made = held = 0
         for entry in self._pending():
             bar.n = bar.total - self.remaining
-            bar.set_postfix_str(self._label(entry))
+            bar.set_postfix_str(_label(entry))
             if at_most is not None and made >= at_most: break
             with claim(self.folder/"cells"/entry["cell"]) as mine:
                 if mine and self._missing(entry["cell"]):
@@ -596,9 +693,9 @@ class _Running(_Round):
         *,
         progress: bool = True,      # Show a bar over the retrainings
         at_most: int | None = None, # Stop after this many retrainings of this process
-        wait: bool = True,          # Wait for what others have claimed, and take over what they leave unfinished
+        wait: bool = True,          # Wait for what others have claimed; take over what they leave unfinished
     ) -> Self:
-        "Compute what is missing. May be killed and started again at any time, and run in several processes at once."
+        "Compute what is missing. May be killed and restarted at any time, and run in several processes."
         from tqdm.auto import tqdm
         self._maker()
         self._check_folder()
@@ -616,8 +713,8 @@ class _Running(_Round):
 _WHOLE = ("n", "seeds", "missing", "subsets", "examples", "random examples", "rank")
 _FORMATS = dict.fromkeys(_WHOLE, "{:.0f}") | {"fraction": "{:g}", "slope": "{:.3g}", "slope ±": "{:.2g}"}
 
-class _Shown(_Running):
-    "What is shown."
+class _Told(_Running):
+    "What a subclass says of itself."
     def shown(self) -> pd.DataFrame:
         "The table to show."
         raise NotImplementedError
@@ -626,6 +723,9 @@ class _Shown(_Running):
         "How its numbers are to be read."
         return ""
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #status
+class _Status(_Told):
+    "How far it is."
     def _status(self) -> str:
         "One line: what it is, and how far."
         seconds, name = self.estimate(), f" {self.name!r}" if self.name else ""
@@ -636,6 +736,9 @@ class _Shown(_Running):
                 left += f", about {seconds/60:.0f} minutes for one process"
         return f"{type(self).__name__}{name} in {self.folder}: {left}"
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #shown1
+class _Shown(_Status):
+    "What is shown."
     def __repr__(self) -> str:
         table = self.shown()
         body = "nothing to show yet" if table.empty else table.to_string(
@@ -649,5 +752,5 @@ class _Shown(_Running):
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #0012
 class Experiment(_Shown):
-    """A plan of models to make, each judged by every judge. Subclasses say which models (`settle`), and what to
-    make of the verdicts (`shown`, `notes`)."""
+    """A plan of models to make, each judged by every judge. Subclasses say which models (`settle`), and what
+    to make of the verdicts (`shown`, `notes`)."""

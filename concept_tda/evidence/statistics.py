@@ -34,7 +34,7 @@ def paired_change(
 # %% ../../nbs/80_evidence/02_statistics.ipynb #0026
 def t_interval(
     values: Iterable[float],   # Independent; NaNs are left out
-) -> tuple[float, float, int]: # Mean, half the width of the 95 % interval (NaN for one value), number of values
+) -> tuple[float, float, int]: # Mean, half the 95 % interval's width (NaN for one value), number of values
     "Student's t over independent values."
     given = np.asarray(values, float)
     given = given[np.isfinite(given)]

@@ -29,7 +29,8 @@ def share_count(
     if 0 < count < n: return count
     left = "an empty subset" if count else "everything"
     raise ExperimentError(
-        f"fraction={fraction!r} of {n} examples rounds to {count}, which leaves {left}: choose another fraction")
+        f"fraction={fraction!r} of {n} examples rounds to {count}, which leaves {left}: "
+        "choose another fraction")
 
 # %% ../../nbs/80_evidence/01_subsets.ipynb #draws1
 def random_rows(
@@ -42,10 +43,11 @@ def random_rows(
     random = np.random.default_rng([seed, n])
     return np.sort([random.permutation(n) for _ in range(draw + 1)][draw][:count])
 
+# %% ../../nbs/80_evidence/01_subsets.ipynb #allbut1
 def all_but(
-    n: int,                          # Examples there are
+    n: int,                           # Examples there are
     rows: np.ndarray | Sequence[int], # Those to leave out
-) -> np.ndarray:                     # The others, sorted
+) -> np.ndarray:                      # The others, sorted
     "Row numbers of what is left."
     return np.setdiff1d(np.arange(n), rows)
 
@@ -90,19 +92,24 @@ def aligned_scores(
             f"{len(train)} here, and {order.count(None)} of these are not among those. "
             "Score the data that you train on.")
     if first.ids == train.ids: return named
-    return {name: Attribution(train, result.scores[order], result.card) for name, result in named.items()}
+    rows = np.asarray(order, dtype=np.int64)
+    return {name: Attribution(train, result.scores[rows], result.card) for name, result in named.items()}
 
-# %% ../../nbs/80_evidence/01_subsets.ipynb #subset1
+# %% ../../nbs/80_evidence/01_subsets.ipynb #subset0
 Subset = Sequence[int] | np.ndarray | Conversations
 
+def _rows_of_conversations(name: str, subset: Conversations, train: Conversations) -> np.ndarray:
+    "Rows of the training data that hold these conversations."
+    rows = places_of(subset.ids, train.ids)
+    if None in rows:
+        raise ExperimentError(f"subset {name!r}: {rows.count(None)} of its {len(rows)} conversations "
+                              "are not in the training data (or more often than there)")
+    return np.asarray(rows, dtype=np.int64)
+
+# %% ../../nbs/80_evidence/01_subsets.ipynb #subset1
 def _listed_rows(name: str, subset: Subset, train: Conversations) -> np.ndarray:
     "Row numbers of the subset, not yet checked."
-    if isinstance(subset, Conversations):
-        rows = places_of(subset.ids, train.ids)
-        if None in rows:
-            raise ExperimentError(f"subset {name!r}: {rows.count(None)} of its {len(rows)} conversations "
-                                  "are not in the training data (or more often than there)")
-        return np.asarray(rows, dtype=np.int64)
+    if isinstance(subset, Conversations): return _rows_of_conversations(name, subset, train)
     n = len(train)
     try:
         rows = np.asarray(subset)
@@ -114,14 +121,9 @@ def _listed_rows(name: str, subset: Subset, train: Conversations) -> np.ndarray:
             f"subset {name!r}: give row numbers, a mask of {n} booleans, or Conversations")
     return rows.astype(np.int64)
 
-# %% ../../nbs/80_evidence/01_subsets.ipynb #0020
-def subset_rows(
-    name: str,            # Of the subset, for messages
-    subset: Subset,       # Row numbers, a mask, or `Conversations`
-    train: Conversations, # The training data
-) -> np.ndarray:          # Row numbers, sorted, each once
-    "Which rows a subset means. Raises `ExperimentError` for one that is empty or no subset of the data."
-    rows, n = _listed_rows(name, subset, train), len(train)
+# %% ../../nbs/80_evidence/01_subsets.ipynb #subset-check
+def _check_rows(name: str, rows: np.ndarray, n: int) -> None:
+    "Refuse rows that are none, too many, outside of the data, or twice."
     if not len(rows):
         raise ExperimentError(f"subset {name!r} is empty: there is nothing to train on")
     if len(rows) > n:
@@ -132,4 +134,14 @@ def subset_rows(
             f"subset {name!r} asks for row {outside}; the training data have rows 0 to {n - 1}")
     if len(set(rows.tolist())) < len(rows):
         raise ExperimentError(f"subset {name!r} contains a row twice")
+
+# %% ../../nbs/80_evidence/01_subsets.ipynb #0020
+def subset_rows(
+    name: str,            # Of the subset, for messages
+    subset: Subset,       # Row numbers, a mask, or `Conversations`
+    train: Conversations, # The training data
+) -> np.ndarray:          # Row numbers, sorted, each once
+    "Which rows a subset means. Raises `ExperimentError` for one that is empty or no subset of the data."
+    rows = _listed_rows(name, subset, train)
+    _check_rows(name, rows, len(train))
     return np.sort(rows)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,13 @@ from ..model.sites import resolve_sites
 from ..results.attribution import Attribution
 from ..results.metrics import spearman
 
+# %% ../../nbs/80_evidence/06_tail_patch.ipynb #eta
+def _checked_rate(learning_rate: float) -> float:
+    "A positive number; `ExperimentError` otherwise."
+    number = isinstance(learning_rate, (int, float)) and not isinstance(learning_rate, bool)
+    if number and 0 < learning_rate < float("inf"): return learning_rate
+    raise ExperimentError(f"learning_rate={learning_rate!r}: a positive number is needed")
+
 # %% ../../nbs/80_evidence/06_tail_patch.ipynb #steps1
 class _NamedStep(Maker):
     "Names steps."
@@ -40,40 +48,34 @@ class _NamedStep(Maker):
         sites: str | Sequence[str], # Weights that move, as in `resolve_sites`
         learning_rate: float, # η
     ):
-        number = isinstance(learning_rate, (int, float)) and not isinstance(learning_rate, bool)
-        if not number or not 0 < learning_rate < float("inf"):
-            raise ExperimentError(f"learning_rate={learning_rate!r}: a positive number is needed")
-        self.lm, self.data, self.learning_rate = lm, tokenized_whole(lm, train), learning_rate
+        self.learning_rate = _checked_rate(learning_rate)
+        self.lm, self.data = lm, tokenized_whole(lm, train)
         self.sites, self.conversations = resolve_sites(lm, sites), self.data.conversations
-        self.setting = {"base": lm.fingerprint, "data": self.data.fingerprint,
-                        "sites": fingerprint([site.name for site in self.sites]), "learning_rate": learning_rate}
+        names = fingerprint([site.name for site in self.sites])
+        self.setting = {"base": lm.fingerprint, "data": self.data.fingerprint, "sites": names,
+                        "learning_rate": learning_rate}
 
     def cell(self, rows: Sequence[int] | np.ndarray | None, seed: int | None) -> str:
         "Name of the model after a step on `rows`; `rows=None` is the model before it."
-        if rows is None: return fingerprint(self.setting["base"], "untrained")
+        base = self.setting["base"]
+        if rows is None: return fingerprint(base, "untrained")
         example = self.data.select(rows).fingerprint
-        return fingerprint(self.setting["base"], "one step", example, self.setting["sites"], self.learning_rate)
+        return fingerprint(base, "one step", example, self.setting["sites"], self.learning_rate)
 
-# %% ../../nbs/80_evidence/06_tail_patch.ipynb #0049
-class Step(_NamedStep):
-    "Takes one step on one example and takes it back."
-    @contextmanager
-    def model(self, rows, seed, folder, keep):
-        "The model after the step; the very weights of before when the block ends, error or not."
-        if rows is None:
-            yield self.lm, None
-            return
-        start = time.perf_counter()
-        with self._moved(self._gradients(rows)):
-            yield self.lm, {"rows": [int(row) for row in rows], "n": len(rows), "seconds": time.perf_counter() - start}
-
-    def _gradients(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+# %% ../../nbs/80_evidence/06_tail_patch.ipynb #grad
+class _Gradients(_NamedStep):
+    "Where a step goes."
+    def _gradients(self, rows: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         "Gradient of the examples' mean loss at every site."
-        batch = next(batches(self.data, rows=rows, token_budget=10**9)).to(self.lm.device)
+        chosen = [int(row) for row in rows]
+        batch = next(batches(self.data, rows=chosen, token_budget=10**9)).to(self.lm.device)
         with self.lm.undisturbed(), SiteGradients(self.sites) as gradients, torch.enable_grad():
             torch.autograd.backward((token_losses(self.lm, batch)*loss_weights(batch)).sum(1).mean())
         return {site.name: gradients[site.name] for site in self.sites}
 
+# %% ../../nbs/80_evidence/06_tail_patch.ipynb #moved
+class _Moves(_Gradients):
+    "Going there and back."
     @contextmanager
     def _moved(self, gradients: dict[str, torch.Tensor]) -> Iterator[None]:
         "Within the block the weights have moved against the gradients."
@@ -89,6 +91,49 @@ class Step(_NamedStep):
                 for site in self.sites:
                     if site.name in before:
                         site.weight.copy_(before[site.name])
+
+# %% ../../nbs/80_evidence/06_tail_patch.ipynb #0049
+class Step(_Moves):
+    "Takes one step on one example and takes it back."
+    @contextmanager
+    def model(self, rows: Sequence[int] | np.ndarray | None, seed: int | None, folder: Path | None,
+              keep: bool) -> Iterator[tuple[LanguageModel, dict[str, Any] | None]]:
+        "The model after the step; the very weights of before when the block ends, error or not."
+        if rows is None:
+            yield self.lm, None
+            return
+        start = time.perf_counter()
+        with self._moved(self._gradients(rows)):
+            yield self.lm, {"rows": [int(row) for row in rows], "n": len(rows),
+                            "seconds": time.perf_counter() - start}
+
+# %% ../../nbs/80_evidence/06_tail_patch.ipynb #ends
+def _stepped(arm: str, row: int | None, method: str = "", rank: int | None = None) -> dict[str, Any]:
+    "One line of the plan."
+    return dict(arm=arm, method=method, rank=rank, seed=None, rows=None if row is None else [row], row=row)
+
+def _ends(results: dict[str, Attribution], top: int) -> Iterator[dict[str, Any]]:
+    "The highest and the lowest scores of each method, in their order."
+    for arm, direction in (("top", -1), ("bottom", 1)):
+        for name, result in results.items():
+            rows = np.argsort(direction*result.scores, kind="stable")[:top].tolist()
+            yield from (_stepped(arm, row, name, rank) for rank, row in enumerate(rows, 1))
+
+# %% ../../nbs/80_evidence/06_tail_patch.ipynb #kept
+def _plan(
+    results: dict[str, Attribution], top: int, n_random: int, seed: int, n: int,
+) -> list[dict[str, Any]]:
+    "The model before, both ends of each method, and random examples."
+    if not 1 <= top <= n or not 1 <= n_random <= n:
+        raise ExperimentError(
+            f"top={top} and n_random={n_random} must lie between 1 and the {n} training examples")
+    random = np.random.default_rng([seed, n]).permutation(n)[:n_random].tolist()
+    return [_stepped("base", None), *_ends(results, top), *(_stepped("random", row) for row in random)]
+
+def _scores_of(results: dict[str, Attribution], entries: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    "By method, the score of every row that is stepped on."
+    rows = sorted({entry["row"] for entry in entries} - {None})
+    return {name: {str(row): float(result.scores[row]) for row in rows} for name, result in results.items()}
 
 # %% ../../nbs/80_evidence/06_tail_patch.ipynb #tail1
 class _Tails(Experiment):
@@ -108,29 +153,15 @@ class _Tails(Experiment):
         learning_rate: float = 1e-3, # η, of plain gradient descent
         sites: str | Sequence[str] = "attention", # Weights that move, as in `resolve_sites`
         seed: int = 0,              # Of the random examples
-        name: str | None = None,    # Of the plan's file; experiments with names of their own can share a folder
+        name: str | None = None,    # Of the plan's file; experiments of different names can share a folder
     ):
         step = Step(lm, train, sites, learning_rate)
         super().__init__(step, judges, folder, name)
-        results, n = aligned_scores(attributions, step.conversations), len(train)
-        if not 1 <= top <= n or not 1 <= n_random <= n:
-            raise ExperimentError(
-                f"top={top} and n_random={n_random} must lie between 1 and the {n} training examples")
-        random = np.random.default_rng([seed, n]).permutation(n)[:n_random].tolist()
-        entries = [_stepped("base", None), *_ends(results, top), *(_stepped("random", row) for row in random)]
-        stepped = sorted({entry["row"] for entry in entries} - {None})
-        scores = {name: {str(row): float(result.scores[row]) for row in stepped} for name, result in results.items()}
-        self.settle(entries, methods=list(results), learning_rate=learning_rate, sites=len(step.sites), scores=scores)
-
-def _stepped(arm: str, row: int | None, method: str = "", rank: int | None = None) -> dict:
-    return dict(arm=arm, method=method, rank=rank, seed=None, rows=None if row is None else [row], row=row)
-
-def _ends(results: dict[str, Attribution], top: int) -> Iterator[dict]:
-    "The highest and the lowest scores of each method, in their order."
-    for arm, direction in (("top", -1), ("bottom", 1)):
-        for name, result in results.items():
-            rows = np.argsort(direction*result.scores, kind="stable")[:top].tolist()
-            yield from (_stepped(arm, row, name, rank) for rank, row in enumerate(rows, 1))
+        results = aligned_scores(attributions, step.conversations)
+        entries = _plan(results, top, n_random, seed, len(train))
+        scores = _scores_of(results, entries)
+        self.settle(entries, methods=list(results), learning_rate=learning_rate, sites=len(step.sites),
+                    scores=scores)
 
 # %% ../../nbs/80_evidence/06_tail_patch.ipynb #changes2
 class _Steps(_Tails):
@@ -138,42 +169,46 @@ class _Steps(_Tails):
     @property
     def steps(self) -> pd.DataFrame: # Columns arm, method, rank, row, judge, unit, change
         "One row for each step and judge that is finished: the change against the model before the step."
-        base, rows = self.entries[0]["cell"], []
+        base, columns = self.entries[0]["cell"], ["arm", "method", "rank", "row"]
+        rows = []
         for entry in self.entries[1:]:
             for judge in self.judge_records:
                 found = self.evaluation(entry["cell"], judge)
                 if found is None: continue
                 change = paired_change(found, self.evaluation(base, judge))
-                rows.append((*(entry[name] for name in ("arm", "method", "rank", "row")), judge["name"], judge["unit"], change))
-        columns = ["arm", "method", "rank", "row", "judge", "unit", "change"]
-        return pd.DataFrame(rows, columns=columns).astype({"rank": "Int64"})
+                rows.append((*(entry[name] for name in columns), judge["name"], judge["unit"], change))
+        return pd.DataFrame(rows, columns=[*columns, "judge", "unit", "change"]).astype({"rank": "Int64"})
+
+# %% ../../nbs/80_evidence/06_tail_patch.ipynb #tailrow
+def _tail_row(method: str, judge: str, part: pd.DataFrame, scores: dict[str, float]) -> tuple[Any, ...]:
+    "Mean changes of one method and judge."
+    own = part[part["method"] == method]
+    top, bottom = own.loc[own["arm"] == "top", "change"], own.loc[own["arm"] == "bottom", "change"]
+    random, unique = part.loc[part["arm"] == "random", "change"], part.drop_duplicates("row")
+    high, high_half, n = t_interval(top)
+    low, low_half, _ = t_interval(bottom)
+    raised = (top > 0).mean() if len(top) else np.nan
+    along = spearman([scores[str(row)] for row in unique["row"]], unique["change"])
+    return (method, judge, high, high_half, low, low_half, random.mean(), *welch_interval(top, random),
+            raised, along, n, len(random))
 
 # %% ../../nbs/80_evidence/06_tail_patch.ipynb #tail2
-_COLUMNS = ["method", "judge", "top", "top ±", "bottom", "bottom ±", "random", "top - random", "top - random ±",
-            "share raised", "Spearman", "examples", "random examples"]
+_COLUMNS = ["method", "judge", "top", "top ±", "bottom", "bottom ±", "random", "top - random",
+            "top - random ±", "share raised", "Spearman", "examples", "random examples"]
 
 class _Averaged(_Steps):
     "Mean changes by method and judge."
     @property
     def table(self) -> pd.DataFrame:
         "Mean changes by method and judge, each ± half a 95 % interval over examples."
-        steps = self.steps.dropna(subset=["change"])
-        return pd.DataFrame([self._row(method, judge, steps[steps["judge"] == judge])
+        steps, scores = self.steps.dropna(subset=["change"]), self.about["scores"]
+        return pd.DataFrame([_tail_row(method, judge, steps.loc[steps["judge"] == judge], scores[method])
                              for judge in dict.fromkeys(steps["judge"]) for method in self.about["methods"]],
                             columns=_COLUMNS)
 
-    def _row(self, method: str, judge: str, part: pd.DataFrame) -> tuple:
-        "One method and judge."
-        own = part[part["method"] == method]
-        top, bottom = own.loc[own["arm"] == "top", "change"], own.loc[own["arm"] == "bottom", "change"]
-        random, unique = part.loc[part["arm"] == "random", "change"], part.drop_duplicates("row")
-        high, high_half, n = t_interval(top)
-        low, low_half, _ = t_interval(bottom)
-        scores = [self.about["scores"][method][str(row)] for row in unique["row"]]
-        raised = (top > 0).mean() if len(top) else np.nan
-        return (method, judge, high, high_half, low, low_half, random.mean(), *welch_interval(top, random),
-                raised, spearman(scores, unique["change"]), n, len(random))
-
+# %% ../../nbs/80_evidence/06_tail_patch.ipynb #tailnotes
+class _Shown(_Averaged):
+    "What is shown."
     def shown(self) -> pd.DataFrame:
         "The table."
         return self.table
@@ -182,26 +217,41 @@ class _Averaged(_Steps):
         "What was done."
         return (f"Change of the judge's value after one step of gradient descent (learning rate "
                 f"{self.about['learning_rate']:g}, {self.about['sites']} sites) on one example. "
-                "± is half a 95 % t-interval over examples; "
-                "Spearman: between score and change, over all examples stepped on (mostly ends of the lists).")
+                "± is half a 95 % t-interval over examples; Spearman: between score and change, "
+                "over all examples stepped on (mostly ends of the lists).")
+
+# %% ../../nbs/80_evidence/06_tail_patch.ipynb #taillines
+def _rows_of_points(steps: pd.DataFrame, methods: list[str]) -> Iterator[tuple[str, pd.Series, str]]:
+    "Name, changes and colour of each row of points."
+    for method in methods:
+        for arm, colour in (("top", "#d55e00"), ("bottom", "#0072b2")):
+            its = (steps["arm"] == arm) & (steps["method"] == method)
+            yield f"{method}, {arm}", steps.loc[its, "change"], colour
+    yield "random examples", steps.loc[steps["arm"] == "random", "change"], "#777777"
+
+# %% ../../nbs/80_evidence/06_tail_patch.ipynb #tailasked
+class _JudgeSteps(_Shown):
+    "What there is to draw."
+    def _steps_of(self, judge: str) -> pd.DataFrame:
+        "Finished steps for one judge; an error that names the judges where there are none."
+        steps = self.steps.loc[self.steps["judge"] == judge].dropna(subset=["change"])
+        if len(steps): return steps
+        names = ", ".join(one["name"] for one in self.judge_records)
+        raise ExperimentError(f"nothing to draw for the judge {judge!r}: there are {names}, "
+                              f"and {self.remaining} models still to come")
 
 # %% ../../nbs/80_evidence/06_tail_patch.ipynb #004d
-class TailPatch(_Averaged):
-    """The change of the behaviour after one gradient step on each top example, against the same step on random ones
-    (METHODS §8)."""
+class TailPatch(_JudgeSteps):
+    """The change of the behaviour after one gradient step on each top example, against the same step on
+    random ones (METHODS §8)."""
     def plot(
         self,
         judge: str | None = None, # One judge; the first if None
     ) -> Figure:
-        "The change of every step: a row of points for each method's top and bottom, and one for random examples."
+        "The change of every step: a row of points for each method's top and bottom, one for random examples."
         import matplotlib.pyplot as plt
-        judge = judge or self.judge_records[0]["name"]
-        steps = self.steps[self.steps["judge"] == judge].dropna(subset=["change"])
-        if steps.empty:
-            names = ", ".join(one["name"] for one in self.judge_records)
-            raise ExperimentError(f"nothing to draw for the judge {judge!r}: there are {names}, "
-                                  f"and {self.remaining} models still to come")
-        lines = list(self._lines(steps))
+        shown = judge or str(self.judge_records[0]["name"])
+        lines = list(_rows_of_points(self._steps_of(shown), self.about["methods"]))
         figure, ax = plt.subplots(figsize=(6.4, .9 + .26*len(lines)), layout="constrained")
         for place, (_, changes, colour) in enumerate(lines):
             ax.scatter(changes, np.full(len(changes), place), s=12, color=colour, alpha=.55, lw=0)
@@ -210,13 +260,5 @@ class TailPatch(_Averaged):
         ax.axvline(0, color="#777777", lw=.8)
         ax.set_yticks(range(len(lines)), [name for name, _, _ in lines])
         ax.invert_yaxis()
-        ax.set_xlabel(f"change of {judge} after one step")
+        ax.set_xlabel(f"change of {shown} after one step")
         return finished(figure, legend=False)
-
-    def _lines(self, steps: pd.DataFrame) -> Iterator[tuple[str, pd.Series, str]]:
-        "Name, changes and colour of each row of points."
-        for method in self.about["methods"]:
-            for arm, colour in (("top", "#d55e00"), ("bottom", "#0072b2")):
-                its = (steps["arm"] == arm) & (steps["method"] == method)
-                yield f"{method}, {arm}", steps.loc[its, "change"], colour
-        yield "random examples", steps.loc[steps["arm"] == "random", "change"], "#777777"
