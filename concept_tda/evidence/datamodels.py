@@ -22,7 +22,12 @@ from .figures import COLOURS, finished
 from .retraining import Experiment, ExperimentError, Judges, Retraining
 from .statistics import evaluation_mean, fitted_line, paired_change, spearman_interval
 from concept_tda.evidence.subsets import (
-    Attributions, aligned_scores, all_but, checked_seeds, random_rows, share_count,
+    Attributions,
+    aligned_scores,
+    all_but,
+    checked_seeds,
+    random_rows,
+    share_count,
 )
 from ..foundation.storage import fingerprint
 from ..model.loading import LanguageModel
@@ -320,8 +325,8 @@ class _CounterfactualShown(_Regressed):
         "How the slope is to be read."
         return ("Measured change of leaving out a subset (against the full run of the same seed, in the "
                 "judge's units) regressed on the predicted one, -Σs/N (in units of the score). "
-                "A right method has a positive slope; 1 is to be expected only of exact influence on the judge's own quantity at "
-                "the optimum. ± is half a 95 % interval that takes subsets as independent; they overlap, "
+                "A right method has a positive slope; 1 is to be expected only of exact influence on the "
+                "judge's own quantity at the optimum. ± is half a 95 % interval that takes subsets as independent; they overlap, "
                 "so it is too narrow.")
 
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #panel

@@ -20,7 +20,14 @@ from .figures import COLOURS, finished
 from .retraining import Experiment, ExperimentError, Judges, Retraining
 from .statistics import evaluation_mean, paired_change, t_interval
 from concept_tda.evidence.subsets import (
-    Attributions, Subset, aligned_scores, all_but, checked_seeds, random_rows, share_count, subset_rows,
+    Attributions,
+    Subset,
+    aligned_scores,
+    all_but,
+    checked_seeds,
+    random_rows,
+    share_count,
+    subset_rows,
 )
 from ..model.loading import LanguageModel
 from ..results.attribution import Attribution

@@ -25,7 +25,12 @@ from .subsets import aligned_scores
 from ..foundation.display import Sheet, Table, html_of
 from ..foundation.storage import check_free, code_version, fingerprint
 from concept_tda.influence.baselines import (
-    BM25, MeanLoss, RandomDirection, RandomScore, RepSim, ResponseLength,
+    BM25,
+    MeanLoss,
+    RandomDirection,
+    RandomScore,
+    RepSim,
+    ResponseLength,
 )
 from ..influence.scorers import Scorer, score_together
 from ..model.loading import LanguageModel
