@@ -7,12 +7,18 @@ __all__ = ['PersonaError', 'Trait', 'traits', 'load_trait', 'persona_responses',
            'SteeringCheck', 'steering_check']
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #0003
-import importlib.resources, json, os, time
-from contextlib import ExitStack, contextmanager
+import importlib.resources
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
 from html import escape
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,188 +26,330 @@ import torch
 from tqdm.auto import tqdm
 
 from .concept import Concept, contrastive_concept, random_concepts, sweep_layers
+from .judges import Evaluation, Judge, JudgeError
 from ..data.conversations import Conversation, Conversations
 from ..data.templates import TemplateProfile
 from ..data.tokens import readable_tokens, response_mask, tokenize, tokenize_prompts
-from .judges import Evaluation, JudgeError
-from ..model.answers import cached_generate
-from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 from ..foundation.errors import ConceptTDAError
+from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
+from ..model.answers import cached_generate
+from ..model.loading import LanguageModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #0009
 class PersonaError(ConceptTDAError):
-    "A trait that cannot be used, or a persona concept that cannot be made; names the file and field, or what the judge said."
+    """A trait that cannot be used, or a persona concept that cannot be made; names the file and field, or
+    what the judge said."""
 
-def _text(value, where) -> str:
+# %% ../../nbs/40_concepts/02_personas.ipynb #text
+def _text(value: Any, where: str) -> str:
     "The value, if it is a text with something in it."
     if isinstance(value, str) and value.strip(): return value
-    raise PersonaError(f"{where} should be a text, and is {'empty' if value in ('', None) or isinstance(value, str) else repr(value)[:80]}")
+    found = "empty" if value is None or isinstance(value, str) else repr(value)[:80]
+    raise PersonaError(f"{where} should be a text, and is {found}")
 
-def _plainly(text) -> str: return " ".join(text.lower().split()).rstrip(" .?!")
+def _plainly(text: str) -> str:
+    "The text without what two spellings of one question may differ in."
+    return " ".join(text.lower().split()).rstrip(" .?!")
 
-def _checked_questions(questions, where) -> tuple[str, ...]:
+# %% ../../nbs/40_concepts/02_personas.ipynb #checked-questions
+def _checked_questions(questions: Any, where: str) -> tuple[str, ...]:
     "Questions that are texts, each there once."
-    if not isinstance(questions, (list, tuple)): raise PersonaError(f"{where} should be a list of questions, and is {type(questions).__name__}")
-    first = {}
+    if not isinstance(questions, (list, tuple)):
+        raise PersonaError(f"{where} should be a list of questions, and is {type(questions).__name__}")
+    first: dict[str, int] = {}
     for i, question in enumerate(questions):
         before = first.setdefault(_plainly(_text(question, f"{where}[{i}]")), i)
-        if before != i: raise PersonaError(f"{where}[{i}] is the same question as [{before}]: {question!r}. Each question should be there once; for more answers to it use samples=")
+        if before == i: continue
+        raise PersonaError(f"{where}[{i}] is the same question as [{before}]: {question!r}. Each question "
+                           "should be there once; for more answers to it use samples=")
     return tuple(questions)
 
-def _checked_pairs(pairs, where) -> tuple[tuple[str, str], ...]:
+# %% ../../nbs/40_concepts/02_personas.ipynb #pairs
+def _checked_pairs(pairs: Any, where: str) -> tuple[tuple[str, str], ...]:
     "Pairs of system prompts that differ."
-    if not isinstance(pairs, (list, tuple)) or not len(pairs): raise PersonaError(f"{where} should be a list of at least one pair (positive, negative) of system prompts")
+    if not isinstance(pairs, (list, tuple)) or not len(pairs):
+        raise PersonaError(f"{where} should be a list of at least one pair (positive, negative) of system "
+                           "prompts")
     for i, pair in enumerate(pairs):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2: raise PersonaError(f"{where}[{i}] should be a pair (positive, negative) of system prompts, and is {repr(pair)[:80]}")
-        for side, prompt in zip(("positive", "negative"), pair): _text(prompt, f"{where}[{i}].{side}")
-        if _plainly(pair[0]) == _plainly(pair[1]): raise PersonaError(f"{where}[{i}]: the positive and the negative prompt are the same, so their answers cannot differ")
-        if (before := [tuple(other) for other in pairs].index(tuple(pair))) != i: raise PersonaError(f"{where}[{i}] is the same pair as [{before}]")
+        _check_pair(pair, f"{where}[{i}]")
+        before = [tuple(other) for other in pairs].index(tuple(pair))
+        if before != i: raise PersonaError(f"{where}[{i}] is the same pair as [{before}]")
     return tuple((positive, negative) for positive, negative in pairs)
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #pair
+def _check_pair(pair: Any, where: str) -> None:
+    "Refuse what is not two different texts."
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise PersonaError(f"{where} should be a pair (positive, negative) of system prompts, "
+                           f"and is {repr(pair)[:80]}")
+    for side, prompt in zip(_SIDES, pair):
+        _text(prompt, f"{where}.{side}")
+    if _plainly(pair[0]) == _plainly(pair[1]):
+        raise PersonaError(f"{where}: the positive and the negative prompt are the same, "
+                           "so their answers cannot differ")
+
+_SIDES = ("positive", "negative")
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #overlap
+def _check_no_overlap(extraction: tuple[str, ...], evaluation: tuple[str, ...], at: str) -> None:
+    "Refuse evaluation questions that the vector is made from."
+    if not extraction: raise PersonaError(f"{at}'extraction_questions' is empty: there is nothing to ask")
+    seen = {_plainly(question): i for i, question in enumerate(extraction)}
+    for i, question in enumerate(evaluation):
+        if _plainly(question) not in seen: continue
+        raise PersonaError(
+            f"{at}'evaluation_questions'[{i}] occurs among the extraction questions too, as "
+            f"[{seen[_plainly(question)]}]: {question!r}. The two lists must not overlap, or the evaluation "
+            "is on questions the vector was made from")
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #check-judge-prompt
+def _check_judge_prompt(prompt: Any, at: str) -> None:
+    "Refuse a prompt that does not show the judge what it is to grade."
+    where = f"{at}'judge_prompt'"
+    missing = [place for place in ("{question}", "{answer}") if place not in _text(prompt, where)]
+    if not missing: return
+    raise PersonaError(f"{where} lacks the place {' and '.join(missing)}, so the judge would not see what it "
+                       "is to grade")
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #000a
 @dataclass(frozen=True, repr=False)
 class Trait:
-    "What it takes to extract a persona vector and to measure its trait (Chen et al. 2025). Raises `PersonaError` where something is missing or occurs twice."
+    """What it takes to extract a persona vector and to measure its trait (Chen et al. 2025). Raises
+    `PersonaError` where something is missing or occurs twice."""
     name: str                                  # In a word
     description: str                           # In a sentence; may be empty
     prompt_pairs: tuple[tuple[str, str], ...]  # System prompts (for the trait, for its opposite)
     extraction_questions: tuple[str, ...]      # Their answers give the vector
     evaluation_questions: tuple[str, ...]      # Others, for measuring the trait; may be empty
-    judge_prompt: str                          # Asks for a number from 0 to 100; with the places {question} and {answer}
+    judge_prompt: str                          # Asks for a number from 0 to 100; with {question} and {answer}
     source: str = field(default="trait", compare=False) # The file it was read from
 
-    def __post_init__(self):
-        at = f"{self.source}: the field "
-        _text(self.name, at + "'name'")
-        settled = dict(prompt_pairs=_checked_pairs(self.prompt_pairs, at + "'prompt_pairs'"))
-        for name in ("extraction_questions", "evaluation_questions"): settled[name] = _checked_questions(getattr(self, name), at + f"'{name}'")
-        if not settled["extraction_questions"]: raise PersonaError(f"{at}'extraction_questions' is empty: there is nothing to ask")
-        seen = {_plainly(question): i for i, question in enumerate(settled["extraction_questions"])}
-        for i, question in enumerate(settled["evaluation_questions"]):
-            if _plainly(question) in seen: raise PersonaError(f"{at}'evaluation_questions'[{i}] occurs among the extraction questions too, as [{seen[_plainly(question)]}]: {question!r}. "
-                                                              "The two lists must not overlap, or the evaluation is on questions the vector was made from")
-        missing = [place for place in ("{question}", "{answer}") if place not in _text(self.judge_prompt, at + "'judge_prompt'")]
-        if missing: raise PersonaError(f"{at}'judge_prompt' lacks the place {' and '.join(missing)}, so the judge would not see what it is to grade")
-        for name, value in settled.items(): object.__setattr__(self, name, value)
+    def __post_init__(self) -> None:
+        for name, value in _checked_fields(self).items():
+            object.__setattr__(self, name, value)
 
     @property
     def fingerprint(self) -> str:
         "16 hexadecimal digits over all texts."
-        return fingerprint(self.name, self.prompt_pairs, self.extraction_questions, self.evaluation_questions, self.judge_prompt)
+        return fingerprint(self.name, self.prompt_pairs, self.extraction_questions, self.evaluation_questions,
+                           self.judge_prompt)
 
-    def __repr__(self): return f"Trait({self.name!r}, {len(self.prompt_pairs)} prompt pairs, {len(self.extraction_questions)} extraction and {len(self.evaluation_questions)} evaluation questions)"
-    def _repr_html_(self): return _trait_html(self)
+    def __repr__(self) -> str:
+        return (f"Trait({self.name!r}, {len(self.prompt_pairs)} prompt pairs, "
+                f"{len(self.extraction_questions)} extraction and {len(self.evaluation_questions)} "
+                "evaluation questions)")
 
-def _trait_html(trait) -> str:
+    def _repr_html_(self) -> str:
+        return _trait_html(self)
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #checked-fields
+def _checked_fields(trait: Trait) -> dict[str, tuple]:
+    "The lists of a trait as tuples, with everything checked."
+    at = f"{trait.source}: the field "
+    _text(trait.name, f"{at}'name'")
+    pairs = _checked_pairs(trait.prompt_pairs, f"{at}'prompt_pairs'")
+    extraction = _checked_questions(trait.extraction_questions, f"{at}'extraction_questions'")
+    evaluation = _checked_questions(trait.evaluation_questions, f"{at}'evaluation_questions'")
+    _check_no_overlap(extraction, evaluation, at)
+    _check_judge_prompt(trait.judge_prompt, at)
+    return dict(prompt_pairs=pairs, extraction_questions=extraction, evaluation_questions=evaluation)
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #trait-html
+def _trait_html(trait: Trait) -> str:
     "Headline, the prompt pairs and the first questions; everything escaped."
-    pairs = "".join(f"<tr><td style='text-align:left;vertical-align:top'>{escape(a)}</td><td style='text-align:left;vertical-align:top'>{escape(b)}</td></tr>" for a, b in trait.prompt_pairs)
+    cell, head = "text-align:left;vertical-align:top", "text-align:left;padding-right:1em"
+    pairs = "".join(f"<tr><td style='{cell}'>{escape(a)}</td><td style='{cell}'>{escape(b)}</td></tr>"
+                    for a, b in trait.prompt_pairs)
     questions = "".join(f"<li>{escape(question)}</li>" for question in trait.extraction_questions[:3])
     return (f"<div style='max-width:64em'><b>{escape(repr(trait))}</b><p>{escape(trait.description)}</p>"
-            f"<table><tr><th style='text-align:left;padding-right:1em'>positive system prompt</th><th style='text-align:left;padding-right:1em'>negative</th></tr>{pairs}</table><small>First questions:<ul>{questions}</ul></small></div>")
+            f"<table><tr><th style='{head}'>positive system prompt</th><th style='{head}'>negative</th></tr>"
+            f"{pairs}</table><small>First questions:<ul>{questions}</ul></small></div>")
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #000c
-def _trait_folder(): return importlib.resources.files("concept_tda")/"bundled"/"traits"
+def _trait_folder() -> Any:
+    "Where the bundled traits are: a folder, or a place in an archive."
+    return importlib.resources.files("concept_tda")/"bundled"/"traits"
 
 def traits() -> list[str]: # Names `load_trait` knows
     "The traits that come with the library."
-    return sorted(file.name.removesuffix(".json") for file in _trait_folder().iterdir() if file.name.endswith(".json"))
+    return sorted(file.name.removesuffix(".json") for file in _trait_folder().iterdir()
+                  if file.name.endswith(".json"))
 
-def _read_record(path) -> dict:
+# %% ../../nbs/40_concepts/02_personas.ipynb #read-record
+def _read_record(path: str | Path) -> dict[str, Any]:
     "A JSON object from a file."
-    try: record = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as err: raise PersonaError(f"cannot read the trait file {path}: {err.strerror}") from err
-    except ValueError as err: raise PersonaError(f"{path} is not JSON: {err}") from err
-    if not isinstance(record, dict): raise PersonaError(f"{path} should hold one JSON object, and holds a {type(record).__name__}")
-    return record
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as err:
+        raise PersonaError(f"cannot read the trait file {path}: {err.strerror}") from err
+    except ValueError as err:
+        raise PersonaError(f"{path} is not JSON: {err}") from err
+    if isinstance(record, dict): return record
+    raise PersonaError(f"{path} should hold one JSON object, and holds a {type(record).__name__}")
 
-def _pairs_of(record, field, sides, path):
+# %% ../../nbs/40_concepts/02_personas.ipynb #fields
+def _require_fields(record: dict, fields: tuple[str, ...], path: str | Path | None) -> None:
+    "Raise for what is not there."
+    missing = [name for name in fields if name not in record]
+    if not missing: return
+    one = len(missing) == 1
+    raise PersonaError(
+        f"{path}: the field{'' if one else 's'} {', '.join(map(repr, missing))} {'is' if one else 'are'} "
+        f"missing. A trait has {', '.join(map(repr, fields))}")
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #pairs-of
+def _pairs_of(record: dict, field: str, sides: tuple[str, str], path: Path) -> tuple[tuple[str, str], ...]:
     "The (positive, negative) prompts of a record."
     pairs = record[field]
-    if not isinstance(pairs, list): raise PersonaError(f"{path}: the field {field!r} should be a list of pairs, and is {type(pairs).__name__}")
+    if not isinstance(pairs, list):
+        raise PersonaError(f"{path}: the field {field!r} should be a list of pairs, "
+                           f"and is {type(pairs).__name__}")
     for i, pair in enumerate(pairs):
         lacking = [side for side in sides if not isinstance(pair, dict) or side not in pair]
-        if lacking: raise PersonaError(f"{path}: the field {field!r}[{i}] lacks {' and '.join(map(repr, lacking))}")
-    return [tuple(pair[side] for side in sides) for pair in pairs]
+        if lacking:
+            raise PersonaError(f"{path}: the field {field!r}[{i}] lacks {' and '.join(map(repr, lacking))}")
+    return tuple((pair[sides[0]], pair[sides[1]]) for pair in pairs)
 
-def _require_fields(record, fields, path):
-    "Raise for what is not there."
-    if missing := [name for name in fields if name not in record]:
-        raise PersonaError(f"{path}: the field{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'} missing. A trait has {', '.join(map(repr, fields))}")
+# %% ../../nbs/40_concepts/02_personas.ipynb #own-layout
+def _own_layout(record: dict[str, Any], path: Path) -> Trait:
+    "Our own form."
+    fields = ("name", "description", "prompt_pairs", "extraction_questions", "evaluation_questions",
+              "judge_prompt")
+    _require_fields(record, fields, path)
+    pairs = _pairs_of(record, "prompt_pairs", _SIDES, path)
+    return Trait(record["name"], record["description"], pairs, record["extraction_questions"],
+                 record["evaluation_questions"], record["judge_prompt"], source=str(path))
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #persona-vectors
+def _persona_vectors_layout(record: dict[str, Any], path: Path, evaluation: str | Path | None) -> Trait:
+    """That of the Persona Vectors repository: questions to extract and to evaluate with in two files of
+    one name."""
+    _require_fields(record, ("instruction", "questions", "eval_prompt"), path)
+    neighbour = path.resolve().parent.parent/"trait_data_eval"/path.name
+    if evaluation is None and neighbour.is_file() and neighbour != path.resolve():
+        evaluation = neighbour
+    others: dict[str, Any] = {"questions": []} if evaluation is None else _read_record(evaluation)
+    _require_fields(others, ("questions",), evaluation)
+    pairs = _pairs_of(record, "instruction", ("pos", "neg"), path)
+    return Trait(path.stem, str(record.get("description", "")), pairs, record["questions"],
+                 others["questions"], record["eval_prompt"], source=str(path))
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #000d
 def load_trait(
-    name_or_path,           # One of `traits()`, or a JSON file of your own or of Persona Vectors
+    name_or_path: str | Path, # One of `traits()`, or a JSON file of your own or of Persona Vectors
     *,
-    evaluation=None,        # For the Persona Vectors layout: the file with the evaluation questions
+    evaluation: str | Path | None = None, # For the Persona Vectors layout: the file of evaluation questions
 ) -> Trait:
-    "Read a trait. Raises `PersonaError` naming file and field where a part is missing, doubled or overlapping."
+    """Read a trait. Raises `PersonaError` naming file and field where a part is missing, doubled or
+    overlapping."""
     if str(name_or_path) in traits():
-        with importlib.resources.as_file(_trait_folder()/f"{name_or_path}.json") as path: return _own_layout(_read_record(path), path.name)
+        with importlib.resources.as_file(_trait_folder()/f"{name_or_path}.json") as path:
+            return _own_layout(_read_record(path), Path(path.name))
     path = Path(name_or_path)
-    if not path.is_file(): raise PersonaError(f"there is no trait {str(name_or_path)!r}: the library has {', '.join(traits())}; anything else is the path of a JSON file")
+    if not path.is_file():
+        raise PersonaError(f"there is no trait {str(name_or_path)!r}: the library has {', '.join(traits())}; "
+                           "anything else is the path of a JSON file")
     record = _read_record(path)
-    return _persona_vectors_layout(record, path, evaluation) if "instruction" in record else _own_layout(record, path)
-
-def _own_layout(record, path) -> Trait:
-    "Our own form."
-    fields = ("name", "description", "prompt_pairs", "extraction_questions", "evaluation_questions", "judge_prompt")
-    _require_fields(record, fields, path)
-    values = {name: record[name] for name in fields}
-    return Trait(**values | {"prompt_pairs": _pairs_of(record, "prompt_pairs", ("positive", "negative"), path)}, source=str(path))
-
-def _persona_vectors_layout(record, path, evaluation) -> Trait:
-    "The form of the Persona Vectors repository: questions for extraction and for evaluation lie in two files of the same name."
-    fields = ("instruction", "questions", "eval_prompt")
-    _require_fields(record, fields, path)
-    neighbour = path.resolve().parent.parent/"trait_data_eval"/path.name
-    if evaluation is None and neighbour.is_file() and neighbour != path.resolve(): evaluation = neighbour
-    others = _read_record(evaluation) if evaluation is not None else {"questions": []}
-    _require_fields(others, ("questions",), evaluation)
-    pairs = _pairs_of(record, "instruction", ("pos", "neg"), path)
-    return Trait(path.stem, str(record.get("description", "")), pairs, record["questions"], others["questions"], record["eval_prompt"], source=str(path))
+    if "instruction" in record: return _persona_vectors_layout(record, path, evaluation)
+    return _own_layout(record, path)
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #0011
-def _asked(trait, samples) -> Conversations:
+def _asked(trait: Trait, samples: int) -> Conversations:
     "All questions under all system prompts, the positive before the negative one of each contrast."
-    asked = []
-    for pair, prompts in enumerate(trait.prompt_pairs):
-        for number, question in enumerate(trait.extraction_questions):
-            for sample in range(samples):
-                for side, system in zip(("positive", "negative"), prompts):
-                    about = dict(trait=trait.name, side=side, contrast=len(asked)//2, prompt_pair=pair, question=number, sample=sample)
-                    asked.append(Conversation(({"role": "system", "content": system}, {"role": "user", "content": question}), metadata=about))
-    return Conversations(asked, f"{trait.name}, positive and negative")
+    chats = []
+    cases = product(enumerate(trait.prompt_pairs), enumerate(trait.extraction_questions), range(samples))
+    for contrast, ((pair, prompts), (number, question), sample) in enumerate(cases):
+        for side, system in zip(_SIDES, prompts):
+            about = dict(trait=trait.name, side=side, contrast=contrast, prompt_pair=pair, question=number,
+                         sample=sample)
+            messages = ({"role": "system", "content": system}, {"role": "user", "content": question})
+            chats.append(Conversation(messages, metadata=about))
+    return Conversations(chats, f"{trait.name}, positive and negative")
 
+# %% ../../nbs/40_concepts/02_personas.ipynb #ratings
 _RATED_AT_ONCE = 64  # what a kill can lose
 
-def _ratings(judge, answers, folder, progress) -> np.ndarray:
-    "What a judge gives each answer [N]; nan where it gives nothing. It sees question and answer, never the system prompt that caused it."
+def _ratings(judge: Any, answers: Conversations, folder: str | Path | None, progress: bool) -> np.ndarray:
+    "What a judge gives each answer [N]; nan where it gives nothing, or where there is no judge."
     if judge is None: return np.full(len(answers), np.nan)
-    if not hasattr(judge, "rate"): raise PersonaError(f"{judge!r} judges models, not answers: the filter needs a judge with rate(conversations), such as OpenAIJudge, LocalJudge or FunctionJudge")
-    shown = Conversations([Conversation(tuple(m for m in c.messages if m["role"] != "system")) for c in answers], answers.name)
-    store = BlockStore(Path(folder)/"ratings" if folder else cache_folder("ratings"), dict(kind="ratings", code=code_version(), judge=judge.fingerprint))
-    for damaged in store.verify(): store.discard(damaged)
+    shown = Conversations([_without_system(c) for c in answers], answers.name)
+    store = BlockStore(Path(folder)/"ratings" if folder else cache_folder("ratings"),
+                       dict(kind="ratings", code=code_version(), judge=judge.fingerprint))
+    for damaged in store.verify():
+        store.discard(damaged)
     values, done = [], store.names()
     for start in range(0, len(shown), _RATED_AT_ONCE):
         part = shown[start:start + _RATED_AT_ONCE]
-        if (name := fingerprint(part.ids)) not in done: store.write(name, {"values": np.asarray(judge.rate(part, progress=progress), np.float64)})
+        name = fingerprint(part.ids)
+        if name not in done:
+            store.write(name, {"values": np.asarray(judge.rate(part, progress=progress), np.float64)})
         values.append(store.read(name)["values"])
     return np.concatenate(values)
 
-def _kept(positive, negative, filtering, coherent, threshold, coherence_threshold) -> np.ndarray:
-    "[contrasts] bool: the filter of Chen et al. 2025. `positive`, `negative`: score, coherence and emptiness by column."
-    kept = ~positive["empty"] & ~negative["empty"]
-    if filtering: kept &= (positive["score"] >= threshold) & (negative["score"] < threshold)
-    if coherent: kept &= (positive["coherence"] >= coherence_threshold) & (negative["coherence"] >= coherence_threshold)
-    return kept.to_numpy()
+# %% ../../nbs/40_concepts/02_personas.ipynb #without-system
+def _without_system(chat: Conversation) -> Conversation:
+    "The chat without its system prompts."
+    return Conversation(tuple(m for m in chat.messages if m["role"] != "system"))
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #filter
+@dataclass(frozen=True)
+class _Filter:
+    "Which contrasts are kept: by whom, and from which score on."
+    judge: Any                   # Does the answer show the trait? None keeps all
+    coherence: Any               # Is the answer coherent? None does not ask
+    threshold: float             # The positive answer scores at least this, the negative one less
+    coherence_threshold: float   # Both answers are at least this coherent
+
+    def check(self) -> None:
+        "Refuse judges that cannot rate answers."
+        for name in ("judge", "coherence"):
+            judge = getattr(self, name)
+            if judge is None or hasattr(judge, "rate"): continue
+            raise PersonaError(f"{name}={judge!r} judges models, not answers: the filter needs a judge with "
+                               "rate(conversations), such as OpenAIJudge, LocalJudge or FunctionJudge")
+
+    def kept(self, table: pd.DataFrame) -> np.ndarray:
+        """[contrasts] bool. Rows of `table` are answers, positive and negative in turn: score, coherence,
+        empty."""
+        positive, negative = (table[start::2].reset_index(drop=True) for start in (0, 1))
+        kept = ~positive["empty"] & ~negative["empty"]
+        if self.judge is not None:
+            kept &= (positive["score"] >= self.threshold) & (negative["score"] < self.threshold)
+        if self.coherence is not None:
+            for side in (positive, negative):
+                kept &= side["coherence"] >= self.coherence_threshold
+        return np.asarray(kept, dtype=bool)
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #samples
+def _trait_of(trait: Trait | str | Path) -> Trait:
+    "The trait, read where only its name is given."
+    return trait if isinstance(trait, Trait) else load_trait(trait)
+
+def _check_samples(samples: int, temperature: float) -> None:
+    "Refuse samples that would all be the same."
+    if samples < 1: raise PersonaError(f"samples={samples}: at least one answer to each question is needed")
+    if samples > 1 and not temperature:
+        raise PersonaError(f"{samples} greedy answers to one question are all the same: "
+                           "set temperature=1.0, or samples=1")
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #scored
+def _with_scores(answers: Conversations, table: pd.DataFrame, kept: np.ndarray) -> list[Conversation]:
+    "The answers with what the judges gave them, and whether they are kept, in their metadata."
+    scored = zip(answers, table["score"], table["coherence"], kept)
+    return [Conversation(c.messages, metadata=c.metadata | dict(
+        trait_score=float(score), coherence_score=float(coherence), kept=bool(keep)))
+        for c, score, coherence, keep in scored]
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #0012
 def persona_responses(
-    lm,                                # `LanguageModel` that plays the parts
-    trait,                             # `Trait`, or what `load_trait` reads
+    lm: LanguageModel,                 # The model that plays the parts
+    trait: Trait | str | Path,         # A trait, or what `load_trait` reads
     *,
-    judge = None,                      # Judge with `rate`: does the answer show the trait? None keeps all
-    coherence = None,                  # Judge with `rate`: is the answer coherent? None does not ask
+    judge: Any = None,                 # Judge with `rate`: does the answer show the trait? None keeps all
+    coherence: Any = None,             # Judge with `rate`: is the answer coherent? None does not ask
     samples: int = 1,                  # Answers to each question under each system prompt (the paper: 10)
     temperature: float = 1.0,          # Of the answers
     max_new_tokens: int = 80,          # Longest answer in tokens
@@ -211,63 +359,143 @@ def persona_responses(
     folder: str | Path | None = None,  # Where answers and verdicts are kept; the library's cache when None
     batch_size: int = 8,               # Prompts answered at a time
     progress: bool = True,             # Show progress bars
-) -> Conversations:                    # With metadata side, contrast, prompt_pair, question, sample, trait_score, coherence_score, kept …
-    "The model's answers under both kinds of system prompt, with the judges' scores; the positive and the negative answer of a contrast follow each other. Raises `PersonaError`, `ModelError`, `JudgeError`."
-    trait = trait if isinstance(trait, Trait) else load_trait(trait)
-    if samples < 1: raise PersonaError(f"samples={samples}: at least one answer to each question is needed")
-    if samples > 1 and not temperature: raise PersonaError(f"{samples} greedy answers to one question are all the same: set temperature=1.0, or samples=1")
-    for name, other in (("judge", judge), ("coherence", coherence)):
-        if other is not None and not hasattr(other, "rate"): raise PersonaError(f"{name}={other!r} judges models, not answers: the filter needs a judge with rate(conversations), such as OpenAIJudge, LocalJudge or FunctionJudge")
-    answers = cached_generate(lm, _asked(trait, samples), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
-                              folder=Path(folder)/"answers" if folder else None, progress=progress)
-    table = pd.DataFrame({"score": _ratings(judge, answers, folder, progress), "coherence": _ratings(coherence, answers, folder, progress), "empty": [not c.response for c in answers]})
-    sides = [table[start::2].reset_index(drop=True) for start in (0, 1)]
-    kept = np.repeat(_kept(*sides, judge is not None, coherence is not None, threshold, coherence_threshold), 2)
-    scored = zip(answers, table["score"], table["coherence"], kept)
-    return Conversations([Conversation(c.messages, metadata=c.metadata | dict(trait_score=float(score), coherence_score=float(fluency), kept=bool(keep))) for c, score, fluency, keep in scored],
-                         f"{trait.name}: answers of {lm.name}")
+) -> Conversations:                    # With metadata side, contrast, question, trait_score, kept …
+    """The model's answers under both kinds of system prompt, with the judges' scores; the positive and the
+    negative answer of a contrast follow each other. Raises `PersonaError`, `ModelError`, `JudgeError`."""
+    trait, rule = _trait_of(trait), _Filter(judge, coherence, threshold, coherence_threshold)
+    _check_samples(samples, temperature)
+    rule.check()
+    answers = cached_generate(
+        lm, _asked(trait, samples), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        batch_size=batch_size, folder=Path(folder)/"answers" if folder else None, progress=progress)
+    table = pd.DataFrame({"score": _ratings(judge, answers, folder, progress),
+                          "coherence": _ratings(coherence, answers, folder, progress),
+                          "empty": [not c.response for c in answers]})
+    kept = np.repeat(rule.kept(table), 2)
+    return Conversations(_with_scores(answers, table, kept), f"{trait.name}: answers of {lm.name}")
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #0018
-def _spread(values) -> str:
+def _spread(values: np.ndarray) -> str:
     "Lowest, median and highest of some scores, and how many are missing."
     given = values[~np.isnan(values)]
+    if not len(given): return f"none of {len(values)} has a score"
     missing = f", {len(values) - len(given)} without a score" if len(given) < len(values) else ""
-    return f"{given.min():.3g} / {np.median(given):.3g} / {given.max():.3g}{missing}" if len(given) else f"none of {len(values)} has a score"
+    return f"{given.min():.3g} / {np.median(given):.3g} / {given.max():.3g}{missing}"
 
-def _nothing_kept(trait, table, judge, coherence, threshold, coherence_threshold) -> str:
+# %% ../../nbs/40_concepts/02_personas.ipynb #nothing-kept
+_LOOK = (
+    "Look at the answers: persona_responses(...) with the same settings, which are kept. Does the model "
+    "follow its system prompt at all? Does the judge give numbers? Then try another threshold=, more "
+    "samples=, or judge=None, which keeps everything")
+
+def _nothing_kept(trait: Trait, table: pd.DataFrame, rule: _Filter) -> str:
     "Why no contrast passed the filter, in numbers."
-    sides = {side: table[table["side"] == side] for side in ("positive", "negative")}
-    lines = [f"the filter kept none of {len(table)//2} contrasts of the trait {trait.name!r}. Lowest / median / highest score:"]
-    if judge is not None: lines += [f"{judge.name}, {side} answers: {_spread(rows['trait_score'].to_numpy(float))} (needed: {'at least' if side == 'positive' else 'below'} {threshold:g})" for side, rows in sides.items()]
-    if coherence is not None: lines.append(f"{coherence.name}, all answers: {_spread(table['coherence_score'].to_numpy(float))} (needed: at least {coherence_threshold:g})")
-    if table["empty_answer"].any(): lines.append(f"{int(table['empty_answer'].sum())} of {len(table)} answers are empty")
-    return "\n".join(lines) + ("\nLook at the answers: persona_responses(...) with the same settings, which are kept. Does the model follow its system prompt at all? Does the judge give numbers? "
-                               "Then try another threshold=, more samples=, or judge=None, which keeps everything")
+    lines = [f"the filter kept none of {len(table)//2} contrasts of the trait {trait.name!r}. "
+             "Lowest / median / highest score:"]
+    if rule.judge is not None:
+        for side, needed in zip(_SIDES, ("at least", "below")):
+            scores = table.loc[table["side"] == side, "trait_score"].to_numpy(float)
+            lines.append(f"{rule.judge.name}, {side} answers: {_spread(scores)} "
+                         f"(needed: {needed} {rule.threshold:g})")
+    if rule.coherence is not None:
+        scores = table["coherence_score"].to_numpy(float)
+        lines.append(f"{rule.coherence.name}, all answers: {_spread(scores)} "
+                     f"(needed: at least {rule.coherence_threshold:g})")
+    n_empty = int(table["empty_answer"].to_numpy(bool).sum())
+    if n_empty:
+        lines += [f"{n_empty} of {len(table)} answers are empty"]
+    return "\n".join([*lines, _LOOK])
 
-def _filter_record(table, judge, coherence, threshold, coherence_threshold) -> dict:
+# %% ../../nbs/40_concepts/02_personas.ipynb #n-kept
+def _n_kept(table: pd.DataFrame) -> int:
+    "Contrasts that were kept; each is two rows of the table."
+    return int(table["kept"].to_numpy(bool).sum())//2
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #record
+def _filter_record(table: pd.DataFrame, rule: _Filter) -> dict[str, Any]:
     "What the filter did, for the provenance; the reasons for dropping may overlap."
-    kept, contrasts = int(table["kept"].sum())//2, len(table)//2
-    record = dict(contrasts_kept=kept, contrasts_dropped=contrasts - kept, contrasts_with_an_empty_answer=int(table["empty_answer"].to_numpy(bool).reshape(-1, 2).any(1).sum()))
-    rules = []
-    if judge is not None:
-        scores = table["trait_score"].to_numpy(float).reshape(-1, 2)
-        rules.append(f"{judge.name}: positive ≥ {threshold:g}, negative < {threshold:g}")
-        record |= dict(judge_fingerprint=judge.fingerprint, answers_without_a_score=int(np.isnan(scores).sum()),
-                       dropped_for_the_positive=int((~(scores[:, 0] >= threshold)).sum()), dropped_for_the_negative=int((~(scores[:, 1] < threshold)).sum()))
-    if coherence is not None:
-        scores = table["coherence_score"].to_numpy(float).reshape(-1, 2)
-        rules.append(f"{coherence.name}: both ≥ {coherence_threshold:g}")
-        record |= dict(coherence_fingerprint=coherence.fingerprint, dropped_for_coherence=int((~(scores >= coherence_threshold)).any(1).sum()))
-    return record | {"filter": "; ".join(rules) or "none: no judge was given, all answers count"}
+    kept, contrasts = _n_kept(table), len(table)//2
+    empty = table["empty_answer"].to_numpy(bool).reshape(-1, 2)
+    record: dict[str, Any] = dict(contrasts_kept=kept, contrasts_dropped=contrasts - kept,
+                                  contrasts_with_an_empty_answer=int(empty.any(1).sum()))
+    if rule.judge is not None:
+        record |= _trait_record(table, rule)
+    if rule.coherence is not None:
+        record |= _coherence_record(table, rule)
+    return record | {"filter": _rules(rule)}
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #trait-record
+def _trait_record(table: pd.DataFrame, rule: _Filter) -> dict[str, Any]:
+    "What the judge of the trait did."
+    scores = table["trait_score"].to_numpy(float).reshape(-1, 2)
+    return dict(judge_fingerprint=rule.judge.fingerprint, answers_without_a_score=int(np.isnan(scores).sum()),
+                dropped_for_the_positive=int((~(scores[:, 0] >= rule.threshold)).sum()),
+                dropped_for_the_negative=int((~(scores[:, 1] < rule.threshold)).sum()))
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #coherence-record
+def _coherence_record(table: pd.DataFrame, rule: _Filter) -> dict[str, Any]:
+    "What the judge of coherence did."
+    scores = table["coherence_score"].to_numpy(float).reshape(-1, 2)
+    broken = ~(scores >= rule.coherence_threshold)
+    return dict(coherence_fingerprint=rule.coherence.fingerprint,
+                dropped_for_coherence=int(broken.any(1).sum()))
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #rules
+def _rules(rule: _Filter) -> str:
+    "The filter in words."
+    rules, limit = [], rule.threshold
+    if rule.judge is not None:
+        rules += [f"{rule.judge.name}: positive ≥ {limit:g}, negative < {limit:g}"]
+    if rule.coherence is not None:
+        rules += [f"{rule.coherence.name}: both ≥ {rule.coherence_threshold:g}"]
+    return "; ".join(rules) or "none: no judge was given, all answers count"
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #sides
+def _kept_sides(
+    answers: Conversations, trait: Trait, layer: int | None, rule: _Filter,
+) -> tuple[Conversations, Conversations]:
+    "The kept answers with the trait and those without. Raises `PersonaError` where they give no concept."
+    table = answers.metadata
+    if not _n_kept(table): raise PersonaError(_nothing_kept(trait, table, rule))
+    n_questions = table.loc[table["kept"], "question"].nunique()
+    if layer is None and n_questions < 4:
+        raise PersonaError(
+            f"the contrasts kept ({_n_kept(table)} of {len(table)//2}) answer {n_questions} "
+            f"different questions of the trait {trait.name!r}, and a layer can be chosen with 4 or more: "
+            "give layer=, more questions, or more samples=")
+    kept = answers.filter(lambda c: c.metadata["kept"])
+    return (kept.filter(lambda c: c.metadata["side"] == "positive"),
+            kept.filter(lambda c: c.metadata["side"] == "negative"))
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #fitted
+def _fitted(
+    lm: LanguageModel, sides: tuple[Conversations, Conversations], layer: int | None, options: dict[str, Any],
+) -> tuple[Concept, dict[str, Any]]:
+    "The concept, and how its layer was chosen."
+    if layer is not None: return contrastive_concept(lm, *sides, layer, **options), {"layer_chosen": "given"}
+    sweep = sweep_layers(lm, *sides, **options)
+    aucs = zip(sweep.table["layer"], sweep.table["auc"])
+    return sweep.best, {"layer_chosen": "highest held-out AUC of all layers, ties by d′",
+                        "auc_by_layer": {str(layer): round(float(auc), 4) for layer, auc in aucs}}
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #asked-record
+def _asked_record(trait: Trait) -> dict[str, Any]:
+    "What was asked, for the provenance."
+    return dict(persona="answers of the model under contrasting system prompts (Chen et al. 2025)",
+                trait=trait.name, trait_source=trait.source, trait_fingerprint=trait.fingerprint,
+                prompt_pairs=len(trait.prompt_pairs), questions=len(trait.extraction_questions))
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #0019
 def persona_concept(
-    lm,                                # `LanguageModel` whose trait it is
-    trait,                             # `Trait`, or what `load_trait` reads: a name out of `traits()`, or a file
-    layer: int | None = None,          # l of `hidden_states[l]`; None takes the layer with the highest held-out AUC
+    lm: LanguageModel,                 # The model whose trait it is
+    trait: Trait | str | Path,         # A trait, or what `load_trait` reads: a name out of `traits()`, or a
+                                       # file
+    layer: int | None = None,          # l of `hidden_states[l]`; None takes the layer with the highest
+                                       # held-out AUC
     *,
-    judge = None,                      # Judge with `rate`: does the answer show the trait? None keeps all, and the provenance says so
-    coherence = None,                  # Judge with `rate`: is the answer coherent? None does not ask
+    judge: Any = None,                 # Judge with `rate`: does the answer show the trait? None keeps all,
+                                       # and the provenance says so
+    coherence: Any = None,             # Judge with `rate`: is the answer coherent? None does not ask
     samples: int = 1,                  # Answers to each question under each system prompt (the paper: 10)
     temperature: float = 1.0,          # Of the answers
     max_new_tokens: int = 80,          # Longest answer in tokens
@@ -279,274 +507,473 @@ def persona_concept(
     batch_size: int = 8,               # Prompts answered at a time
     progress: bool = True,             # Show progress bars
 ) -> Concept:
-    "A persona vector: mean activation of the kept answers with the trait minus that of those without (Chen et al. 2025; METHODS §2). Raises `PersonaError` where the filter keeps nothing."
-    trait = trait if isinstance(trait, Trait) else load_trait(trait)
-    if layer is not None: lm.check_layer(layer)  # before the long part
-    limits = dict(threshold=threshold, coherence_threshold=coherence_threshold)
-    answers = persona_responses(lm, trait, judge=judge, coherence=coherence, samples=samples, temperature=temperature, max_new_tokens=max_new_tokens, **limits, seed=seed, folder=folder, batch_size=batch_size, progress=progress)
-    table = answers.metadata
-    if not table["kept"].any(): raise PersonaError(_nothing_kept(trait, table, judge, coherence, **limits))
-    n_questions = table.loc[table["kept"], "question"].nunique()
-    if layer is None and n_questions < 4: raise PersonaError(f"the contrasts kept ({int(table['kept'].sum())//2} of {len(table)//2}) answer {n_questions} different questions of the trait {trait.name!r}, "
-                                                             "and a layer can be chosen with 4 or more: give layer=, more questions, or more samples=")
-    positive, negative = (answers.filter(lambda c: c.metadata["kept"] and c.metadata["side"] == side) for side in ("positive", "negative"))
+    """A persona vector: mean activation of the kept answers with the trait minus that of those without (Chen
+    et al. 2025; METHODS §2). Raises `PersonaError` where the filter keeps nothing."""
+    trait, rule = _trait_of(trait), _Filter(judge, coherence, threshold, coherence_threshold)
+    if layer is not None:
+        lm.check_layer(layer)  # before the long part
+    answers = persona_responses(
+        lm, trait, judge=judge, coherence=coherence, samples=samples, temperature=temperature,
+        max_new_tokens=max_new_tokens, threshold=threshold, coherence_threshold=coherence_threshold,
+        seed=seed, folder=folder, batch_size=batch_size, progress=progress)
     options = dict(name=trait.name, pooling=pooling, seed=seed, progress=progress)
-    if layer is None:
-        sweep = sweep_layers(lm, positive, negative, **options)
-        concept, chosen = sweep.best, {"layer_chosen": "highest held-out AUC of all layers, ties by d′", "auc_by_layer": {str(row.layer): round(float(row.auc), 4) for row in sweep.table.itertuples()}}
-    else: concept, chosen = contrastive_concept(lm, positive, negative, layer, **options), {"layer_chosen": "given"}
-    about = dict(persona="answers of the model under contrasting system prompts (Chen et al. 2025)", trait=trait.name, trait_source=trait.source, trait_fingerprint=trait.fingerprint, prompt_pairs=len(trait.prompt_pairs),
-                 questions=len(trait.extraction_questions), samples=samples, temperature=temperature, max_new_tokens=max_new_tokens, answers_cut=int(table["answer_cut"].sum()), seed=seed)
-    return replace(concept, provenance=concept.provenance | about | _filter_record(table, judge, coherence, **limits) | chosen)
+    concept, chosen = _fitted(lm, _kept_sides(answers, trait, layer, rule), layer, options)
+    n_cut = int(answers.metadata["answer_cut"].to_numpy(int).sum())
+    about = _asked_record(trait) | dict(samples=samples, temperature=temperature,
+                                        max_new_tokens=max_new_tokens, answers_cut=n_cut, seed=seed)
+    filtered = _filter_record(answers.metadata, rule)
+    return replace(concept, provenance=concept.provenance | about | filtered | chosen)
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #0020
 class SteeringError(ConceptTDAError):
     "A model that cannot be steered as asked."
 
-class _TurnFinder:
-    "Finds the assistant's tokens in token ids, by the marks the chat template sets around its turns."
-    def __init__(self, lm):
+# %% ../../nbs/40_concepts/02_personas.ipynb #spelling
+class _Spelling:
+    "Token ids as text."
+    def __init__(self, lm: LanguageModel):
         self.tokenizer, self.name = lm.tokenizer, lm.name
-        words = ["Zqalpha", "Zqbeta", "Zqgamma", "Zqdelta"]
-        probe = tokenize([{"messages": [{"role": role, "content": word} for role, word in zip(("user", "assistant")*2, words)]}], self.tokenizer)[0]
-        text, _ = self._spelled(probe.input_ids)
-        places = [text.find(word) for word in words]
-        if -1 in places: raise self._error("does not show what was said")
-        between = [text[at + len(word):after] for at, word, after in zip(places, words, places[1:])]
-        self.opening = os.path.commonprefix([between[0], between[2]])
-        self.prefaces = sorted({mark[len(self.opening):] for mark in (between[0], between[2])}, key=len)[::-1]  # some templates put an empty thought before a last answer
-        self.ending, self.closing = TemplateProfile.read(self.tokenizer).end_last.strip(), between[1]
-        asked = self._spelled(tokenize_prompts([{"messages": [{"role": "user", "content": words[0]}]}], self.tokenizer)[0])[0]
-        self.asking = asked[asked.find(words[0]) + len(words[0]):]
-        if not self.opening.strip() or not torch.equal(self._mask(probe.input_ids), probe.response_mask): raise self._error("sets no marks by which the assistant's turns can be told from the rest")
 
-    def _error(self, what): return SteeringError(f"the chat template of {self.name} {what}, so response positions cannot be found: steer with positions='all'")
-
-    def _spelled(self, ids):
+    def _spelled(self, ids: torch.Tensor) -> tuple[str, np.ndarray]:
         "The text of token ids, and the characters [start, end) of each token."
         pieces = readable_tokens(self.tokenizer, ids)
         ends = np.cumsum([len(piece) for piece in pieces])
         starts = ends - [len(piece) for piece in pieces]
-        return "".join(pieces), np.stack([starts, np.maximum(ends, starts + 1)], 1)  # a byte of a character counts as the character it begins
+        return "".join(pieces), np.stack([starts, np.maximum(ends, starts + 1)], 1)
 
-    def _mask(self, ids) -> torch.Tensor:
-        "True [T] on the assistant's tokens."
-        text, offsets = self._spelled(ids)
+    def _error(self, what: str) -> SteeringError:
+        return SteeringError(f"the chat template of {self.name} {what}, so response positions cannot be "
+                             "found: steer with positions='all'")
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #marks
+_WORDS = ("Zqalpha", "Zqbeta", "Zqgamma", "Zqdelta")
+
+class _TurnMarks(_Spelling):
+    "The marks that a chat template sets around the assistant's turns."
+    def __init__(self, lm: LanguageModel):
+        super().__init__(lm)
+        roles = ("user", "assistant")*2
+        messages = [{"role": role, "content": word} for role, word in zip(roles, _WORDS)]
+        self.probe = tokenize([{"messages": messages}], self.tokenizer)[0]
+        between = self._between(self._spelled(self.probe.input_ids)[0])
+        self.opening = os.path.commonprefix([between[0], between[2]])
+        rest = {mark[len(self.opening):] for mark in (between[0], between[2])}
+        self.prefaces = sorted(rest, key=len, reverse=True)
+        self.ending, self.closing = TemplateProfile.read(self.tokenizer).end_last.strip(), between[1]
+        prompt = tokenize_prompts([{"messages": messages[:1]}], self.tokenizer)[0]
+        asked = self._spelled(prompt)[0]
+        self.asking = asked[asked.find(_WORDS[0]) + len(_WORDS[0]):]
+
+    def _between(self, text: str) -> list[str]:
+        "What the template writes between the words."
+        places = [text.find(word) for word in _WORDS]
+        if -1 in places: raise self._error("does not show what was said")
+        return [text[at + len(word):after] for at, word, after in zip(places, _WORDS, places[1:])]
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #finder
+class _Turns(_TurnMarks):
+    "The assistant's turns in a text."
+    def _turns(self, text: str) -> list[tuple[int, int]]:
+        "Characters [start, end) of each turn, its ending included."
         spans, at = [], text.find(self.opening)
         while at >= 0:
             start = at + len(self.opening)
             start += next((len(preface) for preface in self.prefaces if text.startswith(preface, start)), 0)
             end = text.find(self.ending or self.closing, start)
-            end = len(text) + 1 if end < 0 else end + len(self.ending)  # unfinished: to the end, half a character included
+            # an unfinished turn goes to the end, half a character included
+            end = len(text) + 1 if end < 0 else end + len(self.ending)
             spans.append((start, end))
             at = text.find(self.opening, end)
-        if not spans and not (self.asking and text.endswith(self.asking)):
-            raise SteeringError(f"a text given to {self.name} holds no turn of the assistant, so it has no response positions: {text[:80]!r}… Steer with positions='all', or use the chat template")
-        return torch.from_numpy(response_mask(offsets, spans))
+        return spans
 
-    def mask(self, ids_BT, attention_BT) -> torch.Tensor:
+# %% ../../nbs/40_concepts/02_personas.ipynb #turn-finder
+class _TurnFinder(_Turns):
+    "Finds the assistant's tokens in token ids, by the marks the chat template sets around its turns."
+    def __init__(self, lm: LanguageModel):
+        super().__init__(lm)
+        probe = self.probe
+        if self.opening.strip() and torch.equal(self._mask(probe.input_ids), probe.response_mask): return
+        raise self._error("sets no marks by which the assistant's turns can be told from the rest")
+
+    def _mask(self, ids: torch.Tensor) -> torch.Tensor:
+        "True [T] on the assistant's tokens."
+        text, offsets = self._spelled(ids)
+        spans = self._turns(text)
+        if spans or (self.asking and text.endswith(self.asking)):
+            return torch.from_numpy(response_mask(offsets, spans))
+        raise SteeringError(
+            f"a text given to {self.name} holds no turn of the assistant, so it has no response positions: "
+            f"{text[:80]!r}… Steer with positions='all', or use the chat template")
+
+    def mask(self, ids_BT: torch.Tensor, attention_BT: torch.Tensor | None) -> torch.Tensor:
         "True [B, T] on the assistant's tokens; padding, on either side, is False."
         found_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
-        there_BT = torch.ones_like(found_BT) if attention_BT is None or attention_BT.ndim != 2 else attention_BT.bool().cpu()
-        for row, (ids_T, there_T) in enumerate(zip(ids_BT.cpu(), there_BT)): found_BT[row, there_T] = self._mask(ids_T[there_T])
+        there_BT = torch.ones_like(found_BT)
+        if attention_BT is not None and attention_BT.ndim == 2:
+            there_BT = attention_BT.bool().cpu()
+        for row, (ids_T, there_T) in enumerate(zip(ids_BT.cpu(), there_BT)):
+            found_BT[row, there_T] = self._mask(ids_T[there_T])
         return found_BT.to(ids_BT.device)
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #0022
-def _n_cached(past) -> int:
+def _n_cached(past: Any) -> int:
     "How many tokens a cache holds."
     if past is None: return 0
     return int(past.get_seq_length()) if hasattr(past, "get_seq_length") else past[0][0].shape[-2]
 
-def _steering_parameters(lm): return [name for name, _ in lm.model.named_parameters() if name.rsplit(".", 1)[-1].startswith("steering_")]
+def _steering_parameters(lm: LanguageModel) -> list[str]:
+    "Names of the vectors that the model is pushed along at present."
+    names = [name for name, _ in lm.model.named_parameters()]
+    return [name for name in names if name.rsplit(".", 1)[-1].startswith("steering_")]
 
+# %% ../../nbs/40_concepts/02_personas.ipynb #around-forward
 @contextmanager
-def _around_forward(module, after):
+def _around_forward(module: torch.nn.Module, after: Callable) -> Iterator[None]:
     "`after` is applied to what `module.forward` returns."
     own, forward = vars(module).get("forward"), module.forward
     module.forward = wraps(forward)(lambda *args, **kwargs: after(forward(*args, **kwargs)))
-    try: yield
+    try:
+        yield
     finally:
-        if own is None: del module.forward
-        else: module.forward = own
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
+# %% ../../nbs/40_concepts/02_personas.ipynb #push-class
+class _Push:
+    "A vector that is added to what a block gives, where the assistant speaks or everywhere."
+    def __init__(self, block: torch.nn.Module, name: str, finder: _TurnFinder | None):
+        self.block, self.name, self.finder = block, name, finder
+        self.mask_BT: torch.Tensor | None = None
+
+    def find_positions(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        "Before the model: which tokens are the assistant's."
+        if self.finder is None: return
+        ids_BT = kwargs.get("input_ids", args[0] if args else None)
+        if ids_BT is None:
+            raise SteeringError("a pass without input_ids (with embeddings instead) has no turns to find: "
+                                "steer with positions='all'")
+        # with a prompt in the cache, what comes now the assistant says
+        said = _n_cached(kwargs.get("past_key_values")) > 0
+        self.mask_BT = torch.ones_like(ids_BT, dtype=torch.bool) if said \
+            else self.finder.mask(ids_BT, kwargs.get("attention_mask"))
+
+    def pushed(self, hidden_BTd: torch.Tensor) -> torch.Tensor:
+        "The hidden states with the vector added."
+        vector_d = getattr(self.block, self.name).to(hidden_BTd)
+        if self.finder is None: return hidden_BTd + vector_d
+        if self.mask_BT is None:
+            raise SteeringError("a block was called without its model, so there are no token ids to find "
+                                "turns in: steer with positions='all'")
+        return hidden_BTd + self.mask_BT.to(hidden_BTd.device)[..., None]*vector_d
+
+    def after(self, output: Any) -> Any:
+        "Behind a block: its output pushed."
+        return (self.pushed(output[0]), *output[1:]) if isinstance(output, tuple) else self.pushed(output)
+
+    def into(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        "Before the first block: its input pushed."
+        if args: return (self.pushed(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self.pushed(kwargs["hidden_states"])}
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #fasten
+def _fasten(stack: ExitStack, push: _Push, concept: Concept) -> None:
+    "Put the push around its block until the stack is closed."
+    block = push.block
+    if concept.layer == 0:
+        stack.callback(block.register_forward_pre_hook(push.into, with_kwargs=True).remove)
+    elif "_hf_hook" in vars(block):
+        hook = block.register_forward_hook(lambda module, args, output: push.after(output))
+        stack.callback(hook.remove)
+    else:
+        stack.enter_context(_around_forward(block, push.after))
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #called-models
+def _called_models(lm: LanguageModel) -> list[torch.nn.Module]:
+    "The model, and the one inside where an adapter is around it."
+    model: Any = lm.model
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return [model] if inner is model else [model, inner]
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #steer
 @contextmanager
 def steer(
-    lm,                            # `LanguageModel`
-    concept,                       # `Concept`; its layer is where the model is pushed
-    strength: float,               # α, in units of the concept's own norm; negative pushes away from the behaviour
+    lm: LanguageModel,             # The model
+    concept: Concept,              # Its layer is where the model is pushed
+    strength: float,               # α, in units of the concept's own norm; negative pushes away from the
+                                   # behaviour
     *,
-    positions: str = "response",   # "response": tokens of the assistant, given or being generated; "all": every token
-):                                 # Within the context the model is steered; yields `lm`
-    "h_l += α v (METHODS §2). Works with batches padded on either side, with generation, and twice over; leaves nothing behind. Raises `ConceptError`, `SteeringError`."
-    if positions not in ("response", "all"): raise SteeringError(f"positions={positions!r} is not known: 'response' or 'all'")
-    if not np.isfinite(strength): raise SteeringError(f"strength={strength!r} is not a finite number")
+    positions: str = "response",   # "response": tokens of the assistant, given or generated; "all": every
+                                   # token
+) -> Iterator[LanguageModel]:      # Within the context the model is steered; yields `lm`
+    """h_l += α v (METHODS §2). Works with batches padded on either side, with generation, and twice over;
+    leaves nothing behind. Raises `ConceptError`, `SteeringError`."""
+    _check_push(strength, positions)
     before = _steering_parameters(lm)
-    concept.check(lm, allow_other_model=bool(before))  # a model that is steered already has another fingerprint
-    finder, now = _TurnFinder(lm) if positions == "response" else None, {}
-
-    def find_positions(module, args, kwargs):
-        ids_BT = kwargs.get("input_ids", args[0] if args else None)
-        if ids_BT is None: raise SteeringError("a pass without input_ids (with embeddings instead) has no turns to find: steer with positions='all'")
-        said = _n_cached(kwargs.get("past_key_values")) > 0  # the prompt is in the cache; what comes now the assistant says
-        now["mask"] = torch.ones_like(ids_BT, dtype=torch.bool) if said else finder.mask(ids_BT, kwargs.get("attention_mask"))
-
-    def push(hidden_BTd):
-        vector_d = getattr(block, name).to(hidden_BTd)
-        return hidden_BTd + (vector_d if finder is None else now["mask"].to(hidden_BTd.device)[..., None]*vector_d)
-
-    def after(output): return (push(output[0]), *output[1:]) if isinstance(output, tuple) else push(output)
-    def into(module, args, kwargs): return ((push(args[0]), *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": push(kwargs["hidden_states"])})
-
+    # a model that is steered already has another fingerprint
+    concept.check(lm, allow_other_model=bool(before))
     block, name = lm.blocks[max(concept.layer - 1, 0)], f"steering_{positions}_{len(before)}"
-    like = next(block.parameters())
+    push = _Push(block, name, _TurnFinder(lm) if positions == "response" else None)
+    norm = concept.norm or 0.0  # every concept that was made has one
+    vector_d = (strength*norm*concept.direction.double()).to(next(block.parameters()))
     with ExitStack() as stack:
-        block.register_parameter(name, torch.nn.Parameter((strength*concept.norm*concept.direction.double()).to(like), requires_grad=False))
+        block.register_parameter(name, torch.nn.Parameter(vector_d, requires_grad=False))
         stack.callback(delattr, block, name)
-        if concept.layer == 0: stack.callback(block.register_forward_pre_hook(into, with_kwargs=True).remove)
-        elif "_hf_hook" in vars(block): stack.callback(block.register_forward_hook(lambda module, args, output: after(output)).remove)  # accelerate owns `forward` there
-        else: stack.enter_context(_around_forward(block, after))
-        models = {id(model): model for model in (lm.model, lm.model.get_base_model() if hasattr(lm.model, "peft_config") else lm.model)}  # either may be called
-        if finder: stack.callback(lambda hooks: [hook.remove() for hook in hooks], [model.register_forward_pre_hook(find_positions, with_kwargs=True) for model in models.values()])
+        _fasten(stack, push, concept)
+        for model in _called_models(lm) if push.finder else ():
+            stack.callback(model.register_forward_pre_hook(push.find_positions, with_kwargs=True).remove)
         yield lm
 
+# %% ../../nbs/40_concepts/02_personas.ipynb #check-push
+def _check_push(strength: float, positions: str) -> None:
+    "Refuse what is no push."
+    if positions not in ("response", "all"):
+        raise SteeringError(f"positions={positions!r} is not known: 'response' or 'all'")
+    if not np.isfinite(strength): raise SteeringError(f"strength={strength!r} is not a finite number")
+
 # %% ../../nbs/40_concepts/02_personas.ipynb #0026
-def _judged(lm, concept, strength, judge, positions) -> Evaluation:
+def _steered(lm: LanguageModel, concept: Concept, strength: float, positions: str) -> AbstractContextManager:
+    "The context in which the model is pushed; without a push at strength 0."
+    return steer(lm, concept, strength, positions=positions) if strength else ExitStack()
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #judged
+def _judged(lm: LanguageModel, concept: Concept, strength: float, judge: Any, positions: str) -> Evaluation:
     "What the judge says of the steered model. Where answers are rated, only the answering is steered."
-    def steered(): return steer(lm, concept, strength, positions=positions) if strength else ExitStack()
     if not hasattr(judge, "rate"):
-        with steered(): return judge.evaluate(lm, progress=False)
+        with _steered(lm, concept, strength, positions):
+            return judge.evaluate(lm, progress=False)
     start, ids = time.perf_counter(), judge.questions.ids*judge.samples if judge.questions is not None else []
     try:
-        with steered(): answers = judge.answer(lm, progress=False)
+        with _steered(lm, concept, strength, positions):
+            answers = judge.answer(lm, progress=False)
         values = judge.rate(answers, progress=False)
     except JudgeError as err:
         if strength == 0 or "empty answer to every prompt" not in str(err): raise
         answers, values = None, np.full(len(ids), np.nan)  # steered so far that it falls silent
-    return Evaluation(judge.name, judge.unit, ids, values, answers, dict(judge_fingerprint=judge.fingerprint, model=lm.name), time.perf_counter() - start)
+    about = dict(judge_fingerprint=judge.fingerprint, model=lm.name)
+    return Evaluation(judge.name, judge.unit, ids, values, answers, about, time.perf_counter() - start)
 
-def _kept_evaluation(lm, concept, strength, judge, positions, model_fingerprint, folder) -> Evaluation:
+# %% ../../nbs/40_concepts/02_personas.ipynb #kept-evaluation
+def _kept_evaluation(
+    lm: LanguageModel, concept: Concept, strength: float, *, judge: Any, positions: str,
+    model_fingerprint: str, folder: str | Path | None,
+) -> Evaluation:
     "The evaluation from disk, or made and stored."
-    key = fingerprint("steering", code_version(), model_fingerprint, concept.fingerprint if strength else None, concept.norm if strength else None, strength, positions if strength else None, judge.fingerprint)
+    push: tuple = (None, None, strength, None)
+    if strength:
+        push = (concept.fingerprint, concept.norm, strength, positions)
+    key = fingerprint("steering", code_version(), model_fingerprint, *push, judge.fingerprint)
     path = Path(folder)/f"{key}.json" if folder else cache_folder("steering")/f"{key}.json"
     if path.exists():
-        try: return Evaluation.from_json(path)
-        except JudgeError: pass  # damaged: made anew
+        try:
+            return Evaluation.from_json(path)
+        except JudgeError:
+            pass  # damaged: made anew
     evaluation = _judged(lm, concept, strength, judge, positions)
     evaluation.to_json(path, overwrite=True)
     return evaluation
 
-def _texts_of(judge, evaluation, data) -> Conversations:
+# %% ../../nbs/40_concepts/02_personas.ipynb #texts-of
+def _texts_of(judge: Any, evaluation: Evaluation, data) -> Any:
     "Conversations with answers whose activations give the random directions their covariance."
     if data is not None: return data
     if evaluation.answers is not None: return evaluation.answers.filter(lambda c: bool(c.response))
-    if hasattr(judge, "references"): return Conversations([c for side in judge.references.values() for c in side], "references")
+    if hasattr(judge, "references"):
+        return Conversations([c for side in judge.references.values() for c in side], "references")
     if hasattr(judge, "conversations"): return judge.conversations
-    raise SteeringError(f"the judge {judge.name!r} has no texts to take the covariance of random directions from: pass data=, conversations with answers, or random_controls=0")
+    raise SteeringError(
+        f"the judge {judge.name!r} has no texts to take the covariance of random directions from: pass "
+        "data=, conversations with answers, or random_controls=0")
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #0027
 @dataclass(frozen=True, repr=False)
-class SteeringCheck:
-    "What a judge says of a model that is pushed along a concept, and along random directions of the same length."
+class _Steered:
+    "What was measured: values along each direction."
     concept: str          # Name of the concept
     judge: str            # Name of the judge
     unit: str             # Of the judge's values
-    table: pd.DataFrame   # direction, strength, mean, standard_error, change (against strength 0, paired), change_se, n, n_missing
-    spans: dict           # By direction: (mean, standard error) of the change from the lowest to the highest strength, paired
-    evaluations: dict     # `Evaluation` by (direction, strength), with the steered answers where there are any
+    table: pd.DataFrame   # direction, strength, mean, standard_error, change (against strength 0, paired),
+                          # change_se, n, n_missing
+    spans: dict           # By direction: (mean, standard error) of the change from the lowest to the highest
+                          # strength, paired
+    evaluations: dict     # `Evaluation` by (direction, strength), with the steered answers where there are
+                          # any
     settings: dict        # Layer, positions, norm, seed, fingerprints
 
-    def _slope(self, direction) -> float:
-        rows = self.table[self.table["direction"] == direction].dropna(subset="mean")
-        return float(np.polyfit(rows["strength"], rows["mean"], 1)[0]) if len(rows) > 1 else np.nan
+    def _slope(self, direction: str) -> float:
+        means = self.table["mean"].to_numpy(float)
+        rows = (self.table["direction"] == direction).to_numpy() & ~np.isnan(means)
+        if rows.sum() < 2: return np.nan
+        return float(np.polyfit(self.table["strength"].to_numpy(float)[rows], means[rows], 1)[0])
 
     @property
     def slope(self) -> float:
         "Least-squares change of the judge's mean for each unit of strength along the concept."
         return self._slope(self.concept)
+
     @property
     def random_slopes(self) -> dict[str, float]:
         "The same along each random direction."
         return {name: self._slope(name) for name in self.table["direction"].unique() if name != self.concept}
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #verdict
+class _Verdict(_Steered):
+    "What it means."
     @property
     def raises_trait(self) -> bool:
-        "Whether the trait rises along the concept: slope above 0, the ends apart by more than two standard errors, and no random direction as steep."
+        """Whether the trait rises along the concept: slope above 0, the ends apart by more than two standard
+        errors, and no random direction as steep."""
         mean, error = self.spans[self.concept]
-        return bool(self.slope > 0 and mean > 2*error and all(abs(slope) < self.slope for slope in self.random_slopes.values()))
+        steepest = all(abs(slope) < self.slope for slope in self.random_slopes.values())
+        return bool(self.slope > 0 and mean > 2*error and steepest)
+
     @property
     def chance(self) -> float:
-        "How often a direction without any meaning would be the steepest of all and point upwards: 1 in 2 (controls + 1)."
+        """How often a direction without any meaning would be the steepest of all and point upwards:
+        1 in 2 (controls + 1)."""
         return 1/(2*(len(self.random_slopes) + 1))
+
     @property
     def verdict(self) -> str:
         "The same in words."
         mean, error = self.spans[self.concept]
-        steepest = f"; random directions at most {max(map(abs, slopes)):.3g}" if (slopes := list(self.random_slopes.values())) else "; no random direction to compare with"
-        return f"{'raises' if self.raises_trait else 'does not raise'} the trait: slope {self.slope:+.3g} {self.unit} per unit of strength{steepest}; from the lowest to the highest strength {mean:+.3g} ± {error:.2g}"
+        slopes = [abs(slope) for slope in self.random_slopes.values()]
+        others = f"random directions at most {max(slopes):.3g}" if slopes \
+            else "no random direction to compare with"
+        return (f"{'raises' if self.raises_trait else 'does not raise'} the trait: slope {self.slope:+.3g} "
+                f"{self.unit} per unit of strength; {others}; from the lowest to the highest strength "
+                f"{mean:+.3g} ± {error:.2g}")
 
-    def plot(self):
-        "The judge's mean over strength, along the concept and along random directions, as a matplotlib figure."
+# %% ../../nbs/40_concepts/02_personas.ipynb #steering-check-class
+class SteeringCheck(_Verdict):
+    """What a judge says of a model that is pushed along a concept, and along random directions of the same
+    length."""
+    def plot(self) -> "Figure":
+        """The judge's mean over strength, along the concept and along random directions, as a matplotlib
+        figure."""
         return _plot_steering(self)
 
-    def __repr__(self): return f"SteeringCheck({self.concept!r} {self.verdict})"
-    def _repr_html_(self): return f"<p><b>{escape(self.concept)}</b> at layer {self.settings['layer']}, judged by {escape(self.judge)}: {escape(self.verdict)}</p>" + self.table.to_html(index=False, float_format="%.4g")
+    def __repr__(self) -> str:
+        return f"SteeringCheck({self.concept!r} {self.verdict})"
 
-def _plot_steering(check):
+    def _repr_html_(self) -> str:
+        table = self.table.to_html(index=False, float_format="%.4g")
+        return (f"<p><b>{escape(self.concept)}</b> at layer {self.settings['layer']}, judged by "
+                f"{escape(self.judge)}: {escape(self.verdict)}</p>{table}")
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #plot
+_OWN_LINE: dict[str, Any] = dict(color="#0072B2", marker="o", linewidth=2, linestyle="-", zorder=3)
+_CONTROL_LINE: dict[str, Any] = dict(color="0.6", marker="s", linewidth=1, linestyle="--", zorder=2)
+
+def _plot_steering(check: SteeringCheck) -> "Figure":
     "One line for each direction; bars are standard errors of the paired change."
     import matplotlib.pyplot as plt
     figure, panel = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for direction, rows in check.table.groupby("direction", sort=False):
         own = direction == check.concept
-        panel.errorbar(rows["strength"], rows["mean"], rows["change_se"], color="#0072B2" if own else "0.6", marker="o" if own else "s", markersize=4, linewidth=2 if own else 1, capsize=2,
-                       linestyle="-" if own else "--", label=direction if own else f"{direction} (same length)", zorder=3 if own else 2)
+        label = str(direction) if own else f"{direction} (same length)"
+        panel.errorbar(rows["strength"], rows["mean"], rows["change_se"], markersize=4, capsize=2,
+                       label=label, **(_OWN_LINE if own else _CONTROL_LINE))
     panel.axvline(0, color="0.8", linewidth=1, zorder=1)
-    panel.set(xlabel="strength (units of the concept's norm)", ylabel=f"{check.judge} ({check.unit})", title=f"{check.concept}: steering at layer {check.settings['layer']}")
+    panel.set(xlabel="strength (units of the concept's norm)", ylabel=f"{check.judge} ({check.unit})",
+              title=f"{check.concept}: steering at layer {check.settings['layer']}")
     panel.legend(fontsize=8)
     plt.close(figure)  # shown once, as the value of the cell
     return figure
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #0028
-def _paired(one, base) -> tuple[float, float, int]:
-    "Mean and standard error of the difference by question, and the number of questions both have a value for."
+def _paired(one: Evaluation, base: Evaluation) -> tuple[float, float, int]:
+    """Mean and standard error of the difference by question, and the number of questions both have a value
+    for."""
     change = (one.by_question() - base.by_question()).dropna()
-    return (float(change.mean()) if len(change) else np.nan, float(change.sem()) if len(change) > 1 else np.nan, len(change))
+    return *_mean_and_error(change), len(change)
 
-def _row(direction, strength, evaluation, base) -> dict:
+# %% ../../nbs/40_concepts/02_personas.ipynb #mean-and-error
+def _mean_and_error(values: pd.Series) -> tuple[float, float]:
+    "Mean and its standard error; nan where there are too few values for them."
+    error: Any = values.sem() if len(values) > 1 else np.nan
+    return float(values.mean()) if len(values) else np.nan, float(error)
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #row
+def _row(direction: str, strength: float, evaluation: Evaluation, base: Evaluation) -> dict[str, Any]:
     "One row of the table."
-    values, (change, change_se, n) = evaluation.by_question().dropna(), _paired(evaluation, base)
-    return dict(direction=direction, strength=strength, mean=values.mean() if len(values) else np.nan, standard_error=values.sem() if len(values) > 1 else np.nan,
+    mean, standard_error = _mean_and_error(evaluation.by_question().dropna())
+    change, change_se, n = _paired(evaluation, base)
+    return dict(direction=direction, strength=strength, mean=mean, standard_error=standard_error,
                 change=change, change_se=change_se, n=n, n_missing=evaluation.n_missing)
 
+# %% ../../nbs/40_concepts/02_personas.ipynb #strengths
+def _checked_strengths(strengths, random_controls: int, judge: Any) -> list[float]:
+    "The strengths in order, 0 among them; refuses a check that cannot be made."
+    levels = sorted({float(strength) for strength in strengths} | {0.0})
+    if len(levels) < 2 or not np.isfinite(levels).all() or random_controls < 0:
+        raise SteeringError("a steering check needs a finite strength besides 0, and random_controls ≥ 0; "
+                            f"got {levels}, {random_controls}")
+    if hasattr(judge, "rate") and judge.questions is None:
+        raise SteeringError(f"the judge {judge.name!r} has no questions to ask the steered model: make it "
+                            "with questions=, such as a trait's evaluation_questions")
+    return levels
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #evaluations
+def _along(
+    directions: list[Concept], levels: list[float], base: Evaluation, judged: Callable, bar: tqdm,
+) -> dict[tuple[str, float], Evaluation]:
+    "The evaluations by direction and strength."
+    evaluations = {}
+    for direction in directions:
+        for strength in levels:
+            if strength == 0:
+                evaluations[direction.name, strength] = base
+                continue
+            evaluations[direction.name, strength] = judged(direction, strength)
+            bar.update()
+    return evaluations
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #steering-check
 def steering_check(
-    lm,                               # `LanguageModel` to push
-    concept,                          # `Concept`
-    judge,                            # Any judge: `ContrastJudge` (no generation), or one that rates answers to its questions
+    lm: LanguageModel,                # The model to push
+    concept: Concept,                 # What it is pushed along
+    judge: Judge,                     # `ContrastJudge` (no generation), or any that rates answers to its
+                                      # questions
     *,
     strengths = (-2, -1, 0, 1, 2),    # In units of the concept's norm; 0 is added if absent
     positions: str = "response",      # As in `steer`
-    random_controls: int = 2,         # Random directions with the covariance of the activations, as long as the concept
-    data = None,                      # Conversations that give this covariance; taken from the judge when None
+    random_controls: int = 2,         # Random directions with the covariance of the activations, as long as
+                                      # the concept
+    data = None,                      # Conversations that give this covariance; taken from the judge when
+                                      # None
     seed: int = 0,                    # Of the random directions
     folder: str | Path | None = None, # Where finished evaluations are kept; the library's cache when None
     progress: bool = True,            # Show a progress bar
 ) -> SteeringCheck:
-    "Is the concept a cause? The judge's values at each strength, along the concept and along random directions (METHODS §2). Goes on after a kill. Raises `SteeringError`, `ConceptError`, `JudgeError`."
-    strengths = sorted({float(strength) for strength in strengths} | {0.0})
-    if len(strengths) < 2 or not np.isfinite(strengths).all() or random_controls < 0: raise SteeringError(f"a steering check needs a finite strength besides 0, and random_controls ≥ 0; got {strengths}, {random_controls}")
-    if hasattr(judge, "rate") and judge.questions is None: raise SteeringError(f"the judge {judge.name!r} has no questions to ask the steered model: make it with questions=, such as a trait's evaluation_questions")
+    """Is the concept a cause? The judge's values at each strength, along the concept and along random
+    directions (METHODS §2). Goes on after a kill. Raises `SteeringError`, `ConceptError`, `JudgeError`."""
+    levels = _checked_strengths(strengths, random_controls, judge)
     concept.check(lm)
-    model_fingerprint, evaluations, rows = lm.fingerprint, {}, []
-    with tqdm(total=1 + (1 + random_controls)*(len(strengths) - 1), desc=f"steering {lm.name}", unit="evaluation", disable=not progress, leave=False) as bar:
-        base = _kept_evaluation(lm, concept, 0.0, judge, positions, model_fingerprint, folder)
+    settings = _steering_settings(lm, concept, judge, positions, seed)
+    judged = partial(_kept_evaluation, lm, judge=judge, positions=positions, folder=folder,
+                     model_fingerprint=settings["model_fingerprint"])
+    n_evaluations = 1 + (1 + random_controls)*(len(levels) - 1)
+    with tqdm(total=n_evaluations, desc=f"steering {lm.name}", unit="evaluation", disable=not progress,
+              leave=False) as bar:
+        base, directions = judged(concept, 0.0), [concept]
         bar.update()
-        controls = random_concepts(lm, _texts_of(judge, base, data), concept, n=random_controls, seed=seed, progress=False) if random_controls else []
-        for direction in (concept, *controls):
-            for strength in strengths:
-                if strength == 0: evaluations[direction.name, strength] = base
-                else:
-                    evaluations[direction.name, strength] = _kept_evaluation(lm, direction, strength, judge, positions, model_fingerprint, folder)
-                    bar.update()
-                rows.append(_row(direction.name, strength, evaluations[direction.name, strength], base))
-    spans = {direction.name: _paired(evaluations[direction.name, strengths[-1]], evaluations[direction.name, strengths[0]])[:2] for direction in (concept, *controls)}
-    settings = dict(layer=concept.layer, norm=concept.norm, positions=positions, seed=seed, model=lm.name, model_fingerprint=model_fingerprint, concept_fingerprint=concept.fingerprint,
-                    judge_fingerprint=judge.fingerprint, code=code_version())
-    return SteeringCheck(concept.name, judge.name, judge.unit, pd.DataFrame(rows), spans, evaluations, settings)
+        if random_controls:
+            texts = _texts_of(judge, base, data)
+            directions += random_concepts(lm, texts, concept, n=random_controls, seed=seed, progress=False)
+        evaluations = _along(directions, levels, base, judged, bar)
+    rows = [_row(*place, evaluation, base) for place, evaluation in evaluations.items()]
+    spans = {name: _paired(evaluations[name, levels[-1]], evaluations[name, levels[0]])[:2]
+             for name in (direction.name for direction in directions)}
+    return SteeringCheck(concept.name, judge.name, judge.unit, pd.DataFrame(rows), spans, evaluations,
+                         settings)
+
+# %% ../../nbs/40_concepts/02_personas.ipynb #steering-settings
+def _steering_settings(
+    lm: LanguageModel, concept: Concept, judge: Judge, positions: str, seed: int,
+) -> dict[str, Any]:
+    "What the check was made with."
+    return dict(layer=concept.layer, norm=concept.norm, positions=positions, seed=seed, model=lm.name,
+                model_fingerprint=lm.fingerprint, concept_fingerprint=concept.fingerprint,
+                judge_fingerprint=judge.fingerprint, code=code_version())
