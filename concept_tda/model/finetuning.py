@@ -7,27 +7,40 @@ __all__ = ['PRECISIONS', 'RECIPES', 'FinetuneError', 'Coverage', 'lora_coverage'
            'finetune_many', 'training_checkpoints']
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0003
-import copy, inspect, json, math, os, random, re, shutil, sys, tempfile, time, warnings
+import copy
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from ..data.batches import batches
-from ..data.tokens import TokenizedConversations
+from ..data.batches import Batch, batches
 from ..data.conversations import load_conversations
-from .losses import loss_weights, token_losses
-from .loading import BUILT_IN, LanguageModel, load_model
-from .sites import resolve_sites
+from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError, StorageError
-from ..foundation.probes import bfloat16_pays, bfloat16_ratio
+from ..foundation.probes import bfloat16_ratio
 from ..foundation.storage import atomic_file, code_version, fingerprint
+from .loading import BUILT_IN, LanguageModel, load_model
+from .losses import loss_weights, token_losses
+from .sites import resolve_sites
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0004
 class FinetuneError(ConceptTDAError):
@@ -36,54 +49,74 @@ class FinetuneError(ConceptTDAError):
 # %% ../../nbs/20_model/05_finetuning.ipynb #0006
 def _example_losses(
     lm: LanguageModel, # Plain or with adapters
-    batch,             # `Batch` of B conversations
+    batch: Batch,      # Of B conversations
 ) -> Tensor:           # [B] float32, mean over each example's response tokens
     "Mean cross-entropy over the response tokens of each example, L(z; θ) of METHODS §0."
     losses_BT = token_losses(lm, batch)
     return (loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT.device)*losses_BT).sum(1)
 
-def _check_answers(tokenized):
+# %% ../../nbs/20_model/05_finetuning.ipynb #answers
+def _check_answers(tokenized: TokenizedConversations) -> None:
     "Refuse data without a single conversation, and conversations without a token to learn from."
-    if not len(tokenized): raise FinetuneError(f"there is nothing to train on: {tokenized.conversations.name!r} holds no conversations.")
+    if not len(tokenized):
+        raise FinetuneError(
+            f"there is nothing to train on: {tokenized.conversations.name!r} holds no conversations.")
     empty = [one.id for one in tokenized if not one.response_mask[1:].any()]
-    if empty: raise FinetuneError(f"{len(empty)} of {len(tokenized)} conversations have no response token to learn from (cut off?): {', '.join(empty[:5])}. "
-                                  "Raise max_tokens or remove them.")
+    if empty:
+        raise FinetuneError(
+            f"{len(empty)} of {len(tokenized)} conversations have no response token to learn from (cut "
+            f"off?): {', '.join(empty[:5])}. Raise max_tokens or remove them.")
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #000f
 def _shell(model: nn.Module) -> nn.Module:
-    "A copy of `model` with modules, configuration and flags of its own that shares the memory of its weights."
-    # a parameter found in the memo is taken from there instead of being copied; tied weights are one entry, so they stay tied
-    shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in model.parameters()}
+    "A copy of `model`, with modules and flags of its own, that shares the memory of its weights."
+    # a parameter found in the memo is taken from there instead of being copied
+    # tied weights are one entry, so they stay tied
+    shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+              for parameter in model.parameters()}
     return copy.deepcopy(model, shared)
 
-def _own_weights(model: nn.Module):
+# %% ../../nbs/20_model/05_finetuning.ipynb #own-weights
+def _own_weights(model: nn.Module) -> None:
     "Give `model` its own copy of every weight; tied ones stay tied."
-    for parameter in model.parameters(): parameter.data = parameter.data.clone()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
+# %% ../../nbs/20_model/05_finetuning.ipynb #randomness
 @contextmanager
-def _own_randomness(seed: int):
+def _own_randomness(seed: int) -> Iterator[None]:
     "Seed all generators inside the block, and leave the caller's as they were."
-    states = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed); np.random.seed(seed % 2**32); random.seed(seed)
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
             yield
-    finally: random.setstate(states[0]); np.random.set_state(states[1])
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
+# %% ../../nbs/20_model/05_finetuning.ipynb #adapted
+def _adapted(lm: LanguageModel, rank: int, alpha: float, rslora: bool) -> Any:
+    "A shell of `lm.model` with new LoRA adapters on every linear layer of its blocks."
+    from peft import LoraConfig, get_peft_model
+    sites = resolve_sites(lm, "all-linear")
+    scale: Any = alpha  # peft's annotation says int, its code divides
+    config = LoraConfig(
+        r=rank, lora_alpha=scale, use_rslora=rslora, target_modules=[site.name for site in sites],
+        lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        fan_in_fan_out=not isinstance(sites[0].module, nn.Linear))
+    with _quiet_peft():
+        return get_peft_model(_shell(lm.model), config)
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #quiet-peft
 @contextmanager
-def _quiet_peft():
+def _quiet_peft() -> Iterator[None]:
     "Without the warning about a question that peft asks transformers in the old way."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
-
-def _adapted(lm: LanguageModel, rank: int, alpha: float, rslora: bool):
-    "A shell of `lm.model` with new LoRA adapters on every linear layer of its blocks."
-    from peft import LoraConfig, get_peft_model
-    sites = resolve_sites(lm, "all-linear")
-    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=[site.name for site in sites], lora_dropout=0.0, bias="none",
-                        task_type="CAUSAL_LM", fan_in_fan_out=not isinstance(sites[0].module, nn.Linear))  # GPT-2 keeps weights transposed
-    with _quiet_peft(): return get_peft_model(_shell(lm.model), config)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #cov1
 @dataclass(frozen=True)
@@ -95,18 +128,22 @@ class Coverage:
     def __str__(self) -> str:
         if not self.uncovered: return "all of the block weights"
         listed = ", ".join(self.uncovered[:6])
-        return f"{self.share:.0%} of the block weights; not covered, since they are no linear layers: {listed}"
+        return (f"{self.share:.0%} of the block weights; not covered, since they are no linear layers: "
+                f"{listed}")
 
+# %% ../../nbs/20_model/05_finetuning.ipynb #coverage
 def lora_coverage(
     lm: LanguageModel, # Plain or with adapters
 ) -> Coverage:
     "The share of the weights in the blocks that sit in linear layers, and what does not."
     held = {id(site.module.weight) for site in resolve_sites(lm, "all-linear")}
-    weights = [(name, weight) for name, weight in lm.blocks.named_parameters() if weight.ndim > 1 and ".lora_" not in name]
+    weights = [(name, weight) for name, weight in lm.blocks.named_parameters()
+               if weight.ndim > 1 and ".lora_" not in name]
     total = sum(weight.numel() for _, weight in weights)
     outside = [(name, weight) for name, weight in weights if id(weight) not in held]
+    missed = sum(weight.numel() for _, weight in outside)
     names = sorted({"layers." + re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name) for name, _ in outside})
-    return Coverage(1 - sum(weight.numel() for _, weight in outside)/max(1, total), names)
+    return Coverage(1 - missed/max(1, total), names)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0013
 def _steps(
@@ -126,185 +163,285 @@ def _steps(
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0016
 @contextmanager
-def _rounded(model: nn.Module):
-    """Inside, the frozen weights of linear layers are bfloat16, and adapters are added to what they give in float32. Biases, norms and embeddings stay as they are, and
-    tied weights are tied again outside."""
+def _rounded(model: nn.Module) -> Iterator[None]:
+    """Inside, the frozen weights of linear layers are bfloat16, and adapters are added to what they give in
+    float32. Biases, norms and embeddings stay as they are, and tied weights are tied again outside."""
     from peft.tuners.lora import LoraLayer
     from transformers.pytorch_utils import Conv1D
-    layers = [(module, module.weight) for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)) and not module.weight.requires_grad]
-    widened = [module.base_layer.register_forward_hook(lambda layer, args, output: output.float()) for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[tuple[Any, Any]] = [
+        (module, module.weight) for module in model.modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not module.weight.requires_grad]
+    widened = [module.base_layer.register_forward_hook(_in_float32)
+               for module in model.modules() if isinstance(module, LoraLayer)]
     try:
-        for module, weight in layers: module.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+        for module, weight in layers:
+            module.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
         yield
     finally:
-        for hook in widened: hook.remove()
-        for module, weight in layers: module.weight = weight
+        for hook in widened:
+            hook.remove()
+        for module, weight in layers:
+            module.weight = weight
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #in-float32
+def _in_float32(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    "A hook: what the frozen layer gives, wide enough to add an adapter's small contribution to."
+    return output.float()
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0017
 def _add_gradient(
-    lm: LanguageModel,  # With adapters
-    tokenized,          # The data
-    rows: list[int],    # Of one step
-    settings: dict,     # precision, micro_batch_size
-    bar=None,           # Told about every piece
-) -> float:             # The loss
+    lm: LanguageModel,                 # With adapters
+    tokenized: TokenizedConversations, # The data
+    rows: list[int],                   # Of one step
+    settings: dict[str, Any],          # precision, micro_batch_size
+    bar: tqdm | None = None,           # Told about every piece
+) -> float:                            # The loss
     "Add the gradient of the mean of the examples' losses to `.grad`, piece by piece."
-    rows, total = sorted(rows, key=lambda row: -len(tokenized[row].input_ids)), 0.  # equal lengths in the order of the step, not of the file
-    size = settings["micro_batch_size"] or len(rows)
+    rows, total = sorted(rows, key=lambda row: -len(tokenized[row].input_ids)), 0.
+    size, half = settings["micro_batch_size"] or len(rows), settings["precision"] == "bf16"
     for start in range(0, len(rows), size):
-        batch = next(batches(tokenized.select(rows[start:start + size]), token_budget=sys.maxsize)).to(lm.device)
-        with torch.autocast(lm.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16"):
+        piece = tokenized.select(rows[start:start + size])
+        batch = next(batches(piece, token_budget=sys.maxsize)).to(lm.device)
+        with torch.autocast(lm.device.type, torch.bfloat16, enabled=half):
             loss = _example_losses(lm, batch).sum()/len(rows)
         total += loss.item()
-        if not math.isfinite(total): break  # the caller knows which step this is
+        if not math.isfinite(total): break
         torch.autograd.backward(loss)
-        if bar is not None: bar.update(batch.n_tokens)
+        if bar is not None:
+            bar.update(batch.n_tokens)
     return total
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #001b
 _CLIP = 1.0  # largest norm of the gradient of a step
 
-def _learning_rate(settings: dict, done: int, total: int) -> float:
+def _learning_rate(settings: dict[str, Any], done: int, total: int) -> float:
     "Learning rate of the step after `done` of `total` steps."
     warmup = settings["warmup_steps"]
     return settings["learning_rate"]*(done/warmup if done < warmup else (total - done)/(total - warmup))
 
-def _train(lm: LanguageModel, tokenized, settings: dict, keeper, progress: bool, description: str) -> list[dict]:
-    "Train the adapters of `lm`; the record of every step. `keeper` may know some steps already, and is told of each new one."
-    from tqdm.auto import tqdm
-    parameters, steps = [p for p in lm.model.parameters() if p.requires_grad], _steps(tokenized.ids, settings)
-    optimizer = torch.optim.AdamW(parameters, lr=settings["learning_rate"], weight_decay=settings["weight_decay"])
-    record, lengths = keeper.restore(lm, optimizer), tokenized.lengths
+# %% ../../nbs/20_model/05_finetuning.ipynb #not-finite
+def _not_finite(settings: dict[str, Any], step: int, loss: float, norm: float) -> NoReturn:
+    "Say what is no number, and where."
+    what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
+    raise FinetuneError(
+        f"the {what} is {value} at step {step}, learning rate {settings['learning_rate']:g}. "
+        "Lower the learning rate, or check the model's weights and dtype.")
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #step
+def _one_step(
+    lm: LanguageModel,                 # With adapters
+    tokenized: TokenizedConversations, # The data
+    rows: list[int],                   # Of this step
+    settings: dict[str, Any],          # Of the run
+    optimizer: torch.optim.Optimizer,  # Holds the adapters
+    done: int,                         # Steps before this one
+    total: int,                        # Steps in all
+    bar: tqdm,                         # Told about every piece
+) -> dict[str, Any]:                   # What is written down about it
+    "One step of AdamW. Raises `FinetuneError` where loss or gradient is not a number."
+    started, parameters = time.perf_counter(), optimizer.param_groups[0]["params"]
+    torch.manual_seed(int(fingerprint(settings["seed"], "step", done), 16) % 2**63)
+    rate = optimizer.param_groups[0]["lr"] = _learning_rate(settings, done, total)
+    optimizer.zero_grad()
+    loss = _add_gradient(lm, tokenized, rows, settings, bar)
+    norm = nn.utils.clip_grad_norm_(parameters, _CLIP).item() if math.isfinite(loss) else math.nan
+    if not math.isfinite(norm):
+        _not_finite(settings, done + 1, loss, norm)
+    optimizer.step()
+    bar.set_postfix(step=done + 1, loss=f"{loss:.3f}")
+    return {"step": done + 1, "loss": loss, "learning_rate": rate, "examples": len(rows),
+            "tokens": int(tokenized.lengths[rows].sum()), "gradient_norm": norm,
+            "seconds": time.perf_counter() - started}
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #train
+def _train(
+    lm: LanguageModel,                 # With adapters
+    tokenized: TokenizedConversations, # The data
+    settings: dict[str, Any],          # Of the run
+    keeper: "_Keeper",                 # May know some steps already, and is told of each new one
+    progress: bool,                    # Show a bar
+    description: str,                  # Written before it
+) -> list[dict[str, Any]]:
+    "Train the adapters of `lm`; the record of every step."
+    steps = _steps(tokenized.ids, settings)
+    optimizer = torch.optim.AdamW([p for p in lm.model.parameters() if p.requires_grad],
+                                  lr=settings["learning_rate"], weight_decay=settings["weight_decay"])
+    record = keeper.restore(lm, optimizer)
+    before = sum(step["tokens"] for step in record)
     lm.model.train()
-    with tqdm(total=tokenized.n_tokens*settings["epochs"], initial=sum(step["tokens"] for step in record), desc=description, unit=" tokens", unit_scale=True, disable=not progress) as bar, \
+    with tqdm(total=tokenized.n_tokens*settings["epochs"], initial=before, desc=description, unit=" tokens",
+              unit_scale=True, disable=not progress) as bar, \
          _rounded(lm.model) if settings["precision"] == "bf16" else nullcontext():
         for done, rows in list(enumerate(steps))[len(record):]:
-            started = time.perf_counter()
-            torch.manual_seed(int(fingerprint(settings["seed"], "step", done), 16) % 2**63)  # a base model's own dropout, the same after a restart
-            rate = optimizer.param_groups[0]["lr"] = _learning_rate(settings, done, len(steps))
-            optimizer.zero_grad()
-            loss = _add_gradient(lm, tokenized, rows, settings, bar)
-            norm = nn.utils.clip_grad_norm_(parameters, _CLIP).item() if math.isfinite(loss) else math.nan
-            if not math.isfinite(norm):
-                raise FinetuneError(f"the {'gradient' if math.isfinite(loss) else 'loss'} is {norm if math.isfinite(loss) else loss} at step {done + 1}, learning rate {settings['learning_rate']:g}. "
-                                    "Lower the learning rate, or check the model's weights and dtype.")
-            optimizer.step()
-            record.append({"step": done + 1, "loss": loss, "learning_rate": rate, "examples": len(rows), "tokens": int(lengths[rows].sum()),
-                           "gradient_norm": norm, "seconds": time.perf_counter() - started})
-            bar.set_postfix(step=done + 1, loss=f"{loss:.3f}")
+            record.append(_one_step(lm, tokenized, rows, settings, optimizer, done, len(steps), bar))
             keeper.after_step(lm, optimizer, record, len(steps))
     return record
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #001d
 _STATE, _STATE_SECONDS, _CHECKPOINTS = "state.safetensors", 60., "checkpoints"
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
-class _Keeper:
-    "Keeps the state and the checkpoints of one training in `place`."
-    def __init__(self, place: Path, key: dict, base: str, checkpoints: int):
-        self.place, self.key, self.base, self.checkpoints, self.saved = place, key, base, checkpoints, time.monotonic()
-
-    def checkpoint_steps(self, total: int) -> list[int]:
-        "Steps after which a checkpoint is due: evenly spaced, the last step among them."
-        return [-(-total*i//self.checkpoints) for i in range(1, self.checkpoints + 1)]
-
-    def after_step(self, lm, optimizer, record, total):
-        "Save what is due."
-        due = len(record) in self.checkpoint_steps(total)
-        if due: _save_adapter(lm.model, self.base, self.place/_CHECKPOINTS/f"step-{len(record):06d}")
-        if (due or time.monotonic() - self.saved >= _STATE_SECONDS) and len(record) < total: self._save(lm, optimizer, record)
-
-    def _save(self, lm, optimizer, record):
-        from safetensors.torch import save_file
-        tensors = {}
-        for name, parameter in lm.model.named_parameters():
-            if parameter.requires_grad: tensors |= {f"weight {name}": parameter} | {f"{moment} {name}": optimizer.state[parameter][moment] for moment in ("exp_avg", "exp_avg_sq")}
-        with atomic_file(self.place/_STATE) as part:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata={"key": json.dumps(self.key), "steps": json.dumps(record)})
+class _State:
+    "The state of one training, kept in `place`."
+    def __init__(self, place: Path, key: dict[str, Any], base: str, checkpoints: int) -> None:
+        self.place, self.key, self.base, self.checkpoints = place, key, base, checkpoints
         self.saved = time.monotonic()
 
-    def restore(self, lm, optimizer) -> list[dict]:
-        "Put adapters and optimiser where the state left them; the record until there, empty where there is no state."
+    def _save(self, lm: LanguageModel, optimizer: torch.optim.Optimizer, record: list[dict]) -> None:
+        "Replace the state by that of this moment."
+        from safetensors.torch import save_file
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in lm.model.named_parameters():
+            if not parameter.requires_grad: continue
+            moments = optimizer.state[parameter]
+            tensors[f"weight {name}"] = parameter
+            tensors |= {f"{moment} {name}": moments[moment] for moment in _MOMENTS}
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        about = {"key": json.dumps(self.key), "steps": json.dumps(record)}
+        with atomic_file(self.place/_STATE) as part:
+            save_file(plain, part, metadata=about)
+        self.saved = time.monotonic()
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #restore
+class _Restored(_State):
+    "A training that may have begun before."
+    def restore(self, lm: LanguageModel, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+        "Put adapters and optimiser where the state left them; the record until there, empty without a state."
         if not (self.place/_STATE).exists(): return []
         tensors, kept = _read_state(self.place/_STATE)
+        count = float(len(kept["steps"]))
         with torch.no_grad():
             for name, parameter in lm.model.named_parameters():
                 if not parameter.requires_grad: continue
                 parameter.copy_(tensors[f"weight {name}"])
-                optimizer.state[parameter] = {"step": torch.tensor(float(len(kept["steps"])))} | {moment: tensors[f"{moment} {name}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
+                moments = {moment: tensors[f"{moment} {name}"].to(parameter.device) for moment in _MOMENTS}
+                optimizer.state[parameter] = {"step": torch.tensor(count), **moments}
         return kept["steps"]
 
+# %% ../../nbs/20_model/05_finetuning.ipynb #keeper
+class _Keeper(_Restored):
+    "Keeps the state and the checkpoints of one training in `place`."
+    def checkpoint_steps(self, total: int) -> list[int]:
+        "Steps after which a checkpoint is due: evenly spaced, the last step among them."
+        return [-(-total*i//self.checkpoints) for i in range(1, self.checkpoints + 1)]
+
+    def after_step(
+        self, lm: LanguageModel, optimizer: torch.optim.Optimizer, record: list[dict], total: int,
+    ) -> None:
+        "Save what is due."
+        due = len(record) in self.checkpoint_steps(total)
+        if due:
+            _save_adapter(lm.model, self.base, self.place/_CHECKPOINTS/f"step-{len(record):06d}")
+        late = time.monotonic() - self.saved >= _STATE_SECONDS
+        if (due or late) and len(record) < total:
+            self._save(lm, optimizer, record)
+
 # %% ../../nbs/20_model/05_finetuning.ipynb #001e
-def _read_state(path: Path) -> tuple[dict, dict]:
-    "Tensors of an unfinished training, and its key and steps. Raises `FinetuneError` where the file is damaged."
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    "Tensors of an unfinished training, and its key and steps. Raises `FinetuneError` where it is damaged."
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(path, "pt") as file: return {name: file.get_tensor(name) for name in file.keys()}, {name: json.loads(text) for name, text in file.metadata().items()}
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return tensors, {name: json.loads(text) for name, text in file.metadata().items()}
     except (OSError, ValueError, SafetensorError, AttributeError) as err:
-        raise FinetuneError(f"{path}, the state of an unfinished training, is damaged ({err}). Delete it and fine-tune again.") from err
+        raise FinetuneError(
+            f"{path}, the state of an unfinished training, is damaged ({err}). "
+            "Delete it and fine-tune again.") from err
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0020
 _RECORD, _UNFINISHED = "training.json", "unfinished"
 _FORMAT = "concept_tda.finetune/1"
-_BEFORE = {"precision": "fp32", "warmup_steps": 0, "weight_decay": 0.0}  # settings that older records do not name
+_BEFORE = {"precision": "fp32", "warmup_steps": 0, "weight_decay": 0.0}  # what older records do not name
 
-def _read_record(folder: Path) -> dict:
+def _read_record(folder: Path) -> dict[str, Any]:
     "The record of a finished fine-tune. Raises `FinetuneError` where there is none."
-    try: record = json.loads((folder/_RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise FinetuneError(f"{folder} holds no finished fine-tune (there is no {_RECORD} in it).") from None
-    except (OSError, ValueError) as err: raise FinetuneError(f"{folder/_RECORD} is damaged ({err}). Delete {folder} and fine-tune again.") from err
+    path = folder/_RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FinetuneError(f"{folder} holds no finished fine-tune (there is no {_RECORD} in it).") from None
+    except (OSError, ValueError) as err:
+        raise FinetuneError(f"{path} is damaged ({err}). Delete {folder} and fine-tune again.") from err
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
-        raise FinetuneError(f"{folder/_RECORD} is not in the format {_FORMAT!r} that this library reads. Choose another folder.")
+        raise FinetuneError(
+            f"{path} is not in the format {_FORMAT!r} that this library reads. Choose another folder.")
     return record
 
-def _check_same(folder: Path, what: str, there: dict, asked: dict):
+# %% ../../nbs/20_model/05_finetuning.ipynb #same
+def _check_same(folder: Path, what: str, there: dict[str, Any], asked: dict[str, Any]) -> None:
     "Refuse a folder that belongs to other data or settings, and name what differs."
     there = _BEFORE | there
-    names = [*asked, *(["chat_template"] if "chat_template" in there and "chat_template" not in asked else [])]
-    different = [name for name in names if there.get(name) != asked.get(name)]
-    if different:
-        raise FinetuneError(f"{folder} holds another {what}; different: " + ", ".join(f"{name} ({there.get(name)} there, {asked.get(name)} asked)" for name in different)
-                            + ". Choose another folder, or delete this one.")
+    only_there = ["chat_template"] if "chat_template" in there and "chat_template" not in asked else []
+    different = [name for name in [*asked, *only_there] if there.get(name) != asked.get(name)]
+    if not different: return
+    details = ", ".join(f"{name} ({there.get(name)} there, {asked.get(name)} asked)" for name in different)
+    raise FinetuneError(
+        f"{folder} holds another {what}; different: {details}. Choose another folder, or delete this one.")
 
-def _already_there(folder: Path, key: dict, checkpoints: int) -> bool:
-    "Whether `folder` holds the fine-tune described by `key`; False where it is free to use or holds the beginning of it; else `FinetuneError`."
-    if folder.exists() and not folder.is_dir(): raise FinetuneError(f"{folder} is a file; a fine-tune needs a folder of its own.")
-    if (folder/_UNFINISHED/_RECORD).exists(): _move_up(folder)  # complete, and killed while moving
-    found = sorted(path.name for path in folder.iterdir() if path.name != _UNFINISHED) if folder.exists() else []
+# %% ../../nbs/20_model/05_finetuning.ipynb #there
+def _already_there(folder: Path, key: dict[str, Any], checkpoints: int) -> bool:
+    "Whether `folder` holds this fine-tune; False where it is free or holds the beginning of it."
+    if folder.exists() and not folder.is_dir():
+        raise FinetuneError(f"{folder} is a file; a fine-tune needs a folder of its own.")
+    place = folder/_UNFINISHED
+    if (place/_RECORD).exists():
+        _move_up(folder)  # complete, and killed while moving
+    found = sorted(path.name for path in folder.iterdir() if path != place) if folder.exists() else []
     if not found:
-        if (folder/_UNFINISHED/_STATE).exists(): _check_same(folder, "fine-tune that is unfinished", _read_state(folder/_UNFINISHED/_STATE)[1]["key"], key)
+        if (place/_STATE).exists():
+            _check_same(folder, "fine-tune that is unfinished", _read_state(place/_STATE)[1]["key"], key)
         return False
-    if _RECORD not in found: raise FinetuneError(f"{folder} already holds something else ({', '.join(found[:5])}). Choose a new or empty folder.")
+    if _RECORD not in found:
+        raise FinetuneError(
+            f"{folder} already holds something else ({', '.join(found[:5])}). Choose a new or empty folder.")
+    _check_finished(folder, key, checkpoints)
+    return True
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #check-finished
+def _check_finished(folder: Path, key: dict[str, Any], checkpoints: int) -> None:
+    "Refuse a finished fine-tune that is another one, or has other checkpoints than are asked for."
     record = _read_record(folder)
     _check_same(folder, "fine-tune", record["key"], key)
     kept = len(record.get("checkpoints", []))
-    if checkpoints not in (0, kept): raise FinetuneError(f"{folder} holds this fine-tune with {kept} checkpoints, and {checkpoints} are asked for. Choose another folder, or delete this one.")
-    return True
+    if checkpoints not in (0, kept):
+        raise FinetuneError(
+            f"{folder} holds this fine-tune with {kept} checkpoints, and {checkpoints} are asked for. "
+            "Choose another folder, or delete this one.")
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0021
 def _last(path: Path) -> int:
-    "Order of moving: what makes a folder a model comes after the weights, what makes it a finished fine-tune comes last."
+    "Order of moving: what makes a folder a model after the weights, what makes it a finished fine-tune last."
     return {"config.json": 1, "adapter_config.json": 1, _RECORD: 2}.get(path.name, 0)
 
-def _move_up(folder: Path):
+# %% ../../nbs/20_model/05_finetuning.ipynb #move-up
+def _move_up(folder: Path) -> None:
     "Move a complete result out of the sub-folder it was written in; can be repeated after a kill."
     place = folder/_UNFINISHED
     for path in sorted(place.iterdir(), key=_last):
-        if path.name != _STATE and ".part" not in path.suffixes: os.replace(path, folder/path.name)
+        if path.name != _STATE and ".part" not in path.suffixes:
+            os.replace(path, folder/path.name)
     shutil.rmtree(place, ignore_errors=True)
 
+# %% ../../nbs/20_model/05_finetuning.ipynb #staged
 @contextmanager
-def _staged(folder: Path):
-    "Yields a place to write to inside `folder`; moves what lies there up when the block ends without error. An interrupted training leaves its state, a failed one nothing."
+def _staged(folder: Path) -> Iterator[Path]:
+    "Yields a place to write to inside `folder`; what lies there moves up when the block ends without error."
     place = folder/_UNFINISHED
     try:
-        if not (place/_STATE).exists(): shutil.rmtree(place, ignore_errors=True)
+        if not (place/_STATE).exists():
+            shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True, exist_ok=True)
-    except OSError as err: raise StorageError(f"cannot write to {folder}: {err.strerror or err}. Choose a folder you can write to.") from err
+    except OSError as err:
+        raise StorageError(
+            f"cannot write to {folder}: {err.strerror or err}. Choose a folder you can write to.") from err
     try:
         yield place
         _move_up(folder)
     except BaseException as err:
-        if isinstance(err, FinetuneError) or not ((place/_STATE).exists() or (place/_RECORD).exists()): shutil.rmtree(place, ignore_errors=True)
+        begun = (place/_STATE).exists() or (place/_RECORD).exists()
+        if isinstance(err, FinetuneError) or not begun:
+            shutil.rmtree(place, ignore_errors=True)
         raise
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0023
@@ -312,41 +449,74 @@ def _way_back(lm: LanguageModel) -> str | None:
     "The name that opens the base model again on this machine; None where there is none."
     path = Path(lm.name).expanduser()
     if lm.name in BUILT_IN and not path.exists(): return lm.name
-    if path.is_dir(): return str(path.resolve()) if (path/"config.json").exists() and not (path/"adapter_config.json").exists() else None
+    if path.is_dir():
+        is_model = (path/"config.json").exists() and not (path/"adapter_config.json").exists()
+        return str(path.resolve()) if is_model else None
     if path.is_file(): return str(path.resolve())
     return lm.name if "/" in lm.name and lm.name == getattr(lm.model.config, "_name_or_path", None) else None
 
-def _save_adapter(peft_model, base: str, folder: Path):
+# %% ../../nbs/20_model/05_finetuning.ipynb #save-adapter
+def _save_adapter(peft_model: Any, base: str, folder: Path) -> None:
     "The adapter alone, with the name of its base."
     peft_model.peft_config["default"].base_model_name_or_path = base
-    peft_model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub for the base's vocabulary
+    peft_model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
     (folder/"README.md").unlink(missing_ok=True)  # peft's model card is an empty form
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0025
 PRECISIONS = ("fp32", "bf16")
+_LEAST = {"rank": 1, "batch_size": 1, "epochs": 1, "max_tokens": 1, "warmup_steps": 0, "checkpoints": 0}
 
-def _is_whole(value, least): return isinstance(value, int) and not isinstance(value, bool) and value >= least
-def _is_number(value, positive): return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and (value > 0 or (value == 0 and not positive))
+# %% ../../nbs/20_model/05_finetuning.ipynb #is-whole
+def _is_whole(value: Any, least: int) -> bool:
+    "Whether this is a whole number, not too small."
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
-def _check_settings(lm, merge: bool, base: str | None, settings: dict):
-    "Refuse settings that cannot work, before anything runs."
-    for name, least in dict(rank=1, batch_size=1, epochs=1, max_tokens=1, warmup_steps=0, checkpoints=0).items():
-        if not _is_whole(settings[name], least): raise FinetuneError(f"{name} must be a whole number ≥ {least}, got {settings[name]!r}.")
-    if settings["micro_batch_size"] is not None and not _is_whole(settings["micro_batch_size"], 1):
-        raise FinetuneError(f"micro_batch_size must be a whole number ≥ 1, or None for the whole batch, got {settings['micro_batch_size']!r}.")
-    if not _is_whole(settings["seed"], -2**63): raise FinetuneError(f"seed must be a whole number, got {settings['seed']!r}.")
+def _is_number(value: Any, positive: bool) -> bool:
+    "Whether this is a finite number above zero, or zero where that is allowed."
+    if not isinstance(value, (int, float)) or isinstance(value, bool): return False
+    if not math.isfinite(value): return False
+    return value > 0 or (value == 0 and not positive)
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #numbers
+def _check_numbers(settings: dict[str, Any]) -> None:
+    "Refuse settings that are not the numbers they should be."
+    for name, least in _LEAST.items():
+        if not _is_whole(settings[name], least):
+            raise FinetuneError(f"{name} must be a whole number ≥ {least}, got {settings[name]!r}.")
+    micro = settings["micro_batch_size"]
+    if micro is not None and not _is_whole(micro, 1):
+        raise FinetuneError(
+            f"micro_batch_size must be a whole number ≥ 1, or None for the whole batch, got {micro!r}.")
+    if not _is_whole(settings["seed"], -2**63):
+        raise FinetuneError(f"seed must be a whole number, got {settings['seed']!r}.")
     for name in ("learning_rate", "alpha", "weight_decay"):
-        if not _is_number(settings[name], name != "weight_decay"): raise FinetuneError(f"{name} must be a positive number, got {settings[name]!r}.")
-    if settings["precision"] not in PRECISIONS: raise FinetuneError(f"precision must be one of {', '.join(PRECISIONS)}, got {settings['precision']!r}.")
-    if not isinstance(settings["insist"], bool): raise FinetuneError(f"insist must be True or False, got {settings['insist']!r}.")
-    if settings["precision"] == "bf16" and lm.dtype == torch.float64: raise FinetuneError(f"{lm.name} is in float64, which autocast leaves alone: use precision=\"fp32\", or open the model in float32.")
-    if hasattr(lm.model, "peft_config"): raise FinetuneError(f"{lm.name} already carries an adapter. Merge it first: load_model(..., merge=True).")
+        if not _is_number(settings[name], name != "weight_decay"):
+            raise FinetuneError(f"{name} must be a positive number, got {settings[name]!r}.")
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #settings
+def _check_settings(lm: LanguageModel, merge: bool, base: str | None, settings: dict[str, Any]) -> None:
+    "Refuse settings that cannot work, before anything runs."
+    _check_numbers(settings)
+    precision, insist = settings["precision"], settings["insist"]
+    if precision not in PRECISIONS:
+        raise FinetuneError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    if not isinstance(insist, bool):
+        raise FinetuneError(f"insist must be True or False, got {insist!r}.")
+    if precision == "bf16" and lm.dtype == torch.float64:
+        raise FinetuneError(
+            f"{lm.name} is in float64, which autocast leaves alone: use precision=\"fp32\", or open the "
+            "model in float32.")
+    if hasattr(lm.model, "peft_config"):
+        raise FinetuneError(
+            f"{lm.name} already carries an adapter. Merge it first: load_model(..., merge=True).")
     if base is None and not merge:
-        raise FinetuneError(f"an adapter needs a base model that can be opened again, and {lm.name!r} exists only in memory. Save it first "
-                            "(lm.model.save_pretrained(folder); lm.tokenizer.save_pretrained(folder); load_model(folder)), or use merge=True.")
+        raise FinetuneError(
+            f"an adapter needs a base model that can be opened again, and {lm.name!r} exists only in memory. "
+            "Save it first (lm.model.save_pretrained(folder); lm.tokenizer.save_pretrained(folder); "
+            "load_model(folder)), or use merge=True.")
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #args1
-def _check_arguments(lm, folder) -> None:
+def _check_arguments(lm: Any, folder: Any) -> None:
     "Refuse what is no model or no name of a folder."
     if not isinstance(lm, LanguageModel):
         raise FinetuneError(f"lm must be a model from load_model, got {type(lm).__name__}.")
@@ -354,131 +524,198 @@ def _check_arguments(lm, folder) -> None:
         raise FinetuneError(f"folder must be the name of a folder, got {folder!r}.")
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #prec1
-def _precision(lm: LanguageModel, settings: dict) -> dict:
-    "What was asked for, what is used, and the measured time of bfloat16 over float32 (None where nobody asked)."
+def _precision(lm: LanguageModel, settings: dict[str, Any]) -> dict[str, Any]:
+    "What was asked for, what is used, and the time of bfloat16 over float32 (None where nobody asked)."
     asked = settings["precision"]
     if asked == "fp32": return {"asked": asked, "used": asked, "bfloat16_ratio": None}
     ratio = bfloat16_ratio(lm.device)
     used = asked if ratio <= 1 or settings["insist"] else "fp32"
     return {"asked": asked, "used": used, "bfloat16_ratio": round(ratio, 2)}
 
-def _say_precision(precision: dict) -> None:
+# %% ../../nbs/20_model/05_finetuning.ipynb #say-precision
+def _say_precision(precision: dict[str, Any]) -> None:
     "Warn where another precision is used than was asked for."
-    if precision["asked"] != precision["used"]:
-        warnings.warn(
-            f"precision=\"bf16\" takes {precision['bfloat16_ratio']:.1f} times as long as float32 on this machine: "
-            "training in float32 instead. insist=True trains in bfloat16 all the same.", stacklevel=4)
+    if precision["asked"] == precision["used"]: return
+    warnings.warn(
+        f"precision=\"bf16\" takes {precision['bfloat16_ratio']:.1f} times as long as float32 on this "
+        "machine: training in float32 instead. insist=True trains in bfloat16 all the same.", stacklevel=4)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #tmpl1
-def _in_template(lm: LanguageModel, chat_template, data) -> LanguageModel:
+def _in_template(lm: LanguageModel, chat_template: str | Path | None, data: Any) -> LanguageModel:
     "`lm` with the chat template asked for; `lm` itself where none is."
     if chat_template is None: return lm
     if isinstance(data, TokenizedConversations):
         raise FinetuneError(
-            "chat_template= and tokenized data exclude each other: the tokens were made with a template already. "
-            "Give the conversations, or leave chat_template out.")
+            "chat_template= and tokenized data exclude each other: the tokens were made with a template "
+            "already. Give the conversations, or leave chat_template out.")
     return load_model(lm, chat_template=chat_template)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #ready1
 def _check_savable(lm: LanguageModel, folder: Path, base: str | None) -> None:
     "Refuse before the first step what could not be saved, or would find no room, after the last."
+    parts = [(lm.tokenizer, "tokenizer")]
+    if base is None:  # then the whole model is saved
+        parts.append((lm.model.config, "configuration"))
+        parts.append((getattr(lm.model, "generation_config", None), "generation settings"))
     with tempfile.TemporaryDirectory() as scratch:
-        for part, what in ((lm.tokenizer, "tokenizer"), (lm.model.config, "configuration"),
-                           (getattr(lm.model, "generation_config", None), "generation settings")):
-            if part is None or (what != "tokenizer" and base is not None): continue
+        for part, what in parts:
             try:
-                part.save_pretrained(scratch)
+                if part is not None:
+                    part.save_pretrained(scratch)
             except Exception as err:
                 reason = (str(err).strip() or type(err).__name__).splitlines()[0]
                 raise FinetuneError(
-                    f"the {what} of {lm.name} cannot be saved ({reason}), so the fine-tuned model could not be "
-                    "either. Mend it, or open the model from a folder.") from err
-    need = 0 if base is not None else sum(p.numel()*p.element_size() for p in lm.model.parameters())
+                    f"the {what} of {lm.name} cannot be saved ({reason}), so the fine-tuned model could not "
+                    "be either. Mend it, or open the model from a folder.") from err
+    if base is None:
+        _check_room(lm, folder)
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #check-room
+def _check_room(lm: LanguageModel, folder: Path) -> None:
+    "Refuse a folder on a disk that has no room for a whole model."
+    need = sum(p.numel()*p.element_size() for p in lm.model.parameters())
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
     if free < need:
         raise StorageError(
-            f"the fine-tuned model needs {need/2**30:.1f} GiB in {folder}, and {free/2**30:.1f} GiB are free. "
-            "Choose another folder, or make room.")
+            f"the fine-tuned model needs {need/2**30:.1f} GiB in {folder}, and {free/2**30:.1f} GiB are "
+            "free. Choose another folder, or make room.")
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0027
-def _check_length(n_examples: int, settings: dict):
+def _check_length(n_examples: int, settings: dict[str, Any]) -> None:
     "Refuse a run too short for its warm-up or its checkpoints."
     steps = settings["epochs"]*math.ceil(n_examples/settings["batch_size"])
-    if settings["warmup_steps"] >= steps: raise FinetuneError(f"{n_examples} conversations make {steps} steps, all of them within the {settings['warmup_steps']} warm-up steps. Lower warmup_steps or batch_size, or raise epochs.")
-    if settings["checkpoints"] > steps: raise FinetuneError(f"{n_examples} conversations make {steps} steps, too few for {settings['checkpoints']} checkpoints.")
+    if settings["warmup_steps"] >= steps:
+        raise FinetuneError(
+            f"{n_examples} conversations make {steps} steps, all of them within the "
+            f"{settings['warmup_steps']} warm-up steps. Lower warmup_steps or batch_size, or raise epochs.")
+    if settings["checkpoints"] > steps:
+        raise FinetuneError(
+            f"{n_examples} conversations make {steps} steps, too few for {settings['checkpoints']} "
+            "checkpoints.")
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0029
-_HOW = ("micro_batch_size", "checkpoints", "insist", "chat_template")  # settings that leave the result alone, or are in the tokens
+_HOW = ("micro_batch_size", "checkpoints", "insist", "chat_template")  # no effect, or in the tokens
 
-def _key(base_fingerprint: str, tokenized, settings: dict, lm: LanguageModel | None = None) -> dict:
-    "What identifies a run; the template is part of it where one was given (`lm` then carries it)."
+def _key(
+    base_fingerprint: str,             # Of the model before training
+    tokenized: TokenizedConversations, # The data
+    settings: dict[str, Any],          # Of `finetune`
+    lm: LanguageModel | None = None,   # Carries the template where one was given
+) -> dict[str, Any]:
+    "What identifies a run; the template is part of it where one was given."
     key = {"base_fingerprint": base_fingerprint, "data_fingerprint": tokenized.fingerprint}
     key |= {name: value for name, value in settings.items() if name not in _HOW}
-    if lm is not None and settings["chat_template"] is not None: key["chat_template"] = fingerprint(lm.tokenizer.chat_template)
+    if lm is not None and settings["chat_template"] is not None:
+        key["chat_template"] = fingerprint(lm.tokenizer.chat_template)
     return key
 
-def _finished(folder: Path, key: dict) -> bool:
-    "Whether `folder` holds this very run, as asked for: what another machine trained in bf16 is found on any."
+# %% ../../nbs/20_model/05_finetuning.ipynb #finished
+def _finished(folder: Path, key: dict[str, Any]) -> bool:
+    "Whether `folder` holds this very run, as asked for, whichever machine trained it."
     if not (folder/_RECORD).exists(): return False
     there = _BEFORE | _read_record(folder)["key"]
     return all(there.get(name) == value for name, value in key.items())
 
-def _used(key: dict, precision: dict) -> dict:
+# %% ../../nbs/20_model/05_finetuning.ipynb #used
+def _used(key: dict[str, Any], precision: dict[str, Any]) -> dict[str, Any]:
     "The key with the precision that is used."
     return key | {"precision": precision["used"]}
 
+# %% ../../nbs/20_model/05_finetuning.ipynb #open
 def _open(lm: LanguageModel, folder: Path, merge: bool) -> LanguageModel:
-    "The fine-tuned model in `folder` in evaluation mode, from its base in memory; with weights of its own if merged."
+    "The fine-tuned model in `folder` in evaluation mode, from its base; with weights of its own if merged."
     if _read_record(folder)["saved"] == "whole model":
         opened = load_model(folder, dtype=lm.dtype, device=lm.device, attention=lm.attention)
         return LanguageModel(opened.model, opened.tokenizer, opened.name, opened.placement, lm.chat_template)
-    return LanguageModel(_finish(_with_adapter(lm, folder), merge), copy.deepcopy(lm.tokenizer), str(folder), list(lm.placement), lm.chat_template)
+    model, tokenizer = _finish(_with_adapter(lm, folder), merge), copy.deepcopy(lm.tokenizer)
+    return LanguageModel(model, tokenizer, str(folder), list(lm.placement), lm.chat_template)
 
-def _with_adapter(lm: LanguageModel, folder: Path):
+# %% ../../nbs/20_model/05_finetuning.ipynb #with-adapter
+def _with_adapter(lm: LanguageModel, folder: Path) -> Any:
     "A shell of `lm.model` with the adapter in `folder`."
     from peft import PeftModel
-    with _quiet_peft(): return PeftModel.from_pretrained(_shell(lm.model), str(folder), is_trainable=True)
+    with _quiet_peft():
+        return PeftModel.from_pretrained(_shell(lm.model), str(folder), is_trainable=True)
 
-def _finish(peft_model, merge: bool):
+# %% ../../nbs/20_model/05_finetuning.ipynb #finish
+def _finish(peft_model: Any, merge: bool) -> Any:
     "The trained model in evaluation mode; merging gives it weights of its own."
     if not merge: return peft_model.eval()
-    _own_weights(peft_model)  # merging writes into the base weights, which until here are those of the model it was made from
+    _own_weights(peft_model)
     return peft_model.merge_and_unload().requires_grad_(True).eval()
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #002b
-def _run(lm: LanguageModel, tokenized, folder: Path, settings: dict, key: dict, progress: bool, description: str) -> bool:
-    "Train what `key` says into `folder`, unless it is there; whether anything was trained."
+def _run(
+    lm: LanguageModel,                 # Model to start from
+    tokenized: TokenizedConversations, # The data
+    folder: Path,                      # Where the result goes
+    settings: dict[str, Any],          # Of `finetune`
+    key: dict[str, Any],               # What identifies the run
+    progress: bool,                    # Show a bar
+    description: str,                  # Written before it
+) -> bool:                             # Whether anything was trained
+    "Train what `key` says into `folder`, unless it is there."
     if _already_there(folder, key, settings["checkpoints"]): return False
     _check_answers(tokenized)
     _check_length(len(tokenized), settings)
-    base, precision, coverage = _way_back(lm), _precision(lm, settings), lora_coverage(lm)
+    precision, coverage = _precision(lm, settings), lora_coverage(lm)
     settings = settings | {"precision": precision["used"]}
-    _check_savable(lm, folder, base)
+    _check_savable(lm, folder, _way_back(lm))
     _say_precision(precision)
-    if coverage.share < .99: warnings.warn(f"LoRA on every linear layer covers {coverage}.", stacklevel=3)
+    if coverage.share < .99:
+        warnings.warn(f"LoRA on every linear layer covers {coverage}.", stacklevel=3)
+    about = _about(lm, tokenized, settings, key, precision, coverage)
     with _staged(folder) as place, _own_randomness(settings["seed"]):
-        keeper = _Keeper(place, key, base or lm.name, settings["checkpoints"])
-        adapted = LanguageModel(_adapted(lm, settings["rank"], settings["alpha"], settings["rslora"]), lm.tokenizer, lm.name)
-        steps = _train(adapted, tokenized, settings, keeper, progress, description)
-        seconds = sum(step["seconds"] for step in steps)  # of training, whatever was killed between them
-        if base is not None: _save_adapter(adapted.model, base, place)
-        else: _finish(adapted.model, merge=True).save_pretrained(place)
-        lm.tokenizer.save_pretrained(place)
-        checkpoints = [{"step": step, "learning_rate": steps[step - 1]["learning_rate"], "folder": f"{_CHECKPOINTS}/step-{step:06d}"} for step in keeper.checkpoint_steps(len(steps))]
-        record = {"format": _FORMAT, "key": key, "saved": "whole model" if base is None else "adapter", "base": lm.name, "data": tokenized.conversations.name,
-                  "examples": len(tokenized), "cut": len(tokenized.cut), "loss": "mean over response tokens of each example, mean over the batch", "seconds": seconds,
-                  "tokens_per_second": (tokenized.n_tokens*settings["epochs"])/seconds, "code": code_version(),
-                  "precision": precision, "coverage": {"share": round(coverage.share, 4), "uncovered": coverage.uncovered},
-                  "chat_template": lm.chat_template, "micro_batch_size": settings["micro_batch_size"], "checkpoints": checkpoints, "steps": steps}
-        with atomic_file(place/_RECORD) as part: part.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        _train_into(place, lm, tokenized, settings, about, progress, description)
     return True
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #about
+def _about(
+    lm: LanguageModel, tokenized: TokenizedConversations, settings: dict[str, Any], key: dict[str, Any],
+    precision: dict[str, Any], coverage: Coverage,
+) -> dict[str, Any]:
+    "The part of the record that is known before the first step."
+    return {
+        "format": _FORMAT, "key": key, "saved": "whole model" if _way_back(lm) is None else "adapter",
+        "base": lm.name, "data": tokenized.conversations.name, "examples": len(tokenized),
+        "cut": len(tokenized.cut),
+        "loss": "mean over response tokens of each example, mean over the batch",
+        "seconds": None, "tokens_per_second": None,  # known afterwards
+        "code": code_version(), "precision": precision,
+        "coverage": {"share": round(coverage.share, 4), "uncovered": coverage.uncovered},
+        "chat_template": lm.chat_template, "micro_batch_size": settings["micro_batch_size"]}
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #into
+def _train_into(
+    place: Path, lm: LanguageModel, tokenized: TokenizedConversations, settings: dict[str, Any],
+    about: dict[str, Any], progress: bool, description: str,
+) -> None:
+    "Train, and write the model, its checkpoints and its record to `place`."
+    base = _way_back(lm)
+    keeper = _Keeper(place, about["key"], base or lm.name, settings["checkpoints"])
+    peft_model = _adapted(lm, settings["rank"], settings["alpha"], settings["rslora"])
+    adapted = LanguageModel(peft_model, lm.tokenizer, lm.name)
+    steps = _train(adapted, tokenized, settings, keeper, progress, description)
+    if base is not None:
+        _save_adapter(adapted.model, base, place)
+    else:
+        _finish(adapted.model, merge=True).save_pretrained(place)
+    lm.tokenizer.save_pretrained(place)
+    seconds = sum(step["seconds"] for step in steps)  # of training, whatever was killed between them
+    checkpoints = [{"step": step, "learning_rate": steps[step - 1]["learning_rate"],
+                    "folder": f"{_CHECKPOINTS}/step-{step:06d}"}
+                   for step in keeper.checkpoint_steps(len(steps))]
+    record = about | {"seconds": seconds, "tokens_per_second": tokenized.n_tokens*settings["epochs"]/seconds,
+                      "checkpoints": checkpoints, "steps": steps}
+    with atomic_file(place/_RECORD) as part:
+        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #002c
 def finetune(
     lm: LanguageModel,           # Model to start from; stays exactly as it is
-    data,                        # `Conversations` or `TokenizedConversations`
-    folder: str | Path,          # Where the result goes: a new or empty folder, or the one that already holds this fine-tune, or the beginning of it
+    data: Any,                   # `Conversations` or `TokenizedConversations`
+    folder: str | Path,          # Where the result goes: an empty folder, or one with this fine-tune or its beginning
     *,
     rank: int = 16,              # Rank of the adapters on every linear layer of the blocks
     alpha: float = 32,           # Scale of the adapters: alpha/rank
@@ -488,34 +725,39 @@ def finetune(
     weight_decay: float = 0.0,   # AdamW's, on the adapters
     epochs: int = 1,             # Passes over the data
     batch_size: int = 8,         # Conversations per step
-    micro_batch_size: int | None = None, # Conversations in memory at once; None for the whole batch. Changes the result by rounding only
+    micro_batch_size: int | None = None, # Conversations in memory at once; None: the whole batch
     max_tokens: int = 1536,      # Longer conversations are cut, and the record says how many were
     precision: str = "fp32",     # "fp32", or "bf16": autocast, with adapters and optimiser in float32
     insist: bool = False,        # Compute in bf16 even where this machine does it slower than fp32
     chat_template: str | Path | None = None, # For base models: a named template, a file of Jinja, or its text
     seed: int = 0,               # Adapters' starting point and order of the data
-    checkpoints: int = 0,        # Adapters kept at this many evenly spaced steps, the last one included; see `training_checkpoints`
-    merge: bool = True,          # Merge the adapter into weights of the result's own; False keeps it beside weights shared with `lm`
+    checkpoints: int = 0,        # Adapters kept at so many evenly spaced steps; see `training_checkpoints`
+    merge: bool = True,          # Merge the adapter; False keeps it beside weights shared with `lm`
     progress: bool = True,       # Show a bar
 ) -> LanguageModel:              # The fine-tuned model; `load_model(folder)` opens it again
-    "LoRA fine-tuning on the response tokens, loss as in METHODS §0. An interrupted call continues when repeated. Raises `FinetuneError`, `StorageError`."
+    """LoRA fine-tuning on the response tokens, loss as in METHODS §0. An interrupted call continues when
+    repeated. Raises `FinetuneError`, `StorageError`."""
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     _check_arguments(lm, folder)
     _check_settings(lm, merge, _way_back(lm), settings)
     lm = _in_template(lm, chat_template, data)
     tokenized = lm.tokenize(data, max_tokens=max_tokens)
     key = _key(lm.fingerprint, tokenized, settings, lm)
-    if not _finished(Path(folder), key): key = _used(key, _precision(lm, settings))
+    if not _finished(Path(folder), key):
+        key = _used(key, _precision(lm, settings))
     _run(lm, tokenized, Path(folder), settings, key, progress, "fine-tuning")
     return _open(lm, Path(folder), merge)
 
-_SETTINGS = {name: parameter.default for name, parameter in inspect.signature(finetune).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY and name not in ("merge", "progress")}
+# %% ../../nbs/20_model/05_finetuning.ipynb #defaults
+_SETTINGS = {name: parameter.default for name, parameter in inspect.signature(finetune).parameters.items()
+             if parameter.kind is parameter.KEYWORD_ONLY and name not in ("merge", "progress")}
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #002e
 def training_record(
     folder: str | Path, # Folder given to `finetune`
-) -> dict:              # Settings, fingerprints of base and data, seconds, tokens per second, and under "steps" a DataFrame
-    "What `finetune` wrote down: one row per step with step, loss, learning_rate, examples, tokens, gradient_norm (before clipping), seconds. Raises `FinetuneError`."
+) -> dict[str, Any]:    # Settings, fingerprints of base and data, speed, and under "steps" a DataFrame
+    """What `finetune` wrote down: one row per step with step, loss, learning_rate, examples, tokens,
+    gradient_norm (before clipping), seconds. Raises `FinetuneError`."""
     record = _read_record(Path(folder))
     return record | {"steps": pd.DataFrame(record["steps"])}
 
@@ -530,103 +772,161 @@ class Retrained:
     trained: bool           # Whether this call trained it; False where it was found
     base: LanguageModel = field(repr=False, compare=False)
 
-    def open(self,
+    def open(
+        self,
         merge: bool = True, # Weights of its own; False keeps the adapter beside weights shared with the base
     ) -> LanguageModel:
         "The model, in evaluation mode."
         return _open(self.base, self.folder, merge)
 
     @property
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         "Its `training_record`."
         return training_record(self.folder)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #003c
-def _subset(name: str, subset, data):
+def _subset(name: str, subset: Any, data: TokenizedConversations | None) -> Any:
     "The conversations a subset stands for; from `data` in the order of `data`."
     if data is None:
         chosen = subset if hasattr(subset, "conversations") else load_conversations(subset)
         if not len(chosen): raise FinetuneError(f"the subset {name!r} is empty.")
         return chosen
-    n, ids = len(data), data.ids
     given = subset.ids if hasattr(subset, "ids") else list(subset)
-    if all(isinstance(item, str) for item in given): rows = _rows_of(name, given, ids, repeated=hasattr(subset, "ids"))
+    if all(isinstance(item, str) for item in given):
+        rows = _rows_of(name, given, data.ids, repeated=hasattr(subset, "ids"))
     else:
-        rows = np.asarray(given)
-        if rows.dtype == bool and rows.shape == (n,): rows = np.flatnonzero(rows)
-        elif rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer): raise FinetuneError(f"the subset {name!r} must be conversations, ids, row numbers, or a mask with one True or False for each of {n} conversations.")
-        outside = rows[(rows < 0) | (rows >= n)]
-        if len(outside): raise FinetuneError(f"the subset {name!r} asks for row {outside[0]}, and the data have rows 0 to {n - 1}.")
-        if len(set(rows.tolist())) < len(rows): raise FinetuneError(f"the subset {name!r} asks for a row more than once.")
-    if not len(rows): raise FinetuneError(f"the subset {name!r} is empty.")
-    return data.select(sorted(int(row) for row in rows))
+        rows = _checked_rows(name, np.asarray(given), len(data))
+    if not rows: raise FinetuneError(f"the subset {name!r} is empty.")
+    return data.select(sorted(rows))
 
+# %% ../../nbs/20_model/05_finetuning.ipynb #rows
+def _checked_rows(name: str, rows: np.ndarray, n: int) -> list[int]:
+    "Row numbers out of row numbers or a mask; `FinetuneError` for what is neither, or not there."
+    if rows.dtype == bool and rows.shape == (n,):
+        rows = np.flatnonzero(rows)
+    elif rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+        raise FinetuneError(
+            f"the subset {name!r} must be conversations, ids, row numbers, or a mask with one True or False "
+            f"for each of {n} conversations.")
+    outside = rows[(rows < 0) | (rows >= n)]
+    if len(outside):
+        raise FinetuneError(
+            f"the subset {name!r} asks for row {outside[0]}, and the data have rows 0 to {n - 1}.")
+    if len(set(rows.tolist())) < len(rows):
+        raise FinetuneError(f"the subset {name!r} asks for a row more than once.")
+    return rows.tolist()
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #ids
 def _rows_of(name: str, wanted: list[str], ids: list[str], repeated: bool) -> list[int]:
-    "Rows of the ids; conversations that are there several times are taken as often as `wanted` has them, or all of them if not `repeated`."
-    rows = {}
-    for row, id in enumerate(ids): rows.setdefault(id, []).append(row)
+    "Rows of the ids; of a conversation that is there several times, as many as `wanted` has, or all of them."
+    rows: dict[str, list[int]] = {}
+    for row, id in enumerate(ids):
+        rows.setdefault(id, []).append(row)
     counts = Counter(wanted)
     strange = [id for id, count in counts.items() if count > len(rows.get(id, []))]
     if strange:
-        raise FinetuneError(f"the subset {name!r} has {len(strange)} of {len(counts)} ids that the data do not have{' that often' if strange[0] in rows else ''}: {', '.join(strange[:5])}.")
+        often = " that often" if strange[0] in rows else ""
+        raise FinetuneError(
+            f"the subset {name!r} has {len(strange)} of {len(counts)} ids that the data do not have{often}: "
+            f"{', '.join(strange[:5])}.")
     return [row for id, count in counts.items() for row in rows[id][:count if repeated else None]]
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #003d
 def finetune_many(
     lm: LanguageModel,         # Model to start from
-    subsets: dict,             # By name: conversations; with `data` also ids, row numbers or a mask
+    subsets: dict[str, Any],   # By name: conversations; with `data` also ids, row numbers or a mask
     folder: str | Path,        # Holds one sub-folder for each run; a later call finds them there
     *,
-    data=None,                 # What the subsets are part of; checked where given
-    seeds=(0,),                # Every subset is trained with each
+    data: Any = None,          # What the subsets are part of; checked where given
+    seeds: Any = (0,),         # Every subset is trained with each
     progress: bool = True,     # Show a bar for each run
-    **settings,                # As in `finetune`, such as those in `RECIPES`
-) -> Iterator[Retrained]:      # For each seed the subsets in their order, one after the other as they are trained
-    "Fine-tune on every subset with every seed; what `folder` has is not trained again. Everything is checked before the first run. Raises `FinetuneError`."
-    unknown = [name for name in settings if name not in _SETTINGS or name == "seed"]
-    if unknown: raise FinetuneError(f"finetune_many has no setting {', '.join(map(repr, unknown))}; it takes seeds=, and the settings {', '.join(name for name in _SETTINGS if name != 'seed')}.")
+    **settings: Any,           # As in `finetune`, such as those in `RECIPES`
+) -> Iterator[Retrained]:      # For each seed the subsets in their order, each when it is trained
+    """Fine-tune on every subset with every seed; what `folder` has is not trained again. Everything is
+    checked before the first run. Raises `FinetuneError`."""
     _check_arguments(lm, folder)
-    if not isinstance(seeds, (list, tuple, range)) or not len(seeds): raise FinetuneError(f"seeds must be a list of whole numbers, got {seeds!r}.")
-    if not isinstance(subsets, dict) or not subsets: raise FinetuneError("subsets must be a dict of names and conversations, and not an empty one.")
+    _check_many(subsets, seeds, settings)
     every = [_SETTINGS | settings | {"seed": seed} for seed in seeds]
-    for one in every: _check_settings(lm, True, _way_back(lm), one)
-    template = every[0]["chat_template"]
-    for given in (data, *subsets.values()): lm = _in_template(lm, template, given)
+    for one in every:
+        _check_settings(lm, True, _way_back(lm), one)
+    for given in (data, *subsets.values()):
+        lm = _in_template(lm, every[0]["chat_template"], given)
     whole = None if data is None else lm.tokenize(data, max_tokens=every[0]["max_tokens"])
     chosen = {name: _subset(name, subset, whole) for name, subset in subsets.items()}
-    for subset in chosen.values(): _check_length(len(subset), every[0])
+    for subset in chosen.values():
+        _check_length(len(subset), every[0])
     return _each_run(lm, chosen, Path(folder), every, progress)
 
-def _each_run(lm, chosen, folder, every, progress):
+# %% ../../nbs/20_model/05_finetuning.ipynb #check-many
+def _check_many(subsets: Any, seeds: Any, settings: dict[str, Any]) -> None:
+    "Refuse settings nobody knows, and what is no list of seeds or no dictionary of subsets."
+    known = [name for name in _SETTINGS if name != "seed"]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise FinetuneError(
+            f"finetune_many has no setting {', '.join(map(repr, unknown))}; it takes seeds=, and the "
+            f"settings {', '.join(known)}.")
+    if not isinstance(seeds, (list, tuple, range)) or not len(seeds):
+        raise FinetuneError(f"seeds must be a list of whole numbers, got {seeds!r}.")
+    if not isinstance(subsets, dict) or not subsets:
+        raise FinetuneError("subsets must be a dict of names and conversations, and not an empty one.")
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #each
+def _each_run(
+    lm: LanguageModel, chosen: dict[str, Any], folder: Path, every: list[dict[str, Any]], progress: bool,
+) -> Iterator[Retrained]:
+    "Train or find one run after the other."
     base = lm.fingerprint
     for settings in every:
         for name, subset in chosen.items():
             tokenized = lm.tokenize(subset, max_tokens=settings["max_tokens"])
-            tokenized = tokenized.select(sorted(range(len(tokenized)), key=lambda row: tokenized[row].id))  # the order does not change the training, and should not change its name
+            tokenized = tokenized.select(sorted(range(len(tokenized)), key=lambda row: tokenized[row].id))
             key = _key(base, tokenized, settings, lm)
             place = folder/fingerprint(key, settings["checkpoints"])
             if not _finished(place, key):  # another machine's bf16 is found under its own name
                 key = _used(key, _precision(lm, settings))
                 place = folder/fingerprint(key, settings["checkpoints"])
-            trained = _run(lm, tokenized, place, settings, key, progress, f"{name}, seed {settings['seed']}")
-            yield Retrained(name, settings["seed"], place, len(tokenized), trained, lm)
+            seed = settings["seed"]
+            trained = _run(lm, tokenized, place, settings, key, progress, f"{name}, seed {seed}")
+            yield Retrained(name, seed, place, len(tokenized), trained, lm)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0044
 def training_checkpoints(
-    folder: str | Path,      # Folder given to `finetune(..., checkpoints=n)`
-    lm: LanguageModel | None = None, # The base model in memory: the adapters are put on it, and it is not opened anew for each
-) -> dict:                   # `checkpoints` and `learning_rates`, first to last, as `TracIn` takes them
-    """The history of a run: `TracIn(queries=…, **training_checkpoints(folder))`. A checkpoint with the learning rate 0 (the first step of a warm-up) is left out.
-    Raises `FinetuneError`."""
+    folder: str | Path,              # Folder given to `finetune(..., checkpoints=n)`
+    lm: LanguageModel | None = None, # The base model in memory: the adapters are put on it one by one
+) -> dict[str, list]:                # `checkpoints` and `learning_rates`, in order, as `TracIn` takes them
+    """The history of a run: `TracIn(queries=…, **training_checkpoints(folder))`. A checkpoint with the
+    learning rate 0 (the first step of a warm-up) is left out. Raises `FinetuneError`."""
     folder, record = Path(folder), _read_record(Path(folder))
     kept = [checkpoint for checkpoint in record.get("checkpoints", []) if checkpoint["learning_rate"] > 0]
-    if not kept: raise FinetuneError(f"{folder} holds no checkpoints. Fine-tune with checkpoints=3, say, into another folder.")
-    if lm is None and record["saved"] == "whole model":
-        raise FinetuneError(f"the checkpoints in {folder} are adapters for a model that existed only in memory ({record['base']}). Pass it: training_checkpoints(folder, lm).")
-    if lm is not None and lm.fingerprint != record["key"]["base_fingerprint"]: raise FinetuneError(f"{lm.name} is not the model that {folder} was trained from ({record['base']}).")
-    def opener(path): return lambda: LanguageModel(_with_adapter(lm, path).eval(), copy.deepcopy(lm.tokenizer), str(path))
+    if not kept:
+        raise FinetuneError(
+            f"{folder} holds no checkpoints. Fine-tune with checkpoints=3, say, into another folder.")
+    _check_base(folder, record, lm)
     places = [folder/checkpoint["folder"] for checkpoint in kept]
-    return {"checkpoints": [str(place) if lm is None else opener(place) for place in places], "learning_rates": [checkpoint["learning_rate"] for checkpoint in kept]}
+    openers = [str(place) if lm is None else _opener(lm, place) for place in places]
+    return {"checkpoints": openers, "learning_rates": [checkpoint["learning_rate"] for checkpoint in kept]}
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #check-base
+def _check_base(folder: Path, record: dict[str, Any], lm: LanguageModel | None) -> None:
+    "Refuse checkpoints without their base model, and a model that is another one."
+    if lm is None:
+        if record["saved"] != "whole model": return
+        raise FinetuneError(
+            f"the checkpoints in {folder} are adapters for a model that existed only in memory "
+            f"({record['base']}). Pass it: training_checkpoints(folder, lm).")
+    if lm.fingerprint != record["key"]["base_fingerprint"]:
+        raise FinetuneError(
+            f"{lm.name} is not the model that {folder} was trained from ({record['base']}).")
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #opener
+def _opener(lm: LanguageModel, path: Path) -> Callable[[], LanguageModel]:
+    "A function that puts the adapter in `path` on the model when it is called."
+    def open_checkpoint() -> LanguageModel:
+        return LanguageModel(_with_adapter(lm, path).eval(), copy.deepcopy(lm.tokenizer), str(path))
+    return open_checkpoint
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0047
-RECIPES = {"persona-vectors": dict(rank=32, alpha=64, rslora=True, learning_rate=1e-5, epochs=1, batch_size=16)}
+RECIPES: dict[str, dict[str, Any]] = {
+    "persona-vectors": dict(rank=32, alpha=64, rslora=True, learning_rate=1e-5, epochs=1, batch_size=16),
+}

@@ -48,6 +48,7 @@ def _text_config(model: Any) -> Any:
     "The configuration of the language part; models that also see or hear keep it one level down."
     return model.config.get_text_config()
 
+# %% ../../nbs/20_model/00_loading.ipynb #find-blocks
 def _find_blocks(model: Any) -> str:
     "Dotted path of the list of transformer blocks; of several as long, of the one beside the embedding."
     n_layers = getattr(_text_config(model), "num_hidden_layers", None)
@@ -317,6 +318,7 @@ def _clear_leftovers(folder: Path) -> None:
         if time.time() - old.stat().st_mtime > 3600:
             shutil.rmtree(old, ignore_errors=True)
 
+# %% ../../nbs/20_model/00_loading.ipynb #put-in-place
 def _put_in_place(part: Path, folder: Path) -> None:
     "Give a finished conversion its name."
     if folder.exists() and not _is_whole(folder):
@@ -533,6 +535,7 @@ _PREFIXES = {
     "language_model.": "a model that also sees puts it there",
 }
 
+# %% ../../nbs/20_model/00_loading.ipynb #foreign-prefix
 def _foreign_prefix(info: dict) -> str | None:
     "A known prefix of all the names that no layer has taken."
     names = info["unexpected_keys"]

@@ -62,6 +62,7 @@ def _pooled_tokens(batch: Batch, pooling: str) -> torch.Tensor:
         chosen_BT = chosen_BT & _before_last_answer(batch.response_mask)
     return chosen_BT
 
+# %% ../../nbs/20_model/03_tracing.ipynb #before-last-answer
 def _before_last_answer(response_BT: torch.Tensor) -> torch.Tensor:
     "True [B, T] at the token before the last answer begins; nowhere in rows where it begins at token 0."
     starts_BT = response_BT[:, 1:] & ~response_BT[:, :-1]  # a start at t+1 makes t the token before it
@@ -122,12 +123,14 @@ def work_dtype(
     "The type in which numbers about the model are computed and kept."
     return torch.promote_types(torch.float32, lm.dtype)
 
+# %% ../../nbs/20_model/03_tracing.ipynb #pool
 def _pool(acts_BTD: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
     "Weighted sums [B, d] in float32 (float64 where the model computes in it)."
     kind = torch.promote_types(acts_BTD.dtype, torch.float32)
     weights_BT = weights_BT.to(acts_BTD.device, kind)
     return torch.einsum("bt,btd->bd", weights_BT, acts_BTD.to(kind)).cpu()
 
+# %% ../../nbs/20_model/03_tracing.ipynb #check-finite
 def _check_finite(pooled_BD: torch.Tensor, layer: int, ids: list[str]) -> None:
     "Raise where an activation overflowed; half precision does that on long inputs."
     bad = (~torch.isfinite(pooled_BD).all(1)).nonzero()[:, 0].tolist()
@@ -202,6 +205,7 @@ def _checked_layers(lm: LanguageModel, layers: Any) -> list[int]:
     if not checked: raise TracingError("layers is empty: name at least one layer")
     return checked
 
+# %% ../../nbs/20_model/03_tracing.ipynb #fill-rows
 def _fill_rows(
     lm: LanguageModel, tokenized: TokenizedConversations, pooling: str, token_budget: int, progress: bool,
     rows_of: Mapping[int, np.ndarray],
@@ -285,6 +289,7 @@ def _continue(
         mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], 1)
     return [_until_stop(answer, stop_ids) for answer in torch.stack(steps, 1).tolist()]
 
+# %% ../../nbs/20_model/03_tracing.ipynb #until-stop
 def _until_stop(answer: list[int], stop_ids: set[int]) -> list[int]:
     "The tokens up to the first that ends an answer, that one included; all where none does."
     return answer[:next((t + 1 for t, token in enumerate(answer) if token in stop_ids), len(answer))]
@@ -314,6 +319,7 @@ def as_prompts(
     without_answers = [Conversation(c.prompt, metadata=c.metadata) for c in conversations]
     return Conversations(without_answers, conversations.name)
 
+# %% ../../nbs/20_model/03_tracing.ipynb #records-of
 def _records_of(prompts: list[Any]) -> Any:
     "Texts and lists of messages as records that `load_conversations` reads; other things as they are."
     if isinstance(prompts[0], str):
@@ -377,6 +383,7 @@ def _with_answers(
         answered.append(Conversation(prompt.messages + turn, metadata={**prompt.metadata, **about}))
     return Conversations(answered, f"answers of {lm.name}")
 
+# %% ../../nbs/20_model/03_tracing.ipynb #check-empty
 def _check_empty(lm: LanguageModel, empty: list[str], asked: int) -> None:
     "Say which answers are empty; `ModelError` where all are."
     if not empty: return
