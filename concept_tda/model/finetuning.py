@@ -715,7 +715,7 @@ def _train_into(
 def finetune(
     lm: LanguageModel,           # Model to start from; stays exactly as it is
     data: Any,                   # `Conversations` or `TokenizedConversations`
-    folder: str | Path,          # Where the result goes: an empty folder, or one with this fine-tune or its beginning
+    folder: str | Path,          # An empty folder, or one with this fine-tune or its beginning
     *,
     rank: int = 16,              # Rank of the adapters on every linear layer of the blocks
     alpha: float = 32,           # Scale of the adapters: alpha/rank
