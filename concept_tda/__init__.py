@@ -40,4 +40,7 @@ _VIEWS.update({
         "results.attribution.Attribution.report": "report.write_report",
         "results.attribution.Attribution.inspect": "browser.ExampleBrowser",
         "results.comparison.Comparison": "html.show_comparison",
+        "influence.planning.Plan": "html.show_plan",
+        "influence.doctor.Diagnosis": "html.show_diagnosis",
+        "influence.doctor.MarkedExample": "html.show_marked",
     }.items()})

@@ -1,20 +1,23 @@
-"""plan() prices the job it is asked about and disturbs nothing; doctor() finds each illness it knows."""
+"""plan() prices the job it is asked about and disturbs nothing; what fails in its dry run is named."""
 
+import html
 from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from concept_tda.concepts.concept import tensor_concept
 from concept_tda.data.conversations import load_conversations
+from concept_tda.influence import planning
 from concept_tda.influence.baselines import BM25, RandomScore
 from concept_tda.influence.curvature import EKFAC
-from concept_tda.influence.planning import PlanError, doctor, plan
-from concept_tda.influence.scorers import ConceptInfluence, InfluenceFunction, VectorFilter
+from concept_tda.influence.neighbours import Cascade
+from concept_tda.influence.planning import PlanError, plan
+from concept_tda.influence.scorers import ConceptInfluence, GradDot, InfluenceFunction, VectorFilter
 from concept_tda.model.loading import load_model
+from concept_tda.model.losses import GradientError
 
-from tiny import CHATML, tiny_model, tiny_pair, tiny_tokenizer
+from tiny import tiny_pair
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +34,6 @@ def train():
 
 def concept_of(lm):
     return tensor_concept(torch.ones(lm.width), layer=1, lm=lm, name="size")
-
-
-def verdicts(diagnosis):
-    return {check.name: check.verdict for check in diagnosis.checks}
 
 
 def test_plan(train, tmp_path):
@@ -73,8 +72,6 @@ def test_plan(train, tmp_path):
 
 
 def test_plan_says_which_setting_would_fit(train, monkeypatch):
-    import concept_tda.influence.planning as planning
-
     lm = load_model(tiny_pair("llama"))
     monkeypatch.setattr(planning, "_peak_memory", lambda device: 2**60)
     estimate = plan([ConceptInfluence(lm, concept_of(lm), train[:2])], train, token_budget=1024)
@@ -83,66 +80,95 @@ def test_plan_says_which_setting_would_fit(train, monkeypatch):
         estimate.check()
 
 
-def test_a_healthy_model(train):
+def test_bfloat16_is_priced_by_the_measured_product(train, monkeypatch):
+    lm = load_model(tiny_pair("llama", dtype=torch.bfloat16))
+    monkeypatch.setattr(planning, "bfloat16_ratio", lambda device: 71.0)
+    estimate = replace(plan([VectorFilter(lm, concept_of(lm))], train), seconds=7100.0, fit_seconds=0.0)
+    assert estimate.slowdown == 71.0
+    for shown in (repr(estimate), estimate._repr_html_()):
+        words = html.unescape(shown)
+        assert "71 times as long as in float32" in words and 'dtype="float32"' in words
+        assert "100 s instead of 118 min" in words
+    monkeypatch.setattr(planning, "bfloat16_ratio", lambda device: 0.25)
+    fast = plan([VectorFilter(lm, concept_of(lm))], train)
+    assert fast.slowdown == 0.25 and "0.25 times" in repr(fast) and 'float32"' not in repr(fast)
+    monkeypatch.setattr(planning, "bfloat16_ratio", lambda device: pytest.fail("measured for nothing"))
+    full = load_model(tiny_pair("llama"))
+    assert plan([VectorFilter(full, concept_of(full))], train).slowdown is None
+
+
+def test_a_smaller_type_is_advised_only_where_it_is_not_slower(train, monkeypatch):
     lm = load_model(tiny_pair("llama"))
-    diagnosis = doctor(lm, train)
-    assert not diagnosis.problems, diagnosis
-    assert {"weights", "answers", "BOS", "determinism", "batch invariance", "sites"} <= set(
-        verdicts(diagnosis)
-    )
-    assert "✓" in repr(diagnosis) and "<table>" in diagnosis._repr_html_()
+    monkeypatch.setattr(planning, "_peak_memory", lambda device: 2**60)
+    for ratio, advised in ((71.0, False), (0.5, True)):
+        monkeypatch.setattr(planning, "bfloat16_ratio", lambda device, ratio=ratio: ratio)
+        with pytest.raises(PlanError, match="max_tokens=512") as caught:
+            plan([VectorFilter(lm, concept_of(lm))], train).check()
+        assert ("bfloat16" in str(caught.value)) == advised
 
 
-def test_illnesses_of_the_model(train):
-    lm = load_model(tiny_pair("llama", n_layers=3))
-    assert verdicts(doctor(lm, train, layer=1))["sites"] == "note"
-    assert verdicts(doctor(load_model(tiny_pair("llama-tied")), train))["tied embeddings"] == "note"
-    assert (
-        verdicts(doctor(load_model(tiny_pair("llama", dtype=torch.bfloat16)), train))["precision"] == "note"
-    )
-    lm.model.gradient_checkpointing_enable()
-    assert verdicts(doctor(lm, train))["gradient checkpointing"] == "problem"
-    adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
-    diagnosis = doctor(load_model((adapted, tiny_tokenizer())), train)
-    assert verdicts(diagnosis)["LoRA"] == "note" and "scaling 3.0" in repr(diagnosis)
-    adapted.base_model.disable_adapter_layers()
-    assert verdicts(doctor(load_model((adapted, tiny_tokenizer())), train))["LoRA"] == "problem"
+@pytest.mark.parametrize(
+    "error", [IndexError("index out of range in self"), KeyError("rope"), RuntimeError("a\nb"), ValueError()]
+)
+def test_another_librarys_error_in_the_dry_run_names_the_example(train, error):
+    lm, bad = load_model(tiny_pair("llama")), train.ids[17]
+    tokens = lm.tokenize(train)[17].input_ids
 
+    def strike(module, args, options):
+        ids = options.get("input_ids", args[0] if args else None)
+        if any(row[: len(tokens)].tolist() == tokens.tolist() for row in ids):
+            raise error
 
-def test_batch_dependence_is_found(train):
-    lm = load_model(tiny_pair("llama"))
-    # a norm over the whole batch: a row depends on its mates
-    hook = lm.blocks[0].register_forward_hook(lambda block, args, out: out / out.norm())
-    assert verdicts(doctor(lm, train))["batch invariance"] == "problem"
+    hook = lm.model.register_forward_pre_hook(strike, with_kwargs=True)
+    every = list(range(30))
+    with pytest.raises(PlanError, match=f"the example {bad} fails with {type(error).__name__}") as caught:
+        plan([VectorFilter(lm, concept_of(lm))], train.select(every), token_budget=10**6)
+    assert caught.value.__cause__ is error and not set(train.ids) - {bad} & set(str(caught.value).split())
+    scorer = ConceptInfluence(lm, concept_of(lm), train[:2])
+    with pytest.raises(PlanError, match=f"the example {bad} "):  # one example, and the fit of its curvature
+        plan([scorer], train.select([17]))
     hook.remove()
-    hook = lm.blocks[0].register_forward_hook(lambda block, args, out: out + 0.1 * torch.randn_like(out))
-    assert verdicts(doctor(lm, train))["determinism"] == "note"
-    hook.remove()
+    assert plan([scorer], train.select([17])).fits
 
 
-def test_illnesses_of_the_data(train):
+def test_an_error_of_all_examples_together_names_them_and_memory_has_its_own_way_out(train, monkeypatch):
     lm = load_model(tiny_pair("llama"))
-    assert (
-        verdicts(doctor(lm, load_conversations([{"messages": [{"role": "user", "content": "Hello?"}]}])))[
-            "answers"
-        ]
-        == "problem"
-    )
-    found = verdicts(
-        doctor(
-            lm,
-            load_conversations(
-                [{"prompt": "a", "response": "b"}] * 2 + [{"prompt": "c", "response": "d " * 50}]
-            ),
-            max_tokens=40,
-        )
-    )
-    assert found["duplicates"] == "note" and found["length"] == "note"
-    model, tokenizer = tiny_pair("llama")
-    tokenizer.bos_token = "<|endoftext|>"
-    tokenizer.chat_template = "<|endoftext|><|endoftext|>" + CHATML
-    assert verdicts(doctor(load_model((model, tokenizer)), train))["BOS"] == "problem"
-    bad = load_model(tiny_pair("llama"))
-    with torch.no_grad():
-        bad.model.lm_head.weight.fill_(float("inf"))
-    assert {check.name for check in doctor(bad, train).problems} == {"weights", "loss"}
+
+    def crowded(lm, batch, readouts, watch):
+        if len(batch.rows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(planning, "_run_batch", crowded)
+    with pytest.raises(PlanError, match="OutOfMemoryError.*lower token_budget") as caught:
+        plan([VectorFilter(lm, concept_of(lm))], train)
+    assert sum(id in str(caught.value) for id in train.ids) > 1
+
+
+def test_what_cannot_be_priced_is_refused_in_words(train):
+    lm, other = load_model(tiny_pair("llama")), load_model(tiny_pair("llama", seed=1))
+    for scorers, examples, message in (
+        ([RandomScore()], train, "have 0: without a model"),
+        ([], train, "have 0"),
+        (
+            [VectorFilter(lm, concept_of(lm)), GradDot(other, train[:1])],
+            train,
+            "have 2: plan them",
+        ),
+        (VectorFilter(lm, concept_of(lm)), train, "list of scorers"),
+        (["vector-filter"], train, "instead of a str"),
+        ([VectorFilter(lm, concept_of(lm))], train.select([]), "no examples"),
+        ([Cascade(VectorFilter(lm, concept_of(lm)), GradDot(lm, train[:1]))], train, "passes of its own"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            plan(scorers, examples)
+
+
+def test_an_error_of_ours_stays_what_it_is(train, monkeypatch):
+    lm = load_model(tiny_pair("llama"))
+
+    def refuse(lm, batch, readouts, watch):
+        raise GradientError("a gradient is not finite")
+
+    monkeypatch.setattr(planning, "_run_batch", refuse)
+    with pytest.raises(GradientError, match="^a gradient is not finite$"):
+        plan([GradDot(lm, train[:2])], train)
