@@ -53,7 +53,8 @@ PUBLIC = {
         "LessReadout LESS exact_rows estimated_recall Cascade",
     "influence.baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
     "influence.atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
-    "influence.planning": "PlanError Plan plan Check Diagnosis doctor",
+    "influence.planning": "PlanError Plan plan",
+    "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
     "evidence.retraining": "TRAINING PLAN_FORMAT Judges ExperimentError full_recipe Maker tokenized_whole "
         "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
         "judges_by_name Experiment",
@@ -69,8 +70,9 @@ PUBLIC = {
     "evidence.pareto": "ParetoCurve",
     "views.html": "LEVELS ORANGE BLUE GREY VIEW_STYLE END_TITLES page_part colour_limit ColourScale "
         "colour_scale legend_html conversation_html card_html histogram_svg table_html sheet_html facts_html "
-        "example_html examples_html end_titles attribution_html comparison_html show_card show_sheet "
-        "show_facts show_attribution show_comparison",
+        "example_html examples_html end_titles attribution_html marked_html diagnosis_html plan_html "
+        "comparison_html show_card show_sheet show_facts show_attribution show_comparison show_plan "
+        "show_diagnosis show_marked",
     "views.contents": "Facet WidgetError front_end percentiles_for_length null_z short_name Contents "
         "example_texts browser_table browser_columns rounded_columns token_turns written_turns "
         "example_to_read snippet search_terms hits within from_both_ends json_in_script",

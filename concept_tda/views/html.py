@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['LEVELS', 'ORANGE', 'BLUE', 'GREY', 'VIEW_STYLE', 'END_TITLES', 'page_part', 'colour_limit', 'ColourScale',
            'colour_scale', 'legend_html', 'conversation_html', 'card_html', 'histogram_svg', 'table_html', 'sheet_html',
-           'facts_html', 'example_html', 'examples_html', 'end_titles', 'attribution_html', 'comparison_html',
-           'show_card', 'show_sheet', 'show_facts', 'show_attribution', 'show_comparison']
+           'facts_html', 'example_html', 'examples_html', 'end_titles', 'attribution_html', 'marked_html',
+           'diagnosis_html', 'plan_html', 'comparison_html', 'show_card', 'show_sheet', 'show_facts',
+           'show_attribution', 'show_comparison', 'show_plan', 'show_diagnosis', 'show_marked']
 
 # %% ../../nbs/90_views/00_html.ipynb #0003
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,10 @@ from ..results.attribution import Attribution, question_text
 from ..results.cards import QueryCard
 from ..results.comparison import Comparison
 from ..results.metrics import percent_text
+
+if TYPE_CHECKING:
+    from concept_tda.influence.doctor import Check, Diagnosis, MarkedExample
+    from concept_tda.influence.planning import Plan
 
 # %% ../../nbs/90_views/00_html.ipynb #rules
 LEVELS = 9                          # Steps of colour on either side of the centre
@@ -390,6 +395,81 @@ def attribution_html(
     more = f"<p class='quiet'>{hidden} more are not drawn here; .to_pandas() has them all.</p>" if hidden > 0 else ""
     return card + (legend_html(scale) if scale.limit else "") + parts + more
 
+# %% ../../nbs/90_views/00_html.ipynb #marks
+_MARKS = f"""<style>.ctda{{
+& .marked{{white-space:pre-wrap;font-family:ui-monospace,monospace;font-size:.92em;line-height:1.9}}
+& .marked{{border:1px solid rgba({GREY},.35);border-radius:6px;padding:.5em .8em;margin:.4em 0}}
+& :is(.prompt,.answer,.weight-0){{border-radius:3px;padding:.1em 0;margin-inline-end:1px}}
+& .prompt{{background:rgba({GREY},.1)}}
+& .answer{{background:rgba({ORANGE},.34);border-bottom:2px solid rgb({ORANGE})}}
+& .weight-0{{background:rgba({GREY},.3);border-bottom:2px dotted currentColor}}
+& .framed{{outline:1px solid rgba({GREY},.9);outline-offset:-1px;font-size:.88em;padding:.1em .2em}}
+& .finding td{{text-align:start;vertical-align:top}}
+& .finding td:first-child{{white-space:nowrap;font-weight:600;border-inline-start:4px solid transparent}}
+& .error td:first-child{{border-inline-start-color:rgb(220,50,50)}}
+& .warning td:first-child{{border-inline-start-color:rgb({ORANGE})}}
+& .note td:first-child{{border-inline-start-color:rgb({BLUE})}}
+}}</style>"""
+
+# %% ../../nbs/90_views/00_html.ipynb #marks-2
+def _marked_pieces(example: "MarkedExample") -> _Pieces:
+    "Pairs (text, HTML) of each token, by what it is."
+    pieces = []
+    for number, (token, part, special) in enumerate(zip(example.tokens, example.parts, example.special)):
+        classes = part.replace(" ", "-") + (" framed" if special else "")
+        text = safe_text(token).replace("\n", "⏎\n")
+        title = f"token {number}: {part}{', special' if special else ''}"
+        pieces.append((token, f"<span class='{classes}' title='{title}'>{text}</span>"))
+    return pieces
+
+def marked_html(
+    example: "MarkedExample", # From `doctor`
+    *,
+    visible: int = 4000,      # Characters shown before the rest folds
+    most: int = 20_000,       # Characters that go into the page at all; the rest is counted
+) -> str:
+    "One example token by token, its legend above it; all escaped."
+    from concept_tda.influence.doctor import PARTS
+    legend = "".join(f"<span class='{part.replace(' ', '-')}'>{part}</span> {words} &ensp; "
+                     for part, words in PARTS.items() if part in example.parts)
+    framed = "<span class='framed'>framed</span> special token" if any(example.special) else ""
+    return (f"<h4>{safe_text(example.headline)}</h4><div class='quiet'>{legend}{framed}</div>"
+            f"<div class='marked' dir='auto'>{_folded(_marked_pieces(example), visible, most)}</div>")
+
+# %% ../../nbs/90_views/00_html.ipynb #findings
+def _finding_rows(checks: "Sequence[Check]") -> str:
+    "A row for each check."
+    from concept_tda.influence.doctor import SIGNS
+    rows = []
+    for check in checks:
+        advice = f"<br><i>{safe_text(check.advice)}</i>" if check.advice else ""
+        said = f"<b>{safe_text(check.name)}</b></td><td>{safe_text(check.finding)}{advice}"
+        rows.append(f"<tr class='finding {check.severity}'><td>{SIGNS[check.severity]} {check.severity}</td>"
+                    f"<td>{said}</td></tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+def diagnosis_html(
+    diagnosis: "Diagnosis", # From `doctor`
+) -> str:
+    "The findings, worst first, those that found nothing apart, and the example."
+    passed = diagnosis.of("ok")
+    found = [check for check in diagnosis.checks if check not in passed]
+    numbers = {kind: len(diagnosis.of(kind)) for kind in ("error", "warning", "note")}
+    counts = ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in numbers.items())
+    summary = f"<summary>{len(passed)} checks found nothing</summary>"
+    folded = f"<details open>{summary}{_finding_rows(passed)}</details>"
+    example = marked_html(diagnosis.example) if diagnosis.example else ""
+    return f"<h4>{counts}</h4>{_finding_rows(found) if found else ''}{folded if passed else ''}{example}"
+
+# %% ../../nbs/90_views/00_html.ipynb #plan
+def plan_html(
+    plan: "Plan", # From `plan`
+) -> str:
+    "What a job will cost, a line each."
+    rows = "".join(f"<tr><th>{safe_text(name)}</th><td>{safe_text(words)}</td></tr>"
+                   for name, words in plan.facts().items())
+    return f"<div class='card'><table>{rows}</table></div>"
+
 # %% ../../nbs/90_views/00_html.ipynb #comparison
 def comparison_html(
     comparison: Comparison, # Several results
@@ -431,3 +511,21 @@ def show_comparison(
 ) -> str:
     "The comparison as a notebook shows it."
     return page_part(comparison_html(comparison))
+
+def show_plan(
+    plan: "Plan", # What a job will cost
+) -> str:
+    "The plan as a notebook shows it."
+    return page_part(plan_html(plan))
+
+def show_diagnosis(
+    diagnosis: "Diagnosis", # Findings and an example
+) -> str:
+    "The diagnosis as a notebook shows it."
+    return page_part(_MARKS + diagnosis_html(diagnosis))
+
+def show_marked(
+    example: "MarkedExample", # One example in colour
+) -> str:
+    "The example as a notebook shows it."
+    return page_part(_MARKS + marked_html(example))
