@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import batches
 from ..model.losses import GradientError, loss_weights, token_losses
-from .gradients import _Reached, _require_grad, site_flows, watch_layers
+from .gradients import Reached, check_sites, require_grad, site_flows, watch_layers, went_in
 from ..foundation.storage import BlockStore, atomic_file, cache_folder, code_version, fingerprint
 from ..foundation.errors import ConceptTDAError
 from ..model.tracing import pooling_weights
@@ -104,7 +104,9 @@ class DirectionReadout(Readout):
         return self.placed[site.name]
 
     def flow(self, site, x_BTi, delta_BTo):
-        for query, Q in enumerate(self.at(site, delta_BTo)): self.tokens_QBT[query] -= ((delta_BTo @ Q)*x_BTi).sum(-1)
+        for query, Q in enumerate(self.at(site, delta_BTo)):
+            found_BR = ((delta_BTo @ Q)*x_BTi).sum(-1)  # R = T, or a multiple of it for a layer that is called several times
+            self.tokens_QBT[query] -= found_BR.unflatten(1, (-1, self.tokens_QBT.shape[2])).sum(1)
 
 # %% ../../nbs/50_influence/04_engine.ipynb #0011
 class StackedReadout(DirectionReadout):
@@ -128,13 +130,19 @@ class ForwardReadout(DirectionReadout):
         weights_BT = loss_weights(batch, dtype=self.tokens_QBT.dtype).to(lm.device)
         for query in range(self.n_queries):
             def add_tangent(site):
-                def hook(module, args, output):
-                    x = forward_ad.unpack_dual(args[0]).primal
+                def hook(module, args, kwargs, output):
+                    x = forward_ad.unpack_dual(went_in(args, kwargs)).primal
                     return output + forward_ad.make_dual(torch.zeros_like(output), -(x @ self.at(site, x)[query].T))
                 return hook
             with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), ExitStack() as hooks:
-                for site in self.watched: hooks.callback(site.module.register_forward_hook(add_tangent(site)).remove)
-                self.tokens_QBT[query] += forward_ad.unpack_dual(token_losses(lm, batch)).tangent*weights_BT
+                for site in self.watched: hooks.callback(site.module.register_forward_hook(add_tangent(site), with_kwargs=True).remove)
+                try:
+                    change_BT = forward_ad.unpack_dual(token_losses(lm, batch)).tangent
+                except NotImplementedError as err:
+                    raise EngineError(
+                        f"{type(lm.model).__name__} uses an operation without a forward-mode derivative ({err}): use "
+                        "engine='reverse', or load the model with attention='eager'") from err
+                if change_BT is not None: self.tokens_QBT[query] += change_BT*weights_BT
 
 # %% ../../nbs/50_influence/04_engine.ipynb #0015
 def difference_scale(
@@ -271,8 +279,8 @@ def _run_batch(lm, batch, readouts, watch):
         listeners = [(name, r) for name, r in readouts.items() if r.wants_gradient and r.layer == layer]
         def on_gradient(gradient):
             for name, r in listeners: watch.call(name, r.hidden_gradient, gradient)
-        if listeners: _require_grad(hidden).register_hook(on_gradient)
-        if not wants_loss and layer == max(layers): raise _Reached(None)
+        if listeners: require_grad(hidden).register_hook(on_gradient)
+        if not wants_loss and layer == max(layers): raise Reached(None)
 
     def on_flow(site, x, delta):
         for name, r in readouts.items():
@@ -280,11 +288,11 @@ def _run_batch(lm, batch, readouts, watch):
 
     with ExitStack() as stack, torch.set_grad_enabled(wants_backward):
         stack.enter_context(watch_layers(lm, sorted(layers), on_hidden))
-        stack.enter_context(site_flows(list(sites.values()), on_flow))
+        stack.enter_context(site_flows(list(sites.values()), on_flow, batch))
         watch.begin_phase()
         if not wants_loss:
             try: lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            except _Reached: pass
+            except Reached: pass
             return watch.end_phase()
         losses_BT = token_losses(lm, batch)
         weights_BT = loss_weights(batch, dtype=losses_BT.dtype).to(lm.device)
@@ -338,6 +346,7 @@ def shared_pass(
     store = BlockStore(cache_folder("runs"), dict(code=code_version(), model=lm.fingerprint, data=data.fingerprint, tokens=tokens, token_budget=token_budget,
                                                   dtype=str(lm.dtype), readouts={name: r.fingerprint for name, r in readouts.items()}))
     for damaged in store.verify(): store.discard(damaged)
+    check_sites(lm, list({s.name: s for r in readouts.values() for s in r.sites}.values()), data)
     done, watch = store.names(), _Stopwatch(readouts)
     plan = {f"{batch.rows.min():08d}-{len(batch.rows)}": batch for batch in batches(data, token_budget=token_budget)}
     resumed = sum(len(batch.rows) for name, batch in plan.items() if name in done)

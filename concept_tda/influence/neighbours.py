@@ -22,7 +22,7 @@ from .engine import DirectionReadout, Readout, shared_pass
 from .gradients import SiteGradients
 from ..model.losses import loss_weights, token_losses
 from ..model.loading import LanguageModel, load_model
-from ..model.sites import resolve_sites
+from ..model.sites import coverage_notes, resolve_sites
 from .queries import LossQuery, Query
 from .scorers import Influence, Scorer, ScorerError, _card
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
@@ -148,6 +148,7 @@ class CheckpointScorer(Scorer):
         start, sites = time.perf_counter(), resolve_sites(lm, self.site_pattern, layer=self.query.layer)
         readout = self.readout(lm, sites, index)
         self.n_sites, prepared = len(sites), time.perf_counter() - start
+        self.coverage = coverage_notes(lm, self.site_pattern)
         block = f"{index:04d}-{fingerprint(lm.fingerprint, readout.fingerprint)}"
         for damaged in store.verify(): store.discard(damaged)
         if block not in store.names():
@@ -169,7 +170,7 @@ class CheckpointScorer(Scorer):
         return Attribution(data, scores, card, token_scores=np.split(whole, np.cumsum(data.lengths)[:-1]))
 
     def describe(self):
-        return dict(behaviour=self.query.name, layer=self.query.layer, reduction="mean", sites=self.site_pattern if isinstance(self.site_pattern, str) else "chosen by name", n_sites=self.n_sites,
+        return dict(behaviour=self.query.name, layer=self.query.layer, reduction="mean", sites=self.site_pattern if isinstance(self.site_pattern, str) else "chosen by name", n_sites=self.n_sites, notes=self.coverage,
                     settings={"query_examples": len(self.query.examples), "query_data": self.query.examples.name, "checkpoints": len(self.checkpoints), "learning_rates": self.learning_rates})
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0011
@@ -341,10 +342,10 @@ class LESS(CheckpointScorer):
     def describe(self):
         fields = super().describe()
         fields["curvature"] = "Adam's second moments"
-        if self.projection is None: return fields | {"notes": ["exact cosines, no sketch"]}
+        if self.projection is None: return fields | {"notes": [*fields["notes"], "exact cosines, no sketch"]}
         first, second, exact = (sum(weight*p["scores"][:, column] for weight, p in zip(self.weights(), self.passes)) for column in range(3))
         fields["settings"] |= {"projection": self.projection, "seed": self.seed, "reliability": {"between_seeds": spearman(first, second), "with_exact": spearman(first, exact)}}
-        return fields | {"notes": [f"sketches of {self.projection} for {self.size} weights: two seeds rank with Spearman {spearman(first, second):.3f}, the one used and the exact cosine with {spearman(first, exact):.3f}"]}
+        return fields | {"notes": [*fields["notes"], f"sketches of {self.projection} for {self.size} weights: two seeds rank with Spearman {spearman(first, second):.3f}, the one used and the exact cosine with {spearman(first, exact):.3f}"]}
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0021
 def exact_rows(

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import batches
 from .curvature import EKFAC, CurvatureError, _curvature_html, _flows_of, _labeller
-from .gradients import SiteGradients, site_flows
+from .gradients import SiteGradients, check_sites, site_flows, went_in
 from ..model.losses import loss_weights, response_logits, token_losses
 from ..model.sites import resolve_sites
 from ..foundation.storage import code_version, fingerprint
@@ -44,11 +44,13 @@ def _example_gradients(lm, data, sites, token_budget, progress, title):
     "Yield (rows, {site: [B, out, in]}): the gradient of each example's mean response loss, batch by batch."
     dtype, found = _statistics_dtype(sites), {}
     def receive(site, x, delta): found[site.name] = torch.einsum("bto,bti->boi", delta.to(dtype), x.to(dtype))
-    with lm.undisturbed(), site_flows(sites, receive), torch.enable_grad(), tqdm(total=data.n_tokens, desc=title, unit="tok", disable=not progress) as bar:
+    check_sites(lm, sites, data)
+    with lm.undisturbed(), torch.enable_grad(), tqdm(total=data.n_tokens, desc=title, unit="tok", disable=not progress) as bar:
         for batch in batches(data, token_budget=token_budget):
             batch = batch.to(lm.device)
-            losses_BT = token_losses(lm, batch)
-            torch.autograd.backward((losses_BT*loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT)).sum())
+            with site_flows(sites, receive, batch):
+                losses_BT = token_losses(lm, batch)
+                torch.autograd.backward((losses_BT*loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT)).sum())
             yield batch.rows, dict(found)
             found.clear()
             bar.update(batch.n_tokens)
@@ -220,6 +222,7 @@ class LoGra:
             g_Bk = torch.einsum("bto,bti->boi", delta.to(dtype) @ P_out.T, x.to(dtype) @ P_in.T).flatten(1)
             fisher[site.name].addmm_(g_Bk.T, g_Bk)
         generator = torch.Generator(lm.device).manual_seed(seed)
+        check_sites(lm, sites, data)
         with lm.undisturbed(), tqdm(total=data.n_tokens, desc=f"LoGra Fisher ({_bytes(price)})", unit="tok", disable=not progress) as bar:
             for batch in batches(data, token_budget=token_budget):
                 batch = batch.to(lm.device)
@@ -237,13 +240,13 @@ def _moving_along(sites, directions):
     "Within the context (and a dual level) every output carries the tangent of moving the sites' weights along `directions`."
     from torch.autograd import forward_ad
     def watch(V):
-        def hook(module, args, output):
-            x, (primal, tangent) = forward_ad.unpack_dual(args[0]).primal, forward_ad.unpack_dual(output)
+        def hook(module, args, kwargs, output):
+            x, (primal, tangent) = forward_ad.unpack_dual(went_in(args, kwargs)).primal, forward_ad.unpack_dual(output)
             change = x @ V.to(x).T
             return forward_ad.make_dual(primal, change if tangent is None else change + tangent)
         return hook
     with ExitStack() as hooks:
-        for site in sites: hooks.callback(site.module.register_forward_hook(watch(directions[site.name])).remove)
+        for site in sites: hooks.callback(site.module.register_forward_hook(watch(directions[site.name]), with_kwargs=True).remove)
         yield
 
 class GaussNewton:
@@ -256,6 +259,7 @@ class GaussNewton:
         token_budget: int = 1024, # Tokens in a batch
     ):
         self.lm, self.data, self.sites, self.token_budget = lm, lm.tokenize(data), resolve_sites(lm, sites), token_budget
+        check_sites(lm, self.sites, self.data)
 
     def product(self,
         directions: dict,          # [out, in] by site name; sites that are left out do not move

@@ -14,7 +14,7 @@ import torch
 
 from ..data.batches import batches
 from ..model.losses import GradientError, loss_weights, token_losses
-from .gradients import SiteGradients, hidden_states
+from .gradients import SiteGradients, check_sites, hidden_states
 from ..foundation.storage import fingerprint
 from ..model.tracing import pooled_activations, pooling_weights
 
@@ -32,11 +32,15 @@ class Query:
         "Sum of the quantity over the examples of a batch, attached to the graph."
         raise NotImplementedError
 
-    def _means(self, lm):
+    def _tokenized(self, lm):
         data = lm.tokenize(self.examples)
         if not len(data):
             raise GradientError(f"the query {self.name!r} has no examples: give at least one answer that shows the "
                                 "behaviour")
+        return data
+
+    def _means(self, lm):
+        data = self._tokenized(lm)
         for batch in batches(data, token_budget=1024): yield self.sum_over(lm, batch.to(lm.device))/len(data)
 
     def value(self,
@@ -50,9 +54,7 @@ class Query:
         sites: list, # `Site`s
     ) -> dict:       # ∇f [out, in] by site name, float32 (float64 for a float64 model)
         "Gradient of f at the sites, exactly zero where f does not reach. Raises `GradientError` where it is not finite or zero everywhere."
-        if any(site.weight.is_inference() for site in sites):
-            raise GradientError("the model's weights were made under torch.inference_mode(), so nothing can be "
-                                "differentiated with respect to them: open the model outside of it")
+        check_sites(lm, sites, self._tokenized(lm))
         with lm.undisturbed(), SiteGradients(sites) as gradients, torch.enable_grad():
             for mean in self._means(lm):
                 if mean.requires_grad: torch.autograd.backward(mean)
