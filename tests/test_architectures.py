@@ -1,7 +1,7 @@
 """Scores on many architectures, adapters and layouts against plain autograd, in float64.
 
 What is known of a model here is what its owner knows: nothing about how its layers are called. Each score is
-compared with the derivative that autograd gives for the weights themselves, one unpadded example at a time."""
+compared with the derivative that autograd gives for the weights, one unpadded example at a time."""
 
 import numpy as np
 import pytest

@@ -28,9 +28,10 @@ from ..data.batches import Batch, batches
 from ..data.conversations import Conversations
 from .curvature import EKFAC, Identity
 from ..model.losses import GradientError, loss_weights, token_losses
-from .gradients import _require_grad, hidden_states, site_flows
+from .gradients import by_example, check_sites, hidden_states, require_grad, site_flows, went_in
 from ..foundation.display import Facts, html_of
-from ..model.sites import resolve_sites
+from ..model.loading import SiteError
+from ..model.sites import coverage_notes, resolve_sites
 from ..foundation.storage import BlockStore, atomic_file, code_version, fingerprint
 from ..foundation.errors import ConceptTDAError, StorageError
 from ..model.tracing import pooling_weights
@@ -87,13 +88,14 @@ class _Collector:
 
 def _collect(lm, data, rows, sites, collectors, token_budget, bar):
     "Row numbers [n] and, for each collector, finished values [n, columns] as arrays, from one pass over some rows of the data."
+    check_sites(lm, sites, data)
     order, found = [], [[] for _ in collectors]
     def receive(site, x, delta):
         for collector in collectors: collector.flow(site, x.to(_work_dtype(lm)), delta.to(_work_dtype(lm)))
     for batch in batches(data, token_budget=token_budget, rows=rows):
         batch = batch.to(lm.device)
         for collector in collectors: collector.begin(batch)
-        with torch.enable_grad(), site_flows(sites, receive):
+        with torch.enable_grad(), site_flows(sites, receive, batch):
             losses_BT = token_losses(lm, batch)
             torch.autograd.backward((losses_BT*loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT.device)).sum())
         for values, collector in zip(found, collectors): values.append(collector.rows())
@@ -106,21 +108,33 @@ def _collect(lm, data, rows, sites, collectors, token_budget, bar):
     return np.array(order), results
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #000e
+def _called_again(site):
+    "The error for a layer that a forward pass calls several times: the atlas keeps one row of inputs for each token."
+    return SiteError(f"site {site.name} is called several times in one forward pass, which an atlas can't keep apart: leave it out, or use ConceptInfluence, which can")
+
 class _QueryGraph:
     "A batch of query examples, forward and backward, with a graph from place-holder directions to the output gradients of the sites."
     def __init__(self, lm, batch, layer, pooling, sites, frames, share, copies):
         self.copies, self.names, outputs, inputs = copies, [s.name for s in sites], {}, {}
+        repeated = _repeated(batch, copies)
         weights_BT = pooling_weights(batch, pooling, _work_dtype(lm))*share
         self.kept_BT = weights_BT.flip(1).cumsum(1).flip(1) > 0   # a token after the last pooled one has no say
         def watch(site):
-            def hook(module, args, output): inputs[site.name], outputs[site.name] = args[0].detach(), _require_grad(output)
+            def hook(module, args, kwargs, output):
+                try:
+                    x = by_example(site, went_in(args, kwargs).detach(), repeated)
+                except SiteError:
+                    return  # no tokens of the batch: the dry run made sure that such a call sends no gradient back
+                if site.name in outputs: raise _called_again(site)
+                inputs[site.name], outputs[site.name] = x, require_grad(output)
             return hook
         with torch.enable_grad(), ExitStack() as hooks, sdpa_kernel(SDPBackend.MATH):   # fused attention kernels cannot be differentiated twice
-            for site in sites: hooks.callback(site.module.register_forward_hook(watch(site)).remove)
-            hidden_BTd = hidden_states(lm, _repeated(batch, copies), layer)
+            for site in sites: hooks.callback(site.module.register_forward_hook(watch(site), with_kwargs=True).remove)
+            hidden_BTd = hidden_states(lm, repeated, layer)
             self.directions_Cd = torch.zeros(copies, lm.width, dtype=hidden_BTd.dtype, device=hidden_BTd.device, requires_grad=True)
             value = torch.einsum("cbtd,bt,cd->", hidden_BTd.unflatten(0, (copies, -1)), weights_BT.to(hidden_BTd), self.directions_Cd)
-            self.deltas = torch.autograd.grad(value, [outputs[name] for name in self.names], create_graph=True)
+            deltas = torch.autograd.grad(value, [outputs[name] for name in self.names], create_graph=True)
+            self.deltas = tuple(by_example(site, delta, repeated) for site, delta in zip(sites, deltas))
         n = len(batch)
         self.inputs = {name: frames[name].inputs(inputs[name][:n][self.kept_BT.to(inputs[name].device)].to(_work_dtype(lm))) for name in self.names}  # [tokens, in], the same for all copies
 
@@ -144,6 +158,7 @@ class _ExactRows(_Collector):
     "c(z) = -J H⁻¹ ∇L(z) [d] for each example, exactly."
     def __init__(self, lm, queries, layer, pooling, sites, frames, token_budget):
         self.columns, self.frames = lm.width, frames
+        check_sites(lm, sites, queries)
         budget = token_budget if lm.device.type == "cuda" else min(token_budget, 256)   # a CPU gains nothing from larger batches
         self.graphs = [_QueryGraph(lm, batch, layer, pooling, sites, frames, 1/len(queries), max(1, budget//batch.input_ids.numel()))
                        for batch in (b.to(lm.device) for b in batches(queries, token_budget=budget))]
@@ -214,10 +229,12 @@ def _readers(lm, sites, data):
     "{site: the first site that reads the same tensor}, from a forward pass over the shortest example."
     seen, first, readers = [], {}, {}
     def watch(site):
-        def hook(module, args, output): seen.append(args[0]); readers[site.name] = first.setdefault(args[0].data_ptr(), site.name)
+        def hook(module, args, kwargs, output):
+            seen.append(went_in(args, kwargs))  # kept, so that no other tensor takes its place in memory
+            readers[site.name] = first.setdefault(seen[-1].data_ptr(), site.name)
         return hook
     with torch.no_grad(), ExitStack() as hooks:
-        for site in sites: hooks.callback(site.module.register_forward_hook(watch(site)).remove)
+        for site in sites: hooks.callback(site.module.register_forward_hook(watch(site), with_kwargs=True).remove)
         batch = next(batches(data, rows=[int(data.lengths.argmin())])).to(lm.device)
         lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return readers
@@ -231,11 +248,13 @@ def _direction_flows(lm, queries, layer, pooling, directions_Kd, sites, frames, 
         weights_BT = pooling_weights(batch, pooling, _work_dtype(lm))/len(queries)
         kept_BT, inputs = weights_BT.flip(1).cumsum(1).flip(1) > 0, {}
         def on_flow(site, x, delta):
+            if x.shape[1] != kept_BT.shape[1]: raise _called_again(site)
             frame, kept = frames[site.name], kept_BT.to(x.device)
             if site.name not in inputs: inputs[site.name] = frame.inputs(x[:n][kept].to(_work_dtype(lm)))
             receive(site, chosen, inputs[site.name], frame.outputs(delta.unflatten(0, (copies, -1))[:len(cotangents_kd), kept].to(_work_dtype(lm))))
-        with torch.enable_grad(), site_flows(sites, on_flow):
-            hidden_BTd = hidden_states(lm, _repeated(batch, copies), layer)
+        repeated = _repeated(batch, copies)
+        with torch.enable_grad(), site_flows(sites, on_flow, repeated):
+            hidden_BTd = hidden_states(lm, repeated, layer)
             for start in range(0, len(directions_Kd), copies):
                 chosen, cotangents_kd = slice(start, min(start + copies, len(directions_Kd))), directions_Kd[start:start + copies].to(hidden_BTd)
                 pull_CBTd = torch.zeros_like(hidden_BTd).unflatten(0, (copies, -1))
@@ -622,6 +641,7 @@ def _atlas_card(lm, queries, data, layer, pooling, sites, chosen, curvature, mod
     "What the atlas is, before anybody has asked it anything."
     unreachable, record = len(resolve_sites(lm, sites)) - len(chosen), curvature.record
     notes = [f"{unreachable} sites at or above layer {layer} cannot influence the query and are left out"] if unreachable else []
+    notes += coverage_notes(lm, sites)
     if len(data.cut): notes.append(f"{len(data.cut)} of {len(data)} examples were longer than {data.max_tokens} tokens and were cut there")
     settings = {"mode": mode, "query_examples": len(queries), "query_data": queries.conversations.name, "max_tokens": data.max_tokens}
     if record: settings |= {"curvature_labels": record["labels"], "curvature_examples": record["n_examples"]}
@@ -835,6 +855,7 @@ def build_index(
     _second_opinion(lm, data, store, chosen, lambda: _SketchRows(lm, chosen, pair[1], readers), sample_rows, token_budget)
     _write_sketches(folder/"sketches.safetensors", pair)
     notes = [f"{len(data.cut)} of {len(data)} examples were longer than {data.max_tokens} tokens and were cut there"] if len(data.cut) else []
+    notes += coverage_notes(lm, sites)
     card = QueryCard(method="Gradient Index", zero="gradient", behaviour="any query", model=lm.name, model_fingerprint=lm.fingerprint, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, reduction="mean",
                      sites=sites if isinstance(sites, str) else "chosen by name", n_sites=len(chosen), settings={"rank": rank, "whitened_by": whiten.name, "max_tokens": data.max_tokens, "seed": seed}, notes=notes)
     def measure(rows): return _reliability(rows, sample_rows, store.read("sample")["values"])

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import batches
 from ..model.losses import _CrossEntropy, _predicted, response_logits
-from .gradients import site_flows
+from .gradients import check_sites, site_flows
 from ..foundation.display import Facts, html_of
 from ..model.sites import resolve_sites
 from ..foundation.storage import BlockStore, atomic_file, cache_folder, code_version, fingerprint
@@ -66,7 +66,7 @@ class Factors:
 # %% ../../nbs/50_influence/01_curvature.ipynb #000b
 def _flows_of(lm, data, sites, batch, labels_R, receive):
     "One forward and backward pass of the summed response loss with the given labels (or a function from logits to labels)."
-    with torch.enable_grad(), site_flows(sites, receive):
+    with torch.enable_grad(), site_flows(sites, receive, batch):
         logits_RV = response_logits(lm, batch)
         logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
         if not torch.isfinite(logits_RV.sum(1)).all():  # a mask of all logits would be a large tensor
@@ -97,7 +97,11 @@ class _Statistics:
         first_reader = {}
         for name, (x, _) in flows.items(): self.input_of[name] = first_reader.setdefault(x.data_ptr(), name)
 
-    def examples(self, flow): return ((flow[0][row, :length].to(self.dtype), flow[1][row, :length].to(self.dtype)) for row, length in enumerate(flow[2]))
+    def examples(self, flow):
+        "Inputs [t, in] and output gradients [t, out] of each example's tokens, padding left out; of every call, where there are several."
+        x, delta, lengths = flow
+        tokens = lambda part, length: part.unflatten(0, (-1, max(lengths)))[:, :length].flatten(0, 1).to(self.dtype)
+        return ((tokens(x[row], length), tokens(delta[row], length)) for row, length in enumerate(lengths))
 
     def take(self):
         "Take a batch in: its flows are kept for the second half of the work; where they no longer fit, all are let go."
@@ -345,6 +349,7 @@ class EKFAC:
         path = cache_folder("curvature")/f"{fingerprint(record)}.safetensors"
         if cache and path.exists(): return cls.load(path).damped(damping, relative)
         start = time.perf_counter()
+        check_sites(lm, sites, data)
         with lm.undisturbed():
             if backend == "curvlinops": factors = _fit_curvlinops(lm, data, sites, labels, seed, progress)
             else:

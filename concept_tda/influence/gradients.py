@@ -101,7 +101,7 @@ class _Calls:
 @contextmanager
 def site_flows(
     sites: list[Site],          # To watch
-    receive: Callable,          # Called as `receive(site, x, delta)`: inputs [B, T, in], gradients [B, T, out]
+    receive: Callable,         # Called as `receive(site, x, delta)`: inputs [B, T, in], gradients [B, T, out]
     batch: Batch | None = None, # What the passes run on; None delivers [rows, in] and [rows, out]
 ) -> Iterator[None]:            # Within the context a forward and a backward pass deliver the flows
     """Watch inputs and output gradients of linear layers; hooks are gone when the context ends, error or not.

@@ -26,7 +26,7 @@ from concept_tda.influence.engine import (
     ActivationGradientReadout, ActivationReadout, direction_readout, shared_pass,
 )
 from ..model.answers import answer_records, with_record
-from ..model.sites import resolve_sites
+from ..model.sites import coverage_notes, resolve_sites
 from .queries import ConceptQuery, LossQuery, query_expression
 from ..foundation.storage import code_version, fingerprint
 from ..foundation.errors import ConceptTDAError
@@ -313,6 +313,7 @@ class Influence(Scorer):
 
     def describe(self):
         notes = [f"{self.unreachable} sites at or above layer {self.query.layer} cannot influence the query and are left out"] if self.unreachable else []
+        notes += coverage_notes(self.lm, self.site_pattern)
         notes += [self.why, *getattr(self.curvature, "notes", ())]  # iterative curvatures tell how far they got
         sites = self.site_pattern if isinstance(self.site_pattern, str) else "chosen by name"
         settings = {"query_examples": len(self.query.examples), "query_data": self.query.examples.name} | ({"curvature_labels": record["labels"], "curvature_examples": record["n_examples"]} if (record := self.curvature.record) else {})
