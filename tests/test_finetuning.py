@@ -24,7 +24,7 @@ from concept_tda.model.finetuning import (
     training_record,
 )
 from concept_tda.model.loading import LanguageModel, load_model
-from concept_tda.model.sites import resolve_sites
+from concept_tda.model.sites import coverage, resolve_sites
 from concept_tda.model.tracing import generate, pooled_activations
 
 from tiny import FAMILIES, tiny_pair
@@ -1381,15 +1381,15 @@ def test_what_lora_does_not_cover_is_said_and_recorded(data, tmp_path):
     lm = LanguageModel(OlmoeForCausalLM(config).eval(), tokenizer, "mixture")
     with pytest.warns(UserWarning, match=r"covers 14% of the block weights; not covered.*experts\.down_proj"):
         finetune(lm, data, tmp_path / "ft", **FAST)
-    coverage = training_record(tmp_path / "ft")["coverage"]
+    covered = training_record(tmp_path / "ft")["coverage"]
     held = sum(site.weight.numel() for site in resolve_sites(lm, "all-linear"))
-    assert coverage["share"] == round(held / sum(p.numel() for p in lm.blocks.parameters() if p.ndim > 1), 4)
-    assert "layers.*.mlp.experts.gate_up_proj" in coverage["uncovered"]
+    assert covered["share"] == round(held / sum(p.numel() for p in lm.blocks.parameters() if p.ndim > 1), 4)
+    assert "layers.*.mlp.experts.gate_up_proj" in covered["uncovered"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ordinary_models_are_covered_whole(family):
-    assert finetuning.lora_coverage(LanguageModel(*tiny_pair(family), family)).share == 1
+    assert coverage(LanguageModel(*tiny_pair(family), family)).share == 1
 
 
 def test_what_could_not_be_saved_is_refused_before_the_first_step(lm, data, tmp_path, monkeypatch):
