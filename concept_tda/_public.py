@@ -20,13 +20,13 @@ PUBLIC = {
         "tokenize_prompts",
     "data.batches": "Batch batches",
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel SlowTypeWarning load_model",
-    "model.sites": "Site resolve_sites",
+    "model.sites": "Site Coverage coverage coverage_notes resolve_sites",
     "model.losses": "GradientError response_logits token_losses loss_weights",
     "model.tracing": "POOLINGS TracingError pooling_weights work_dtype progress_bar pooled_activations "
         "token_activations left_padded as_prompts generate",
     "model.answers": "answer_records with_record cached_generate",
-    "model.finetuning": "PRECISIONS RECIPES FinetuneError Coverage lora_coverage finetune training_record "
-        "Retrained finetune_many training_checkpoints",
+    "model.finetuning": "PRECISIONS RECIPES FinetuneError finetune training_record Retrained finetune_many "
+        "training_checkpoints",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics",
     "results.cards": "ZERO Cost QueryCard",
@@ -39,7 +39,8 @@ PUBLIC = {
         "FunctionJudge expected_score LocalJudge integer_probabilities JudgeUsage OpenAIJudge",
     "concepts.personas": "PersonaError Trait traits load_trait persona_responses persona_concept "
         "SteeringError steer SteeringCheck steering_check",
-    "influence.gradients": "site_flows SiteGradients watch_layers hidden_states",
+    "influence.gradients": "require_grad went_in by_example site_flows SiteGradients check_sites "
+        "watch_layers Reached hidden_states",
     "influence.curvature": "CurvatureError Identity Factors EKFAC",
     "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
     "influence.queries": "Query ConceptQuery LossQuery QueryExpression query_expression",
