@@ -42,9 +42,6 @@ NOT_YET: dict[str, dict[str, str]] = {
         "50_influence/06_neighbours": "not taken apart yet",
         "50_influence/07_baselines": "not taken apart yet",
         "50_influence/08_atlas": "not taken apart yet",
-        "80_evidence/05_datamodels": "not taken apart yet",
-        "80_evidence/07_method_comparison": "not taken apart yet",
-        "80_evidence/08_pareto": "not taken apart yet",
         "90_views/00_html": "not taken apart yet",
     },
     "lint of notebooks": {
@@ -86,8 +83,6 @@ NOT_YET: dict[str, dict[str, str]] = {
         "cli": "annotations to mend",
         "concepts.concept": "annotations to mend",
         "concepts.personas": "annotations to mend",
-        "evidence.method_comparison": "annotations to mend",
-        "evidence.pareto": "annotations to mend",
         "evidence.tail_patch": "annotations to mend",
         "influence.atlas": "annotations to mend",
         "influence.baselines": "annotations to mend",

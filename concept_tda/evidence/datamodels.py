@@ -326,8 +326,8 @@ class _CounterfactualShown(_Regressed):
         return ("Measured change of leaving out a subset (against the full run of the same seed, in the "
                 "judge's units) regressed on the predicted one, -Σs/N (in units of the score). "
                 "A right method has a positive slope; 1 is to be expected only of exact influence on the "
-                "judge's own quantity at the optimum. ± is half a 95 % interval that takes subsets as independent; they overlap, "
-                "so it is too narrow.")
+                "judge's own quantity at the optimum. ± is half a 95 % interval that takes subsets as "
+                "independent; they overlap, so it is too narrow.")
 
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #panel
 _MARKS = (("other methods'", "#c8c8c8", "o"), ("random", "#777777", "o"),

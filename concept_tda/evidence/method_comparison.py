@@ -20,7 +20,14 @@ from matplotlib.figure import Figure
 from ..concepts.concept import Concept, random_directions
 from ..data.conversations import Conversations, load_conversations
 from .figures import finished
-from .retraining import PLAN_FORMAT, ExperimentError, claim, read_record, write_record
+from concept_tda.evidence.retraining import (
+    PLAN_FORMAT,
+    ExperimentError,
+    claim,
+    read_record,
+    relative_paths,
+    write_record,
+)
 from .subsets import aligned_scores
 from ..foundation.display import Sheet, Table, html_of
 from ..foundation.storage import check_free, code_version, fingerprint
@@ -40,6 +47,18 @@ from ..results.cards import Cost, QueryCard
 from ..results.comparison import Comparison, compare
 from ..results.metrics import AttributionError, detection_metrics, spearman
 
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #cheap
+def _cheap_to_make(
+    lm: LanguageModel, queries: Conversations | None, concept: Concept | None, seed: int,
+) -> dict[str, Scorer]:
+    "Baselines that need no pass over the data to exist."
+    found: list[Scorer] = [RandomScore(seed), ResponseLength(), MeanLoss(lm)]
+    if queries is not None:
+        found.append(BM25(queries))
+    if queries is not None and concept is not None:
+        found.append(RepSim(lm, queries, concept.layer, concept.pooling))
+    return {str(scorer.method): scorer for scorer in found}
+
 # %% ../../nbs/80_evidence/07_method_comparison.ipynb #0052
 def baseline_scorers(
     lm: LanguageModel,                     # Whose loss and activations are read
@@ -52,23 +71,12 @@ def baseline_scorers(
     "The methods that every result must beat: random, length, loss, BM25, RepSim, random direction."
     found = _cheap_to_make(lm, queries, concept, seed)
     if concept is not None:
-        found[RandomDirection.method] = RandomDirection(lm, concept, train, seed)
+        found[str(RandomDirection.method)] = RandomDirection(lm, concept, train, seed)
     return found
-
-def _cheap_to_make(
-    lm: LanguageModel, queries: Conversations | None, concept: Concept | None, seed: int,
-) -> dict[str, Scorer]:
-    "Those that need no pass over the data to exist."
-    found: list[Scorer] = [RandomScore(seed), ResponseLength(), MeanLoss(lm)]
-    if queries is not None:
-        found.append(BM25(queries))
-    if queries is not None and concept is not None:
-        found.append(RepSim(lm, queries, concept.layer, concept.pooling))
-    return {scorer.method: scorer for scorer in found}
 
 # %% ../../nbs/80_evidence/07_method_comparison.ipynb #0054
 def _identity(value: Any) -> Any:
-    "What tells two scorers apart, as plain data: contents where they have a fingerprint, the kind of thing otherwise."
+    "What tells two scorers apart, as plain data: contents where there is a fingerprint, else the kind."
     if value is None or isinstance(value, (bool, int, float, str)): return value
     if isinstance(value, torch.Tensor): return fingerprint(value)
     if isinstance(value, dict): return {str(key): _identity(item) for key, item in value.items()}
@@ -79,10 +87,11 @@ def _identity(value: Any) -> Any:
         return {key: item for key, item in _identity(value.record).items() if "second" not in key}
     return type(value).__name__
 
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #key
 def scorer_key(
     scorer: Scorer | Attribution, # A method, or a finished result
 ) -> str:
-    "A fingerprint of everything a scorer was given, as it was first: scorers fit curvatures and note things as they run."
+    "A fingerprint of all that a scorer was given, as it was first: scorers fit and note things as they run."
     if isinstance(scorer, Attribution): return fingerprint("result", scorer.values, scorer.ids)
     if "_key" not in vars(scorer):
         settings = {name: _identity(value) for name, value in vars(scorer).items()}
@@ -90,18 +99,20 @@ def scorer_key(
     return vars(scorer)["_key"]
 
 # %% ../../nbs/80_evidence/07_method_comparison.ipynb #asked2
-_NULL = "random directions (null)"
 Scorers = dict[str, Scorer | Attribution] | Sequence[Scorer | Attribution]
 
 def _scorers_by_name(scorers: Scorers) -> dict[str, Scorer | Attribution]:
     "Methods by name."
     if isinstance(scorers, dict): return dict(scorers)
-    names = [one.card.method if isinstance(one, Attribution) else one.method for one in scorers]
+    names = [str(one.card.method if isinstance(one, Attribution) else one.method) for one in scorers]
     if len(set(names)) < len(names):
         raise ExperimentError(f"two methods share a name: {names}. Pass a dict with names of your own")
     return dict(zip(names, scorers))
 
-def _with_baselines(named: dict, baselines: dict[str, Scorer], train: Conversations) -> dict[str, Scorer | Attribution]:
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #with
+def _with_baselines(
+    named: dict[str, Scorer | Attribution], baselines: dict[str, Scorer], train: Conversations,
+) -> dict[str, Scorer | Attribution]:
     "The methods and the baselines not among them, finished results in the order of the data."
     named = named | {name: one for name, one in baselines.items() if name not in named}
     if not named: raise ExperimentError("no methods to compare")
@@ -117,11 +128,23 @@ def _checked_labels(labels: Any, positive: Any, train: Conversations) -> list[bo
     detection_metrics(np.arange(len(train), dtype=float), found)
     return found
 
-# %% ../../nbs/80_evidence/07_method_comparison.ipynb #0055
-class _Compared:
-    "What is compared."
-    kind = "method-comparison"
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #keysof
+_NULL = "random directions (null)"
 
+class _Kinds:
+    "What a comparison knows."
+    kind = "method-comparison"
+    folder: Path                            # Where the results are kept, or the packed file
+    lm: LanguageModel | None                # Its tokens are counted; None for one read from its files
+    keys: dict[str, str]                    # By method, the name of its result's file
+    labels: list[bool] | None               # One for each example
+    null: dict[str, int] | None             # Number and seed of the random directions
+    _about: dict[str, Any]                  # The comparison's own file
+    _packed: dict[str, Attribution] | None  # Results out of a packed file
+
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #0055
+class _Compared(_Kinds):
+    "What is compared."
     def __init__(
         self,
         lm: LanguageModel,        # Its tokens are counted
@@ -140,17 +163,17 @@ class _Compared:
     ):
         self.lm, self.train, self.folder, self.options = lm, load_conversations(train), Path(folder), options
         if self.folder.is_file():
-            raise ExperimentError(f"{folder} is a file; a run needs a folder. A packed file is read with from_folder")
+            raise ExperimentError(
+                f"{folder} is a file; a run needs a folder. A packed file is read with from_folder")
         baselines = _cheap_to_make(lm, queries, concept, seed) if add_baselines else {}
         self.scorers = _with_baselines(_scorers_by_name(scorers), baselines, self.train)
         self.concept, self.null = concept, None if concept is None else {"n": n_random, "seed": seed}
-        self.labels = _checked_labels(labels, positive, self.train)
+        self.labels, self._packed = _checked_labels(labels, positive, self.train), None
         self.keys = {name: fingerprint(self.train.fingerprint, scorer_key(one), options)
                      for name, one in self.scorers.items()}
         if concept is not None:
             self.keys[_NULL] = fingerprint(
                 self.train.fingerprint, lm.fingerprint, concept.layer, concept.pooling, self.null)
-        self._packed: dict[str, Attribution] | None = None
 
 # %% ../../nbs/80_evidence/07_method_comparison.ipynb #kept2
 class _Kept(_Compared):
@@ -169,6 +192,53 @@ class _Kept(_Compared):
         if self._packed is not None: return [name for name in self.keys if name not in self._packed]
         return [name for name in self.keys if not self._path(name).exists()]
 
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #pack1
+def _refuse_tokens(results: dict[str, Attribution]) -> None:
+    "Results that a packed file would cut down."
+    detailed = [name for name, result in results.items() if result.tokens is not None]
+    if not detailed: return
+    raise ExperimentError(
+        f"the results of {', '.join(detailed)} hold scores of single tokens, which a packed comparison "
+        "has no place for: keep them with Attribution.save, and pack without them")
+
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #stack
+def _stacked(results: dict[str, Attribution], record: dict[str, Any], folder: Path) -> Attribution:
+    "All results as one, a query for each column of scores."
+    _refuse_tokens(results)
+    about = {"record": record, "columns": {name: result.queries for name, result in results.items()},
+             "cards": {name: result.card.to_dict() for name, result in results.items()}}
+    card = QueryCard("Method comparison", "the methods of a comparison, packed",
+                     settings=relative_paths(about, folder))
+    queries = [f"{name}: {query}" if len(result.queries) > 1 else name
+               for name, result in results.items() for query in result.queries]
+    columns = np.concatenate([result.values.reshape(len(result), -1) for result in results.values()], 1)
+    first = next(iter(results.values()))
+    return Attribution(first.conversations, columns, card, queries=queries)
+
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #unpack
+def _taken_apart(whole: Attribution) -> dict[str, Attribution]:
+    "The results that were stacked, by method."
+    about, found, at = whole.card.settings, {}, 0
+    for name, queries in about["columns"].items():
+        values = whole.values[:, at] if len(queries) == 1 else whole.values[:, at:at + len(queries)]
+        card = QueryCard.from_dict(about["cards"][name])
+        found[name] = Attribution(whole.conversations, values, card, queries=queries)
+        at += len(queries)
+    return found
+
+def _unpacked(path: Path) -> tuple[dict[str, Any], dict[str, Attribution]]:
+    "The comparison's record and its results out of a packed file."
+    try:
+        whole = load_attribution(path)
+        return whole.card.settings["record"], _taken_apart(whole)
+    except (AttributionError, KeyError, TypeError, IndexError) as err:
+        raise ExperimentError(
+            f"{path} is no packed comparison, or a damaged one ({type(err).__name__}: {err}). "
+            "Copy it again, or pack its folder again with overwrite=True.") from err
+
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #opened
+class _Opened(_Kept):
+    "A comparison without its model."
     @classmethod
     def from_folder(
         cls,
@@ -182,56 +252,73 @@ class _Kept(_Compared):
         else:
             record = read_record(place/f"{cls.kind}.json", f"{cls.kind} experiment")
         if record.get("format") != PLAN_FORMAT:
-            raise ExperimentError(f"{place}: the {cls.kind} is not in the format {PLAN_FORMAT!r} that this library reads.")
+            raise ExperimentError(
+                f"{place}: the {cls.kind} is not in the format {PLAN_FORMAT!r} that this library reads.")
         if lacking := [part for part in ("keys", "labels", "null") if part not in record]:
-            raise ExperimentError(f"{place}: the record of the {cls.kind} is damaged, it lacks {', '.join(lacking)}.")
+            raise ExperimentError(
+                f"{place}: the record of the {cls.kind} is damaged, it lacks {', '.join(lacking)}.")
         new.keys, new.labels, new.null, new._about = record["keys"], record["labels"], record["null"], record
         return new
 
-# %% ../../nbs/80_evidence/07_method_comparison.ipynb #pack1
-def _stacked(results: dict[str, Attribution], record: dict) -> Attribution:
-    "All results as one, a query for each column of scores."
-    if detailed := [name for name, result in results.items() if result.tokens is not None]:
-        raise ExperimentError(f"the results of {', '.join(detailed)} hold scores of single tokens, which a packed "
-                              "comparison has no place for: keep them with Attribution.save, and pack without them")
-    first = next(iter(results.values()))
-    about = {"record": record, "columns": {name: result.queries for name, result in results.items()},
-             "cards": {name: result.card.to_dict() for name, result in results.items()}}
-    card = QueryCard("Method comparison", "the methods of a comparison, packed", settings=about)
-    queries = [f"{name}: {query}" if len(result.queries) > 1 else name
-               for name, result in results.items() for query in result.queries]
-    columns = np.concatenate([result.values.reshape(len(result), -1) for result in results.values()], 1)
-    return Attribution(first.conversations, columns, card, queries=queries)
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #written
+class _Written(_Opened):
+    "The comparison's own file."
+    def _model(self) -> LanguageModel:
+        if self.lm is not None: return self.lm
+        raise ExperimentError(
+            "this comparison was read from its files and has no scorers: make it again to run it")
 
-def _unpacked(path: Path) -> tuple[dict, dict[str, Attribution]]:
-    "The comparison's record and its results out of a packed file."
-    try:
-        whole = load_attribution(path)
-        about = whole.card.settings
-        found, at = {}, 0
-        for name, queries in about["columns"].items():
-            values = whole.values[:, at] if len(queries) == 1 else whole.values[:, at:at + len(queries)]
-            card = QueryCard.from_dict(about["cards"][name])
-            found[name] = Attribution(whole.conversations, values, card, queries=queries)
-            at += len(queries)
-        return about["record"], found
-    except (AttributionError, KeyError, TypeError, IndexError) as err:
-        raise ExperimentError(f"{path} is no packed comparison, or a damaged one ({type(err).__name__}: {err}). "
-                              "Copy it again, or pack its folder again with overwrite=True.") from err
+    def _write(self) -> None:
+        "Write it; a file of that name that is none is left alone."
+        path = self.folder/f"{self.kind}.json"
+        if path.exists() and read_record(path, f"{self.kind} experiment").get("kind") != self.kind:
+            raise ExperimentError(f"{path} is not of a {self.kind}: choose another folder.")
+        self._about = {"format": PLAN_FORMAT, "kind": self.kind, "model": self._model().name,
+                       "data": self.train.name, "data_fingerprint": self.train.fingerprint,
+                       "n": len(self.train), "keys": self.keys, "labels": self.labels, "null": self.null,
+                       "code": code_version()}
+        write_record(path, self._about)
+
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #null
+def _null_scores(
+    lm: LanguageModel, train: Conversations, concept: Concept, null: dict[str, int],
+) -> Attribution:
+    "Scores [N, n] along the random directions."
+    start = time.perf_counter()
+    data = lm.tokenize(train)
+    acts_ND = pooled_activations(lm, data, concept.layer, concept.pooling, progress=False)[concept.layer]
+    directions_nD = random_directions(acts_ND, null["n"], seed=null["seed"])
+    scores_Nn = acts_ND.double() @ directions_nD.double().T
+    card = QueryCard("Random direction", "covariance-matched random directions", zero="projection",
+                     model=lm.name, layer=concept.layer, pooling=concept.pooling, data=train.name,
+                     data_fingerprint=train.fingerprint, settings=dict(null),
+                     cost=Cost(time.perf_counter() - start, data.n_tokens))
+    return Attribution(train, scores_Nn, card, queries=[f"direction {i}" for i in range(null["n"])])
+
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #score
+class _Scoring(_Written):
+    "The result of one method."
+    def _score(self, name: str) -> Attribution:
+        "Compute it; a result that was handed in is taken as it is."
+        lm = self._model()
+        if name == _NULL and self.concept is not None and self.null is not None:
+            return _null_scores(lm, self.train, self.concept, self.null)
+        scorer = self.scorers[name]
+        if isinstance(scorer, Attribution): return scorer
+        found = score_together([scorer], self.train, lm=lm, progress=False, **self.options)
+        return next(iter(found.values()))
 
 # %% ../../nbs/80_evidence/07_method_comparison.ipynb #0056
-class _Scored(_Kept):
+class _Scored(_Scoring):
     "Scoring what is missing."
     def run(
         self,
         *,
         progress: bool = True, # Show a bar over the methods
     ) -> Self:
-        "Score with every method that has no file yet. May be killed and started again, and run in several processes."
+        "Score with every method that has no file yet. May be killed and restarted, and share the work."
         from tqdm.auto import tqdm
-        if self.lm is None:
-            raise ExperimentError(
-                "this comparison was read from its files and has no scorers: make it again to run it")
+        self._model()
         self._write()
         for name in tqdm(self.keys, desc=self.kind, unit=" methods", disable=not progress):
             with claim(self.folder/"scores"/"claims"/self.keys[name]) as mine:
@@ -239,41 +326,13 @@ class _Scored(_Kept):
                     self._score(name).save(self._path(name))
         return self
 
-    def _write(self) -> None:
-        "The comparison's own file; a file of that name that is none is left alone."
-        path = self.folder/f"{self.kind}.json"
-        if path.exists() and read_record(path, f"{self.kind} experiment").get("kind") != self.kind:
-            raise ExperimentError(f"{path} is not of a {self.kind}: choose another folder.")
-        self._about = {"format": PLAN_FORMAT, "kind": self.kind, "model": self.lm.name, "data": self.train.name,
-                       "data_fingerprint": self.train.fingerprint, "n": len(self.train), "keys": self.keys,
-                       "labels": self.labels, "null": self.null, "code": code_version()}
-        write_record(path, self._about)
-
-    def _score(self, name: str) -> Attribution:
-        "The result of one method."
-        if name == _NULL: return self._score_null()
-        scorer = self.scorers[name]
-        if isinstance(scorer, Attribution): return scorer
-        return next(iter(score_together(
-            [scorer], self.train, lm=self.lm, progress=False, **self.options).values()))
-
-    def _score_null(self) -> Attribution:
-        "Scores [N, n] along the random directions."
-        start, concept, null = time.perf_counter(), self.concept, self.null
-        data = self.lm.tokenize(self.train)
-        acts_ND = pooled_activations(self.lm, data, concept.layer, concept.pooling, progress=False)[concept.layer]
-        directions_nD = random_directions(acts_ND, null["n"], seed=null["seed"])
-        scores_Nn = acts_ND.double() @ directions_nD.double().T
-        card = QueryCard("Random direction", "covariance-matched random directions", zero="projection",
-                         model=self.lm.name,
-                         layer=concept.layer, pooling=concept.pooling, data=self.train.name,
-                         data_fingerprint=self.train.fingerprint, settings=null,
-                         cost=Cost(time.perf_counter() - start, data.n_tokens))
-        return Attribution(self.train, scores_Nn, card, queries=[f"direction {i}" for i in range(null["n"])])
-
 # %% ../../nbs/80_evidence/07_method_comparison.ipynb #results
 class _Results(_Scored):
     "The finished results."
+    def null_scores(self) -> Attribution | None: # A query for each direction; None where there are none (yet)
+        "Scores [N, n] along the random directions."
+        return self._result(_NULL) if self.null else None
+
     @property
     def attributions(self) -> dict[str, Attribution]:
         "The finished results by method; of the null the first direction."
@@ -283,10 +342,9 @@ class _Results(_Scored):
         if "Random direction" in self.keys or null is None: return found
         return found | {"Random direction": null.query(null.queries[0])}
 
-    def null_scores(self) -> Attribution | None: # A query for each direction; None where there are none (yet)
-        "Scores [N, n] along the random directions."
-        return self._result(_NULL) if self.null else None
-
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #sidebyside
+class _SideBySide(_Results):
+    "Results in relation to each other."
     def comparison(
         self,
         top: int = 20, # Size of the tops to compare
@@ -296,6 +354,9 @@ class _Results(_Scored):
         if not results: raise ExperimentError("nothing is finished yet: run() first")
         return compare(results, top=top, labels=None if self.labels is None else np.array(self.labels))
 
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #packable
+class _Packable(_SideBySide):
+    "Finished work as one file."
     def pack(
         self,
         path: str | Path,        # Such as "methods.parquet"
@@ -306,19 +367,34 @@ class _Results(_Scored):
         results = {name: self._result(name) for name in self.keys}
         finished = {name: result for name, result in results.items() if result is not None}
         if not finished: raise ExperimentError("nothing is finished yet: run() first")
-        return _stacked(finished, self._about).save(check_free(path, overwrite))
+        return _stacked(finished, self._about, self.folder).save(check_free(path, overwrite))
+
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #withnull
+def _with_null(table: pd.DataFrame, directions: Iterable[np.ndarray], labels: list[bool]) -> pd.DataFrame:
+    """Add the share of random directions that separate the labels as well as a method (either sign), and
+    rows for their median and their best."""
+    def better(auroc: float) -> float:
+        return max(auroc, 1 - auroc)
+    reach = np.array([better(detection_metrics(scores, labels)["AUROC"]) for scores in directions])
+    as_good = [float((reach >= better(auroc)).mean()) for auroc in table["AUROC"]]
+    table["as good: random directions"] = as_good
+    table.loc["guessing (base rate)", "as good: random directions"] = np.nan
+    table.loc["random directions, median", "AUROC"] = np.median(reach)
+    table.loc["random directions, best 5 %", "AUROC"] = np.quantile(reach, .95)
+    return table
 
 # %% ../../nbs/80_evidence/07_method_comparison.ipynb #0058
 # Kowal et al. 2026, Table 1: 1,000 examples, without the Hessian
 _PAPER_SECONDS = {"Vector Filter": 57, "Projection Difference": 142, "Concept Influence": 1170,
                   "Influence Function": 1161}
 
-class _Tabled(_Results):
+class _Tabled(_Packable):
     "Detection, the null, and the price."
     @property
     def table(self) -> pd.DataFrame: # Index: method
-        """One row for each method: detection (where there are labels), what random directions reach, and the price:
-        AUROC …, as good: random directions, |ρ| random directions, seconds, preparation, × Vector Filter, × in the paper."""
+        """One row for each method: detection (where there are labels), what random directions reach, and the
+        price: AUROC …, as good: random directions, |ρ| random directions, seconds, preparation,
+        × Vector Filter, × in the paper."""
         table, null = self.comparison().table, self.null_scores()
         directions = None if null is None else null.values.T
         for name, result in self.attributions.items():
@@ -331,18 +407,6 @@ class _Tabled(_Results):
         table["× in the paper"] = [_PAPER_SECONDS.get(name, np.nan)/reference for name in table.index]
         if directions is None or self.labels is None: return table
         return _with_null(table, directions, self.labels)
-
-def _with_null(table: pd.DataFrame, directions: Iterable[np.ndarray], labels: list[bool]) -> pd.DataFrame:
-    """Add the share of random directions that separate the labels as well as a method (either sign), and a row for
-    their median and their best."""
-    def better(auroc):
-        return max(auroc, 1 - auroc)
-    reach = np.array([better(detection_metrics(scores, labels)["AUROC"]) for scores in directions])
-    table["as good: random directions"] = [float((reach >= better(auroc)).mean()) for auroc in table["AUROC"]]
-    table.loc["guessing (base rate)", "as good: random directions"] = np.nan
-    table.loc["random directions, median", "AUROC"] = np.median(reach)
-    table.loc["random directions, best 5 %", "AUROC"] = np.quantile(reach, .95)
-    return table
 
 # %% ../../nbs/80_evidence/07_method_comparison.ipynb #draw
 def _draw_agreement(ax: Axes, agreement: pd.DataFrame) -> None:
@@ -357,18 +421,45 @@ def _draw_agreement(ax: Axes, agreement: pd.DataFrame) -> None:
     ax.set_title("Spearman rank correlation", fontsize=10)
     ax.tick_params(length=0)
 
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #drawseconds
 def _draw_seconds(ax: Axes, seconds: pd.Series) -> None:
     "Seconds of each method, logarithmic."
     ax.barh(range(len(seconds)), seconds.clip(lower=1e-4), color="#8a94a6", height=.6)
     ax.set_xscale("log")
     ax.set_title("seconds", fontsize=10)
 
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #told
+class _Told(_Tabled):
+    "How far it is, and how to read it."
+    def _notes(self) -> str:
+        left = f"all {len(self.keys)} scored"
+        if self.remaining:
+            left = f"{len(self.remaining)} of {len(self.keys)} still to score"
+        notes = (f"MethodComparison in {self.folder}: {left}. Seconds: the pass over the examples alone; "
+                 "preparation: query gradients and, unless given fitted, curvature.")
+        if not (self.null and self.labels): return notes
+        return (f"{notes} As good: share of {self.null['n']} random directions (covariance-matched, either "
+                "sign) that separate the labels at least as well.")
+
+# %% ../../nbs/80_evidence/07_method_comparison.ipynb #shown
+class _Shown(_Told):
+    "What is shown."
+    def __repr__(self) -> str:
+        if len(self.remaining) == len(self.keys): return self._notes()
+        return f"{self._notes()}\n{self.table.to_string(float_format='{:.3g}'.format, na_rep='–')}"
+
+    def _repr_html_(self) -> str:
+        if len(self.remaining) == len(self.keys): return html_of(Sheet(notes=self._notes()))
+        agreement = Table(self.comparison().spearman, "Agreement of the rankings (Spearman)", heat=1)
+        table = Table(self.table, formats={"tokens/s": "{:,.0f}"})
+        return html_of(Sheet(notes=self._notes(), tables=(table, agreement)))
+
 # %% ../../nbs/80_evidence/07_method_comparison.ipynb #0059
-class MethodComparison(_Tabled):
+class MethodComparison(_Shown):
     """The same examples scored by several methods: agreement, price, detection, and the null
     (Kowal et al. 2026, Fig. 3 and Table 1)."""
     def plot(self) -> Figure:
-        "Rank correlations between the methods (Fig. 3 of the paper), and seconds on a logarithmic scale (Table 1)."
+        "Rank correlations between the methods (the paper's Fig. 3), and seconds, logarithmic (Table 1)."
         import matplotlib.pyplot as plt
         agreement, table = self.comparison().spearman, self.table
         n = len(agreement)
@@ -377,22 +468,3 @@ class MethodComparison(_Tabled):
         _draw_agreement(left, agreement)
         _draw_seconds(right, table.loc[list(agreement), "seconds"])
         return finished(figure)
-
-    def _notes(self) -> str:
-        left = f"all {len(self.keys)} scored"
-        if self.remaining:
-            left = f"{len(self.remaining)} of {len(self.keys)} still to score"
-        notes = (f"MethodComparison in {self.folder}: {left}. Seconds: the pass over the examples alone; "
-                 "preparation: query gradients and, unless given fitted, curvature.")
-        if not (self.null and self.labels): return notes
-        return (f"{notes} As good: share of {self.null['n']} random directions (covariance-matched, either sign) "
-                "that separate the labels at least as well.")
-
-    def __repr__(self) -> str:
-        if len(self.remaining) == len(self.keys): return self._notes()
-        return f"{self._notes()}\n{self.table.to_string(float_format='{:.3g}'.format, na_rep='–')}"
-
-    def _repr_html_(self) -> str:
-        if len(self.remaining) == len(self.keys): return html_of(Sheet(notes=self._notes()))
-        agreement = Table(self.comparison().spearman, "Agreement of the rankings (Spearman)", heat=1)
-        return html_of(Sheet(notes=self._notes(), tables=(Table(self.table, formats={"tokens/s": "{:,.0f}"}), agreement)))

@@ -8,6 +8,7 @@ __all__ = ['ParetoCurve']
 # %% ../../nbs/80_evidence/08_pareto.ipynb #imports
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -23,12 +24,31 @@ from .subsets import Attributions, Subset, all_but, share_count
 from ..model.loading import LanguageModel
 from ..results.metrics import cut_rows
 
-# %% ../../nbs/80_evidence/08_pareto.ipynb #005e
-class _Keeping(FilterAndRetrain):
+# %% ../../nbs/80_evidence/08_pareto.ipynb #roles
+def _check_roles(trait: Judge, capability: Judge) -> None:
+    "Refuse what is no judge, and two judges of one name."
+    for judge in (trait, capability):
+        if not isinstance(judge, Judge):
+            raise ExperimentError(f"{judge!r} is no Judge: trait and capability are one each")
+    if trait.name == capability.name:
+        raise ExperimentError(
+            f"trait and capability are both called {trait.name!r}: give one of the judges another name")
+
+# %% ../../nbs/80_evidence/08_pareto.ipynb #keepers
+class _Keepers(FilterAndRetrain):
     "Arms that keep the lowest scores."
     kind, fraction_name = "pareto-curve", "share of the examples kept"
     all_arms = ("keep-least", "random")
 
+    def _dropped(self, n: int, fraction: float) -> int:
+        return n - share_count(n, fraction)
+
+    def _kept_rows(self, arm: str, scores: np.ndarray, count: int) -> np.ndarray:
+        return all_but(len(scores), cut_rows(scores, count=count))
+
+# %% ../../nbs/80_evidence/08_pareto.ipynb #005e
+class _Keeping(_Keepers):
+    "The question."
     def __init__(
         self,
         lm: LanguageModel,          # To train from
@@ -38,76 +58,78 @@ class _Keeping(FilterAndRetrain):
         capability: Judge,          # What should become high
         folder: str | Path,         # Where plan and cells are kept
         *,
-        fractions: Sequence[float] = (.05, .1, .25, .5, .75), # Shares of the data to keep, the lowest scores first
+        fractions: Sequence[float] = (.05, .1, .25, .5, .75), # Shares to keep, the lowest scores first
         seeds: int | Sequence[int] = (0, 1, 2), # Of training; each has a full run and random draws of its own
-        n_random: int = 1,          # Random draws for each seed and share; the mean of several is a better control
+        n_random: int = 1,          # Random draws for each seed and share; several make a better control
         recipe: dict | str = {},    # Settings of `finetune`, or the name of a recipe
-        subsets: dict[str, Subset] = {}, # More arms: what to train on by name: row numbers, a mask or `Conversations`
+        subsets: dict[str, Subset] = {}, # More arms, rows to train on: numbers, a mask or `Conversations`
         keep_models: bool = False,  # Keep the trained models in cells/<cell>/model
-        name: str | None = None,    # Of the plan's file; experiments with names of their own can share a folder
+        name: str | None = None,    # Of the plan's file; experiments of different names can share a folder
     ):
-        for judge in (trait, capability):
-            if not isinstance(judge, Judge): raise ExperimentError(f"{judge!r} is no Judge: trait and capability are one each")
-        if trait.name == capability.name:
-            raise ExperimentError(
-                f"trait and capability are both called {trait.name!r}: give one of the judges another name")
-        super().__init__(lm, train, attributions, [trait, capability], folder, fractions=fractions, arms=self.all_arms,
-                         seeds=seeds, n_random=n_random, recipe=recipe, subsets=subsets, keep_models=keep_models, name=name)
+        _check_roles(trait, capability)
+        super().__init__(lm, train, attributions, [trait, capability], folder, fractions=fractions,
+                         arms=self.all_arms, seeds=seeds, n_random=n_random, recipe=recipe, subsets=subsets,
+                         keep_models=keep_models, name=name)
         self.about |= {"trait": trait.name, "capability": capability.name}
 
-    def _dropped(self, n: int, fraction: float) -> int:
-        return n - share_count(n, fraction)
-
-    def _kept_rows(self, arm: str, scores: np.ndarray, count: int) -> np.ndarray:
-        return all_but(len(scores), cut_rows(scores, count=count))
+# %% ../../nbs/80_evidence/08_pareto.ipynb #front
+def _unbeaten(harm: np.ndarray, skill: np.ndarray) -> np.ndarray:
+    "Which choices no other one beats: less harm and as much skill, or as little harm and more skill."
+    beaten = [((harm <= h) & (skill >= s) & ((harm < h) | (skill > s))).any() for h, s in zip(harm, skill)]
+    return ~np.array(beaten, bool)
 
 # %% ../../nbs/80_evidence/08_pareto.ipynb #curve
 class _Curve(_Keeping):
     "Trait and capability side by side."
-    def curve(self) -> pd.DataFrame: # arm, method, fraction, n, seeds, trait, trait ±, capability, capability ±, best
+    def curve(self) -> pd.DataFrame: # arm, method, fraction, n, seeds, trait ±, capability ±, best
         "One row for each way to choose data, means over seeds; `best` marks those that none beats in both."
         keys = ["arm", "method", "fraction", "n", "seeds"]
         both = self._side("trait", keys).merge(self._side("capability", keys), on=keys).reset_index(drop=True)
-        harm, skill = both["trait"], both["capability"]
-        beaten = [((harm <= one.trait) & (skill >= one.capability) & ((harm < one.trait) | (skill > one.capability))).any()
-                  for one in both[["trait", "capability"]].itertuples()]
-        return both.assign(best=~np.array(beaten, bool))
+        best = _unbeaten(both["trait"].to_numpy(float), both["capability"].to_numpy(float))
+        return both.assign(best=best)
 
     def _side(self, side: str, keys: list[str]) -> pd.DataFrame:
         "The summary of one judge, under the name of its role."
         summary = self.summary()
-        part = summary[summary["judge"] == self.about[side]]
-        return part[[*keys, "value", "value ±"]].rename(columns={"value": side, "value ±": f"{side} ±"})
+        part = summary.loc[summary["judge"] == self.about[side], [*keys, "value", "value ±"]]
+        return part.rename(columns={"value": side, "value ±": f"{side} ±"})
 
 # %% ../../nbs/80_evidence/08_pareto.ipynb #plot1
 _MARKERS = {"base": "s", "full": "D", "subset": "*"}
-_GREYS = {"random": "#888888", "base": "#000000", "full": "#000000"}
 
 def _draw_choice(ax: Axes, part: pd.DataFrame, arm: str, method: str, colour: str) -> None:
     "One method's line, its points labelled with their shares."
-    label = (method or arm) if part["fraction"].notna().any() else None
+    label = (method or arm) if np.asarray(part["fraction"].notna()).any() else None
     ax.errorbar(part["capability"], part["trait"], part["trait ±"].fillna(0), part["capability ±"].fillna(0),
-                color=colour, marker=_MARKERS.get(arm, "o"), ms=5, lw=1.2, elinewidth=.6, capsize=1.5, label=label)
-    for _, row in part.iterrows():
+                color=colour, marker=_MARKERS.get(arm, "o"), ms=5, lw=1.2, elinewidth=.6, capsize=1.5,
+                label=label)
+    for row in part.to_dict(orient="records"):
         named = method or arm if np.isnan(row["fraction"]) else f"{row['fraction']:.0%}"
-        ax.annotate(named, (row["capability"], row["trait"]), xytext=(4, 4), textcoords="offset points", fontsize=7,
-                    color=colour)
+        ax.annotate(named, (row["capability"], row["trait"]), xytext=(4, 4), textcoords="offset points",
+                    fontsize=7, color=colour)
+
+# %% ../../nbs/80_evidence/08_pareto.ipynb #colour
+_GREYS = {"random": "#888888", "base": "#000000", "full": "#000000"}
+
+def _colour(arm: str, method: str, methods: list[str]) -> str:
+    "A method's own colour; greys for what is no method."
+    if method not in methods: return _GREYS.get(arm, "#555555")
+    return COLOURS[methods.index(method) % len(COLOURS)]
 
 # %% ../../nbs/80_evidence/08_pareto.ipynb #005f
 class ParetoCurve(_Curve):
-    "Train on the share of the data with the lowest scores, and judge trait and capability (Kowal et al. 2026, Fig. 5)."
+    "Train on the lowest-scored share of the data; judge trait and capability (Kowal et al. 2026, Fig. 5)."
     def plot(self) -> Figure:
         "Trait (upwards: more harm) against capability, a line for each method, 95 % intervals over seeds."
         import matplotlib.pyplot as plt
         curve, methods = self.curve().sort_values("fraction", kind="stable"), list(self.about["cards"])
         if curve.empty: raise ExperimentError("nothing is finished yet: run() first")
         figure, ax = plt.subplots(figsize=(6.6, 4.2), layout="constrained")
-        for (arm, method), part in curve.groupby(["arm", "method"], sort=False):
-            colour = _GREYS.get(arm, "#555555")
-            if method in methods:
-                colour = COLOURS[methods.index(method) % len(COLOURS)]
-            _draw_choice(ax, part, arm, method, colour)
+        for key, part in curve.groupby(["arm", "method"], sort=False):
+            arm, method = cast(tuple[str, str], key)
+            _draw_choice(ax, part, arm, method, _colour(arm, method, methods))
         units = {one["name"]: one["unit"] for one in self.judge_records}
         trait, capability = self.about["trait"], self.about["capability"]
-        ax.set(xlabel=f"{capability} ({units[capability]}) → better", ylabel=f"{trait} ({units[trait]}) → more harm")
+        ax.set(xlabel=f"{capability} ({units[capability]}) → better",
+               ylabel=f"{trait} ({units[trait]}) → more harm")
         return finished(figure)

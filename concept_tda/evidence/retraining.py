@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAINING', 'PLAN_FORMAT', 'Judges', 'ExperimentError', 'full_recipe', 'Maker', 'tokenized_whole', 'Retraining',
            'claim', 'read_record', 'write_record', 'Cells', 'CellFolder', 'packed_record', 'read_packed', 'PackedCells',
-           'judges_by_name', 'Experiment']
+           'relative_paths', 'judges_by_name', 'Experiment']
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #0003
 import gc
@@ -349,6 +349,20 @@ def _any_json(path: Path) -> object:
             f"{path} cannot be read ({err}), so it is unknown whether it is part of the experiment. "
             "Mend it or move it elsewhere.") from err
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #portable1
+def relative_paths(
+    value: Any,   # Plain data: dicts, lists, texts, numbers
+    folder: Path, # Of the experiment; what lies beside it is named from there
+) -> Any:         # The same, with paths that hold on every machine
+    "Plain data in which paths of the folder above the experiment's are relative to it."
+    if isinstance(value, dict): return {key: relative_paths(item, folder) for key, item in value.items()}
+    if isinstance(value, (list, tuple)): return [relative_paths(item, folder) for item in value]
+    if not isinstance(value, str): return value
+    for above in {folder.absolute().parent, folder.resolve().parent}:
+        if above != Path(above.anchor):
+            value = value.replace(f"{above}{os.sep}", "")
+    return value
+
 # %% ../../nbs/80_evidence/00_retraining.ipynb #gather2
 PLAN_FORMAT = "concept_tda.experiment/1"
 
@@ -362,7 +376,8 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     cells: dict[str, dict[str, dict]] = {}
     for path in sorted(folder.glob("cells/*/*.json")):
         cells.setdefault(path.parent.name, {})[path.stem] = read_record(path, "record of a cell")
-    return packed_record({name: record for name, record in found.items() if _is_plan(record)}, cells)
+    plans = {name: record for name, record in found.items() if _is_plan(record)}
+    return packed_record(relative_paths(plans, folder), relative_paths(cells, folder))
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #judges
 Judges = Judge | Sequence[Judge] | dict[str, Judge]
