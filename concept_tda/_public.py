@@ -58,7 +58,7 @@ PUBLIC = {
     "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
     "evidence.retraining": "TRAINING PLAN_FORMAT Judges ExperimentError full_recipe Maker tokenized_whole "
         "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
-        "judges_by_name Experiment",
+        "relative_paths judges_by_name Experiment",
     "evidence.subsets": "Attributions Subset share_count random_rows all_but checked_seeds places_of "
         "aligned_scores subset_rows",
     "evidence.statistics": "evaluation_mean paired_change t_interval welch_interval spearman_interval "
