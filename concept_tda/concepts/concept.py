@@ -8,72 +8,94 @@ __all__ = ['ConceptError', 'Concept', 'random_directions', 'separation', 'contra
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0003
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field, replace
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from ..data.conversations import Conversation
+from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
 from ..foundation.storage import atomic_file, code_version, fingerprint
+from ..model.loading import LanguageModel
 from ..model.tracing import POOLINGS, pooled_activations, work_dtype
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0005
 class ConceptError(ConceptTDAError):
     "A concept cannot be made, read or used as asked; the message says why and what to do."
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #checked-direction
 def _checked_direction(
-    direction, # Anything `torch.as_tensor` takes
-    what: str, # What the direction is called in an error
-) -> Tensor:   # [d] float64 on the CPU, not normalised
+    direction: Any, # Anything `torch.as_tensor` takes
+    what: str,      # What the direction is called in an error
+) -> Tensor:        # [d] float64 on the CPU, not normalised
     "The direction as a finite, non-zero vector, or a `ConceptError` that names the fault."
-    try: vector = torch.as_tensor(direction).detach().to("cpu", torch.float64).clone()
-    except (TypeError, ValueError, RuntimeError) as err:
-        raise ConceptError(f"{what}: the direction is not a numeric array ({err}). Give a tensor of shape [d].") from err
-    if vector.ndim != 1 or vector.numel() < 2:
-        raise ConceptError(f"{what}: a direction has shape [d] with d ≥ 2, this one has shape {list(vector.shape)}. "
-                           "To take one row of a matrix: tensor_concept(..., row=...).")
+    vector = _as_vector(direction, what)
     n_bad = int((~torch.isfinite(vector)).sum())
-    if n_bad: raise ConceptError(f"{what}: {n_bad} of the direction's {vector.numel()} entries are NaN or infinite. "
-                                 "Look at the activations or the file it came from.")
-    if vector.norm() < 1e-12: raise ConceptError(f"{what}: the direction is zero, so it points nowhere. "
-                                                 "Are the positive and the negative examples the same?")
+    if n_bad:
+        raise ConceptError(f"{what}: {n_bad} of the direction's {vector.numel()} entries are NaN or "
+                           "infinite. Look at the activations or the file it came from.")
+    if vector.norm() < 1e-12:
+        raise ConceptError(f"{what}: the direction is zero, so it points nowhere. "
+                           "Are the positive and the negative examples the same?")
     return vector
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #as-vector
+def _as_vector(direction: Any, what: str) -> Tensor:
+    "The direction as numbers of shape [d]."
+    try:
+        vector = torch.as_tensor(direction).detach().to("cpu", torch.float64).clone()
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise ConceptError(f"{what}: the direction is not a numeric array ({err}). "
+                           "Give a tensor of shape [d].") from err
+    if vector.ndim == 1 and vector.numel() >= 2: return vector
+    raise ConceptError(f"{what}: a direction has shape [d] with d ≥ 2, this one has shape "
+                       f"{list(vector.shape)}. To take one row of a matrix: tensor_concept(..., row=...).")
+
 # %% ../../nbs/40_concepts/00_concept.ipynb #0008
-def _check_pooling(pooling: str, what: str):
+def _check_pooling(pooling: str, what: str) -> None:
     "Refuse a pooling that `concept_tda.model.tracing` does not know."
-    if pooling not in POOLINGS:
-        raise ConceptError(f"{what}: unknown pooling {pooling!r}. Known: {', '.join(POOLINGS)}.")
+    if pooling in POOLINGS: return
+    raise ConceptError(f"{what}: unknown pooling {pooling!r}. Known: {', '.join(POOLINGS)}.")
 
-# %% ../../nbs/40_concepts/00_concept.ipynb #000a
-def _shown(value) -> str:
-    "One value as HTML text: short numbers, escaped words."
-    return escape(f"{value:.3g}" if isinstance(value, float) else str(value))
-
-def _concept_html(concept) -> str:
-    "A small table: what it is, where it came from, how good it is."
-    rows = {"layer": f"{concept.layer} (output of block {concept.layer - 1})" if concept.layer else "0 (embeddings)",
-            "pooling": concept.pooling, "width": concept.model_width, "norm": concept.norm, "model": concept.model or "any"}
-    rows |= {f"quality: {key}": value for key, value in concept.quality.items()}
-    rows |= {f"from: {key}": value for key, value in concept.provenance.items()}
-    body = "".join(f"<tr><th style='text-align:left;padding-right:1em'>{escape(str(key))}</th><td style='text-align:left'>{_shown(value)}</td></tr>"
-                   for key, value in rows.items())
-    return f"<table><caption><b>Concept: {escape(concept.name)}</b></caption>{body}</table>"
-
-# %% ../../nbs/40_concepts/00_concept.ipynb #000c
-def _kept_dtype(vector) -> torch.dtype:
+def _kept_dtype(vector: Any) -> torch.dtype:
     "float64 for what came in float64 tensors, else float32."
     return torch.float64 if getattr(vector, "dtype", None) == torch.float64 else torch.float32
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #000a
+def _shown(value: Any) -> str:
+    "One value as HTML text: short numbers, escaped words."
+    return escape(f"{value:.3g}" if isinstance(value, float) else str(value))
+
+# %% ../../nbs/40_concepts/00_concept.ipynb #concept-html
+def _concept_html(concept: "Concept") -> str:
+    "A small table: what it is, where it came from, how good it is."
+    layer = f"{concept.layer} (output of block {concept.layer - 1})" if concept.layer else "0 (embeddings)"
+    rows = {"layer": layer, "pooling": concept.pooling, "width": concept.model_width, "norm": concept.norm,
+            "model": concept.model or "any"}
+    rows |= {f"quality: {key}": value for key, value in concept.quality.items()}
+    rows |= {f"from: {key}": value for key, value in concept.provenance.items()}
+    head = "text-align:left;padding-right:1em"
+    body = "".join(f"<tr><th style='{head}'>{escape(str(key))}</th>"
+                   f"<td style='text-align:left'>{_shown(value)}</td></tr>" for key, value in rows.items())
+    return f"<table><caption><b>Concept: {escape(concept.name)}</b></caption>{body}</table>"
+
+# %% ../../nbs/40_concepts/00_concept.ipynb #000c
 @dataclass(frozen=True, eq=False, repr=False)
-class Concept:
-    "A unit direction of the residual stream at one layer, with its origin and its measured quality (METHODS §2)."
+class _Direction:
+    "A unit direction of the residual stream, and what is known about it."
     name: str                                      # What the behaviour is called
-    direction: Tensor                              # [d], unit length, from negative to positive; float32, or float64 as given
+    direction: Tensor                              # [d], unit length, from negative to positive; float32, or
+                                                   # float64 as given
     layer: int                                     # l of `hidden_states[l]`, the output of block l-1
     norm: float | None = None                      # Length before normalising; measured when not given
     pooling: str = "response_mean"                 # How the activations of a text become one vector
@@ -82,80 +104,118 @@ class Concept:
     model: str | None = None                       # Name of the model it was made with
     model_fingerprint: str | None = None           # Hash of that model's config and weights
     model_width: int | None = None                 # d of that model
-    precision: InitVar[torch.dtype | None] = None  # Type to keep the direction in; None: float64 as it came, else float32
+    precision: InitVar[torch.dtype | None] = None  # Type to keep the direction in; None: float64 as it came,
+                                                   # else float32
 
-    def __post_init__(self, precision: torch.dtype | None = None):
+    def __post_init__(self, precision: torch.dtype | None = None) -> None:
         what = f"concept {self.name!r}"
         vector = _checked_direction(self.direction, what)
         norm = float(vector.norm() if self.norm is None else self.norm)
-        if not (np.isfinite(norm) and norm > 0): raise ConceptError(f"{what}: norm must be a positive number, got {self.norm!r}.")
-        if isinstance(self.layer, bool) or not isinstance(self.layer, (int, np.integer)) or self.layer < 0:
-            raise ConceptError(f"{what}: layer must be a whole number ≥ 0 (an index of hidden_states), got {self.layer!r}.")
-        if self.model_width not in (None, len(vector)):
-            raise ConceptError(f"{what}: the direction has {len(vector)} entries but its model has width {self.model_width}.")
-        _check_pooling(self.pooling, what)
-        settled = dict(direction=(vector/vector.norm()).to(precision or _kept_dtype(self.direction)), norm=norm, layer=int(self.layer), model_width=len(vector))
-        for key, value in settled.items(): object.__setattr__(self, key, value)
+        _check_fields(self, vector, norm, what)
+        unit = (vector/vector.norm()).to(precision or _kept_dtype(self.direction))
+        settled = dict(direction=unit, norm=norm, layer=int(self.layer), model_width=len(vector))
+        for key, value in settled.items():
+            object.__setattr__(self, key, value)
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #check-fields
+def _check_fields(given: _Direction, vector: Tensor, norm: float, what: str) -> None:
+    "Refuse fields that fit neither each other nor a model."
+    if not (np.isfinite(norm) and norm > 0):
+        raise ConceptError(f"{what}: norm must be a positive number, got {given.norm!r}.")
+    whole = isinstance(given.layer, (int, np.integer)) and not isinstance(given.layer, bool)
+    if not whole or given.layer < 0:
+        raise ConceptError(f"{what}: layer must be a whole number ≥ 0 (an index of hidden_states), "
+                           f"got {given.layer!r}.")
+    if given.model_width not in (None, len(vector)):
+        raise ConceptError(f"{what}: the direction has {len(vector)} entries but its model has width "
+                           f"{given.model_width}.")
+    _check_pooling(given.pooling, what)
+
+# %% ../../nbs/40_concepts/00_concept.ipynb #measured
+class _Compared(_Direction):
+    "What can be asked of a direction by itself."
     @property
     def fingerprint(self) -> str:
         "16 hexadecimal digits over what changes a score: direction, layer and pooling."
         return fingerprint(self.direction, self.layer, self.pooling)
 
-    def cosine(self,
-        other: "Concept | Tensor", # A concept, or a vector of the same width
-    ) -> float:                    # Between -1 and 1
+    def cosine(
+        self,
+        other: Any, # A concept, or a vector of the same width
+    ) -> float:     # Between -1 and 1
         "Cosine of two directions. Their layers may differ; another width is a `ConceptError`."
         vector = _checked_direction(getattr(other, "direction", other), "cosine")
         if len(vector) != self.model_width:
-            raise ConceptError(f"cosine: {self.name!r} has width {self.model_width}, the other direction {len(vector)}.")
-        return float(self.direction.double() @ vector / (self.direction.double().norm()*vector.norm()))
+            raise ConceptError(f"cosine: {self.name!r} has width {self.model_width}, "
+                               f"the other direction {len(vector)}.")
+        mine = self.direction.double()
+        return float(mine @ vector / (mine.norm()*vector.norm()))
 
-    def check(self,
-        lm,                              # `LanguageModel` the concept is about to be used with
+# %% ../../nbs/40_concepts/00_concept.ipynb #whole-class
+class Concept(_Compared):
+    """A unit direction of the residual stream at one layer, with its origin and its measured quality
+    (METHODS §2)."""
+    def check(
+        self,
+        lm: LanguageModel,               # The model the concept is about to be used with
         allow_other_model: bool = False, # Accept a model other than the one it was made with
     ) -> list[str]:                      # What a query card should mention; empty when nothing
-        "Raise `ConceptError` (other width, other model) or `LayerError` unless the concept can be used with `lm`."
+        """Raise `ConceptError` (other width, other model) or `LayerError` unless the concept can be used
+        with `lm`."""
         return _check_concept(self, lm, allow_other_model)
 
-    def transfer(self,
-        lm, # `LanguageModel` of the same width
+    def transfer(
+        self,
+        lm: LanguageModel, # A model of the same width
     ) -> "Concept":
         "The same direction, declared valid for `lm`; the model it was made with stays in the provenance."
         return _transfer_concept(self, lm)
 
-    def save(self, path: str | Path) -> Path:
+    def save(
+        self,
+        path: str | Path, # Such as "agreement.safetensors"
+    ) -> Path:
         "Write one safetensors file that holds the direction and everything known about it."
         return _save_concept(self, path)
 
     @staticmethod
-    def load(path: str | Path) -> "Concept":
-        "Read a file written by `Concept.save`. Raises `ConceptError` where it is absent, damaged or of another format."
+    def load(
+        path: str | Path, # A file written by `save`
+    ) -> "Concept":
+        """Read a file written by `Concept.save`. Raises `ConceptError` where it is absent, damaged or of
+        another format."""
         return _load_concept(path)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         auc = f", held-out AUC {self.quality['auc']:.3f}" if "auc" in self.quality else ""
         return f"Concept({self.name!r}, layer {self.layer}, width {self.model_width}, {self.pooling}{auc})"
 
-    def _repr_html_(self): return _concept_html(self)
+    def _repr_html_(self) -> str:
+        return _concept_html(self)
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0010
-def _check_concept(concept: Concept, lm, allow_other_model: bool) -> list[str]:
+def _check_concept(concept: Concept, lm: LanguageModel, allow_other_model: bool) -> list[str]:
     "Body of `Concept.check`; the cheap questions first, because a fingerprint reads every weight."
+    name, made_with = concept.name, concept.model
     if concept.model_width != lm.width:
-        raise ConceptError(f"concept {concept.name!r} has width {concept.model_width}, the model {lm.name!r} has width {lm.width}: "
-                           f"it was made with another model ({concept.model or 'unknown'}). Make it again with this one.")
+        raise ConceptError(
+            f"concept {name!r} has width {concept.model_width}, the model {lm.name!r} has width {lm.width}: "
+            f"it was made with another model ({made_with or 'unknown'}). Make it again with this one.")
     lm.check_layer(concept.layer)
-    if concept.model_fingerprint is None: return [f"concept {concept.name!r} does not record the model it was made with"]
-    if concept.model_fingerprint == lm.fingerprint: 
+    if concept.model_fingerprint is None:
+        return [f"concept {name!r} does not record the model it was made with"]
+    actual = lm.fingerprint
+    if concept.model_fingerprint == actual:
         origin = concept.provenance.get("transferred_from")
-        return [f"concept {concept.name!r} was made with {origin} and transferred to {concept.model}"] if origin else []
-    if not allow_other_model:
-        raise ConceptError(f"concept {concept.name!r} was made with {concept.model!r} ({concept.model_fingerprint}), not with "
-                           f"{lm.name!r} ({lm.fingerprint}). If this model is a fine-tune of that one, use concept.transfer(lm); otherwise make it again.")
-    return [f"concept {concept.name!r} was made with {concept.model} and is used on {lm.name}"]
+        return [f"concept {name!r} was made with {origin} and transferred to {made_with}"] if origin else []
+    if allow_other_model: return [f"concept {name!r} was made with {made_with} and is used on {lm.name}"]
+    raise ConceptError(
+        f"concept {name!r} was made with {made_with!r} ({concept.model_fingerprint}), not with {lm.name!r} "
+        f"({actual}). If this model is a fine-tune of that one, use concept.transfer(lm); otherwise make it "
+        "again.")
 
-def _transfer_concept(concept: Concept, lm) -> Concept:
+# %% ../../nbs/40_concepts/00_concept.ipynb #transfer-concept
+def _transfer_concept(concept: Concept, lm: LanguageModel) -> Concept:
     "Body of `Concept.transfer`."
     _check_concept(concept, lm, allow_other_model=True)
     origin = f"{concept.model or 'an unknown model'} ({concept.model_fingerprint or 'no fingerprint'})"
@@ -169,28 +229,45 @@ def _save_concept(concept: Concept, path: str | Path) -> Path:
     "Body of `Concept.save`."
     from safetensors.torch import save
     record = {key: value for key, value in vars(concept).items() if key != "direction"}
-    try: text = json.dumps(record, default=lambda value: value.item())
+    try:
+        text = json.dumps(record, default=lambda value: value.item())
     except (TypeError, ValueError, AttributeError) as err:
-        raise ConceptError(f"concept {concept.name!r}: provenance and quality must be plain data (text, numbers, lists, dicts): {err}") from err
-    metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "concept": text, "checksum": fingerprint(concept.direction)}
-    with atomic_file(path) as part: part.write_bytes(save({"direction": concept.direction}, metadata))
+        raise ConceptError(f"concept {concept.name!r}: provenance and quality must be plain data (text, "
+                           f"numbers, lists, dicts): {err}") from err
+    metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "concept": text,
+                "checksum": fingerprint(concept.direction)}
+    with atomic_file(path) as part:
+        part.write_bytes(save({"direction": concept.direction}, metadata))
     return Path(path)
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #load
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    "The header and the tensors of a file."
+    from safetensors import SafetensorError, safe_open
+    if not path.is_file():
+        raise ConceptError(f"there is no concept file {path}. Write one with concept.save({str(path)!r}).")
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as err:
+        raise ConceptError(f"{path} is damaged or not a safetensors file ({err}).") from err
+
+# %% ../../nbs/40_concepts/00_concept.ipynb #load-concept
 def _load_concept(path: str | Path) -> Concept:
     "Body of `Concept.load`."
-    from safetensors import SafetensorError, safe_open
     path = Path(path)
-    if not path.is_file(): raise ConceptError(f"there is no concept file {path}. Write one with concept.save({str(path)!r}).")
-    try:
-        with safe_open(path, "pt") as file: metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as err: raise ConceptError(f"{path} is damaged or not a safetensors file ({err}).") from err
+    metadata, tensors = _read_safetensors(path)
     if metadata.get("format") != _FORMAT:
-        raise ConceptError(f"{path} was not written by Concept.save. To use a tensor it holds: tensor_concept({str(path)!r}, layer, name=...).")
+        raise ConceptError(f"{path} was not written by Concept.save. To use a tensor it holds: "
+                           f"tensor_concept({str(path)!r}, layer, name=...).")
     if metadata.get("format_version") != _FORMAT_VERSION:
-        raise ConceptError(f"{path} has concept format version {metadata.get('format_version')!r}; this library reads version "
-                           f"{_FORMAT_VERSION!r}. Save it again with this library, or install the version that wrote it.")
+        raise ConceptError(
+            f"{path} has concept format version {metadata.get('format_version')!r}; this library reads "
+            f"version {_FORMAT_VERSION!r}. Save it again with this library, or install the version that "
+            "wrote it.")
     if "direction" not in tensors or fingerprint(tensors["direction"]) != metadata.get("checksum"):
-        raise ConceptError(f"{path} is damaged: its direction does not match its checksum. Make the concept again.")
+        raise ConceptError(f"{path} is damaged: its direction does not match its checksum. "
+                           "Make the concept again.")
     return Concept(direction=tensors["direction"], **json.loads(metadata["concept"]))
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0021
@@ -202,32 +279,48 @@ def random_directions(
 ) -> Tensor:         # [n, d] unit rows, float32 (float64 for float64 activations)
     "Covariance-matched random directions, the null model for any concept result (METHODS §2)."
     kept, acts_ND = _kept_dtype(acts_ND), torch.as_tensor(acts_ND).detach().to("cpu", torch.float64)
-    if acts_ND.ndim != 2 or len(acts_ND) < 2: raise ConceptError(f"random_directions needs activations [N, d] with N ≥ 2, got shape {list(acts_ND.shape)}.")
-    if not torch.isfinite(acts_ND).all(): raise ConceptError("random_directions: the activations hold NaN or infinite values.")
+    centred_ND = _centred(acts_ND)
     if n < 1: raise ConceptError(f"random_directions: n must be at least 1, got {n}.")
-    centred_ND = acts_ND - acts_ND.mean(0)
-    if centred_ND.norm() < 1e-12: raise ConceptError("random_directions: all activations are the same, so they have no covariance to match.")
-    weights_nN = torch.randn(n, len(acts_ND), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    weights_nN = torch.randn(n, len(acts_ND), generator=generator, dtype=torch.float64)
     return torch.nn.functional.normalize(weights_nN @ centred_ND, dim=1).to(kept)
+
+# %% ../../nbs/40_concepts/00_concept.ipynb #centred
+def _centred(acts_ND: Tensor) -> Tensor:
+    "The activations minus their mean. Raises `ConceptError` where they have no covariance."
+    if acts_ND.ndim != 2 or len(acts_ND) < 2:
+        raise ConceptError("random_directions needs activations [N, d] with N ≥ 2, "
+                           f"got shape {list(acts_ND.shape)}.")
+    if not torch.isfinite(acts_ND).all():
+        raise ConceptError("random_directions: the activations hold NaN or infinite values.")
+    centred_ND = acts_ND - acts_ND.mean(0)
+    if centred_ND.norm() >= 1e-12: return centred_ND
+    raise ConceptError("random_directions: all activations are the same, so they have no covariance to "
+                       "match.")
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0025
 def _auc(positive_KP: np.ndarray, negative_KM: np.ndarray) -> np.ndarray:
     "AUC of each row by the rank sum (Mann-Whitney), shape [K]; ties count half."
     n_positive, n_negative = positive_KP.shape[1], negative_KM.shape[1]
-    ranks = pd.DataFrame(np.concatenate([positive_KP, negative_KM], 1).T).rank().to_numpy()[:n_positive]
+    values_NK = np.concatenate([positive_KP, negative_KM], 1).T
+    ranks = pd.DataFrame(values_NK).rank().to_numpy()[:n_positive]
     return (ranks.sum(0) - n_positive*(n_positive + 1)/2) / (n_positive*n_negative)
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #d-prime
 def _d_prime(positive_KP: np.ndarray, negative_KM: np.ndarray) -> np.ndarray:
     "d′ of each row, shape [K]; infinite where neither group has any spread, 0 where there is no gap either."
     gap = positive_KP.mean(1) - negative_KM.mean(1)
     spread = np.sqrt((positive_KP.var(1, ddof=1) + negative_KM.var(1, ddof=1))/2)
-    with np.errstate(divide="ignore", invalid="ignore"): return np.where(gap == 0, 0.0, gap/spread)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(gap == 0, 0.0, gap/spread)
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #separation
 def separation(
     positive, # [P] projections of the positive examples
     negative, # [M] projections of the negative examples
-) -> dict:    # {"auc", "d_prime"}
-    "How well projections tell the two groups apart; d′ needs two examples a side. It is infinite where neither group has any spread."
+) -> dict[str, float]: # {"auc", "d_prime"}
+    """How well projections tell the two groups apart; d′ needs two examples a side. It is infinite where
+    neither group has any spread."""
     sides = [np.asarray(side, dtype=float)[None] for side in (positive, negative)]
     return {"auc": float(_auc(*sides)[0]), "d_prime": float(_d_prime(*sides)[0])}
 
@@ -238,37 +331,48 @@ class _Side:
     acts_ND: Tensor       # [N, d] float64
     questions: np.ndarray # [N] the question each example answers; examples that share one are never separated
 
-    def of(self, questions) -> "_Side":
+    def of(self, questions: np.ndarray) -> "_Side":
         "The examples that answer one of `questions`."
         rows = np.isin(self.questions, questions)
         return _Side(self.acts_ND[torch.from_numpy(rows)], self.questions[rows])
 
-def _question(conversation) -> str:
+# %% ../../nbs/40_concepts/00_concept.ipynb #question
+def _question(conversation: Conversation) -> str:
     "The last user turn before the final answer; the id where there is none."
     turns = [message["content"] for message in conversation.prompt if message["role"] == "user"]
     return turns[-1] if turns else conversation.id
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #n-questions
 def _n_questions(positive: _Side, negative: _Side) -> int:
     "Different questions on the side that has fewer of them."
     return min(len(np.unique(side.questions)) for side in (positive, negative))
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #002a
+_Parts = tuple[_Side, _Side, _Side, _Side]  # to fit on: positive, negative; held out: positive, negative
+_Fit = Callable[[_Side, _Side], Tensor]     # A direction [d] from two sides
+
 def _in_a_row(positive: _Side, negative: _Side, seed: int) -> np.ndarray:
     "All questions, shuffled within: only positive, both, only negative."
     ours, theirs = np.unique(positive.questions), np.unique(negative.questions)
     kinds = np.setdiff1d(ours, theirs), np.intersect1d(ours, theirs), np.setdiff1d(theirs, ours)
-    return np.concatenate([np.random.default_rng([seed, i]).permutation(kind) for i, kind in enumerate(kinds)])
+    return np.concatenate([np.random.default_rng([seed, i]).permutation(kind)
+                           for i, kind in enumerate(kinds)])
 
-def _parted(positive: _Side, negative: _Side, row: np.ndarray, held: np.ndarray) -> tuple[_Side, _Side, _Side, _Side]:
-    "(positive to fit on, negative to fit on, positive held out, negative held out); `held` marks the questions of `row` that are held out."
-    return positive.of(row[~held]), negative.of(row[~held]), positive.of(row[held]), negative.of(row[held])
+# %% ../../nbs/40_concepts/00_concept.ipynb #parted
+def _parted(positive: _Side, negative: _Side, row: np.ndarray, held: np.ndarray) -> _Parts:
+    "The four parts; `held` marks the questions of `row` that are held out."
+    fit, out = row[~held], row[held]
+    return positive.of(fit), negative.of(fit), positive.of(out), negative.of(out)
 
-def _folds(positive: _Side, negative: _Side, n_folds: int, seed: int):
+# %% ../../nbs/40_concepts/00_concept.ipynb #folds
+def _folds(positive: _Side, negative: _Side, n_folds: int, seed: int) -> Iterator[_Parts]:
     "Yield the four parts for each fold of a cross-validation; every example is held out once."
     row = _in_a_row(positive, negative, seed)
-    for fold in range(n_folds): yield _parted(positive, negative, row, np.arange(len(row)) % n_folds == fold)
+    for fold in range(n_folds):
+        yield _parted(positive, negative, row, np.arange(len(row)) % n_folds == fold)
 
-def _one_split(positive: _Side, negative: _Side, held_out: float, seed: int):
+# %% ../../nbs/40_concepts/00_concept.ipynb #one-split
+def _one_split(positive: _Side, negative: _Side, held_out: float, seed: int) -> _Parts:
     "The four parts for one split; at least two questions of either side are held out, and two remain."
     row, fewest = _in_a_row(positive, negative, seed), _n_questions(positive, negative)
     share = np.clip(held_out, 2/fewest, 1 - 2/fewest) + 1e-9
@@ -277,23 +381,31 @@ def _one_split(positive: _Side, negative: _Side, held_out: float, seed: int):
 # %% ../../nbs/40_concepts/00_concept.ipynb #002c
 _N_NULL = 200  # random directions behind `random_auc_95`; an AUC percentile steady to about 0.01
 
-def _measure(parts, fit, seed: int) -> dict:
-    "Fit on some questions, measure on the others: AUC, d′ and the 95th percentile of both for random directions."
+def _measure(parts: _Parts, fit: _Fit, seed: int) -> dict[str, float]:
+    """Fit on some questions, measure on the others: AUC, d′ and the 95th percentile of both for random
+    directions."""
     fit_positive, fit_negative, *held = parts
     direction = fit(fit_positive, fit_negative)
-    null_dn = random_directions(torch.cat([fit_positive.acts_ND, fit_negative.acts_ND]), _N_NULL, seed=seed).double().T
+    seen_ND = torch.cat([fit_positive.acts_ND, fit_negative.acts_ND])
+    null_dn = random_directions(seen_ND, _N_NULL, seed=seed).double().T
     null = [(side.acts_ND @ null_dn).T.numpy() for side in held]
     auc, d_prime = _auc(*null), _d_prime(*null)
-    return separation(*(side.acts_ND @ direction for side in held)) | {"random_auc_95": float(np.quantile(np.maximum(auc, 1 - auc), .95)),
-                                                                       "random_d_prime_95": float(np.quantile(np.abs(d_prime), .95))}
+    return separation(*(side.acts_ND @ direction for side in held)) | {
+        "random_auc_95": float(np.quantile(np.maximum(auc, 1 - auc), .95)),
+        "random_d_prime_95": float(np.quantile(np.abs(d_prime), .95))}
 
-def _quality(positive: _Side, negative: _Side, fit, held_out: float, seed: int) -> dict:
-    "Quality of a way to fit a direction, on one held-out split; a reason instead of numbers where that is impossible."
+# %% ../../nbs/40_concepts/00_concept.ipynb #quality
+def _quality(positive: _Side, negative: _Side, fit: _Fit, held_out: float, seed: int) -> dict[str, Any]:
+    """Quality of a way to fit a direction, on one held-out split; a reason instead of numbers where that is
+    impossible."""
     if held_out == 0: return {"note": "not measured: held_out=0"}
     n_questions = _n_questions(positive, negative)
-    if n_questions < 4: return {"note": f"not measured: {n_questions} different questions on one side; a held-out estimate needs 4"}
+    if n_questions < 4:
+        return {"note": f"not measured: {n_questions} different questions on one side; "
+                        "a held-out estimate needs 4"}
     parts = _one_split(positive, negative, held_out, seed)
-    return _measure(parts, fit, seed) | {"held_out_positive": len(parts[2].questions), "held_out_negative": len(parts[3].questions)}
+    counts = {"held_out_positive": len(parts[2].questions), "held_out_negative": len(parts[3].questions)}
+    return _measure(parts, fit, seed) | counts
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #002e
 @dataclass
@@ -301,38 +413,59 @@ class _Contrast:
     "Pooled activations of both sides, and the record of where they came from."
     positive: dict[int, _Side] # By layer
     negative: dict[int, _Side] # By layer
-    provenance: dict
+    provenance: dict[str, Any]
 
-def _two_sides(lm, positive, negative, name: str, at_least: int) -> dict:
+# %% ../../nbs/40_concepts/00_concept.ipynb #two-sides
+def _two_sides(
+    lm: LanguageModel, positive, negative, name: str, at_least: int,
+) -> dict[str, TokenizedConversations]:
     "Both sides tokenized; too few examples, or one that stands on both sides, is a `ConceptError`."
     sides = {"positive": lm.tokenize(positive), "negative": lm.tokenize(negative)}
     for side, data in sides.items():
         n_questions = len({_question(conversation) for conversation in data.conversations})
-        if n_questions < at_least: raise ConceptError(f"concept {name!r}: {len(data)} {side} examples with {n_questions} different questions, at least {at_least} are needed.")
+        if n_questions >= at_least: continue
+        raise ConceptError(f"concept {name!r}: {len(data)} {side} examples with {n_questions} different "
+                           f"questions, at least {at_least} are needed.")
     both = set(sides["positive"].ids) & set(sides["negative"].ids)
-    if both: raise ConceptError(f"concept {name!r}: {len(both)} conversations are both positive and negative: {', '.join(sorted(both)[:5])}. Remove them from one side.")
-    return sides
+    if not both: return sides
+    raise ConceptError(f"concept {name!r}: {len(both)} conversations are both positive and negative: "
+                       f"{', '.join(sorted(both)[:5])}. Remove them from one side.")
 
-def _collect(lm, positive, negative, layers: list[int], pooling: str, name: str, progress: bool, at_least: int = 1) -> _Contrast:
+# %% ../../nbs/40_concepts/00_concept.ipynb #collect
+def _collect(
+    lm: LanguageModel, positive, negative, layers: list[int], pooling: str, name: str, progress: bool,
+    at_least: int = 1,
+) -> _Contrast:
     "Trace both sides once for all `layers`; the errors a user can make are met here, before the model runs."
     layers = [lm.check_layer(layer) for layer in layers]
     _check_pooling(pooling, f"concept {name!r}")
     sides = _two_sides(lm, positive, negative, name, at_least)
-    questions = {side: np.array([_question(conversation) for conversation in data.conversations]) for side, data in sides.items()}
-    acts = {side: {layer: _Side(pooled.double(), questions[side]) for layer, pooled in pooled_activations(lm, data, layers, pooling, progress=progress).items()}
-            for side, data in sides.items()}
-    record = {key: value for side, data in sides.items() for key, value in
-              {f"{side}_data": data.conversations.name, f"{side}_n": len(data), f"{side}_fingerprint": data.fingerprint, f"{side}_cut": len(data.cut)}.items()}
-    return _Contrast(acts["positive"], acts["negative"], record | {"questions_on_both_sides": len(np.intersect1d(*questions.values())), "code": code_version()})
+    acts, record = {}, {}
+    questions = {side: np.array([_question(c) for c in data.conversations]) for side, data in sides.items()}
+    for side, data in sides.items():
+        pooled = pooled_activations(lm, data, layers, pooling, progress=progress)
+        acts[side] = {layer: _Side(acts_ND.double(), questions[side]) for layer, acts_ND in pooled.items()}
+        record |= {f"{side}_data": data.conversations.name, f"{side}_n": len(data),
+                   f"{side}_fingerprint": data.fingerprint, f"{side}_cut": len(data.cut)}
+    shared = np.intersect1d(questions["positive"], questions["negative"])
+    record |= {"questions_on_both_sides": len(shared), "code": code_version()}
+    return _Contrast(acts["positive"], acts["negative"], record)
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #002f
-def _make_concept(lm, contrast: _Contrast, layer: int, direction: Tensor, quality: dict, *, name: str, pooling: str, model_fingerprint: str, **settings) -> Concept:
+def _make_concept(
+    lm: LanguageModel, contrast: _Contrast, layer: int, direction: Tensor, quality: dict[str, Any], *,
+    name: str, pooling: str, model_fingerprint: str, **settings: Any,
+) -> Concept:
     "Wrap a fitted direction up with everything known about it."
-    return Concept(name, direction, layer, precision=work_dtype(lm), pooling=pooling, quality=quality, provenance=settings | contrast.provenance, model=lm.name, model_fingerprint=model_fingerprint, model_width=lm.width)
+    return Concept(name, direction, layer, precision=work_dtype(lm), pooling=pooling, quality=quality,
+                   provenance=settings | contrast.provenance, model=lm.name,
+                   model_fingerprint=model_fingerprint, model_width=lm.width)
 
-def _check_held_out(held_out: float):
+# %% ../../nbs/40_concepts/00_concept.ipynb #check-held-out
+def _check_held_out(held_out: float) -> None:
     "Refuse a fraction that leaves nothing to fit on."
-    if not 0 <= held_out < 1: raise ConceptError(f"held_out is a fraction of the examples, 0 ≤ held_out < 1, got {held_out!r}.")
+    if 0 <= held_out < 1: return
+    raise ConceptError(f"held_out is a fraction of the examples, 0 ≤ held_out < 1, got {held_out!r}.")
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0031
 _REFIT = "fitted on all examples (its quality: on held-out ones, fitted without them)"
@@ -341,25 +474,29 @@ def _mean_difference(positive: _Side, negative: _Side) -> Tensor:
     "mean(positive) - mean(negative), shape [d]."
     return positive.acts_ND.mean(0) - negative.acts_ND.mean(0)
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #contrastive-concept
 def contrastive_concept(
-    lm,                              # `LanguageModel` whose activations are used
+    lm: LanguageModel,               # The model whose activations are used
     positive,                        # Conversations that show the behaviour
     negative,                        # Conversations that do not show it, best to the same questions
     layer: int,                      # l of `hidden_states[l]`
     *,
     name: str,                       # What the behaviour is called
     pooling: str = "response_mean",  # One of `POOLINGS`
-    held_out: float = 0.25,          # Fraction of the questions the quality is measured on; 0 for no measurement
+    held_out: float = 0.25,          # Fraction of the questions the quality is measured on; 0: not measured
     seed: int = 0,                   # Chooses the held-out questions
     progress: bool = True,           # Show a bar while the model runs
 ) -> Concept:
-    "Mean activation of `positive` minus that of `negative` (METHODS §2, persona vectors). Raises `ConceptError`, `LayerError`."
+    """Mean activation of `positive` minus that of `negative` (METHODS §2, persona vectors). Raises
+    `ConceptError`, `LayerError`."""
     _check_held_out(held_out)
     contrast = _collect(lm, positive, negative, [layer], pooling, name, progress)
     both_sides = contrast.positive[layer], contrast.negative[layer]
     quality = _quality(*both_sides, _mean_difference, held_out, seed)
-    return _make_concept(lm, contrast, layer, _mean_difference(*both_sides), quality, name=name, pooling=pooling, model_fingerprint=lm.fingerprint,
-                         method=f"difference of means, {_REFIT}", held_out=held_out, seed=seed)
+    return _make_concept(
+        lm, contrast, layer, _mean_difference(*both_sides), quality, name=name, pooling=pooling,
+        model_fingerprint=lm.fingerprint, method=f"difference of means, {_REFIT}", held_out=held_out,
+        seed=seed)
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0036
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidate C of scikit-learn: small means strongly regularised
@@ -367,30 +504,35 @@ _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidate C of scikit-learn: small
 def _logistic(positive: _Side, negative: _Side, C: float) -> tuple[Tensor, float]:
     "L2-logistic regression in standardised space, mapped back: (coefficients [d], intercept)."
     from sklearn.linear_model import LogisticRegression
-    acts_ND, labels = torch.cat([positive.acts_ND, negative.acts_ND]), np.repeat([1, 0], [len(positive.questions), len(negative.questions)])
+    acts_ND = torch.cat([positive.acts_ND, negative.acts_ND])
+    labels = np.repeat([1, 0], [len(positive.questions), len(negative.questions)])
     mean, spread = acts_ND.mean(0), acts_ND.std(0, correction=0)
-    spread = torch.where(spread > 0, spread, 1.0)  # a constant coordinate cannot help and must not divide by zero
+    spread = torch.where(spread > 0, spread, 1.0)  # a constant coordinate must not divide by zero
     model = LogisticRegression(C=C, max_iter=5000).fit(((acts_ND - mean)/spread).numpy(), labels)
     coefficients = torch.from_numpy(model.coef_[0]).double()/spread
     return coefficients, float(model.intercept_[0] - coefficients @ mean)
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #choose-penalty
 def _choose_penalty(positive: _Side, negative: _Side, seed: int) -> float:
     "The C of `_PENALTIES` with the lowest cross-validated log-loss; at most 3 folds."
     loss = dict.fromkeys(_PENALTIES, 0.0)
-    for fit_positive, fit_negative, held_positive, held_negative in _folds(positive, negative, min(3, _n_questions(positive, negative)), seed):
+    n_folds = min(3, _n_questions(positive, negative))
+    for fit_positive, fit_negative, held_positive, held_negative in _folds(positive, negative, n_folds, seed):
         for C in _PENALTIES:
             coefficients, intercept = _logistic(fit_positive, fit_negative, C)
-            margins = torch.cat([held_positive.acts_ND @ coefficients + intercept, -(held_negative.acts_ND @ coefficients + intercept)])
+            margins = torch.cat([held_positive.acts_ND @ coefficients + intercept,
+                                 -(held_negative.acts_ND @ coefficients + intercept)])
             loss[C] += float(torch.nn.functional.softplus(-margins).sum())
-    return min(loss, key=loss.get)
+    return min(_PENALTIES, key=lambda C: loss[C])
 
-# %% ../../nbs/40_concepts/00_concept.ipynb #0037
+# %% ../../nbs/40_concepts/00_concept.ipynb #probe-direction
 def _probe_direction(positive: _Side, negative: _Side, C: float | None = None, seed: int = 0) -> Tensor:
     "Coefficients of the logistic probe, shape [d]; C is chosen where not given."
     return _logistic(positive, negative, _choose_penalty(positive, negative, seed) if C is None else C)[0]
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #0037
 def probe_concept(
-    lm,                              # `LanguageModel` whose activations are used
+    lm: LanguageModel,               # The model whose activations are used
     positive,                        # Conversations that show the behaviour
     negative,                        # Conversations that do not show it, best to the same questions
     layer: int,                      # l of `hidden_states[l]`
@@ -398,25 +540,31 @@ def probe_concept(
     name: str,                       # What the behaviour is called
     pooling: str = "response_mean",  # One of `POOLINGS`
     C: float | None = None,          # Inverse penalty of scikit-learn; cross-validated when None
-    held_out: float = 0.25,          # Fraction of the questions the quality is measured on; 0 for no measurement
+    held_out: float = 0.25,          # Fraction of the questions the quality is measured on; 0: not measured
     seed: int = 0,                   # Chooses the held-out questions and the folds
     progress: bool = True,           # Show a bar while the model runs
 ) -> Concept:
-    "Direction of an L2-logistic probe (METHODS §2); decision = `norm`·projection + provenance['intercept']. Raises `ConceptError`, `LayerError`."
+    """Direction of an L2-logistic probe (METHODS §2); decision = `norm`·projection + provenance['intercept'].
+    Raises `ConceptError`, `LayerError`."""
     _check_held_out(held_out)
-    if C is not None and not C > 0: raise ConceptError(f"C must be positive (or None to choose it by cross-validation), got {C!r}.")
-    contrast = _collect(lm, positive, negative, [layer], pooling, name, progress, at_least=1 if C else 2)  # questions; choosing C takes two
+    if C is not None and not C > 0:
+        raise ConceptError(f"C must be positive (or None to choose it by cross-validation), got {C!r}.")
+    at_least = 1 if C else 2  # questions; choosing C takes two
+    contrast = _collect(lm, positive, negative, [layer], pooling, name, progress, at_least)
     both_sides = contrast.positive[layer], contrast.negative[layer]
     quality = _quality(*both_sides, lambda p, n: _probe_direction(p, n, C, seed), held_out, seed)
     chosen = _choose_penalty(*both_sides, seed) if C is None else C
     coefficients, intercept = _logistic(*both_sides, chosen)
-    return _make_concept(lm, contrast, layer, coefficients, quality, name=name, pooling=pooling, model_fingerprint=lm.fingerprint,
-                         method=f"logistic probe, {_REFIT}", C=chosen, C_chosen="by cross-validation" if C is None else "given",
-                         intercept=intercept, held_out=held_out, seed=seed)
+    return _make_concept(
+        lm, contrast, layer, coefficients, quality, name=name, pooling=pooling,
+        model_fingerprint=lm.fingerprint, method=f"logistic probe, {_REFIT}", C=chosen,
+        C_chosen="by cross-validation" if C is None else "given", intercept=intercept, held_out=held_out,
+        seed=seed)
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #003d
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    "The tensors of a .pt, .npy or .safetensors file by name; a lone tensor is called 'tensor'. Raises `ConceptError`."
+def _read_tensors(path: Path) -> dict[str, Any]:
+    """The tensors of a .pt, .npy or .safetensors file by name; a lone tensor is called 'tensor'. Raises
+    `ConceptError`."""
     if not path.is_file(): raise ConceptError(f"there is no file {path}.")
     try:
         if path.suffix == ".safetensors":
@@ -426,23 +574,28 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix in (".pt", ".pth", ".bin"):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
             return {str(k): v for k, v in loaded.items()} if isinstance(loaded, dict) else {"tensor": loaded}
-    except Exception as err: raise ConceptError(f"{path} cannot be read as a tensor file: {err}") from err
+    except Exception as err:
+        raise ConceptError(f"{path} cannot be read as a tensor file: {err}") from err
     raise ConceptError(f"{path}: unknown kind of file {path.suffix!r}. Known: .pt, .npy, .safetensors.")
 
-def _pick_tensor(path: Path, key: str | None) -> Tensor:
+# %% ../../nbs/40_concepts/00_concept.ipynb #pick
+def _pick_tensor(path: Path, key: str | None) -> Any:
     "The tensor named `key`, or the only one there is."
     tensors = _read_tensors(path)
     if key is None and len(tensors) == 1: return next(iter(tensors.values()))
-    if key not in tensors:
-        raise ConceptError(f"{path} holds {len(tensors)} tensors ({', '.join(list(tensors)[:10])}); choose one with key=..." + (f" (there is no {key!r})" if key else "."))
-    return tensors[key]
+    if key in tensors: return tensors[key]
+    raise ConceptError(
+        f"{path} holds {len(tensors)} tensors ({', '.join(list(tensors)[:10])}); choose one with key=..."
+        + (f" (there is no {key!r})" if key else "."))
 
-def _pick_row(matrix, row: int, what: str):
+# %% ../../nbs/40_concepts/00_concept.ipynb #pick-row
+def _pick_row(matrix: Any, row: int, what: str) -> Tensor:
     "Row `row` of a matrix."
     matrix = torch.as_tensor(matrix)
-    if matrix.ndim != 2 or not 0 <= row < len(matrix):
-        raise ConceptError(f"{what}: row={row} needs a matrix with rows 0 to {len(matrix) - 1 if matrix.ndim else 0}; this tensor has shape {list(matrix.shape)}.")
-    return matrix[row]
+    if matrix.ndim == 2 and 0 <= row < len(matrix): return matrix[row]
+    raise ConceptError(f"{what}: row={row} needs a matrix with rows 0 to "
+                       f"{len(matrix) - 1 if matrix.ndim else 0}; this tensor has shape "
+                       f"{list(matrix.shape)}.")
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #003e
 def tensor_concept(
@@ -450,7 +603,7 @@ def tensor_concept(
     layer: int,                     # l of `hidden_states[l]` the direction belongs to
     *,
     name: str,                      # What the behaviour is called
-    lm=None,                        # `LanguageModel` it belongs to; checks width and layer, ties the concept to it
+    lm: LanguageModel | None = None, # The model it belongs to; checks width and layer, ties the concept to it
     pooling: str = "response_mean", # One of `POOLINGS`
     key: str | None = None,         # Which tensor of a file with several
     row: int | None = None,         # Which row of a matrix, e.g. row=layer of a persona-vector file
@@ -461,16 +614,20 @@ def tensor_concept(
         what, source = f"concept {name!r} from {tensor_or_path}", str(tensor_or_path)
         tensor_or_path = _pick_tensor(Path(tensor_or_path), key)
     vector = _checked_direction(tensor_or_path if row is None else _pick_row(tensor_or_path, row, what), what)
-    provenance = {"method": "given direction", "source": source} | ({"key": key} if key else {}) | ({"row": row} if row is not None else {})
-    kept = _kept_dtype(torch.from_numpy(tensor_or_path) if isinstance(tensor_or_path, np.ndarray) else tensor_or_path)
-    concept = Concept(name, vector, layer, precision=kept, pooling=pooling, provenance=provenance | {"code": code_version()})
+    provenance: dict[str, Any] = {"method": "given direction", "source": source}
+    provenance |= {"key": key} if key else {}
+    provenance |= {"row": row} if row is not None else {}
+    if isinstance(tensor_or_path, np.ndarray):
+        tensor_or_path = torch.from_numpy(tensor_or_path)
+    concept = Concept(name, vector, layer, precision=_kept_dtype(tensor_or_path), pooling=pooling,
+                      provenance=provenance | {"code": code_version()})
     if lm is None: return concept
     concept.check(lm)
     return replace(concept, model=lm.name, model_fingerprint=lm.fingerprint)
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0041
 def random_concepts(
-    lm,                # `LanguageModel` to take activations from
+    lm: LanguageModel, # The model to take activations from
     data,              # Conversations whose activations give the covariance
     like: Concept,     # Layer, pooling and norm are taken from this concept
     n: int = 20,       # How many
@@ -478,33 +635,38 @@ def random_concepts(
     seed: int = 0,     # The same seed gives the same concepts
     progress: bool = True, # Show a bar while the model runs
 ) -> list[Concept]:
-    "`n` covariance-matched random directions at the layer, pooling and norm of `like`. Raises `ConceptError` as `like.check(lm)` does."
+    """`n` covariance-matched random directions at the layer, pooling and norm of `like`. Raises
+    `ConceptError` as `like.check(lm)` does."""
     like.check(lm)
     data = lm.tokenize(data)
-    directions = random_directions(pooled_activations(lm, data, like.layer, like.pooling, progress=progress)[like.layer], n, seed=seed)
-    record = {"method": "random direction with the covariance of the data", "like": like.name, "data": data.conversations.name,
-              "data_fingerprint": data.fingerprint, "seed": seed, "code": code_version()}
+    acts_ND = pooled_activations(lm, data, like.layer, like.pooling, progress=progress)[like.layer]
+    record = {"method": "random direction with the covariance of the data", "like": like.name,
+              "data": data.conversations.name, "data_fingerprint": data.fingerprint, "seed": seed,
+              "code": code_version()}
     model_fingerprint = lm.fingerprint
-    return [Concept(f"random {i + 1}", direction, like.layer, norm=like.norm, pooling=like.pooling, provenance=record | {"number": i + 1},
-                    model=lm.name, model_fingerprint=model_fingerprint) for i, direction in enumerate(directions)]
+    return [Concept(f"random {i + 1}", direction, like.layer, norm=like.norm, pooling=like.pooling,
+                    provenance=record | {"number": i + 1}, model=lm.name, model_fingerprint=model_fingerprint)
+            for i, direction in enumerate(random_directions(acts_ND, n, seed=seed))]
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0044
-_FITS = {"contrastive": _mean_difference, "probe": _probe_direction}
+_FITS: dict[str, _Fit] = {"contrastive": _mean_difference, "probe": _probe_direction}
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LayerSweep:
-    "A direction in each layer with its cross-validated separation."
+class _Sweep:
+    "A direction in each layer, and which of them is best."
     name: str                    # What the behaviour is called
     method: str                  # "contrastive" or "probe"
-    table: pd.DataFrame          # A row per layer: auc, auc_se, d_prime, random_auc_95, random_d_prime_95, cosine_to_previous
+    table: pd.DataFrame          # A row per layer: auc, auc_se, d_prime, random_auc_95, random_d_prime_95,
+                                 # cosine_to_previous
     concepts: dict[int, Concept] # The concept of each layer, fitted on all examples
 
     @property
     def tied_layers(self) -> list[int]:
         "All layers that reach the highest AUC (layer 0 left out, unless it is the only one)."
-        auc = self.table.set_index("layer")["auc"]
-        auc = auc.drop(0, errors="ignore") if len(auc) > 1 else auc
-        return [int(layer) for layer in auc.index[auc >= auc.max() - 1e-9]]
+        layers, auc = self.table["layer"].to_numpy(), self.table["auc"].to_numpy()
+        if len(layers) > 1:
+            layers, auc = layers[layers > 0], auc[layers > 0]
+        return [int(layer) for layer in layers[auc >= np.nanmax(auc) - 1e-9]]
 
     @property
     def best_layer(self) -> int:
@@ -516,39 +678,63 @@ class LayerSweep:
         "The concept at `best_layer`."
         return self.concepts[self.best_layer]
 
-    def plot(self):
+# %% ../../nbs/40_concepts/00_concept.ipynb #sweep-class
+class LayerSweep(_Sweep):
+    "A direction in each layer with its cross-validated separation."
+    def plot(self) -> "Figure":
         "AUC and d′ by layer as a matplotlib figure; the band is what random directions reach."
         return _plot_sweep(self)
 
-    def __repr__(self): return f"LayerSweep({self.name!r}, {self.method}, {len(self.table)} layers, best {self.best_layer}, tied {self.tied_layers})"
+    def __repr__(self) -> str:
+        return (f"LayerSweep({self.name!r}, {self.method}, {len(self.table)} layers, best {self.best_layer}, "
+                f"tied {self.tied_layers})")
 
-    def _repr_html_(self):
-        return f"<p><b>{escape(self.name)}</b> ({self.method}): best layer {self.best_layer}, tied: {self.tied_layers}</p>" + self.table.to_html(index=False, float_format="%.3f")
+    def _repr_html_(self) -> str:
+        head = (f"<p><b>{escape(self.name)}</b> ({self.method}): best layer {self.best_layer}, "
+                f"tied: {self.tied_layers}</p>")
+        return head + self.table.to_html(index=False, float_format="%.3f")
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0045
-def _plot_sweep(sweep: LayerSweep):
+def _plot_sweep(sweep: LayerSweep) -> "Figure":
     "Two panels over the layers: AUC with the band of chance, and d′."
     import matplotlib.pyplot as plt
-    table, (figure, (top, bottom)) = sweep.table, plt.subplots(2, 1, sharex=True, figsize=(7, 4.5), layout="constrained")
-    top.fill_between(table["layer"], .5, table["random_auc_95"], color="0.85", label="95 % of random directions")
-    top.errorbar(table["layer"], table["auc"], table["auc_se"], color="#0072B2", marker="o", markersize=3, label="concept (± standard error)")
-    top.set(ylabel="held-out AUC", ylim=(min(.45, table["auc"].min() - .05), 1.03), title=f"{sweep.name}: which layer?")
-    bottom.fill_between(table["layer"], 0, table["random_d_prime_95"], color="0.85")
-    bottom.plot(table["layer"], table["d_prime"], color="#D55E00", marker="o", markersize=3)
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 4.5), layout="constrained")
+    table, layers = sweep.table, sweep.table["layer"]
+    top.fill_between(layers, .5, table["random_auc_95"], color="0.85", label="95 % of random directions")
+    top.errorbar(layers, table["auc"], table["auc_se"], color="#0072B2", marker="o", markersize=3,
+                 label="concept (± standard error)")
+    top.set(ylabel="held-out AUC", ylim=(min(.45, table["auc"].min() - .05), 1.03),
+            title=f"{sweep.name}: which layer?")
+    bottom.fill_between(layers, 0, table["random_d_prime_95"], color="0.85")
+    bottom.plot(layers, table["d_prime"], color="#D55E00", marker="o", markersize=3)
     bottom.set(ylabel="held-out d′", xlabel="layer (index of hidden_states; 0 = embeddings)")
-    for panel in (top, bottom): panel.axvline(sweep.best_layer, color="0.4", linestyle=":", label=f"best layer {sweep.best_layer}")
+    for panel in (top, bottom):
+        panel.axvline(sweep.best_layer, color="0.4", linestyle=":", label=f"best layer {sweep.best_layer}")
     top.legend(loc="upper left", fontsize=8)
     plt.close(figure)  # the figure is shown once, as the value of the cell
     return figure
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0046
-def _cross_validate(positive: _Side, negative: _Side, fit, n_folds: int, seed: int) -> dict:
+def _cross_validate(positive: _Side, negative: _Side, fit: _Fit, n_folds: int, seed: int) -> dict[str, float]:
     "Mean of `_measure` over folds, and the standard error of the AUC."
     folds = pd.DataFrame([_measure(parts, fit, seed) for parts in _folds(positive, negative, n_folds, seed)])
-    return {"auc": float(folds["auc"].mean()), "auc_se": float(folds["auc"].sem())} | folds.drop(columns="auc").mean().to_dict()
+    mean: Any = folds["auc"].mean()
+    error: Any = folds["auc"].sem()
+    others: dict[str, Any] = folds.drop(columns="auc").mean().to_dict()
+    return {"auc": float(mean), "auc_se": float(error)} | others
 
+# %% ../../nbs/40_concepts/00_concept.ipynb #checked-layers
+def _checked_layers(lm: LanguageModel, layers: list[int] | None, method: str, folds: int) -> list[int]:
+    "The layers to try, in order."
+    if method not in _FITS: raise ConceptError(f"unknown method {method!r}. Known: {', '.join(_FITS)}.")
+    layers = sorted(set(range(lm.n_layers + 1) if layers is None else layers))
+    if layers and folds >= 2: return layers
+    raise ConceptError("a layer sweep needs at least 1 layer and 2 folds; "
+                       f"got layers={layers}, folds={folds}.")
+
+# %% ../../nbs/40_concepts/00_concept.ipynb #sweep-layers
 def sweep_layers(
-    lm,                              # `LanguageModel` whose activations are used
+    lm: LanguageModel,               # The model whose activations are used
     positive,                        # Conversations that show the behaviour
     negative,                        # Conversations that do not show it, best to the same questions
     layers: list[int] | None = None, # Layers to try; all, 0 to n_layers, when None
@@ -560,18 +746,21 @@ def sweep_layers(
     seed: int = 0,                   # Deals the questions into folds
     progress: bool = True,           # Show a bar while the model runs
 ) -> LayerSweep:
-    "A concept in each layer and how well it separates examples it has not seen, from one pass of the model. Raises `ConceptError`, `LayerError`."
-    if method not in _FITS: raise ConceptError(f"unknown method {method!r}. Known: {', '.join(_FITS)}.")
-    layers = sorted(set(range(lm.n_layers + 1) if layers is None else layers))
-    if not layers or folds < 2: raise ConceptError(f"a layer sweep needs at least 1 layer and 2 folds; got layers={layers}, folds={folds}.")
-    contrast, fit = _collect(lm, positive, negative, layers, pooling, name, progress, at_least=4), _FITS[method]
-    n_folds = min(folds, _n_questions(contrast.positive[layers[0]], contrast.negative[layers[0]])//2)  # two held-out questions a fold give d′ its spread
-    rows, concepts, model_fingerprint, previous = [], {}, lm.fingerprint, None
+    """A concept in each layer and how well it separates examples it has not seen, from one pass of the model.
+    Raises `ConceptError`, `LayerError`."""
+    layers = _checked_layers(lm, layers, method, folds)
+    contrast = _collect(lm, positive, negative, layers, pooling, name, progress, at_least=4)
+    fit = _FITS[method]
+    # two held-out questions a fold give d′ its spread
+    n_folds = min(folds, _n_questions(contrast.positive[layers[0]], contrast.negative[layers[0]])//2)
+    about: dict[str, Any] = dict(name=name, pooling=pooling, model_fingerprint=lm.fingerprint,
+                                 method=f"{method} (layer sweep), {_REFIT}", seed=seed)
+    rows, concepts, previous = [], {}, None
     for layer in layers:
         both_sides = contrast.positive[layer], contrast.negative[layer]
-        quality = _cross_validate(*both_sides, fit, n_folds, seed) | {"folds": n_folds}
-        concepts[layer] = concept = _make_concept(lm, contrast, layer, fit(*both_sides), quality, name=name, pooling=pooling,
-                                                  model_fingerprint=model_fingerprint, method=f"{method} (layer sweep), {_REFIT}", seed=seed)
-        rows.append({"layer": layer} | quality | {"cosine_to_previous": concept.cosine(previous) if previous else np.nan})
-        previous = concept
-    return LayerSweep(name, method, pd.DataFrame(rows).drop(columns="folds"), concepts)
+        quality = _cross_validate(*both_sides, fit, n_folds, seed)
+        concept = _make_concept(lm, contrast, layer, fit(*both_sides), quality | {"folds": n_folds}, **about)
+        cosine = concept.cosine(previous) if previous else np.nan
+        rows.append({"layer": layer} | quality | {"cosine_to_previous": cosine})
+        concepts[layer] = previous = concept
+    return LayerSweep(name, method, pd.DataFrame(rows), concepts)
