@@ -327,7 +327,7 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_continues(place, here
         120,
     )
     ok(*command, "--out", "whole.parquet")
-    real, batches_run = directional._run_batch, []
+    real, batches_run = directional.run_batch, []
 
     def interrupted(lm, batch, readouts, watch):
         if len(batches_run) == 2:
@@ -336,7 +336,7 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_continues(place, here
         return real(lm, batch, readouts, watch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(directional, "_run_batch", interrupted)
+        patch.setattr(directional, "run_batch", interrupted)
         stopped = call(*command)
     assert stopped.exit_code == 130 and "the same command again" in stopped.stderr
     assert not Path("scores.parquet").exists()

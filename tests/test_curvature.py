@@ -11,10 +11,10 @@ from concept_tda.influence.curvature import (
     EKFAC,
     CurvatureError,
     Factors,
-    _labeller,
+    FactorStatistics,
     _linear_layers,
     _ResponseLogits,
-    _Statistics,
+    batch_labels,
 )
 from concept_tda.model.loading import load_model
 from concept_tda.model.sites import resolve_sites
@@ -57,7 +57,7 @@ def test_exact_for_one_linear_layer_with_gaussian_data():
         inputs.repeat_interleave(6, 0),
         deltas.repeat(7, 1),
     )  # every input with every gradient: independence without sampling error
-    statistics = _Statistics(
+    statistics = FactorStatistics(
         [SimpleNamespace(weight=torch.zeros(3, 4, dtype=torch.float64))], memory_budget=2**20
     )
     for i in range(0, 42, 6):  # in batches of six examples of one token
@@ -97,7 +97,7 @@ def test_equals_the_operator_of_curvlinops(family, backend, labels, train):
         lm, train, sites, labels=labels, damping=1e-3, relative=False, backend=backend, progress=False
     ).precondition(gradients)
     data = lm.tokenize(train)
-    examples = [({"batch": b}, _labeller(b, "empirical", None)) for b in batches(data, token_budget=1)]
+    examples = [({"batch": b}, batch_labels(b, "empirical", None)) for b in batches(data, token_budget=1)]
     with lm.undisturbed(), torch.enable_grad(), _linear_layers(lm, sites) as linears:
         weights = [linear.weight.requires_grad_() for linear in linears]
         operator = EKFACLinearOperator(

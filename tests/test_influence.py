@@ -364,7 +364,7 @@ def test_an_interrupted_run_continues(after, train, answers, monkeypatch):
 
     lm = make_lm()
     expected = score_together(everything(lm, answers), train, progress=False, token_budget=1)
-    real, calls = directional._run_batch, []
+    real, calls = directional.run_batch, []
 
     def dies(*args):
         calls.append(1)
@@ -372,11 +372,11 @@ def test_an_interrupted_run_continues(after, train, answers, monkeypatch):
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(directional, "_run_batch", dies)
+    monkeypatch.setattr(directional, "run_batch", dies)
     with pytest.raises(Killed):
         score_together(everything(lm, answers), train, progress=False, token_budget=1)
     calls.clear()
-    monkeypatch.setattr(directional, "_run_batch", lambda *args: (calls.append(1), real(*args))[1])
+    monkeypatch.setattr(directional, "run_batch", lambda *args: (calls.append(1), real(*args))[1])
     again = score_together(everything(lm, answers), train, progress=False, token_budget=1)
     assert len(calls) == len(train) - after
     for method, result in again.items():
@@ -387,7 +387,7 @@ def test_an_interrupted_run_continues(after, train, answers, monkeypatch):
 def test_blocks_of_other_data_models_and_questions_are_not_reused(train, answers, monkeypatch):
     import concept_tda.influence.engine as directional
 
-    lm, real, done = make_lm(), directional._run_batch, []
+    lm, real, done = make_lm(), directional.run_batch, []
 
     def dies(*args):
         if done:
@@ -395,10 +395,10 @@ def test_blocks_of_other_data_models_and_questions_are_not_reused(train, answers
         done.append(1)
         return real(*args)
 
-    monkeypatch.setattr(directional, "_run_batch", dies)
+    monkeypatch.setattr(directional, "run_batch", dies)
     with pytest.raises(Killed):
         GradDot(lm, answers).score(train, progress=False, token_budget=1)
-    monkeypatch.setattr(directional, "_run_batch", real)
+    monkeypatch.setattr(directional, "run_batch", real)
     for note in (
         GradDot(lm, answers[:1]).score(train, progress=False, token_budget=1).card.notes,
         GradDot(lm, answers).score(train[1:], progress=False, token_budget=1).card.notes,

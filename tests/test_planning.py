@@ -73,7 +73,7 @@ def test_plan(train, tmp_path):
 
 def test_plan_says_which_setting_would_fit(train, monkeypatch):
     lm = load_model(tiny_pair("llama"))
-    monkeypatch.setattr(planning, "_peak_memory", lambda device: 2**60)
+    monkeypatch.setattr(planning, "peak_memory", lambda device: 2**60)
     estimate = plan([ConceptInfluence(lm, concept_of(lm), train[:2])], train, token_budget=1024)
     assert not estimate.fits
     with pytest.raises(PlanError, match="token_budget=256.*fewer sites"):
@@ -99,7 +99,7 @@ def test_bfloat16_is_priced_by_the_measured_product(train, monkeypatch):
 
 def test_a_smaller_type_is_advised_only_where_it_is_not_slower(train, monkeypatch):
     lm = load_model(tiny_pair("llama"))
-    monkeypatch.setattr(planning, "_peak_memory", lambda device: 2**60)
+    monkeypatch.setattr(planning, "peak_memory", lambda device: 2**60)
     for ratio, advised in ((71.0, False), (0.5, True)):
         monkeypatch.setattr(planning, "bfloat16_ratio", lambda device, ratio=ratio: ratio)
         with pytest.raises(PlanError, match="max_tokens=512") as caught:
@@ -138,7 +138,7 @@ def test_an_error_of_all_examples_together_names_them_and_memory_has_its_own_way
         if len(batch.rows) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    monkeypatch.setattr(planning, "_run_batch", crowded)
+    monkeypatch.setattr(planning, "run_batch", crowded)
     with pytest.raises(PlanError, match="OutOfMemoryError.*lower token_budget") as caught:
         plan([VectorFilter(lm, concept_of(lm))], train)
     assert sum(id in str(caught.value) for id in train.ids) > 1
@@ -169,6 +169,6 @@ def test_an_error_of_ours_stays_what_it_is(train, monkeypatch):
     def refuse(lm, batch, readouts, watch):
         raise GradientError("a gradient is not finite")
 
-    monkeypatch.setattr(planning, "_run_batch", refuse)
+    monkeypatch.setattr(planning, "run_batch", refuse)
     with pytest.raises(GradientError, match="^a gradient is not finite$"):
         plan([GradDot(lm, train[:2])], train)

@@ -8,7 +8,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from concept_tda.data.conversations import load_conversations
-from concept_tda.influence.curvature import EKFAC, CurvatureError, _labeller, _linear_layers, _ResponseLogits
+from concept_tda.influence.curvature import (
+    EKFAC,
+    CurvatureError,
+    _linear_layers,
+    _ResponseLogits,
+    batch_labels,
+)
 from concept_tda.influence.preconditioners import ConjugateGradient, DataInf, GaussNewton, LoGra
 from concept_tda.influence.queries import LossQuery
 from concept_tda.influence.scorers import InfluenceFunction
@@ -147,7 +153,7 @@ def test_products_equal_curvlinops(family):
     from concept_tda.data.batches import batches
 
     examples = [
-        ({"batch": batch}, _labeller(batch, "empirical", None)) for batch in batches(data, token_budget=1)
+        ({"batch": batch}, batch_labels(batch, "empirical", None)) for batch in batches(data, token_budget=1)
     ]
     generator = torch.Generator().manual_seed(0)
     directions = {

@@ -142,7 +142,7 @@ def test_out_of_memory_names_the_batch_and_the_setting(train, monkeypatch, error
     def fails(*args):
         raise error
 
-    monkeypatch.setattr(directional, "_run_batch", fails)
+    monkeypatch.setattr(directional, "run_batch", fails)
     with pytest.raises(GradientError, match=r"8 examples × \d+ tokens.*token_budget \(now 1024\)"):
         GradDot(lm, train[:2]).score(train, progress=False)
     assert not any(m._forward_hooks for m in lm.model.modules())

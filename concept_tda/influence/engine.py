@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Readout', 'ActivationReadout', 'ActivationGradientReadout', 'LossReadout', 'DirectionReadout', 'StackedReadout',
            'ForwardReadout', 'difference_scale', 'DifferenceReadout', 'EngineError', 'direction_readout',
-           'difference_adapters', 'Pass', 'shared_pass']
+           'difference_adapters', 'Stopwatch', 'run_batch', 'Pass', 'peak_memory', 'shared_pass']
 
 # %% ../../nbs/50_influence/04_engine.ipynb #0003
 import json, resource, sys, time
@@ -236,7 +236,7 @@ def difference_adapters(
     return epsilon, kept/total
 
 # %% ../../nbs/50_influence/04_engine.ipynb #001b
-class _Stopwatch:
+class Stopwatch:
     "Seconds each readout would have cost alone, measured within a shared pass."
     def __init__(self, names): self.own, self.shared, self.busy = dict.fromkeys(names, 0.), dict.fromkeys(names, 0.), 0.
 
@@ -261,7 +261,7 @@ class _Stopwatch:
 
     def seconds(self, name): return self.own[name] + self.shared[name]
 
-def _run_batch(lm, batch, readouts, watch):
+def run_batch(lm, batch, readouts, watch):
     "One forward and, if anybody needs it, backward pass, with the readouts listening."
     for name, r in readouts.items():
         if r.runs_alone: watch.begin_phase(); watch.call(name, r.run, lm, batch)
@@ -326,7 +326,7 @@ def _finish_batch(readouts, batch, watch, spent, data, keep_tokens):
         if keep_tokens and tokens_QBT is not None: arrays[f"{name}|tokens"] = tokens_QBT
     return arrays
 
-def _peak_memory(device):
+def peak_memory(device):
     "Peak memory in bytes: of the GPU if there is one, else of this process."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -347,7 +347,7 @@ def shared_pass(
                                                   dtype=str(lm.dtype), readouts={name: r.fingerprint for name, r in readouts.items()}))
     for damaged in store.verify(): store.discard(damaged)
     check_sites(lm, list({s.name: s for r in readouts.values() for s in r.sites}.values()), data)
-    done, watch = store.names(), _Stopwatch(readouts)
+    done, watch = store.names(), Stopwatch(readouts)
     plan = {f"{batch.rows.min():08d}-{len(batch.rows)}": batch for batch in batches(data, token_budget=token_budget)}
     resumed = sum(len(batch.rows) for name, batch in plan.items() if name in done)
     with lm.undisturbed(), tqdm(total=data.n_tokens, desc="scoring", unit="tok", disable=not progress) as bar:
@@ -356,13 +356,13 @@ def shared_pass(
                 spent = {name: watch.seconds(name) for name in readouts}
                 batch = batch.to(lm.device)
                 for r in readouts.values(): r.begin(batch, torch.promote_types(lm.dtype, torch.float32))
-                try: _run_batch(lm, batch, readouts, watch)
+                try: run_batch(lm, batch, readouts, watch)
                 except (torch.OutOfMemoryError, RuntimeError) as err:
                     if "memory" not in str(err): raise
                     raise GradientError(f"out of memory on a batch of {len(batch.rows)} examples × {batch.input_ids.shape[1]} tokens: lower token_budget (now {token_budget}) or max_tokens; finished blocks are kept, run again to go on") from err
                 store.write(block, _finish_batch(readouts, batch, watch, spent, data, tokens))
             bar.update(batch.n_tokens)
-    collected = {name: Pass(np.zeros((len(data), r.n_queries)), None, 0., _peak_memory(lm.device), resumed) for name, r in readouts.items()}
+    collected = {name: Pass(np.zeros((len(data), r.n_queries)), None, 0., peak_memory(lm.device), resumed) for name, r in readouts.items()}
     for block, batch in plan.items():
         arrays = store.read(block)
         for name, result in collected.items():

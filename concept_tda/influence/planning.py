@@ -23,8 +23,8 @@ from ..foundation.display import html_of
 from ..foundation.errors import ConceptTDAError
 from ..foundation.patching import patch
 from ..foundation.probes import ProbeError, bfloat16_ratio
-from .curvature import _flows_of, _labeller, _Statistics
-from .engine import _peak_memory, _run_batch, _Stopwatch, direction_readout
+from .curvature import FactorStatistics, batch_labels, labelled_pass
+from .engine import Stopwatch, direction_readout, peak_memory, run_batch
 from .scorers import Influence, Scorer
 from ..model.loading import LanguageModel
 from ..model.sites import Site
@@ -171,7 +171,7 @@ def _seconds_per_token(
             for readout in readouts.values():
                 readout.begin(batch, torch.promote_types(lm.dtype, torch.float32))
             start = time.perf_counter()
-            _run_batch(lm, batch, readouts, _Stopwatch(readouts))
+            run_batch(lm, batch, readouts, Stopwatch(readouts))
             found.append((index, (time.perf_counter() - start)/batch.n_tokens))
         _named_run(run, data, queue[index].to(lm.device))
     return min(dict(found).values())
@@ -181,7 +181,7 @@ def _stream(lm: LanguageModel, data: TokenizedConversations, sites: list[Site], 
     "Seconds of sending the examples through the model and gathering their statistics."
     def run(batch: Batch) -> None:
         statistics.begin(batch)
-        _flows_of(lm, data, sites, batch, _labeller(batch, "empirical", None), statistics.receive)
+        labelled_pass(lm, data, sites, batch, batch_labels(batch, "empirical", None), statistics.receive)
         statistics.take()
 
     start = time.perf_counter()
@@ -196,7 +196,7 @@ def _probe_fit(
 ) -> tuple[float, float, int, float]:
     "Of fitting EK-FAC: seconds for each token, seconds once, bytes once, bytes of the flows of one token."
     unlimited = 2**62
-    statistics = _Statistics(sites, unlimited)
+    statistics = FactorStatistics(sites, unlimited)
     streaming = _stream(lm, data, sites, statistics)
     fixed = 2*sum(matrix.nbytes for matrix in [*statistics.A.values(), *statistics.S.values()])
     fixed += sum(site.in_features*site.out_features*4 for site in sites)
@@ -224,7 +224,7 @@ def _price_of_fitting(
         per_token, solving, fixed, flow_bytes = _probe_fit(lm, few, scorer.sites)
         seconds += per_token*data.n_tokens + solving
         kept = min(2**31, int(flow_bytes*data.n_tokens))  # the default memory_budget of EKFAC.fit
-        peak = max(peak, _peak_memory(lm.device)) + fixed + kept
+        peak = max(peak, peak_memory(lm.device)) + fixed + kept
     return seconds, peak
 
 # %% ../../nbs/50_influence/09_planning.ipynb #machine
@@ -301,7 +301,7 @@ def plan(
     readouts, queue = _stand_ins(scorers, data), list(batches(data, token_budget=token_budget))
     with lm.undisturbed():
         seconds = _seconds_per_token(lm, data, readouts, queue)*data.n_tokens
-        fit_seconds, peak = _price_of_fitting(lm, data, scorers, _peak_memory(lm.device))
+        fit_seconds, peak = _price_of_fitting(lm, data, scorers, peak_memory(lm.device))
     available = _available_memory(lm.device)
     advice = _advice(lm, scorers, token_budget) if peak > available else []
     n_queries = sum(readout.n_queries for readout in readouts.values())

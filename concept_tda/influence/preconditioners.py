@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.batches import batches
-from .curvature import EKFAC, CurvatureError, _curvature_html, _flows_of, _labeller
+from .curvature import EKFAC, CurvatureError, curvature_html, labelled_pass, batch_labels
 from .gradients import SiteGradients, check_sites, site_flows, went_in
 from ..model.losses import loss_weights, response_logits, token_losses
 from ..model.sites import resolve_sites
@@ -132,7 +132,7 @@ class DataInf:
         return cls(kept, damping=damping, relative=relative, record=_record(lm, data, sites, "empirical", bytes=price))
 
     def __repr__(self): return f"DataInf({len(self.gradients)} sites, damping {self.damping_text}, {self.record.get('n_examples')} examples from {self.record.get('data')})"
-    def _repr_html_(self): return _curvature_html(self)
+    def _repr_html_(self): return curvature_html(self)
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #0014
 def _projection(seed, site, side, rank, size):
@@ -226,13 +226,13 @@ class LoGra:
         with lm.undisturbed(), tqdm(total=data.n_tokens, desc=f"LoGra Fisher ({_bytes(price)})", unit="tok", disable=not progress) as bar:
             for batch in batches(data, token_budget=token_budget):
                 batch = batch.to(lm.device)
-                _flows_of(lm, data, sites, batch, _labeller(batch, labels, generator), receive)
+                labelled_pass(lm, data, sites, batch, batch_labels(batch, labels, generator), receive)
                 bar.update(batch.n_tokens)
         for F in fisher.values(): F /= data.n_response_tokens
         return cls(projections, fisher, damping=damping, relative=relative, record=_record(lm, data, sites, labels, rank=ranks, seed=seed, basis=basis and basis.fingerprint))
 
     def __repr__(self): return f"LoGra({len(self.fisher)} sites, rank {self.record.get('rank')}, damping {self.damping_text}, {self.record.get('labels')} labels of {self.record.get('n_examples')} examples from {self.record.get('data')})"
-    def _repr_html_(self): return _curvature_html(self)
+    def _repr_html_(self): return curvature_html(self)
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #0019
 @contextmanager
