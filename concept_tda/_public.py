@@ -21,7 +21,8 @@ PUBLIC = {
     "data.batches": "Batch batches",
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel SlowTypeWarning load_model",
     "model.sites": "Site Coverage coverage coverage_notes resolve_sites",
-    "model.losses": "GradientError response_logits token_losses loss_weights",
+    "model.losses": "GradientError predicted_mask response_logits cross_entropy_in_place token_losses "
+        "loss_weights",
     "model.tracing": "POOLINGS TracingError pooling_weights work_dtype progress_bar pooled_activations "
         "token_activations left_padded as_prompts generate",
     "model.answers": "answer_records with_record cached_generate",
@@ -41,12 +42,13 @@ PUBLIC = {
         "SteeringError steer SteeringCheck steering_check",
     "influence.gradients": "require_grad went_in by_example site_flows SiteGradients check_sites "
         "watch_layers Reached hidden_states",
-    "influence.curvature": "CurvatureError Identity Factors EKFAC",
+    "influence.curvature": "CurvatureError curvature_html Identity Factors labelled_pass batch_labels "
+        "FactorStatistics EKFAC",
     "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
     "influence.queries": "Query ConceptQuery LossQuery QueryExpression query_expression",
     "influence.engine": "Readout ActivationReadout ActivationGradientReadout LossReadout DirectionReadout "
         "StackedReadout ForwardReadout difference_scale DifferenceReadout EngineError direction_readout "
-        "difference_adapters Pass shared_pass",
+        "difference_adapters Stopwatch run_batch Pass peak_memory shared_pass",
     "influence.scorers": "ScorerError Scorer score_together VectorFilter ActivationGradient "
         "ProjectionDifference dataset_projection_difference Influence ConceptInfluence InfluenceFunction "
         "GradDot",
