@@ -28,7 +28,7 @@ from concept_tda.model.losses import GradientError, loss_weights, token_losses
 from concept_tda.model.sites import resolve_sites
 from concept_tda.results.metrics import spearman
 
-from tiny import tiny_model, tiny_pair, tiny_tokenizer
+from tiny import double_norms, tiny_model, tiny_pair, tiny_tokenizer
 
 TRAIN = [
     {
@@ -79,9 +79,10 @@ def curvature(lm, train):
 def make_lm(family="llama", **options):
     options = {"n_layers": 3, **options}
     if family != "lora":
-        return load_model(tiny_pair(family, dtype=torch.float64, **options))
+        model, tokenizer = tiny_pair(family, dtype=torch.float64, **options)
+        return load_model((double_norms(model), tokenizer))
     model = get_peft_model(
-        tiny_model("llama", dtype=torch.float64, **options),
+        double_norms(tiny_model("llama", dtype=torch.float64, **options)),
         LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
     )
     return load_model((model.double(), tiny_tokenizer()))
@@ -89,7 +90,7 @@ def make_lm(family="llama", **options):
 
 def direction(lm, layer, seed=0, pooling="response_mean"):
     return tensor_concept(
-        torch.randn(lm.width, generator=torch.Generator().manual_seed(seed)),
+        torch.randn(lm.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64),
         layer=layer,
         lm=lm,
         name=f"direction {seed}",
@@ -97,7 +98,7 @@ def direction(lm, layer, seed=0, pooling="response_mean"):
     )
 
 
-def assert_same(found, expected, tolerance=2e-6):  # the atlas is stored in float32
+def assert_same(found, expected, tolerance=1e-11):  # a float64 model: computed and stored in float64
     assert np.abs(expected).max() > 0
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
@@ -140,10 +141,8 @@ def test_atlas_times_direction_is_concept_influence(family, sites, kind, train, 
             .score(train, progress=False)
             .scores
         )
-        assert_same(
-            exact.score(concept).scores, expected, 1e-5
-        )  # transformers' norms work in float32 inside a float64 model, and batches differ
-        assert_same(full.score(concept).scores, expected, 1e-5)
+        assert_same(exact.score(concept).scores, expected)
+        assert_same(full.score(concept).scores, expected)
 
 
 @pytest.mark.parametrize("pooling", ["prompt_last", "all_but_first"])
@@ -313,6 +312,39 @@ def test_the_sign_and_size_are_those_of_a_real_step(lm, train, answers, tmp_path
     )
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_against_autograd_to_the_last_digits(family, train, answers, tmp_path):
+    """c(z) of a float64 model, each of its numbers by a backward pass of its own (issue 10: 1e-11)."""
+    lm = make_lm(family)
+    sites, data = resolve_sites(lm, "attention", layer=2), lm.tokenize(train)
+    exact = build_atlas(
+        lm, answers, train, 2, folder=tmp_path / "exact", curvature="identity", progress=False
+    )
+    full = whole_sketch(lm, answers, train, tmp_path / "full", curvature="identity")
+    assert exact.rows.dtype == full.rows.dtype == full.sample.dtype == np.float64
+    expected = np.zeros((3, lm.width))
+    for row in range(3):
+        with lm.undisturbed(), SiteGradients(sites) as step:
+            batch = next(batches(data, rows=[row]))
+            (token_losses(lm, batch) * loss_weights(batch, dtype=torch.float64)).sum().backward()
+        for k in range(lm.width):
+            unit = torch.eye(lm.width, dtype=torch.float64)[k]
+            axis = tensor_concept(unit, layer=2, lm=lm, name=f"axis {k}")
+            query = ConceptQuery(axis, answers).gradients(lm, sites)
+            expected[row, k] = -sum((query[name] * step[name]).sum().item() for name in query)
+    assert_same(exact.rows[:3], expected)
+    assert_same(full.rows[:3], expected)
+
+
+def test_a_float32_model_keeps_float32_rows(train, answers, tmp_path):
+    lm = load_model(tiny_pair("llama", n_layers=3))
+    options = dict(curvature="identity", rank=4, progress=False)
+    atlas = build_atlas(lm, answers, train, 2, folder=tmp_path / "atlas", **options)
+    index = build_index(lm, train, folder=tmp_path / "index", rank=3, progress=False)
+    for found in (atlas.rows, atlas.sample, index.rows, index.sample):
+        assert found.dtype == np.float32
+
+
 # --- the index ---
 
 
@@ -364,17 +396,16 @@ def test_projected_fisher_is_the_dense_solve(lm, train, answers, tmp_path):
     for row in range(len(train)):
         with lm.undisturbed(), SiteGradients(sites) as found:
             batch = next(batches(lm.tokenize(train), rows=[row]))
-            (token_losses(lm, batch) * loss_weights(batch)).sum().backward()
+            (token_losses(lm, batch) * loss_weights(batch, dtype=torch.float64)).sum().backward()
         gradients.append(found)
     query, expected = LossQuery(answers).gradients(lm, sites), np.zeros(len(train))
     for site in sites:
         G = torch.stack([g[site.name].flatten() for g in gradients])
         fisher = G.T @ G / len(G)
-        solved = torch.linalg.solve(
-            fisher + 0.1 * fisher.trace() / len(fisher) * torch.eye(len(fisher)), query[site.name].flatten()
-        )
+        damping = 0.1 * fisher.trace() / len(fisher) * torch.eye(len(fisher), dtype=torch.float64)
+        solved = torch.linalg.solve(fisher + damping, query[site.name].flatten())
         expected -= (G @ solved).numpy()
-    assert_same(index.score(LossQuery(answers), curvature="projected").scores, expected, 1e-5)
+    assert_same(index.score(LossQuery(answers), curvature="projected").scores, expected)
 
 
 def test_a_random_sketch_is_right_on_average():
@@ -406,9 +437,11 @@ def test_index_half_precision_and_seed(lm, train, answers, tmp_path):
         build("other", seed=5),
     )
     score = lambda index: index.score(LossQuery(answers)).scores
-    assert half.rows.dtype == np.float16 and full.rows.dtype == np.float32
+    assert half.rows.dtype == np.float16 and full.rows.dtype == np.float64
     assert_same(score(half), score(full), 2e-2)
     assert spearman(score(half), score(full)) > 0.99
+    # rows are restored from their scales before they are compared
+    assert half.header["agreement"]["mean"] == pytest.approx(full.header["agreement"]["mean"], abs=2e-3)
     assert (
         (tmp_path / "full" / "rows.npy").read_bytes()
         == (tmp_path / "again" / "rows.npy").read_bytes()
@@ -611,7 +644,8 @@ def test_damage_in_the_middle_of_many_rows_is_located(lm, tmp_path, monkeypatch)
     monkeypatch.setattr(atlas_room, "_ROWS_PER_CHECKSUM", 5)
     train = load_conversations(TRAIN)
     index = build_index(lm, train, folder=tmp_path / "index", rank=2, progress=False)
-    flip(index.folder / "rows.npy", -4 * index.rows.shape[1] * 12)  # in the twelfth row from the end
+    last_twelve = index.rows.itemsize * index.rows.shape[1] * 12  # bytes of so many rows
+    flip(index.folder / "rows.npy", -last_twelve)
     assert index.verify() == ["rows 10 to 14"]
 
 

@@ -21,7 +21,7 @@ from concept_tda.influence.scorers import InfluenceFunction
 from concept_tda.model.loading import load_model
 from concept_tda.model.sites import resolve_sites
 
-from tiny import tiny_model, tiny_pair, tiny_tokenizer
+from tiny import double_norms, tiny_model, tiny_pair, tiny_tokenizer
 
 TRAIN = [
     {"prompt": f"Is {thing} {quality}?", "response": "yes" if (i + j) % 2 else "no, no"}
@@ -34,19 +34,6 @@ PATTERN = r"(q|v)_proj"
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CONCEPT_TDA_CACHE", str(tmp_path / "cache"))
-
-
-def double_norms(model):
-    """transformers' norms compute in float32 whatever the model's precision; an oracle to 1e-6 needs float64
-    throughout."""
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ != "LlamaRMSNorm":
-            continue
-        norm = torch.nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
-        norm.weight = module.weight
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, norm)
-    return model
 
 
 def plain_losses(lm, example, reduction="mean", labels=None):

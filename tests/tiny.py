@@ -185,3 +185,18 @@ def tiny_pair(family: str = "llama", **options):
     """`(tiny_model(family, **options), tiny_tokenizer())`"""
     tokenizer = tiny_tokenizer()
     return tiny_model(family, vocab_size=len(tokenizer), **options), tokenizer
+
+
+def double_norms(model):
+    """transformers' RMS norms compute in float32 whatever the model's precision; an oracle to the last digits
+    needs float64 throughout."""
+    for name, module in list(model.named_modules()):
+        kind = type(module).__name__
+        if kind not in ("LlamaRMSNorm", "GemmaRMSNorm"):
+            continue
+        eps = module.variance_epsilon if kind == "LlamaRMSNorm" else module.eps
+        norm = torch.nn.RMSNorm(len(module.weight), eps=eps, dtype=torch.float64)
+        norm.weight = module.weight if kind == "LlamaRMSNorm" else torch.nn.Parameter(1 + module.weight)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, norm)
+    return model

@@ -67,7 +67,7 @@ def signature(thing, name: str) -> str:
     own."""
     short = name.split(".")[-1]
     if inspect.isclass(thing):
-        own = [thing, *itertools.takewhile(lambda base: base.__name__.startswith("_"), thing.__mro__[1:])]
+        own = own_parts(thing)
         bases = ", ".join(base.__name__ for base in own[-1].__bases__ if base is not object)
         if not any("__init__" in vars(part) for part in own):
             return f"class {short}({bases})" if bases else f"class {short}"
@@ -81,8 +81,9 @@ def signature(thing, name: str) -> str:
 
 def source(thing) -> str:
     """The folded source, or nothing where there is none to show."""
+    pieces = reversed(own_parts(thing)) if inspect.isclass(thing) else [plain(thing)]
     try:
-        code = textwrap.dedent(inspect.getsource(plain(thing))).rstrip()
+        code = "\n\n".join(textwrap.dedent(inspect.getsource(piece)).rstrip() for piece in pieces)
     except (OSError, TypeError):
         return ""
     return (
@@ -114,11 +115,18 @@ def is_property(member) -> bool:
     return isinstance(member, (property, functools.cached_property))
 
 
+def own_parts(cls) -> list[type]:
+    """The class and the private bases it was put together from, cell by cell; the last of them first in code."""
+    return [cls, *itertools.takewhile(lambda base: base.__name__.startswith("_"), cls.__mro__[1:])]
+
+
 def members(cls) -> dict[str, object]:
-    """The public methods and properties a class defines itself and says something about, in its order."""
+    """The public methods and properties of a class that say something about themselves, in the order of code;
+    those of the private bases it was put together from are its own."""
     return {
         name: member
-        for name, member in vars(cls).items()
+        for part in reversed(own_parts(cls))
+        for name, member in vars(part).items()
         if not name.startswith("_")
         and not inspect.isclass(member)
         and callable(plain(member))
