@@ -116,7 +116,7 @@ def is_property(member) -> bool:
 
 
 def own_parts(cls) -> list[type]:
-    """The class and the private bases it was put together from, cell by cell; the last of them first in code."""
+    """The class and the private bases it was put together from; the last of them comes first in code."""
     return [cls, *itertools.takewhile(lambda base: base.__name__.startswith("_"), cls.__mro__[1:])]
 
 

@@ -6,11 +6,17 @@
 __all__ = ['AtlasError', 'InfluenceAtlas', 'build_atlas', 'GradientIndex', 'build_index']
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0003
-import hashlib, json, shutil, time
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import reduce
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -19,340 +25,622 @@ import xxhash
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..foundation.patching import patch
-from ..results.attribution import Attribution
-from ..results.cards import Cost, QueryCard
-from ..results.metrics import spearman
 from ..concepts.concept import Concept, random_directions
 from ..data.batches import Batch, batches
 from ..data.conversations import Conversations
-from .curvature import EKFAC, Identity
-from ..model.losses import GradientError, loss_weights, token_losses
-from .gradients import by_example, check_sites, hidden_states, require_grad, site_flows, went_in
+from ..data.tokens import TokenizedConversations
 from ..foundation.display import Facts, html_of
-from ..model.loading import SiteError
-from ..model.sites import coverage_notes, resolve_sites
+from ..foundation.errors import ConceptTDAError
 from ..foundation.storage import BlockStore, atomic_file, code_version, fingerprint
-from ..foundation.errors import ConceptTDAError, StorageError
-from ..model.tracing import pooling_weights
+from .curvature import EKFAC, Identity
+from concept_tda.influence.gradients import (
+    by_example,
+    check_sites,
+    hidden_states,
+    require_grad,
+    site_flows,
+    went_in,
+)
+from .queries import Query
+from ..model.loading import LanguageModel, SiteError
+from ..model.losses import GradientError, loss_weights, token_losses
+from ..model.sites import Site, coverage_notes, resolve_sites
+from ..model.tracing import pooling_weights, work_dtype
+from ..results.attribution import Attribution
+from ..results.cards import Cost, QueryCard
+from ..results.metrics import spearman
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0009
 class AtlasError(ConceptTDAError):
     "An atlas or index that cannot be built, believed, or asked this question."
 
-@dataclass
 class _Frame:
-    "The coordinates of one site: eigenvectors of EK-FAC and Λ + λ, or nothing at all for identity curvature."
-    Q_in: torch.Tensor | None = None      # [in, in]
-    Q_out: torch.Tensor | None = None     # [out, out]
-    stiffness: torch.Tensor | None = None # Λ + λ [out, in]
+    "The coordinates of one site. Without curvature they are its own, and nothing is divided."
+    def inputs(self, x: torch.Tensor) -> torch.Tensor:
+        "Inputs [..., in] in these coordinates."
+        return x
 
-    def inputs(self, x): return x if self.Q_in is None else x @ self.Q_in
-    def outputs(self, delta): return delta if self.Q_out is None else delta @ self.Q_out
+    def outputs(self, delta: torch.Tensor) -> torch.Tensor:
+        "Output gradients [..., out] in these coordinates."
+        return delta
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #frame-ekfac-code
+@dataclass
+class _Eigenframe(_Frame):
+    "The coordinates of one site in which EK-FAC is a division."
+    Q_in: torch.Tensor       # Eigenvectors [in, in]
+    Q_out: torch.Tensor      # Eigenvectors [out, out]
+    stiffness: torch.Tensor  # Λ + λ [out, in]
+
+    def inputs(self, x: torch.Tensor) -> torch.Tensor:
+        "Inputs [..., in] in the eigenbasis."
+        return x @ self.Q_in
+
+    def outputs(self, delta: torch.Tensor) -> torch.Tensor:
+        "Output gradients [..., out] in the eigenbasis."
+        return delta @ self.Q_out
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #000a
-def _fitted(lm, curvature, data, sites):
+def _fitted(
+    lm: LanguageModel,
+    curvature: str | EKFAC | Identity,
+    data: TokenizedConversations | None,
+    sites: list[Site],
+) -> EKFAC | Identity:
     "The curvature to use, fitted if need be, checked to belong to this model and to these sites."
-    if isinstance(curvature, str) and curvature == "ekfac": curvature = EKFAC.fit(lm, data, sites)
-    if isinstance(curvature, str) and curvature == "identity": curvature = Identity()
-    if not isinstance(curvature, (EKFAC, Identity)): raise AtlasError(f"curvature={curvature!r}: an atlas needs 'ekfac', 'identity', EKFAC.fit(...) or Identity()")
-    if (fitted_on := curvature.record.get("model_fingerprint")) and fitted_on != lm.fingerprint:
-        raise AtlasError(f"the curvature was fitted on {curvature.record['model']}, whose weights differ from those of {lm.name}: fit it on this model")
-    if isinstance(curvature, EKFAC) and (absent := [s.name for s in sites if s.name not in curvature.factors]):
-        raise AtlasError(f"the curvature knows nothing of {absent[0]}" + (f" and {len(absent) - 1} more sites" if absent[1:] else "") + ": fit it on the sites of the atlas")
+    if isinstance(curvature, str) and curvature == "ekfac":
+        curvature = EKFAC.fit(lm, data, sites)
+    if isinstance(curvature, str) and curvature == "identity":
+        curvature = Identity()
+    if not isinstance(curvature, (EKFAC, Identity)):
+        raise AtlasError(f"curvature={curvature!r}: an atlas needs 'ekfac', 'identity', EKFAC.fit(...) or "
+                         "Identity()")
+    fitted_on = curvature.record.get("model_fingerprint")
+    if fitted_on and fitted_on != lm.fingerprint:
+        raise AtlasError(f"the curvature was fitted on {curvature.record['model']}, whose weights differ "
+                         f"from those of {lm.name}: fit it on this model")
+    if isinstance(curvature, EKFAC):
+        _check_known(curvature, sites)
     return curvature
 
-def _frames(lm, curvature, sites):
-    "The frame of each site, on its device, in float32 (float64 for a float64 model). Sites that share eigenvectors go on sharing them."
+def _check_known(curvature: EKFAC, sites: list[Site]) -> None:
+    "Raise where factors are missing for a site."
+    absent = [site.name for site in sites if site.name not in curvature.factors]
+    if not absent: return
+    more = f" and {len(absent) - 1} more sites" if absent[1:] else ""
+    raise AtlasError(f"the curvature knows nothing of {absent[0]}{more}: fit it on the sites of the atlas")
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #frames-code
+def _frames(
+    lm: LanguageModel,
+    curvature: EKFAC | Identity,
+    sites: list[Site],
+) -> dict[str, _Frame]:
+    "The frame of each site, on its device, in float32 (float64 for a float64 model)."
+    if isinstance(curvature, Identity): return {site.name: _Frame() for site in sites}
     placed, frames = {}, {}
     for site in sites:
-        like = site.weight.new_empty(0, dtype=_work_dtype(lm))
-        if isinstance(curvature, Identity): frames[site.name] = _Frame(); continue
+        like = site.weight.new_empty(0, dtype=work_dtype(lm))
         f = curvature.factors[site.name]
         damping = curvature.damping * (f.eigenvalues.mean() if curvature.relative else 1)
         key = f.Q_in.data_ptr(), like.device
-        if key not in placed: placed[key] = f.Q_in.to(like)
-        frames[site.name] = _Frame(placed[key], f.Q_out.to(like), (f.eigenvalues + damping).to(like))
+        if key not in placed:
+            placed[key] = f.Q_in.to(like)
+        frames[site.name] = _Eigenframe(placed[key], f.Q_out.to(like), (f.eigenvalues + damping).to(like))
     return frames
-
-def _work_dtype(lm): return torch.promote_types(torch.float32, lm.dtype)
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #000c
 class _Collector:
     "Listens to the flows of a batch and makes one row for each of its examples."
-    columns, dtype = 0, "float32"
-    def begin(self, batch): raise NotImplementedError
-    def flow(self, site, x_BTi, delta_BTo): raise NotImplementedError
-    def rows(self) -> torch.Tensor: raise NotImplementedError
-    def finish(self, rows_NP): return rows_NP
+    columns = 0  # Numbers in a row
 
-def _collect(lm, data, rows, sites, collectors, token_budget, bar):
-    "Row numbers [n] and, for each collector, finished values [n, columns] as arrays, from one pass over some rows of the data."
+    def begin(self, batch: Batch) -> None:
+        "A batch comes."
+        raise NotImplementedError
+
+    def flow(self, site: Site, x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> None:
+        "Inputs and output gradients of one site."
+        raise NotImplementedError
+
+    def rows(self) -> torch.Tensor:
+        "What was made of the batch [B, …]."
+        raise NotImplementedError
+
+    def finish(self, rows_NP: torch.Tensor) -> torch.Tensor:
+        "What is stored [N, columns] of the rows of several batches."
+        return rows_NP
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #pass-code
+def _pass(lm: LanguageModel, batch: Batch, sites: list[Site], collectors: list[_Collector]) -> None:
+    "One forward and backward pass of which the collectors hear every site."
+    kind = work_dtype(lm)
+    def receive(site: Site, x: torch.Tensor, delta: torch.Tensor) -> None:
+        for collector in collectors:
+            collector.flow(site, x.to(kind), delta.to(kind))
+    for collector in collectors:
+        collector.begin(batch)
+    with torch.enable_grad(), site_flows(sites, receive, batch):
+        losses_BT = token_losses(lm, batch)
+        weights_BT = loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT.device)
+        torch.autograd.backward((losses_BT*weights_BT).sum())
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #collect-code
+def _collect(
+    lm: LanguageModel,
+    data: TokenizedConversations,
+    rows: list[int] | None,
+    sites: list[Site],
+    collectors: list[_Collector],
+    token_budget: int,
+    bar: tqdm,
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    "Row numbers [n] and, for each collector, finished values [n, columns], from one pass over some of the "
+    "data."
     check_sites(lm, sites, data)
     order, found = [], [[] for _ in collectors]
-    def receive(site, x, delta):
-        for collector in collectors: collector.flow(site, x.to(_work_dtype(lm)), delta.to(_work_dtype(lm)))
     for batch in batches(data, token_budget=token_budget, rows=rows):
-        batch = batch.to(lm.device)
-        for collector in collectors: collector.begin(batch)
-        with torch.enable_grad(), site_flows(sites, receive, batch):
-            losses_BT = token_losses(lm, batch)
-            torch.autograd.backward((losses_BT*loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT.device)).sum())
-        for values, collector in zip(found, collectors): values.append(collector.rows())
+        _pass(lm, batch.to(lm.device), sites, collectors)
+        for values, collector in zip(found, collectors):
+            values.append(collector.rows())
         order += batch.rows.tolist()
         bar.update(batch.n_tokens)
-    results = [collector.finish(torch.cat(values)).to("cpu", torch.float64 if collector.dtype == "float64" else torch.float32).numpy() for values, collector in zip(found, collectors)]
+    results = [collector.finish(torch.cat(values)).to("cpu", work_dtype(lm)).numpy()
+               for values, collector in zip(found, collectors)]
     for values in results:
-        bad = [data.conversations.ids[row] for row, value in zip(order, values) if not np.isfinite(value).all()]
-        if bad: raise GradientError(f"the gradients of these examples are not finite: {', '.join(bad[:5])}. Look at them, or load the model in float32 (their activations may overflow its precision)")
+        _check_finite(values, [data.conversations.ids[row] for row in order])
     return np.array(order), results
 
-# %% ../../nbs/50_influence/08_atlas.ipynb #000e
-def _called_again(site):
-    "The error for a layer that a forward pass calls several times: the atlas keeps one row of inputs for each token."
-    return SiteError(f"site {site.name} is called several times in one forward pass, which an atlas can't keep apart: leave it out, or use ConceptInfluence, which can")
+def _check_finite(values: np.ndarray, ids: list[str]) -> None:
+    "Raise where a row holds what is no number."
+    bad = [id for id, row in zip(ids, values) if not np.isfinite(row).all()]
+    if not bad: return
+    raise GradientError(f"the gradients of these examples are not finite: {', '.join(bad[:5])}. Look at "
+                        "them, or load the model in float32 (their activations may overflow its precision)")
 
-class _QueryGraph:
-    "A batch of query examples, forward and backward, with a graph from place-holder directions to the output gradients of the sites."
-    def __init__(self, lm, batch, layer, pooling, sites, frames, share, copies):
-        self.copies, self.names, outputs, inputs = copies, [s.name for s in sites], {}, {}
-        repeated = _repeated(batch, copies)
-        weights_BT = pooling_weights(batch, pooling, _work_dtype(lm))*share
-        self.kept_BT = weights_BT.flip(1).cumsum(1).flip(1) > 0   # a token after the last pooled one has no say
-        def watch(site):
-            def hook(module, args, kwargs, output):
-                try:
-                    x = by_example(site, went_in(args, kwargs).detach(), repeated)
-                except SiteError:
-                    return  # no tokens of the batch: the dry run made sure that such a call sends no gradient back
-                if site.name in outputs: raise _called_again(site)
-                inputs[site.name], outputs[site.name] = x, require_grad(output)
-            return hook
-        with torch.enable_grad(), ExitStack() as hooks, sdpa_kernel(SDPBackend.MATH):   # fused attention kernels cannot be differentiated twice
-            for site in sites: hooks.callback(site.module.register_forward_hook(watch(site), with_kwargs=True).remove)
-            hidden_BTd = hidden_states(lm, repeated, layer)
-            self.directions_Cd = torch.zeros(copies, lm.width, dtype=hidden_BTd.dtype, device=hidden_BTd.device, requires_grad=True)
-            value = torch.einsum("cbtd,bt,cd->", hidden_BTd.unflatten(0, (copies, -1)), weights_BT.to(hidden_BTd), self.directions_Cd)
-            deltas = torch.autograd.grad(value, [outputs[name] for name in self.names], create_graph=True)
-            self.deltas = tuple(by_example(site, delta, repeated) for site, delta in zip(sites, deltas))
-        n = len(batch)
-        self.inputs = {name: frames[name].inputs(inputs[name][:n][self.kept_BT.to(inputs[name].device)].to(_work_dtype(lm))) for name in self.names}  # [tokens, in], the same for all copies
+# %% ../../nbs/50_influence/08_atlas.ipynb #asked-code
+@dataclass
+class _Asked:
+    "What an atlas is asked about, and where."
+    lm: LanguageModel
+    queries: TokenizedConversations
+    layer: int
+    pooling: str
+    sites: list[Site]         # Those below the layer
+    frames: dict[str, _Frame] # Their coordinates
+    token_budget: int         # Tokens in a batch of repeated queries
 
-    def carry(self, moved):
-        "Movements {site: [B, tokens, out]} of the sites' outputs → movement [B, d] of the pooled activation."
-        B, found = len(next(iter(moved.values()))), []
-        for start in range(0, B, self.copies):
-            n = min(self.copies, B - start)
-            cotangents = [torch.zeros_like(delta) for delta in self.deltas]
-            for name, cotangent in zip(self.names, cotangents):
-                cotangent.unflatten(0, (self.copies, -1))[:n, self.kept_BT.to(cotangent.device)] = moved[name][start:start + n].to(cotangent.dtype)
-            found.append(torch.autograd.grad(self.deltas, self.directions_Cd, cotangents, retain_graph=True)[0][:n])
-        return torch.cat(found)
+    def weights(self, batch: Batch) -> torch.Tensor:
+        "Share [B, T] of each token of some of the queries in the activation that is asked about."
+        return pooling_weights(batch, self.pooling, work_dtype(self.lm))/len(self.queries)
 
-def _repeated(batch, copies):
+# %% ../../nbs/50_influence/08_atlas.ipynb #kept-code
+def _with_a_say(weights_BT: torch.Tensor) -> torch.Tensor:
+    "True [B, T] up to the last pooled token of each query."
+    return weights_BT.flip(1).cumsum(1).flip(1) > 0
+
+def _repeated(batch: Batch, copies: int) -> Batch:
     "The batch `copies` times below itself."
-    return Batch(batch.rows.repeat(copies), *(part.repeat(copies, 1) for part in (batch.input_ids, batch.attention_mask, batch.response_mask)))
+    rectangles = batch.input_ids, batch.attention_mask, batch.response_mask
+    return Batch(batch.rows.repeat(copies), *(part.repeat(copies, 1) for part in rectangles))
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #recorder
+def _called_again(site: Site) -> SiteError:
+    "The error for a layer that a forward pass calls several times."
+    return SiteError(f"site {site.name} is called several times in one forward pass, which an atlas can't "
+                     "keep apart: leave it out, or use ConceptInfluence, which can")
+
+def _recorder(site: Site, batch: Batch, inputs: dict, outputs: dict) -> Callable:
+    "A forward hook that keeps what goes in and what comes out, the latter attached to the graph."
+    def hook(module: torch.nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        try:
+            x = by_example(site, went_in(args, kwargs).detach(), batch)
+        except SiteError:
+            return  # no tokens of the batch
+        if site.name in outputs: raise _called_again(site)
+        inputs[site.name], outputs[site.name] = x, require_grad(output)
+    return hook
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #000e
+class _Differentiated:
+    "A batch of queries with a graph from place-holder directions to the output gradients of the sites."
+    def __init__(self, asked: _Asked, batch: Batch, copies: int):
+        self.copies, self.names = copies, [site.name for site in asked.sites]
+        weights_BT, n, kind = asked.weights(batch), len(batch), work_dtype(asked.lm)
+        self.kept_BT = _with_a_say(weights_BT)
+        inputs = self._differentiate(asked, _repeated(batch, copies), weights_BT)
+        kept = {name: x[:n][self.kept_BT.to(x.device)].to(kind) for name, x in inputs.items()}
+        self.inputs = {name: asked.frames[name].inputs(x_ti) for name, x_ti in kept.items()}  # [tokens, in]
+
+    def _differentiate(self, asked: _Asked, repeated: Batch, weights_BT: torch.Tensor) -> dict:
+        "Output gradients as functions of the directions; returns the inputs of the sites."
+        inputs, outputs = {}, {}
+        with torch.enable_grad(), ExitStack() as hooks, sdpa_kernel(SDPBackend.MATH):
+            for site in asked.sites:
+                hook = _recorder(site, repeated, inputs, outputs)
+                hooks.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
+            hidden_BTd = hidden_states(asked.lm, repeated, asked.layer)
+            self.directions_Cd = hidden_BTd.new_zeros(self.copies, asked.lm.width).requires_grad_()
+            hidden_CBTd = hidden_BTd.unflatten(0, (self.copies, -1))
+            value = torch.einsum("cbtd,bt,cd->", hidden_CBTd, weights_BT.to(hidden_BTd), self.directions_Cd)
+            nodes = [outputs[name] for name in self.names]
+            deltas = torch.autograd.grad(value, nodes, create_graph=True)
+            self.deltas = tuple(by_example(site, delta, repeated) for site, delta in zip(asked.sites, deltas))
+        return inputs
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #carry-code
+class _QueryGraph(_Differentiated):
+    "What the movements of the sites' outputs do to the pooled activation of a batch of queries."
+    def carry(self, moved: dict[str, torch.Tensor]) -> torch.Tensor:
+        "Movements {site: [B, tokens, out]} of the sites' outputs → movement [B, d] of the pooled activation."
+        n = len(next(iter(moved.values())))
+        parts = [{name: moves[start:start + self.copies] for name, moves in moved.items()}
+                 for start in range(0, n, self.copies)]
+        return torch.cat([self._carry(part) for part in parts])
+
+    def _carry(self, moved: dict[str, torch.Tensor]) -> torch.Tensor:
+        "The same for no more examples than there are copies."
+        cotangents, n = [torch.zeros_like(delta) for delta in self.deltas], len(moved[self.names[0]])
+        for name, cotangent in zip(self.names, cotangents):
+            places = cotangent.unflatten(0, (self.copies, -1))
+            places[:n, self.kept_BT.to(cotangent.device)] = moved[name].to(cotangent.dtype)
+        return torch.autograd.grad(self.deltas, self.directions_Cd, cotangents, retain_graph=True)[0][:n]
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #last-rotated
+class _LastRotated:
+    "Rotated inputs; the last ones are remembered, with the tensor they were made of."
+    def __init__(self):
+        self.known: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, frame: _Eigenframe, x_BTi: torch.Tensor) -> torch.Tensor:
+        "Inputs [B, T, in] in the eigenbasis of a frame."
+        key = x_BTi.data_ptr(), frame.Q_in.data_ptr()
+        if key not in self.known:
+            self.known = {key: (x_BTi, frame.inputs(x_BTi))}
+        return self.known[key][1]
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0010
 class _ExactRows(_Collector):
     "c(z) = -J H⁻¹ ∇L(z) [d] for each example, exactly."
-    def __init__(self, lm, queries, layer, pooling, sites, frames, token_budget):
-        self.columns, self.frames = lm.width, frames
-        check_sites(lm, sites, queries)
-        budget = token_budget if lm.device.type == "cuda" else min(token_budget, 256)   # a CPU gains nothing from larger batches
-        self.graphs = [_QueryGraph(lm, batch, layer, pooling, sites, frames, 1/len(queries), max(1, budget//batch.input_ids.numel()))
-                       for batch in (b.to(lm.device) for b in batches(queries, token_budget=budget))]
+    def __init__(self, asked: _Asked):
+        self.columns, self.frames = asked.lm.width, asked.frames
+        check_sites(asked.lm, asked.sites, asked.queries)
+        budget = asked.token_budget if asked.lm.device.type == "cuda" else min(asked.token_budget, 256)
+        asked_for = [batch.to(asked.lm.device) for batch in batches(asked.queries, token_budget=budget)]
+        self.graphs = [_QueryGraph(asked, batch, max(1, budget//batch.input_ids.numel()))
+                       for batch in asked_for]
 
-    def begin(self, batch): self.moved, self.rotated = [{} for _ in self.graphs], {}
+    def begin(self, batch: Batch) -> None:
+        self.moved, self.rotated = [{} for _ in self.graphs], _LastRotated()
 
-    def flow(self, site, x_BTi, delta_BTo):
+    def flow(self, site: Site, x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> None:
         frame = self.frames[site.name]
-        if frame.stiffness is None:
-            for graph, moved in zip(self.graphs, self.moved): moved[site.name] = (graph.inputs[site.name] @ x_BTi.mT) @ delta_BTo
+        if isinstance(frame, _Eigenframe):
+            steps_Boi = (frame.outputs(delta_BTo).mT @ self.rotated(frame, x_BTi)).div_(frame.stiffness)
+            for graph, moved in zip(self.graphs, self.moved):
+                moved[site.name] = (graph.inputs[site.name] @ steps_Boi.mT) @ frame.Q_out.T
             return
-        key = x_BTi.data_ptr(), frame.Q_in.data_ptr()   # q, k and v read the same input and share its eigenvectors: rotate it once
-        if key not in self.rotated: self.rotated = {key: (x_BTi, frame.inputs(x_BTi))}
-        steps_Boi = (frame.outputs(delta_BTo).mT @ self.rotated[key][1]).div_(frame.stiffness)
-        for graph, moved in zip(self.graphs, self.moved): moved[site.name] = (graph.inputs[site.name] @ steps_Boi.mT) @ frame.Q_out.T
+        for graph, moved in zip(self.graphs, self.moved):
+            moved[site.name] = (graph.inputs[site.name] @ x_BTi.mT) @ delta_BTo
 
-    def rows(self): return -sum(graph.carry(moved) for graph, moved in zip(self.graphs, self.moved))
+    def rows(self) -> torch.Tensor:
+        return -reduce(torch.add, (graph.carry(moved) for graph, moved in zip(self.graphs, self.moved)))
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0015
 @dataclass
 class _Sketch:
-    "Maps of one site to a corner: `left`ᵀ G `right` for gradients, `query_left`ᵀ Q `query_right` for queries, inner products about the same."
-    left: torch.Tensor        # [out, r_out]
-    right: torch.Tensor       # [in, r_in]
-    query_left: torch.Tensor  # [out, r_out]
-    query_right: torch.Tensor # [in, r_in]
+    "`left`ᵀ G `right` for gradients, `query_left`ᵀ Q `query_right` for queries; inner products about the "
+    "same."
+    left: torch.Tensor         # [out, r_out]
+    right: torch.Tensor        # [in, r_in]
+    query_left: torch.Tensor   # [out, r_out]
+    query_right: torch.Tensor  # [in, r_in]
 
     @property
-    def shape(self): return self.left.shape[1], self.right.shape[1]
+    def shape(self) -> tuple[int, int]:
+        "Numbers kept on either side."
+        return self.left.shape[1], self.right.shape[1]
 
-def _balance(frame):
-    "Scales a [out] and b [in] with a_j b_k about the root of the stiffness; None without curvature."
-    if frame.stiffness is None: return None, None
-    return frame.stiffness.mean(1).sqrt(), (frame.stiffness.mean(0)/frame.stiffness.mean()).sqrt()
+def _balance(frame: _Eigenframe) -> tuple[torch.Tensor, torch.Tensor]:
+    "Scales a [out] and b [in] with a_j b_k about the root of the stiffness."
+    stiffness = frame.stiffness
+    return stiffness.mean(1).sqrt(), (stiffness.mean(0)/stiffness.mean()).sqrt()
 
-def _sketch(frame, U_out, U_in):
+def _sketch(frame: _Frame, U_out: torch.Tensor, U_in: torch.Tensor) -> _Sketch:
     "The sketch with orthonormal columns U_out [out, r], U_in [in, r] in balanced coordinates."
-    if frame.stiffness is None: return _Sketch(U_out, U_in, U_out, U_in)
+    if not isinstance(frame, _Eigenframe): return _Sketch(U_out, U_in, U_out, U_in)
     a, b = _balance(frame)
-    return _Sketch(frame.Q_out @ (U_out/a[:, None]), frame.Q_in @ (U_in/b[:, None]), frame.Q_out @ (U_out*a[:, None]), frame.Q_in @ (U_in*b[:, None]))
+    return _Sketch(frame.Q_out @ (U_out/a[:, None]), frame.Q_in @ (U_in/b[:, None]),
+                   frame.Q_out @ (U_out*a[:, None]), frame.Q_in @ (U_in*b[:, None]))
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #readers
+def _readers(lm: LanguageModel, sites: list[Site], data: TokenizedConversations) -> dict[str, str]:
+    "{site: the first site that reads the same tensor}."
+    seen, first, readers = [], {}, {}
+    def watch(site: Site) -> Callable:
+        def hook(module: torch.nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+            seen.append(went_in(args, kwargs))  # held on to: a free address could be given away again
+            readers[site.name] = first.setdefault(seen[-1].data_ptr(), site.name)
+        return hook
+    batch = next(batches(data, rows=[int(data.lengths.argmin())])).to(lm.device)
+    with torch.no_grad(), ExitStack() as hooks:
+        for site in sites:
+            hooks.callback(site.module.register_forward_hook(watch(site), with_kwargs=True).remove)
+        lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return readers
+
+def _side_by_side(
+    sites: list[Site],
+    sketches: dict[str, _Sketch],
+    readers: dict[str, str],
+) -> tuple[dict[str, torch.Tensor], dict[str, slice]]:
+    "The `right` maps of all that read one tensor, beside each other; and each site's columns among them."
+    maps, columns = {}, {}
+    for site in sites:
+        right, beside = sketches[site.name].right, maps.setdefault(readers[site.name], [])
+        start = sum(other.shape[1] for other in beside)
+        columns[site.name] = slice(start, start + right.shape[1])
+        beside.append(right)
+    return {reader: torch.cat(beside, 1) for reader, beside in maps.items()}, columns
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0017
 class _SketchRows(_Collector):
     "Sketched gradients [Σ r_out r_in] of each example."
-    def __init__(self, lm, sites, sketches, readers):
-        self.sketches, self.slots, start = sketches, {}, 0
+    def __init__(
+        self,
+        lm: LanguageModel,
+        sites: list[Site],
+        sketches: dict[str, _Sketch],
+        readers: dict[str, str],
+    ):
+        self.sketches, self.readers, self.slots = sketches, readers, {}
         for site in sites:
-            size = int(np.prod(sketches[site.name].shape))
-            self.slots[site.name] = slice(start, start := start + size)
-        self.columns, self.work = start, (lm.device, _work_dtype(lm))
-        members = {}
-        for site in sites: members.setdefault(readers[site.name], []).append(site.name)
-        self.reader, self.right = readers, {reader: torch.cat([sketches[name].right for name in names], 1) for reader, names in members.items()}
-        widths = {reader: np.cumsum([0] + [sketches[name].shape[1] for name in names]).tolist() for reader, names in members.items()}
-        self.part = {name: slice(*widths[reader][i:i + 2]) for reader, names in members.items() for i, name in enumerate(names)}
+            start, self.columns = self.columns, self.columns + int(np.prod(sketches[site.name].shape))
+            self.slots[site.name] = slice(start, self.columns)
+        self.right, self.part = _side_by_side(sites, sketches, readers)
+        self.empty = torch.zeros(0, self.columns, dtype=work_dtype(lm), device=lm.device)
 
-    def begin(self, batch): self.sketched_BP, self.projected = torch.zeros(len(batch), self.columns, dtype=self.work[1], device=self.work[0]), {}
+    def begin(self, batch: Batch) -> None:
+        self.sketched_BP, self.projected = self.empty.new_zeros(len(batch), self.columns), {}
 
-    def flow(self, site, x_BTi, delta_BTo):
-        name, reader = site.name, self.reader[site.name]
-        if reader not in self.projected: self.projected = {reader: x_BTi @ self.right[reader]}
-        corner_Bab = (delta_BTo @ self.sketches[name].left).mT @ self.projected[reader][..., self.part[name]]
+    def flow(self, site: Site, x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> None:
+        name, reader = site.name, self.readers[site.name]
+        if reader not in self.projected:
+            self.projected = {reader: x_BTi @ self.right[reader]}
+        inputs_BTb = self.projected[reader][..., self.part[name]]
+        corner_Bab = (delta_BTo @ self.sketches[name].left).mT @ inputs_BTb
         self.sketched_BP[:, self.slots[name]] = corner_Bab.flatten(1).to(self.sketched_BP.device)
 
-    def rows(self): return self.sketched_BP
-
-def _readers(lm, sites, data):
-    "{site: the first site that reads the same tensor}, from a forward pass over the shortest example."
-    seen, first, readers = [], {}, {}
-    def watch(site):
-        def hook(module, args, kwargs, output):
-            seen.append(went_in(args, kwargs))  # kept, so that no other tensor takes its place in memory
-            readers[site.name] = first.setdefault(seen[-1].data_ptr(), site.name)
-        return hook
-    with torch.no_grad(), ExitStack() as hooks:
-        for site in sites: hooks.callback(site.module.register_forward_hook(watch(site), with_kwargs=True).remove)
-        batch = next(batches(data, rows=[int(data.lengths.argmin())])).to(lm.device)
-        lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return readers
+    def rows(self) -> torch.Tensor:
+        return self.sketched_BP
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0019
-def _direction_flows(lm, queries, layer, pooling, directions_Kd, sites, frames, receive, token_budget, bar):
-    "Calls `receive(site, chosen directions, inputs [t, in], output gradients [k, t, out])` in the frames' coordinates, for every direction and every batch of query examples."
-    for batch in batches(queries, token_budget=token_budget):
-        batch, n = batch.to(lm.device), len(batch.rows)
-        copies = min(len(directions_Kd), max(1, token_budget//batch.input_ids.numel()))
-        weights_BT = pooling_weights(batch, pooling, _work_dtype(lm))/len(queries)
-        kept_BT, inputs = weights_BT.flip(1).cumsum(1).flip(1) > 0, {}
-        def on_flow(site, x, delta):
-            if x.shape[1] != kept_BT.shape[1]: raise _called_again(site)
-            frame, kept = frames[site.name], kept_BT.to(x.device)
-            if site.name not in inputs: inputs[site.name] = frame.inputs(x[:n][kept].to(_work_dtype(lm)))
-            receive(site, chosen, inputs[site.name], frame.outputs(delta.unflatten(0, (copies, -1))[:len(cotangents_kd), kept].to(_work_dtype(lm))))
-        repeated = _repeated(batch, copies)
-        with torch.enable_grad(), site_flows(sites, on_flow, repeated):
-            hidden_BTd = hidden_states(lm, repeated, layer)
-            for start in range(0, len(directions_Kd), copies):
-                chosen, cotangents_kd = slice(start, min(start + copies, len(directions_Kd))), directions_Kd[start:start + copies].to(hidden_BTd)
-                pull_CBTd = torch.zeros_like(hidden_BTd).unflatten(0, (copies, -1))
-                pull_CBTd[:len(cotangents_kd)] = torch.einsum("bt,kd->kbtd", weights_BT.to(hidden_BTd), cotangents_kd)
-                hidden_BTd.backward(pull_CBTd.flatten(0, 1), retain_graph=chosen.stop < len(directions_Kd))
-                bar.update(len(cotangents_kd)*batch.n_tokens)
+class _Listening:
+    "One batch of queries, and who is told of its flows."
+    def __init__(self, asked: _Asked, batch: Batch, directions_Kd: torch.Tensor, receive: Callable):
+        self.asked, self.batch, self.directions_Kd, self.receive = asked, batch, directions_Kd, receive
+        self.weights_BT = asked.weights(batch)
+        self.kept_BT = _with_a_say(self.weights_BT)
+        self.copies = min(len(directions_Kd), max(1, asked.token_budget//batch.input_ids.numel()))
+        self.inputs, self.chosen = {}, range(0)
 
-def _balanced_queries(frame, x_ti, delta_kto):
+    def heard(self, site: Site, x: torch.Tensor, delta: torch.Tensor) -> None:
+        "Hand on a site's inputs and its output gradients for the directions that are under way."
+        if x.shape[1] != self.kept_BT.shape[1]: raise _called_again(site)
+        frame, kind = self.asked.frames[site.name], work_dtype(self.asked.lm)
+        kept_BT = self.kept_BT.to(x.device)
+        if site.name not in self.inputs:
+            self.inputs[site.name] = frame.inputs(x[:len(self.batch)][kept_BT].to(kind))
+        delta_kto = delta.unflatten(0, (self.copies, -1))[:len(self.chosen), kept_BT].to(kind)
+        directions = slice(self.chosen.start, self.chosen.stop)
+        self.receive(site, directions, self.inputs[site.name], frame.outputs(delta_kto))
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #pull-code
+class _DirectionPass(_Listening):
+    "The backward passes of one batch of queries, a few directions at a time."
+    def pull(self, hidden_BTd: torch.Tensor) -> torch.Tensor:
+        "Gradients [C·B, T, d] of the chosen directions' values by the hidden states of the copies."
+        pull_CBTd = torch.zeros_like(hidden_BTd).unflatten(0, (self.copies, -1))
+        vectors_kd = self.directions_Kd[self.chosen.start:self.chosen.stop].to(hidden_BTd)
+        pull_CBTd[:len(self.chosen)] = torch.einsum("bt,kd->kbtd", self.weights_BT.to(hidden_BTd), vectors_kd)
+        return pull_CBTd.flatten(0, 1)
+
+    def run(self, bar: tqdm) -> None:
+        "One forward pass, and as many backward passes as it takes."
+        K = len(self.directions_Kd)
+        repeated = _repeated(self.batch, self.copies)
+        with torch.enable_grad(), site_flows(self.asked.sites, self.heard, repeated):
+            hidden_BTd = hidden_states(self.asked.lm, repeated, self.asked.layer)
+            for start in range(0, K, self.copies):
+                self.chosen = range(start, min(start + self.copies, K))
+                hidden_BTd.backward(self.pull(hidden_BTd), retain_graph=self.chosen.stop < K)
+                bar.update(len(self.chosen)*self.batch.n_tokens)
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #flows-code
+def _direction_flows(asked: _Asked, directions_Kd: torch.Tensor, receive: Callable, bar: tqdm) -> None:
+    "Calls `receive(site, chosen, inputs [t, in], output gradients [k, t, out])` for directions and queries."
+    for batch in batches(asked.queries, token_budget=asked.token_budget):
+        _DirectionPass(asked, batch.to(asked.lm.device), directions_Kd, receive).run(bar)
+
+def _balanced_queries(frame: _Frame, x_ti: torch.Tensor, delta_kto: torch.Tensor) -> torch.Tensor:
     "Preconditioned query gradients [k, out, in] in balanced coordinates."
     gradients_koi = (delta_kto.mT.flatten(0, 1) @ x_ti).unflatten(0, (len(delta_kto), -1))
-    if frame.stiffness is None: return gradients_koi
+    if not isinstance(frame, _Eigenframe): return gradients_koi
     a, b = _balance(frame)
     return gradients_koi.mul_(torch.outer(a, b)/frame.stiffness)
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #001a
-def _learn_bases(lm, queries, layer, pooling, directions_Kd, sites, frames, rank, seed, token_budget, bar, probes=32):
-    "Orthonormal bases {site: (U_out [out, r], U_in [in, r])} of the largest second moments of the queries of some directions."
+def _probed(queries_koi: torch.Tensor, probes: int, generator: torch.Generator) -> tuple:
+    "Queries seen from either side through random vectors: [out, k·probes] and [in, k·probes]."
+    k, o, i = queries_koi.shape
+    def draw(size: int) -> torch.Tensor:
+        noise = torch.randn(k, size, min(probes, size), generator=generator, dtype=torch.float64)
+        return noise.to(queries_koi)
+    seen_out = (queries_koi @ draw(i)).transpose(0, 1).flatten(1)
+    return seen_out, (queries_koi.mT @ draw(o)).transpose(0, 1).flatten(1)
+
+def _learn_bases(
+    asked: _Asked,
+    directions_Kd: torch.Tensor,
+    rank: int,
+    seed: int,
+    bar: tqdm,
+    probes: int = 32,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    "Orthonormal {site: (U_out [out, r], U_in [in, r])} of the largest second moments of some directions' "
+    "queries."
     moments, generator = {}, torch.Generator().manual_seed(seed)
-    def receive(site, chosen, x_ti, delta_kto):
-        queries_koi = _balanced_queries(frames[site.name], x_ti, delta_kto)
-        k, o, i = queries_koi.shape
-        draw = lambda size: torch.randn(k, size, min(probes, size), generator=generator, dtype=torch.float64).to(queries_koi)
-        seen_out, seen_in = (queries_koi @ draw(i)).transpose(0, 1).flatten(1), (queries_koi.mT @ draw(o)).transpose(0, 1).flatten(1)
-        old = moments.get(site.name, (0, 0))
-        moments[site.name] = old[0] + seen_out @ seen_out.T, old[1] + seen_in @ seen_in.T
-    _direction_flows(lm, queries, layer, pooling, directions_Kd, sites, frames, receive, token_budget, bar)
-    if not any(m.any() for pair in moments.values() for m in pair): raise GradientError(f"the queries at layer {layer} reach none of the {len(sites)} sites")
-    top = lambda moment: torch.linalg.eigh(moment)[1][:, -min(rank, len(moment)):]   # eigenvalues come in rising order
-    return {name: tuple(map(top, pair)) for name, pair in moments.items()}
+    def receive(site: Site, chosen: slice, x_ti: torch.Tensor, delta_kto: torch.Tensor) -> None:
+        queries_koi = _balanced_queries(asked.frames[site.name], x_ti, delta_kto)
+        seen, old = _probed(queries_koi, probes, generator), moments.get(site.name, (0, 0))
+        moments[site.name] = tuple(total + part @ part.T for total, part in zip(old, seen))
+    _direction_flows(asked, directions_Kd, receive, bar)
+    if not any(moment.any() for pair in moments.values() for moment in pair):
+        raise GradientError(f"the queries at layer {asked.layer} reach none of the {len(asked.sites)} sites")
+    def top(moment: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigh(moment)[1][:, -min(rank, len(moment)):]  # eigenvalues come in rising order
+    return {name: (top(out), top(into)) for name, (out, into) in moments.items()}
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #001c
 class _BasisRows(_SketchRows):
     "c(z) [d] for each example from sketched gradients and the sketched queries of all unit directions."
-    def __init__(self, lm, queries, layer, pooling, sites, frames, rank, directions_Kd, seed, token_budget, readers, bar):
-        bases = _learn_bases(lm, queries, layer, pooling, directions_Kd, sites, frames, rank, seed, token_budget, bar)
-        super().__init__(lm, sites, {name: _sketch(frames[name], *pair) for name, pair in bases.items()}, readers)
-        self.answers_dP = torch.zeros(lm.width, self.columns, dtype=self.work[1], device=self.work[0])
-        def receive(site, chosen, x_ti, delta_kto):
-            (U_out, U_in), frame = bases[site.name], frames[site.name]
-            if frame.stiffness is None: corners_kab = (delta_kto @ U_out).mT @ (x_ti @ U_in)
-            else: corners_kab = U_out.T @ (_balanced_queries(frame, x_ti, delta_kto) @ U_in)
-            self.answers_dP[chosen, self.slots[site.name]] += corners_kab.flatten(1).to(self.answers_dP.device)
-        _direction_flows(lm, queries, layer, pooling, torch.eye(lm.width), sites, frames, receive, token_budget, bar)
+    def __init__(
+        self,
+        asked: _Asked,
+        rank: int,
+        directions_Kd: torch.Tensor,
+        seed: int,
+        readers: dict[str, str],
+        bar: tqdm,
+    ):
+        self.asked, self.bases = asked, _learn_bases(asked, directions_Kd, rank, seed, bar)
+        sketches = {name: _sketch(asked.frames[name], *pair) for name, pair in self.bases.items()}
+        super().__init__(asked.lm, asked.sites, sketches, readers)
+        self.answers_dP = self.empty.new_zeros(asked.lm.width, self.columns)
+        _direction_flows(asked, torch.eye(asked.lm.width), self._answer, bar)
 
-    def finish(self, rows_NP): return -rows_NP @ self.answers_dP.T   # once a block: the table is much larger than the rows
+    def _answer(self, site: Site, chosen: slice, x_ti: torch.Tensor, delta_kto: torch.Tensor) -> None:
+        "Add what a site has to say about some of the unit directions."
+        (U_out, U_in), frame = self.bases[site.name], self.asked.frames[site.name]
+        if isinstance(frame, _Eigenframe):
+            corners_kab = U_out.T @ (_balanced_queries(frame, x_ti, delta_kto) @ U_in)
+        else:
+            corners_kab = (delta_kto @ U_out).mT @ (x_ti @ U_in)
+        self.answers_dP[chosen, self.slots[site.name]] += corners_kab.flatten(1).to(self.answers_dP.device)
 
-def _answers_bytes(lm, sites, rank):
+    def finish(self, rows_NP: torch.Tensor) -> torch.Tensor:
+        return -rows_NP @ self.answers_dP.T
+
+def _answers_bytes(lm: LanguageModel, sites: list[Site], rank: int) -> int:
     "Bytes of the table of sketched queries."
-    return lm.width*sum(min(rank, s.out_features)*min(rank, s.in_features) for s in sites)*_work_dtype(lm).itemsize
+    numbers = sum(min(rank, site.out_features)*min(rank, site.in_features) for site in sites)
+    return lm.width*numbers*work_dtype(lm).itemsize
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0020
 _FORMAT, _ROWS_PER_CHECKSUM = 1, 1024
 
-def _file_checksum(path): return xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
+def _file_checksum(path: str | Path) -> str:
+    "Checksum of a whole file."
+    return xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
 
-def _row_checksums(matrix):
+def _row_checksums(matrix: np.ndarray) -> list[str]:
     "Checksums of a mapped matrix, one for every 1,024 rows."
-    return [xxhash.xxh3_128_hexdigest(np.ascontiguousarray(matrix[start:start + _ROWS_PER_CHECKSUM])) for start in range(0, len(matrix), _ROWS_PER_CHECKSUM)]
+    parts = (matrix[start:start + _ROWS_PER_CHECKSUM] for start in range(0, len(matrix), _ROWS_PER_CHECKSUM))
+    return [xxhash.xxh3_128_hexdigest(np.ascontiguousarray(part).tobytes()) for part in parts]
 
-def _write_matrix(path, blocks, shape, dtype):
+# %% ../../nbs/50_influence/08_atlas.ipynb #writers-code
+def _write_matrix(path: Path, blocks: Iterable, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     "Write `(rows, values)` blocks to one .npy file, completely or not at all."
     with atomic_file(path) as part:
         matrix = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
-        for rows, values in blocks: matrix[rows] = values
+        for rows, values in blocks:
+            matrix[rows] = values
         matrix.flush()
         del matrix
     return np.load(path, mmap_mode="r")
 
-def _write_json(path, content):
-    with atomic_file(path) as part: part.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+def _write_json(path: Path, content: dict) -> None:
+    "Write a dict, completely or not at all."
+    with atomic_file(path) as part:
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=False))
 
-def _write_conversations(path, conversations):
-    import pyarrow as pa, pyarrow.parquet as pq
-    with atomic_file(path) as part: pq.write_table(pa.table(conversations.to_columns()), part)
+def _write_conversations(path: Path, conversations: Conversations) -> None:
+    "Write the conversations with the bytes they came in as."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    with atomic_file(path) as part:
+        pq.write_table(pa.table(conversations.to_columns()), part)
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #0024
+def _no_card(folder: Path, kind: str, maker: str) -> AtlasError:
+    "The error for a folder without a card."
+    if (folder/"unfinished").exists():
+        return AtlasError(f"{folder} holds an unfinished {kind}: call {maker} again with this folder and "
+                          "the same arguments to go on where it stopped")
+    return AtlasError(f"{folder} holds no {kind} (no card.json there): check the path, or make one with "
+                      f"{maker}")
+
+def _read_header(folder: Path, kind: str, maker: str) -> dict[str, Any]:
+    "The card of a finished folder."
+    path, again = folder/"card.json", f"call {maker} again with this folder"
+    if not path.exists(): raise _no_card(folder, kind, maker)
+    try:
+        header = json.loads(path.read_text())
+    except (ValueError, OSError) as err:
+        raise AtlasError(f"{path} cannot be read ({err}): delete the folder and {again}") from err
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise AtlasError(f"{path} is not of format {_FORMAT}, the one this version of concept_tda reads: "
+                         f"delete the folder and {again}")
+    if (found := header.get("kind")) != kind:
+        opener = "GradientIndex" if found == "gradient index" else "InfluenceAtlas"
+        raise AtlasError(f"no {kind} in {folder}, but a {found}: open it with {opener}.load")
+    if header.get("checksum") != fingerprint({key: header[key] for key in header if key != "checksum"}):
+        raise AtlasError(f"{path} does not match its checksum, it was changed after it was written: copy "
+                         f"it again, or delete the folder and {again}")
+    return header
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #open-matrix-code
+def _open_matrix(path: Path, shape: list[int], kind: str) -> np.ndarray:
+    "Map a .npy file of a known shape, read-only."
+    try:
+        matrix = np.load(path, mmap_mode="r" if shape[0] else None)
+    except (OSError, ValueError, EOFError) as err:
+        raise AtlasError(f"{path} is absent or truncated ({str(err).splitlines()[0]}): copy it again, or "
+                         "delete the folder and build again") from err
+    if list(matrix.shape) != list(shape):
+        raise AtlasError(f"{path} has shape {matrix.shape}, this {kind} needs {tuple(shape)}: it belongs "
+                         "to another one")
+    return matrix
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0022
-class _Stored:
+class _Opened:
     "One row for each conversation, mapped from a folder."
     kind, maker = "rows", ""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.header = _read_header(self.folder, self.kind, self.maker)
-        self.card = self.header["card"]
-        self.rows, self.sample = (_open_matrix(self.folder/f"{name}.npy", self.header[name], self.kind) for name in ("rows", "sample"))
+        self.card: dict[str, Any] = self.header["card"]
+        self.rows, self.sample = (_open_matrix(self.folder/f"{name}.npy", self.header[name], self.kind)
+                                  for name in ("rows", "sample"))
         self.sample_rows = np.array(self.header["sample_rows"], int)
-        self._conversations = None
+        self._conversations: Conversations | None = None
 
-    def __len__(self): return len(self.rows)
+    def __len__(self) -> int:
+        return len(self.rows)
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #beside-code
+class _Beside(_Opened):
+    "What else is in the folder."
     @property
     def conversations(self) -> Conversations:
         "The conversations, in the order of the rows; read when first asked for."
         if self._conversations is None:
             import pyarrow.parquet as pq
             path = self.folder/"conversations.parquet"
-            if not path.exists() or _file_checksum(path) != self.header["files"][path.name]: raise AtlasError(f"{path} is absent or damaged: copy it again, or build again")
-            self._conversations = Conversations.from_columns(pq.read_table(path).to_pydict(), self.header["name"], self.header["layout"])
+            if not path.exists() or _file_checksum(path) != self.header["files"][path.name]:
+                raise AtlasError(f"{path} is absent or damaged: copy it again, or build again")
+            columns, header = pq.read_table(path).to_pydict(), self.header
+            self._conversations = Conversations.from_columns(columns, header["name"], header["layout"])
         return self._conversations
 
     @property
@@ -362,368 +650,560 @@ class _Stored:
         return json.loads(path.read_text()) if path.exists() else {}
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0023
-@patch
-def verify(self: _Stored) -> list[str]: # What is damaged, in words; an empty list is good news
-    "Read everything and compare it with its checksums."
-    parts = [f"rows {i*_ROWS_PER_CHECKSUM} to {min(len(self), (i + 1)*_ROWS_PER_CHECKSUM) - 1}"
-             for i, (found, expected) in enumerate(zip(_row_checksums(self.rows), self.header["row_checksums"], strict=True)) if found != expected]
-    return parts + [name for name, expected in self.header["files"].items() if not (self.folder/name).exists() or _file_checksum(self.folder/name) != expected]
+class _Stored(_Beside):
+    "What was opened, checked and shown."
+    def verify(self) -> list[str]: # What is damaged, in words; an empty list is good news
+        "Read everything and compare it with its checksums."
+        checked = zip(_row_checksums(self.rows), self.header["row_checksums"], strict=True)
+        bad = [part for part, (found, expected) in enumerate(checked) if found != expected]
+        size, files = _ROWS_PER_CHECKSUM, self.header["files"]
+        parts = [f"rows {part*size} to {min(len(self), (part + 1)*size) - 1}" for part in bad]
+        whole = {path.name for path in self.folder.iterdir() if files.get(path.name) == _file_checksum(path)}
+        return parts + [name for name in files if name not in whole]
 
-@patch
-def _facts(self: _Stored):
-    "What its representations show."
-    megabytes, seconds = (self.folder/"rows.npy").stat().st_size/1e6, sum(value for key, value in self.cost.items() if key.endswith("seconds"))
-    facts = {"data": f"{self.card['data']} ({len(self):,} examples)", "model": self.card["model"], "sites": f"{self.card['sites']} ({self.card['n_sites']})",
-             "on disk": f"{megabytes:,.1f} MB in {self.folder}", "built in": f"{seconds:.3g} s"}
-    return facts | ({"notes": "; ".join(self.card["notes"])} if self.card["notes"] else {})
+    def _facts(self) -> dict[str, str]:
+        "What its representations show."
+        megabytes = (self.folder/"rows.npy").stat().st_size/1e6
+        seconds = sum(value for key, value in self.cost.items() if key.endswith("seconds"))
+        facts = {"data": f"{self.card['data']} ({len(self):,} examples)", "model": self.card["model"],
+                 "sites": f"{self.card['sites']} ({self.card['n_sites']})",
+                 "on disk": f"{megabytes:,.1f} MB in {self.folder}", "built in": f"{seconds:.3g} s"}
+        return facts | ({"notes": "; ".join(self.card["notes"])} if self.card["notes"] else {})
 
-@patch
-def __repr__(self: _Stored): return f"{type(self).__name__}(" + ", ".join(f"{key}: {value}" for key, value in self._facts().items()) + ")"
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{key}: {text}" for key, text in self._facts().items())
+        return f"{type(self).__name__}({facts})"
 
-@patch
-def _repr_html_(self: _Stored):
-    return html_of(Facts(type(self).__name__, self._facts()))
+    def _repr_html_(self) -> str:
+        return html_of(Facts(type(self).__name__, self._facts()))
 
-# %% ../../nbs/50_influence/08_atlas.ipynb #0024
-def _read_header(folder, kind, maker):
-    "The card of a finished folder."
-    again = f"call {maker} again with this folder"
-    path = folder/"card.json"
-    if not path.exists():
-        if (folder/"unfinished").exists(): raise AtlasError(f"{folder} holds an unfinished {kind}: {again} and the same arguments to go on where it stopped")
-        raise AtlasError(f"{folder} holds no {kind} (no card.json there): check the path, or make one with {maker}")
-    try: header = json.loads(path.read_text())
-    except (ValueError, OSError) as err: raise AtlasError(f"{path} cannot be read ({err}): delete the folder and {again}") from err
-    if not isinstance(header, dict) or header.get("format") != _FORMAT: raise AtlasError(f"{path} is not of format {_FORMAT}, the one this version of concept_tda reads: delete the folder and {again}")
-    if header.get("kind") != kind: raise AtlasError(f"no {kind} in {folder}, but a {header.get('kind')}: open it with {'GradientIndex' if header.get('kind') == 'gradient index' else 'InfluenceAtlas'}.load")
-    if header.get("checksum") != fingerprint({key: value for key, value in header.items() if key != "checksum"}): raise AtlasError(f"{path} does not match its checksum, it was changed after it was written: copy it again, or delete the folder and {again}")
-    return header
+# %% ../../nbs/50_influence/08_atlas.ipynb #build
+@dataclass
+class _Build:
+    "Rows under construction."
+    lm: LanguageModel
+    data: TokenizedConversations
+    sites: list[Site]
+    folder: Path
+    key: dict           # Everything that determines the rows
+    columns: int        # Numbers in a row
+    dtype: str          # As they are stored
+    token_budget: int   # Tokens in a batch
+    progress: bool      # Show a bar?
+    what: str           # Written beside the bar
 
-def _open_matrix(path, shape, kind):
-    "Map a .npy file of a known shape, read-only."
-    try: matrix = np.load(path, mmap_mode="r" if shape[0] else None)
-    except (OSError, ValueError, EOFError) as err: raise AtlasError(f"{path} is absent or truncated ({str(err).splitlines()[0]}): copy it again, or delete the folder and build again") from err
-    if list(matrix.shape) != list(shape): raise AtlasError(f"{path} has shape {matrix.shape}, this {kind} needs {tuple(shape)}: it belongs to another one")
-    return matrix
+    def __post_init__(self):
+        self.store = BlockStore(self.folder/"unfinished", self.key)
+
+def _stored_dtype(lm: LanguageModel) -> str:
+    "The type of the stored numbers: that in which they were computed."
+    return str(work_dtype(lm)).removeprefix("torch.")
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #reuse
+def _reuse(cls: type[_Opened], folder: Path, key: dict, options: dict) -> Any:
+    "What a folder already holds, if it is this very build; None if it is empty or unfinished."
+    if not (folder/"card.json").exists(): return None
+    found = cls(folder, **options)
+    if found.header["key"] != fingerprint(key):
+        raise AtlasError(f"{folder} already holds another {cls.kind} ({found!r}): choose another folder, "
+                         "or delete it")
+    _tidy(folder)
+    return found
+
+def _check_disk(folder: Path, data: TokenizedConversations, columns: int, dtype: str) -> None:
+    "Refuse what does not fit on the disk before any work is done."
+    needed = 2*len(data)*columns*np.dtype(dtype).itemsize
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed <= free: return
+    smaller = ", a lower rank= or dtype='float16'" if dtype != "float32" or columns > 10_000 else ""
+    raise AtlasError(f"{len(data):,} examples × {columns:,} numbers need {needed/1e9:.1f} GB while "
+                     f"building, {folder} has {free/1e9:.1f} GB: choose another folder{smaller}")
+
+def _tidy(folder: Path) -> None:
+    "Remove what a killed build may have left behind."
+    shutil.rmtree(folder/"unfinished", ignore_errors=True)
+    for part in folder.glob(".*.part*"):
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0026
 _BLOCK_EXAMPLES = 32
 
-def _blocks(data, token_budget):
+def _blocks(data: TokenizedConversations, token_budget: int) -> list[list[int]]:
     "Rows of each block: whole batches, together at least 32 examples."
     plan, rows = [], []
     for batch in batches(data, token_budget=token_budget):
         rows += batch.rows.tolist()
-        if len(rows) >= _BLOCK_EXAMPLES: plan.append(rows); rows = []
+        if len(rows) < _BLOCK_EXAMPLES: continue
+        plan.append(rows)
+        rows = []
     return plan + [rows] if rows else plan
 
-def _reuse(cls, folder, key, options):
-    "What a folder already holds, if it is this very build; None if it is empty or unfinished."
-    if not (folder/"card.json").exists(): return None
-    found = cls(folder, **options)
-    if found.header["key"] != fingerprint(key): raise AtlasError(f"{folder} already holds another {cls.kind} ({found!r}): choose another folder, or delete it")
-    _tidy(folder)
-    return found
-
-def _check_disk(folder, data, columns, dtype):
-    "Refuse what does not fit on the disk before any work is done."
-    needed, place = 2*len(data)*columns*np.dtype(dtype).itemsize, next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if needed > (free := shutil.disk_usage(place).free): raise AtlasError(f"{len(data):,} examples × {columns:,} numbers need {needed/1e9:.1f} GB while building, {folder} has {free/1e9:.1f} GB: choose another folder" + (", a lower rank= or dtype='float16'" if dtype != "float32" or columns > 10_000 else ""))
-
-def _packed(values, dtype):
-    "Values in the stored precision. Half precision is relative to the largest number of its row, whose scale is kept."
+def _packed(values: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    "Values in the stored precision. Half precision is relative to the largest number of its row, which is "
+    "kept."
     if dtype != "float16": return {"values": values.astype(dtype)}
     scales = np.maximum(abs(values).max(1, keepdims=True), np.finfo(np.float32).tiny)
     return {"values": (values/scales).astype(np.float16), "scales": scales[:, 0].astype(np.float32)}
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #out-of-memory-code
+def _collected(
+    build: _Build,
+    rows: list[int],
+    collector: _Collector,
+    bar: tqdm,
+) -> tuple[np.ndarray, np.ndarray]:
+    "Row numbers and finished values of some rows."
+    try:
+        order, (values,) = _collect(build.lm, build.data, rows, build.sites, [collector],
+                                    build.token_budget, bar)
+    except (torch.OutOfMemoryError, RuntimeError) as err:
+        if "memory" not in str(err): raise
+        raise AtlasError(f"out of memory: lower token_budget (now {build.token_budget}), rank or "
+                         "max_tokens; finished blocks are kept, run again to go on") from err
+    return order, values
+
 # %% ../../nbs/50_influence/08_atlas.ipynb #0027
-def _fill(lm, data, store, sites, prepare, dtype, token_budget, progress, what):
+def _fill(build: _Build, prepare: Callable[[], _Collector]) -> float:
     "Compute the blocks that are missing; returns seconds of the preparation."
-    for damaged in store.verify(): store.discard(damaged)
-    plan, done, seconds = _blocks(data, token_budget), store.names(), 0.
-    missing = {f"{i:06d}": rows for i, rows in enumerate(plan) if f"{i:06d}" not in done}
-    if not missing: return seconds
-    with lm.undisturbed(), tqdm(total=data.n_tokens, desc=what, unit="tok", disable=not progress) as bar:
+    for damaged in build.store.verify():
+        build.store.discard(damaged)
+    done = build.store.names()
+    plan = {f"{i:06d}": rows for i, rows in enumerate(_blocks(build.data, build.token_budget))}
+    missing = {name: rows for name, rows in plan.items() if name not in done}
+    if not missing: return 0.
+    n_tokens, ahead = build.data.n_tokens, int(build.data.lengths[sum(missing.values(), [])].sum())
+    quiet = not build.progress
+    with build.lm.undisturbed(), tqdm(total=n_tokens, desc=build.what, unit="tok", disable=quiet) as bar:
         start = time.perf_counter()
         collector = prepare()
         seconds = time.perf_counter() - start
-        bar.update(data.n_tokens - int(data.lengths[sum(missing.values(), [])].sum()))
+        bar.update(n_tokens - ahead)
         for name, rows in missing.items():
-            start = time.perf_counter()
-            order, (values,) = _out_of_memory(_collect, token_budget, lm, data, rows, sites, [collector], token_budget, bar)
-            store.write(name, {"rows": order, **_packed(values, dtype), "seconds": np.array([time.perf_counter() - start])})
+            _fill_block(build, name, rows, collector, bar)
     return seconds
 
-# %% ../../nbs/50_influence/08_atlas.ipynb #0028
-def _second_opinion(lm, data, store, sites, prepare, sample_rows, token_budget):
-    "The sampled rows by another collector, kept as a block of their own."
-    if not len(sample_rows) or "sample" in store.names(): return
+def _fill_block(build: _Build, name: str, rows: list[int], collector: _Collector, bar: tqdm) -> None:
+    "Compute one block and store it."
     start = time.perf_counter()
-    with lm.undisturbed(): order, (values,) = _out_of_memory(_collect, token_budget, lm, data, sample_rows.tolist(), sites, [prepare()], token_budget, tqdm(disable=True))
-    store.write("sample", {"values": values[np.argsort(order)].astype(np.float32), "seconds": np.array([time.perf_counter() - start])})
+    order, values = _collected(build, rows, collector, bar)
+    seconds = np.array([time.perf_counter() - start])
+    build.store.write(name, {"rows": order, **_packed(values, build.dtype), "seconds": seconds})
 
-def _out_of_memory(run, token_budget, *args):
-    try: return run(*args)
-    except (torch.OutOfMemoryError, RuntimeError) as err:
-        if "memory" not in str(err): raise
-        raise AtlasError(f"out of memory: lower token_budget (now {token_budget}), rank or max_tokens; finished blocks are kept, run again to go on") from err
+# %% ../../nbs/50_influence/08_atlas.ipynb #0028
+def _sampled(n: int, sample: int, seed: int) -> np.ndarray:
+    "Sorted row numbers of a random sample."
+    return np.sort(np.random.default_rng(seed).permutation(n)[:sample])
+
+def _second_opinion(build: _Build, prepare: Callable[[], _Collector], sample_rows: np.ndarray) -> None:
+    "The sampled rows by another collector, kept as a block of their own."
+    if not len(sample_rows) or "sample" in build.store.names(): return
+    start = time.perf_counter()
+    with build.lm.undisturbed():
+        order, values = _collected(build, sample_rows.tolist(), prepare(), tqdm(disable=True))
+    seconds = np.array([time.perf_counter() - start])
+    build.store.write("sample", {"values": values[np.argsort(order)], "seconds": seconds})
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #files-code
+def _write_files(build: _Build, sampled: bool) -> tuple[np.ndarray, list[str]]:
+    "The matrices and conversations out of the finished blocks; returns the mapped rows and names of other "
+    "files."
+    folder, store, n = build.folder, build.store, len(build.data)
+    names = sorted(store.names() - {"sample"})
+    def parts(what: str) -> Iterable:
+        return ((block["rows"], block[what]) for block in map(store.read, names))
+    rows = _write_matrix(folder/"rows.npy", parts("values"), (n, build.columns), build.dtype)
+    nothing = np.zeros((0, build.columns), _stored_dtype(build.lm))
+    with atomic_file(folder/"sample.npy") as part:
+        np.save(part, store.read("sample")["values"] if sampled else nothing)
+    _write_conversations(folder/"conversations.parquet", build.data.conversations)
+    files = ["sample.npy", "conversations.parquet"]
+    if build.dtype == "float16":
+        _write_matrix(folder/"scales.npy", parts("scales"), (n,), np.float32)
+        files.append("scales.npy")
+    return rows, files
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0029
-def _finish(cls, folder, store, data, key, card, columns, dtype, sample_rows, measure, preparation, options, files=(), more=None):
-    "Write the final files out of the finished blocks, the card last."
-    names = sorted(store.names() - {"sample"})
-    seconds = {name: float(store.read(name)["seconds"][0]) for name in store.names()}
-    rows = _write_matrix(folder/"rows.npy", ((block["rows"], block["values"]) for block in map(store.read, names)), (len(data), columns), dtype)
-    if dtype == "float16": _write_matrix(folder/"scales.npy", ((block["rows"], block["scales"]) for block in map(store.read, names)), (len(data),), np.float32)
-    with atomic_file(folder/"sample.npy") as part: np.save(part, store.read("sample")["values"] if len(sample_rows) else np.zeros((0, columns), np.float32))
-    _write_conversations(folder/"conversations.parquet", data.conversations)
-    files = ["sample.npy", "conversations.parquet", *(["scales.npy"] if dtype == "float16" else []), *files]
-    agreement = measure(rows) if len(sample_rows) else None   # may add a note to the card
-    card = {k: v for k, v in card.to_dict().items() if k not in ("cost", "created")}
-    header = dict(format=_FORMAT, kind=cls.kind, key=fingerprint(key), card=card, name=data.conversations.name, layout=data.conversations.layout, rows=[len(data), columns], sample=[len(sample_rows), columns],
-                  sample_rows=[int(row) for row in sample_rows], row_checksums=_row_checksums(rows), files={name: _file_checksum(folder/name) for name in files}, n_tokens=data.n_tokens, agreement=agreement, **(more or {}))
-    _write_json(folder/"cost.json", dict(created=datetime.now(timezone.utc).isoformat(timespec="seconds"), preparation_seconds=preparation, pass_seconds=sum(seconds[name] for name in names), check_seconds=seconds.get("sample", 0.)))
+def _finish(
+    cls: type[_Opened],
+    build: _Build,
+    card: QueryCard,
+    sample_rows: np.ndarray,
+    measure: Callable[[np.ndarray], dict],
+    preparation: float,
+    options: dict,
+    files: tuple[str, ...] = (),
+    more: dict | None = None,
+) -> Any:
+    "Write the final files out of the finished blocks, the card last; returns the opened folder."
+    rows, written = _write_files(build, len(sample_rows) > 0)
+    agreement = measure(rows) if len(sample_rows) else None
+    folder, conversations = build.folder, build.data.conversations
+    described = {key: value for key, value in card.to_dict().items() if key not in ("cost", "created")}
+    header = dict(
+        format=_FORMAT, kind=cls.kind, key=fingerprint(build.key), card=described, name=conversations.name,
+        layout=conversations.layout, rows=[len(build.data), build.columns],
+        sample=[len(sample_rows), build.columns], sample_rows=[int(row) for row in sample_rows],
+        row_checksums=_row_checksums(rows), n_tokens=build.data.n_tokens, agreement=agreement,
+        files={name: _file_checksum(folder/name) for name in [*written, *files]}, **(more or {}))
+    _write_json(folder/"cost.json", _cost(build.store, preparation))
     _write_json(folder/"card.json", {**header, "checksum": fingerprint(header)})
     _tidy(folder)
     return cls(folder, **options)
 
-def _tidy(folder):
-    "Remove what a killed build may have left behind."
-    shutil.rmtree(folder/"unfinished", ignore_errors=True)
-    for part in folder.glob(".*.part*"): part.unlink(missing_ok=True)
+def _cost(store: BlockStore, preparation: float) -> dict:
+    "When it was finished, and seconds of each part; those of blocks from before a kill are in it."
+    seconds = {name: float(store.read(name)["seconds"][0]) for name in store.names()}
+    check = seconds.pop("sample", 0.)
+    return dict(created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                preparation_seconds=preparation, pass_seconds=sum(seconds.values()), check_seconds=check)
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #002b
-def _unit_rows(directions, width):
+def _as_array(directions: Any) -> np.ndarray:
+    "Directions as they come, in float64."
+    if isinstance(directions, (list, tuple)) and len(directions) and isinstance(directions[0], torch.Tensor):
+        directions = torch.stack(list(directions))
+    if isinstance(directions, torch.Tensor):
+        return directions.detach().to("cpu", torch.float64).numpy()
+    return np.asarray(directions, np.float64)
+
+def _unit_rows(directions: Any, width: int) -> np.ndarray:
     "Directions as unit rows [K, width] in float64."
-    directions = torch.stack(list(directions)) if isinstance(directions, (list, tuple)) and len(directions) and isinstance(directions[0], torch.Tensor) else directions
-    rows_Kd = directions.detach().to("cpu", torch.float64).numpy() if isinstance(directions, torch.Tensor) else np.asarray(directions, np.float64)
-    if rows_Kd.ndim == 1: rows_Kd = rows_Kd[None]
-    if rows_Kd.ndim != 2 or rows_Kd.shape[1] != width: raise AtlasError(f"directions have shape {rows_Kd.shape}, this atlas answers [K, {width}]: they belong to a model of another width")
+    rows_Kd = _as_array(directions)
+    if rows_Kd.ndim == 1:
+        rows_Kd = rows_Kd[None]
+    if rows_Kd.ndim != 2 or rows_Kd.shape[1] != width:
+        raise AtlasError(f"directions have shape {rows_Kd.shape}, this atlas answers [K, {width}]: they "
+                         "belong to a model of another width")
     norms_K = np.linalg.norm(rows_Kd, axis=1, keepdims=True)
-    if not np.isfinite(norms_K).all() or not norms_K.all(): raise AtlasError(f"direction {int(np.flatnonzero(~(np.isfinite(norms_K) & (norms_K > 0)))[0])} is zero or not finite")
+    bad_K = ~(np.isfinite(norms_K) & (norms_K > 0))
+    if bad_K.any():
+        raise AtlasError(f"direction {int(np.flatnonzero(bad_K)[0])} is zero or not finite")
     return rows_Kd/norms_K
 
-def _product(matrix_ND, columns_DK, scales=None):
+# %% ../../nbs/50_influence/08_atlas.ipynb #product-code
+def _product(matrix_ND: np.ndarray, columns_DK: np.ndarray, scales: np.ndarray | None = None) -> np.ndarray:
     "Rows of a mapped matrix times columns, in float64, a few thousand rows at a time."
-    parts = [np.asarray(matrix_ND[start:start + 4096], np.float64) @ columns_DK for start in range(0, len(matrix_ND), 4096)]
+    parts = [np.asarray(matrix_ND[start:start + 4096], np.float64) @ columns_DK
+             for start in range(0, len(matrix_ND), 4096)]
     product_NK = np.concatenate(parts) if parts else np.zeros((0, columns_DK.shape[1]))
     return product_NK if scales is None else product_NK*scales[:, None]
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #002c
-class InfluenceAtlas(_Stored):
-    "c(z) [d] for every training example, for one layer and one set of query examples: the influence on any direction v is v̂ᵀc(z). Made by `build_atlas`."
+class _Atlas(_Stored):
+    "An opened atlas, and which concepts it can answer for."
     kind, maker = "influence atlas", "build_atlas"
 
     @classmethod
-    def load(cls,
+    def load(
+        cls,
         folder: str | Path, # As given to `build_atlas`
-    ) -> "InfluenceAtlas":
-        "Open an atlas. Raises `AtlasError` where it is absent, unfinished, truncated, changed or something else."
+    ) -> Self:
+        "Open an atlas. Raises `AtlasError` where it is absent, unfinished, truncated, changed or "
+        "something else."
         return cls(folder)
 
     @property
-    def layer(self) -> int: return self.card["layer"]
+    def layer(self) -> int:
+        "The layer at which the queries were read."
+        return self.card["layer"]
 
     @property
-    def width(self) -> int: return self.rows.shape[1]
+    def width(self) -> int:
+        "Numbers in a row: the width of the model."
+        return self.rows.shape[1]
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #002d
-@patch
-def check(self: InfluenceAtlas,
-    concept, # `Concept`
-) -> list[str]: # What a query card should mention
-    "Raise `AtlasError` unless this atlas answers for the concept's width, model, layer and pooling."
-    card, name = self.card, concept.name
-    if concept.model_width != self.width: raise AtlasError(f"concept {name!r} has width {concept.model_width}, the atlas {self.width}: it was made with another model ({concept.model or 'unknown'}), the atlas with {card['model']}")
-    if concept.model_fingerprint not in (None, card["model_fingerprint"]):
-        raise AtlasError(f"concept {name!r} was made with {concept.model!r} ({concept.model_fingerprint}), the atlas with {card['model']!r} ({card['model_fingerprint']}). If the atlas's model is a fine-tune of the concept's, use concept.transfer(lm)")
-    for what in ("layer", "pooling"):
-        if getattr(concept, what) != card[what]: raise AtlasError(f"concept {name!r} has {what} {getattr(concept, what)}, this atlas answers for {what} {card[what]} only: make the concept there, or build an atlas with {what}={getattr(concept, what)!r}")
-    return [] if concept.model_fingerprint else [f"concept {name!r} does not record the model it was made with"]
+class _Checked(_Atlas):
+    "An atlas that refuses what it cannot answer."
+    def check(
+        self,
+        concept: Concept, # What is to be asked
+    ) -> list[str]: # What a query card should mention
+        "Raise `AtlasError` unless this atlas answers for the concept's width, model, layer and pooling."
+        card, name = self.card, concept.name
+        if concept.model_width != self.width:
+            raise AtlasError(f"concept {name!r} has width {concept.model_width}, the atlas {self.width}: "
+                             f"it was made with another model ({concept.model or 'unknown'}), the atlas "
+                             f"with {card['model']}")
+        if concept.model_fingerprint not in (None, card["model_fingerprint"]):
+            raise AtlasError(
+                f"concept {name!r} was made with {concept.model!r} ({concept.model_fingerprint}), the "
+                f"atlas with {card['model']!r} ({card['model_fingerprint']}). If the atlas's model is a "
+                "fine-tune of the concept's, use concept.transfer(lm)")
+        for what in ("layer", "pooling"):
+            own = getattr(concept, what)
+            if own == card[what]: continue
+            raise AtlasError(f"concept {name!r} has {what} {own}, this atlas answers for {what} "
+                             f"{card[what]} only: make the concept there, or build an atlas with "
+                             f"{what}={own!r}")
+        if concept.model_fingerprint: return []
+        return [f"concept {name!r} does not record the model it was made with"]
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #002f
-@patch
-def score_many(self: InfluenceAtlas,
-    directions, # [K, d] tensor or array, such as the decoder rows of a sparse autoencoder; used at unit length
-) -> np.ndarray: # [N, K] float64; positive: training more on the example raises the activation of the direction
-    "Influence of every example on every direction: one matrix product. Raises `AtlasError` for another width, or a zero direction."
-    return _product(self.rows, _unit_rows(directions, self.width).T)
+class _Answers(_Checked):
+    "An atlas that answers."
+    def score_many(
+        self,
+        directions: Any, # [K, d] tensor or array, such as the decoder rows of a sparse autoencoder
+    ) -> np.ndarray: # [N, K] float64; positive: training more on the example raises the activation
+        """Influence of every example on every direction, each at unit length: one matrix product.
+        Raises `AtlasError` for another width, or a zero direction."""
+        return _product(self.rows, _unit_rows(directions, self.width).T)
 
-@patch
-def score(self: InfluenceAtlas,
-    concept, # `Concept` of the atlas's layer and pooling
-) -> Attribution:
-    "Concept Influence of every example, read off the atlas (METHODS §4). Raises `AtlasError` for a concept this atlas cannot answer for."
-    start, notes = time.perf_counter(), self.check(concept)
-    scores = self.score_many(concept.direction)[:, 0]
-    settings, agreement = dict(self.card["settings"]), self.agreement(concept.direction)
-    if agreement is not None: settings["agreement_with_exact"] = round(agreement, 4)
-    card = QueryCard(**{**self.card, "behaviour": concept.name, "settings": settings, "notes": self.card["notes"] + notes, "zero": "gradient", "sign": None}, cost=Cost(seconds=time.perf_counter() - start))
-    return Attribution(self.conversations, scores, card)
+    def agreement(
+        self,
+        direction: Any, # [d]
+    ) -> float | None: # Spearman; None where nothing was sampled (an exact atlas agrees with itself)
+        "How well the atlas ranks its sampled examples along this direction, compared with their exact "
+        "scores."
+        if not len(self.sample): return None
+        column = _unit_rows(direction, self.width).T
+        exact, own = (_product(rows, column)[:, 0] for rows in (self.sample, self.rows[self.sample_rows]))
+        return spearman(exact, own)
 
-@patch
-def agreement(self: InfluenceAtlas,
-    direction, # [d]
-) -> float | None: # Spearman correlation; None where nothing was sampled (an exact atlas agrees with itself)
-    "How well the atlas ranks its sampled examples along this very direction, compared with their exact scores."
-    if not len(self.sample): return None
-    column = _unit_rows(direction, self.width).T
-    return spearman(_product(self.sample, column)[:, 0], _product(self.rows[self.sample_rows], column)[:, 0])
+    def score(
+        self,
+        concept: Concept, # Of the atlas's layer and pooling
+    ) -> Attribution:
+        """Concept Influence of every example, read off the atlas (METHODS §4).
+        Raises `AtlasError` for a concept this atlas cannot answer for."""
+        start, notes = time.perf_counter(), self.check(concept)
+        scores = self.score_many(concept.direction)[:, 0]
+        settings, agreement = dict(self.card["settings"]), self.agreement(concept.direction)
+        if agreement is not None:
+            settings["agreement_with_exact"] = round(agreement, 4)
+        own = {"behaviour": concept.name, "settings": settings, "notes": self.card["notes"] + notes,
+               "zero": "gradient", "sign": None}
+        card = QueryCard(**{**self.card, **own}, cost=Cost(seconds=time.perf_counter() - start))
+        return Attribution(self.conversations, scores, card)
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0031
-@patch
-def top_directions(self: InfluenceAtlas,
-    example,    # Row number, or id of a conversation
-    directions, # List of `Concept`s, or [F, d] tensor or array such as the decoder rows of a sparse autoencoder
-    n: int = 10, # How many
-) -> pd.DataFrame: # `direction`, `score`, `cosine` with c(z), and `rank`: the example's place among all for that direction
-    "The directions on which one example has the largest influence, up or down, the largest first."
-    row = self._row(example)
-    concepts = isinstance(directions, (list, tuple)) and all(isinstance(d, Concept) for d in directions)
-    for concept in directions if concepts else (): self.check(concept)
-    rows_Fd = _unit_rows([c.direction for c in directions] if concepts else directions, self.width)
-    step_d = np.asarray(self.rows[row], np.float64)
-    scores_F = rows_Fd @ step_d
-    order = np.argsort(-abs(scores_F), kind="stable")[:n]
-    all_NF = self.score_many(rows_Fd[order])
-    ranks = 1 + (all_NF > all_NF[row]).sum(0)
-    return pd.DataFrame({"direction": [directions[i].name if concepts else int(i) for i in order], "score": scores_F[order],
-                         "cosine": scores_F[order]/max(np.linalg.norm(step_d), np.finfo(float).tiny), "rank": ranks})
+class _Ranked(_Answers):
+    "An atlas that is asked about one example."
+    def top_directions(
+        self,
+        example: int | str, # Row number, or id of a conversation
+        directions: Any,    # List of `Concept`s, or [F, d] tensor or array such as the rows of a decoder
+        n: int = 10,        # How many
+    ) -> pd.DataFrame:      # `direction`, `score`, `cosine` with c(z), and `rank` of the example among all
+        "The directions on which one example has the largest influence, up or down, the largest first."
+        row, names = self._row(example), None
+        if isinstance(directions, (list, tuple)) and all(isinstance(d, Concept) for d in directions):
+            for concept in directions:
+                self.check(concept)
+            names, directions = [c.name for c in directions], [c.direction for c in directions]
+        rows_Fd = _unit_rows(directions, self.width)
+        step_d = np.asarray(self.rows[row], np.float64)
+        scores_F = rows_Fd @ step_d
+        order = np.argsort(-abs(scores_F), kind="stable")[:n]
+        all_NF = self.score_many(rows_Fd[order])
+        return pd.DataFrame({
+            "direction": [names[i] if names is not None else int(i) for i in order], "score": scores_F[order],
+            "cosine": scores_F[order]/max(np.linalg.norm(step_d), np.finfo(float).tiny),
+            "rank": 1 + (all_NF > all_NF[row]).sum(0)})
 
-@patch
-def _row(self: InfluenceAtlas, example):
-    "Row number of an example."
-    if isinstance(example, str):
-        if example not in self.conversations.ids: raise AtlasError(f"no conversation of {len(self)} has the id {example!r}")
-        return self.conversations.ids.index(example)
-    if not -len(self) <= example < len(self): raise AtlasError(f"example {example}: the atlas has rows 0 to {len(self) - 1}")
-    return int(example)
+    def _row(self, example: int | str) -> int:
+        "Row number of an example."
+        if isinstance(example, str):
+            if example in self.conversations.ids: return self.conversations.ids.index(example)
+            raise AtlasError(f"no conversation of {len(self)} has the id {example!r}")
+        if -len(self) <= example < len(self): return int(example)
+        raise AtlasError(f"example {example}: the atlas has rows 0 to {len(self) - 1}")
 
-# %% ../../nbs/50_influence/08_atlas.ipynb #0032
-@patch
-def _facts(self: InfluenceAtlas):
-    settings, sample = self.card["settings"], self.header["agreement"]
-    about = {"layer": f"{self.layer} of width {self.width}, {self.card['pooling']}", "queries": f"{settings['query_examples']} from {settings['query_data']}", "mode": settings["mode"],
-             "curvature": self.card["curvature"] + (f", damping {self.card['damping']}" if self.card["damping"] else "")}
-    if sample: about["agreement with exact"] = f"Spearman mean {sample['mean']:.3f}, min {sample['min']:.3f} over {sample['directions']} unseen random directions on {sample['examples']} examples"
-    return about | _Stored._facts(self)
+# %% ../../nbs/50_influence/08_atlas.ipynb #atlas-class-code
+class InfluenceAtlas(_Ranked):
+    """c(z) [d] for every training example, for one layer and one set of query examples: the influence on any
+    direction v is v̂ᵀc(z). Made by `build_atlas`."""
+    def _facts(self) -> dict[str, str]:
+        "What its representations show."
+        card, settings, sample = self.card, self.card["settings"], self.header["agreement"]
+        damping = f", damping {card['damping']}" if card["damping"] else ""
+        about = {"layer": f"{self.layer} of width {self.width}, {card['pooling']}",
+                 "queries": f"{settings['query_examples']} from {settings['query_data']}",
+                 "mode": settings["mode"], "curvature": f"{card['curvature']}{damping}"}
+        if sample:
+            about["agreement with exact"] = (
+                f"Spearman mean {sample['mean']:.3f}, min {sample['min']:.3f} over {sample['directions']} "
+                f"unseen random directions on {sample['examples']} examples")
+        return about | super()._facts()
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0034
-def _sampled(n, sample, seed):
-    "Sorted row numbers of a random sample."
-    return np.sort(np.random.default_rng(seed).permutation(n)[:sample])
-
-def _agreement(seed, sample_rows, first, second):
+def _agreement(seed: int, sample_rows: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict:
     "Spearman correlations of two versions of the sampled rows [M, d] along 64 random directions."
     directions_Kd = np.random.default_rng(seed + 1).normal(size=(64, first.shape[1]))
-    found = [spearman(a, b) for a, b in zip((first.astype(float) @ directions_Kd.T).T, (second.astype(float) @ directions_Kd.T).T)]
-    return dict(mean=round(float(np.mean(found)), 4), min=round(float(np.min(found)), 4), directions=64, examples=len(sample_rows))
+    first_KM, second_KM = ((rows.astype(float) @ directions_Kd.T).T for rows in (first, second))
+    found = [spearman(a, b) for a, b in zip(first_KM, second_KM)]
+    return dict(mean=round(float(np.mean(found)), 4), min=round(float(np.min(found)), 4), directions=64,
+                examples=len(sample_rows))
 
-def _basis_directions(width, n, seed, activations):
-    "Random directions [n, width] to learn the bases from: Gaussian, or half of them with the covariance of some activations."
-    gaussian = torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+def _basis_directions(width: int, n: int, seed: int, activations: Any) -> torch.Tensor:
+    "Random directions [n, width] to learn the bases from: Gaussian, or half of them like some activations."
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(n, width, generator=generator, dtype=torch.float64).float()
     if activations is None: return gaussian
     return torch.cat([random_directions(activations, n//2, seed=seed)*width**.5, gaussian[n//2:]])
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0035
-def _check_atlas(lm, data, queries, sites, rank, sample, memory_budget):
-    "Refuse what cannot work."
-    for what, given in (("data", data), ("queries", queries)):
-        if not len(given): raise AtlasError(f"{what} is empty: an atlas needs at least one conversation there")
-    if rank is None: return
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1: raise AtlasError(f"rank={rank!r}: None for exact, or a whole number from 1 on")
-    if 0 < sample < 8: raise AtlasError(f"sample={sample}: a rank correlation of fewer than 8 examples says nothing; 0 leaves the check out")
-    if (needed := _answers_bytes(lm, sites, rank)) > memory_budget:
-        raise AtlasError(f"rank={rank} at {len(sites)} sites of width {lm.width} needs a table of {needed/2**30:.1f} GiB, memory_budget allows {memory_budget/2**30:.1f}: lower rank=, choose fewer sites, or take rank=None, which needs no table")
+def _check_rank(rank: Any, sample: int, otherwise: str = "") -> None:
+    "Refuse a rank that is none, and a sample that says nothing."
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise AtlasError(f"rank={rank!r}: {otherwise}a whole number from 1 on")
+    if 0 < sample < 8:
+        raise AtlasError(f"sample={sample}: a rank correlation of fewer than 8 examples says nothing; 0 "
+                         "leaves the check out")
+
+def _check_table(lm: LanguageModel, sites: list[Site], rank: int, memory_budget: int) -> None:
+    "Refuse a table of sketched queries that is too large."
+    needed = _answers_bytes(lm, sites, rank)
+    if needed <= memory_budget: return
+    raise AtlasError(
+        f"rank={rank} at {len(sites)} sites of width {lm.width} needs a table of {needed/2**30:.1f} GiB, "
+        f"memory_budget allows {memory_budget/2**30:.1f}: lower rank=, choose fewer sites, or take "
+        "rank=None, which needs no table")
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0036
-def _atlas_card(lm, queries, data, layer, pooling, sites, chosen, curvature, mode):
-    "What the atlas is, before anybody has asked it anything."
-    unreachable, record = len(resolve_sites(lm, sites)) - len(chosen), curvature.record
-    notes = [f"{unreachable} sites at or above layer {layer} cannot influence the query and are left out"] if unreachable else []
-    notes += coverage_notes(lm, sites)
-    if len(data.cut): notes.append(f"{len(data.cut)} of {len(data)} examples were longer than {data.max_tokens} tokens and were cut there")
-    settings = {"mode": mode, "query_examples": len(queries), "query_data": queries.conversations.name, "max_tokens": data.max_tokens}
-    if record: settings |= {"curvature_labels": record["labels"], "curvature_examples": record["n_examples"]}
-    return QueryCard(method="Influence Atlas", zero="gradient", behaviour="any direction", model=lm.name, model_fingerprint=lm.fingerprint, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, layer=layer,
-                     pooling=pooling, reduction="mean", sites=sites if isinstance(sites, str) else "chosen by name", n_sites=len(chosen), curvature=curvature.name, damping=curvature.damping_text, settings=settings, notes=notes)
+def _cut_note(data: TokenizedConversations) -> list[str]:
+    "A note where examples were cut."
+    if not len(data.cut): return []
+    return [f"{len(data.cut)} of {len(data)} examples were longer than {data.max_tokens} tokens and were cut "
+            "there"]
+
+def _atlas_card(asked: _Asked, data: TokenizedConversations, sites: Any, curvature: EKFAC | Identity,
+                mode: str) -> QueryCard:
+    "What the atlas is."
+    lm, queries, record = asked.lm, asked.queries, curvature.record
+    unreachable = len(resolve_sites(lm, sites)) - len(asked.sites)
+    notes = [f"{unreachable} sites at or above layer {asked.layer} cannot influence the query and are left "
+             "out"] if unreachable else []
+    settings = {"mode": mode, "query_examples": len(queries), "query_data": queries.conversations.name,
+                "max_tokens": data.max_tokens}
+    if record:
+        settings |= {"curvature_labels": record["labels"], "curvature_examples": record["n_examples"]}
+    return QueryCard(
+        method="Influence Atlas", zero="gradient", behaviour="any direction", model=lm.name,
+        model_fingerprint=lm.fingerprint, data=data.conversations.name,
+        data_fingerprint=data.conversations.fingerprint, layer=asked.layer, pooling=asked.pooling,
+        reduction="mean", sites=sites if isinstance(sites, str) else "chosen by name",
+        n_sites=len(asked.sites),
+        curvature=curvature.name, damping=curvature.damping_text, settings=settings,
+        notes=notes + coverage_notes(lm, sites) + _cut_note(data))
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0037
-def build_atlas(
-    lm,                    # `LanguageModel`
-    queries,               # `Conversations`: answers of the model that show the behaviour; their activations are averaged
-    data,                  # `Conversations` to attribute to
-    layer: int,            # l of `hidden_states[l]`; only sites below it can matter
-    *,
-    folder: str | Path,    # Where the atlas is kept; an unfinished build found there is continued
-    sites = "attention",   # As in `resolve_sites`
-    curvature = "ekfac",   # "ekfac" (fitted on `data`), "identity", or a fitted `EKFAC`
-    pooling: str = "response_mean", # How the query's token activations become one vector
-    rank: int = None,      # None: exact. r: a two-sided basis of r × r numbers a site (128 keeps a ranking, METHODS §4)
-    n_basis: int = 64,     # Random directions the bases are learnt from
-    activations = None,    # [M, d] pooled activations whose covariance half of them follow; None: all Gaussian
-    sample: int = 32,      # With `rank`: examples whose exact rows are computed too, to measure the agreement
-    seed: int = 0,         # Seed of the random directions and the sample
-    max_tokens: int = 1536, # Longer examples are cut, and the card says so
-    token_budget: int = 1024, # Tokens in a batch, of data or of repeated queries
-    memory_budget: int = 2**32, # Bytes the table of sketched queries may take
-    progress: bool = True, # Show progress bars
-) -> InfluenceAtlas:
-    """Compute c(z) = -J H⁻¹ ∇L(z) for every example (METHODS §4). An interrupted build continues where it stopped.
-
-    Price of an example beyond its forward and backward pass: exact, a tangent pass over all query tokens up to `layer` (and the graph of all query tokens in memory);
-    with `rank=r`, r·(in + out) multiplications for each token and site, after `width + n_basis` backward passes of the queries.
-    Raises `AtlasError` for settings that cannot work, before any work is done."""
-    folder, layer = Path(folder), lm.check_layer(layer)
-    chosen, data, queries = resolve_sites(lm, sites, layer=layer), lm.tokenize(data, max_tokens=max_tokens), lm.tokenize(queries)
-    _check_atlas(lm, data, queries, chosen, rank, sample, memory_budget)
-    curvature = _fitted(lm, curvature, data, chosen)
-    key = dict(kind="atlas", code=code_version(), model=lm.fingerprint, dtype=str(lm.dtype), data=data.fingerprint, queries=queries.fingerprint, layer=layer, pooling=pooling, sites=[s.name for s in chosen], curvature=curvature.fingerprint,
-               rank=rank, n_basis=n_basis, activations=None if activations is None else fingerprint(torch.as_tensor(activations)), sample=sample, seed=seed, token_budget=token_budget)
-    if found := _reuse(InfluenceAtlas, folder, key, {}): return found
-    _check_disk(folder, data, lm.width, "float32")
-    store, frames = BlockStore(folder/"unfinished", key), _frames(lm, curvature, chosen)
-    exactly = lambda: _ExactRows(lm, queries, layer, pooling, chosen, frames, token_budget)
-    def by_basis():
-        with tqdm(total=(lm.width + n_basis)*queries.n_tokens, desc="differentiating the queries", unit="tok", disable=not progress) as bar:
-            return _BasisRows(lm, queries, layer, pooling, chosen, frames, rank, _basis_directions(lm.width, n_basis, seed, activations), seed, token_budget, _readers(lm, chosen, data), bar)
-    sample_rows = _sampled(len(data), sample if rank else 0, seed)
-    preparation = _fill(lm, data, store, chosen, by_basis if rank else exactly, "float32", token_budget, progress, "influence atlas")
-    _second_opinion(lm, data, store, chosen, exactly, sample_rows, token_budget)
-    card = _atlas_card(lm, queries, data, layer, pooling, sites, chosen, curvature, f"two-sided basis of rank {rank}" if rank else "exact")
-    def measure(rows):
-        found = _agreement(seed, sample_rows, rows[sample_rows], store.read("sample")["values"])
-        if found["mean"] < .95: card.notes.append(f"on {found['examples']} sampled examples the atlas agrees with exact scores only at a Spearman correlation of {found['mean']:.2f} for random directions: raise rank (now {rank})")
+def _atlas_from(build: _Build, asked: _Asked, card: QueryCard, rank: int | None, n_basis: int, seed: int,
+                activations: Any, sample_rows: np.ndarray) -> InfluenceAtlas:
+    "Fill the rows of an atlas, measure what was approximated, write the files."
+    def exactly() -> _ExactRows:
+        return _ExactRows(asked)
+    def by_basis() -> _BasisRows:
+        directions_Kd = _basis_directions(asked.lm.width, n_basis, seed, activations)
+        total, quiet = (asked.lm.width + n_basis)*asked.queries.n_tokens, not build.progress
+        with tqdm(total=total, desc="differentiating the queries", unit="tok", disable=quiet) as bar:
+            readers = _readers(asked.lm, asked.sites, build.data)
+            return _BasisRows(asked, rank or 0, directions_Kd, seed, readers, bar)
+    def measure(rows: np.ndarray) -> dict:
+        found = _agreement(seed, sample_rows, rows[sample_rows], build.store.read("sample")["values"])
+        if found["mean"] < .95:
+            card.notes.append(
+                f"on {found['examples']} sampled examples the atlas agrees with exact scores only at a "
+                f"Spearman correlation of {found['mean']:.2f} for random directions: raise rank (now {rank})")
         return found
-    return _finish(InfluenceAtlas, folder, store, data, key, card, lm.width, "float32", sample_rows, measure, preparation, {})
+    preparation = _fill(build, by_basis if rank else exactly)
+    _second_opinion(build, exactly, sample_rows)
+    return _finish(InfluenceAtlas, build, card, sample_rows, measure, preparation, {})
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #build_atlas
+def build_atlas(
+    lm: LanguageModel,           # The model
+    queries: Conversations,      # Answers that show the behaviour; their activations are averaged
+    data: Conversations,         # What to attribute to
+    layer: int,                  # l of `hidden_states[l]`; only sites below it can matter
+    *,
+    folder: str | Path,          # Where the atlas is kept; an unfinished build found there is continued
+    sites: str | Iterable[Site] = "attention",  # As in `resolve_sites`
+    curvature: str | EKFAC | Identity = "ekfac", # "ekfac" (fitted on `data`), "identity", or a fitted `EKFAC`
+    pooling: str = "response_mean",   # How the query's token activations become one vector
+    rank: int | None = None,     # None: exact. r: a basis of r × r numbers a site (128 keeps a ranking)
+    n_basis: int = 64,           # Random directions the bases are learnt from
+    activations: Any = None,     # [M, d] pooled activations whose covariance half of them follow
+    sample: int = 32,            # With `rank`: examples whose exact rows are computed too, for the agreement
+    seed: int = 0,               # Seed of the random directions and the sample
+    max_tokens: int = 1536,      # Longer examples are cut, and the card says so
+    token_budget: int = 1024,    # Tokens in a batch, of data or of repeated queries
+    memory_budget: int = 2**32,  # Bytes the table of sketched queries may take
+    progress: bool = True,       # Show progress bars
+) -> InfluenceAtlas:
+    """Compute c(z) = -J H⁻¹ ∇L(z) for every example (METHODS §4). A build that was killed goes on.
+
+    Price of an example beyond its forward and backward pass: exact, a tangent pass over all query tokens up
+    to `layer` (and the graph of all query tokens in memory); with `rank=r`, r·(in + out) multiplications for
+    each token and site, after `width + n_basis` backward passes of the queries.
+    The rows of a float64 model are float64, others float32.
+    Raises `AtlasError` for settings that cannot work, before any work is done."""
+    folder, layer, chosen = Path(folder), lm.check_layer(layer), resolve_sites(lm, sites, layer=layer)
+    texts, asked_for = lm.tokenize(data, max_tokens=max_tokens), lm.tokenize(queries)
+    for what, given in (("data", texts), ("queries", asked_for)):
+        if not len(given): raise AtlasError(f"{what} is empty: an atlas needs at least one conversation "
+                                            "there")
+    if rank is not None:
+        _check_rank(rank, sample, "None for exact, or ")
+        _check_table(lm, chosen, rank, memory_budget)
+    curvature = _fitted(lm, curvature, texts, chosen)
+    key = dict(kind="atlas", code=code_version(), model=lm.fingerprint, dtype=str(lm.dtype),
+               data=texts.fingerprint, queries=asked_for.fingerprint, layer=layer, pooling=pooling,
+               sites=[site.name for site in chosen],
+               curvature=curvature.fingerprint, rank=rank, n_basis=n_basis, sample=sample, seed=seed,
+               activations=None if activations is None else fingerprint(torch.as_tensor(activations)),
+               token_budget=token_budget)
+    if found := _reuse(InfluenceAtlas, folder, key, {}): return found
+    dtype = _stored_dtype(lm)
+    _check_disk(folder, texts, lm.width, dtype)
+    asked = _Asked(lm, asked_for, layer, pooling, chosen, _frames(lm, curvature, chosen), token_budget)
+    build = _Build(lm, texts, chosen, folder, key, lm.width, dtype, token_budget, progress, "influence atlas")
+    card = _atlas_card(asked, texts, sites, curvature, f"two-sided basis of rank {rank}" if rank else "exact")
+    sample_rows = _sampled(len(texts), sample if rank else 0, seed)
+    return _atlas_from(build, asked, card, rank, n_basis, seed, activations, sample_rows)
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0045
-def _projection(size, rank, seed, *names):
+def _projection(size: int, rank: int, seed: int, *names: str) -> torch.Tensor:
     "Orthonormal columns [size, rank], drawn on the CPU in float64 so that they are the same on every device."
     digest = int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:7])
-    noise = torch.randn(size, min(rank, size), generator=torch.Generator().manual_seed(digest), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(digest)
+    noise = torch.randn(size, min(rank, size), generator=generator, dtype=torch.float64)
     return torch.linalg.qr(noise)[0]
 
-def _random_sketches(sites, frames, rank, seed, dtype):
+def _random_sketches(
+    sites: list[Site],
+    frames: dict[str, _Frame],
+    rank: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> dict[str, _Sketch]:
     "A random sketch for every site."
     found = {}
     for site in sites:
-        P_out, P_in = (_projection(size, rank, seed, site.name, side).to(site.weight.device, dtype) for side, size in (("out", site.out_features), ("in", site.in_features)))
+        sizes = {"out": site.out_features, "in": site.in_features}
+        P_out, P_in = (_projection(size, rank, seed, site.name, side).to(site.weight.device, dtype)
+                       for side, size in sizes.items())
         found[site.name] = _sketch(frames[site.name], P_out, P_in)
     return found
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0046
 _MAPS = ("left", "right", "query_left", "query_right")
 
-def _write_sketches(path, pair):
+def _write_sketches(path: Path, pair: list[dict[str, _Sketch]]) -> None:
+    "Both sketches of all sites in one file."
     from safetensors.torch import save_file
-    tensors = {f"{which}|{name}|{part}": getattr(sketch, part).to("cpu", copy=True).contiguous() for which, sketches in enumerate(pair) for name, sketch in sketches.items() for part in _MAPS}
-    with atomic_file(path) as part: save_file(tensors, part)
+    tensors = {f"{which}|{name}|{part}": getattr(sketch, part).to("cpu", copy=True).contiguous()
+               for which, sketches in enumerate(pair) for name, sketch in sketches.items() for part in _MAPS}
+    with atomic_file(path) as part:
+        save_file(tensors, part)
 
-def _read_sketches(path, expected, device):
+def _read_sketches(path: Path, expected: str, device: torch.device) -> tuple[dict, dict]:
     "Both sketches of all sites, checked."
     from safetensors.torch import load_file
-    if not path.exists() or _file_checksum(path) != expected: raise AtlasError(f"{path} is absent or damaged: copy it again, or build the index again")
+    if not path.exists() or _file_checksum(path) != expected:
+        raise AtlasError(f"{path} is absent or damaged: copy it again, or build the index again")
     tensors, pair = load_file(path, device=str(device)), ({}, {})
     for key in {key.rpartition("|")[0] for key in tensors}:
         which, name = key.split("|")
@@ -731,132 +1211,225 @@ def _read_sketches(path, expected, device):
     return pair
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0047
-class GradientIndex(_Stored):
-    "Randomly projected gradients of every training example, for queries of any kind. Made by `build_index`."
+def _adapters(lm: LanguageModel) -> list[Site]:
+    "LoRA sites, where there are any."
+    try:
+        return resolve_sites(lm, "lora")
+    except SiteError:
+        return []
+
+class _Index(_Stored):
+    "An opened index with its model."
     kind, maker = "gradient index", "build_index"
 
-    def __init__(self, folder, lm):
+    def __init__(self, folder: str | Path, lm: LanguageModel):
         super().__init__(folder)
-        if self.card["model_fingerprint"] != lm.fingerprint: raise AtlasError(f"{folder} is an index of {self.card['model']!r} ({self.card['model_fingerprint']}), whose weights differ from those of {lm.name!r} ({lm.fingerprint}): build one for this model")
-        self.lm, by_name = lm, {site.name: site for site in resolve_sites(lm, "all-linear") + _adapters(lm)}
-        self.sites = [by_name[name] for name in self.header["sites"]]
-        self.sketches = _read_sketches(self.folder/"sketches.safetensors", self.header["files"]["sketches.safetensors"], lm.device)
-        self.scales = np.load(self.folder/"scales.npy") if "scales.npy" in self.header["files"] else None
+        card, files = self.card, self.header["files"]
+        if card["model_fingerprint"] != lm.fingerprint:
+            raise AtlasError(f"{folder} is an index of {card['model']!r} ({card['model_fingerprint']}), "
+                             f"whose weights differ from those of {lm.name!r} ({lm.fingerprint}): build "
+                             "one for this model")
+        by_name = {site.name: site for site in resolve_sites(lm, "all-linear") + _adapters(lm)}
+        self.lm, self.sites = lm, [by_name[name] for name in self.header["sites"]]
+        name = "sketches.safetensors"
+        self.sketches = _read_sketches(self.folder/name, files[name], lm.device)
+        self.scales = np.load(self.folder/"scales.npy") if "scales.npy" in files else None
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #index-load-code
+class _Loaded(_Index):
+    "An index as a user opens it."
     @classmethod
-    def load(cls,
+    def load(
+        cls,
         folder: str | Path, # As given to `build_index`
-        lm,                 # `LanguageModel` it was built with: queries have to be differentiated
-    ) -> "GradientIndex":
+        lm: LanguageModel,  # The model it was built with: queries have to be differentiated
+    ) -> Self:
         "Open an index. Raises `AtlasError` where it is absent, unfinished, damaged, or of another model."
         return cls(folder, lm)
 
-    def _facts(self):
-        about, sample = {"rank": self.card["settings"]["rank"], "numbers an example": f"{self.rows.shape[1]:,} in {self.rows.dtype}", "whitened by": self.card["settings"]["whitened_by"]}, self.header["agreement"]
-        if sample: about["reliability"] = f"two sketches agree at a Spearman correlation of {sample['mean']:.3f} (min {sample['min']:.3f}) on {sample['examples']} examples, each of them as the query"
+    def _facts(self) -> dict[str, str]:
+        "What its representations show."
+        settings, sample = self.card["settings"], self.header["agreement"]
+        about = {"rank": settings["rank"], "whitened by": settings["whitened_by"],
+                 "numbers an example": f"{self.rows.shape[1]:,} in {self.rows.dtype}"}
+        if sample:
+            about["reliability"] = (
+                f"two sketches agree at a Spearman correlation of {sample['mean']:.3f} (min "
+                f"{sample['min']:.3f}) on {sample['examples']} examples, each of them as the query")
         return about | super()._facts()
 
-def _adapters(lm):
-    "LoRA sites, where there are any."
-    from concept_tda.model.loading import SiteError
-    try: return resolve_sites(lm, "lora")
-    except SiteError: return []
-
 # %% ../../nbs/50_influence/08_atlas.ipynb #0049
-def _sketched_query(sites, sketches, gradients, unbiased):
-    "Sketched query gradients as one row [P] in float64; `unbiased` multiplies by o·i / (r_o·r_i)."
+def _sketched_query(
+    sites: list[Site],
+    sketches: dict[str, _Sketch],
+    gradients: dict[str, torch.Tensor],
+    unbiased: bool,
+) -> list[np.ndarray]:
+    "Sketched query gradients [r_out r_in] of each site in float64; `unbiased` multiplies by o·i / (r_o·r_i)."
     parts = []
     for site in sites:
         s, gradient = sketches[site.name], gradients[site.name]
         scale = gradient.numel()/np.prod(s.shape) if unbiased else 1.
-        parts.append(scale*(s.query_left.mT @ gradient.to(s.query_left) @ s.query_right).flatten().double().cpu().numpy())
+        corner = s.query_left.mT @ gradient.to(s.query_left) @ s.query_right
+        parts.append(scale*corner.flatten().double().cpu().numpy())
     return parts
 
-@patch
-def _projected_fisher(self: GradientIndex, parts, damping=.1):
-    "Solve (F + λ) x = q at every site with F = mean of the outer products of the stored rows."
-    solved, start = [], 0
-    for site, part in zip(self.sites, parts):
-        if len(part) > 4096: raise AtlasError(f"the projected Fisher of {site.name} would have {len(part):,}² entries: build the index with rank=64 or less, or pass a fitted EKFAC")
-        fisher = np.zeros((len(part), len(part)))
+# %% ../../nbs/50_influence/08_atlas.ipynb #fisher-code
+class _Fisher(_Loaded):
+    "An index that can be its own curvature."
+    def _fisher(self, columns: slice) -> np.ndarray:
+        "Mean of the outer products of some columns of the stored rows."
+        size = columns.stop - columns.start
+        fisher = np.zeros((size, size))
         for first in range(0, len(self), 4096):
-            rows = np.asarray(self.rows[first:first + 4096, start:start + len(part)], np.float64)
-            if self.scales is not None: rows *= self.scales[first:first + 4096, None]
+            rows = np.asarray(self.rows[first:first + 4096, columns], np.float64)
+            if self.scales is not None:
+                rows *= self.scales[first:first + 4096, None]
             fisher += rows.T @ rows/len(self)
-        if (mean := np.trace(fisher)/len(part)) > 0: solved.append(np.linalg.solve(fisher + damping*mean*np.eye(len(part)), part))
-        else: solved.append(np.zeros_like(part))   # no example has a gradient here
-        start += len(part)
-    return solved
+        return fisher
+
+    def _projected_fisher(self, parts: list[np.ndarray], damping: float = .1) -> list[np.ndarray]:
+        "Solve (F + λ) x = q at every site."
+        solved, start = [], 0
+        for site, part in zip(self.sites, parts):
+            size = len(part)
+            if size > 4096:
+                raise AtlasError(f"the projected Fisher of {site.name} would have {size:,}² entries: build "
+                                 "the index with rank=64 or less, or pass a fitted EKFAC")
+            fisher = self._fisher(slice(start, start + size))
+            mean, start = np.trace(fisher)/size, start + size
+            damped = fisher + damping*mean*np.eye(size)
+            solved.append(np.linalg.solve(damped, part) if mean > 0 else np.zeros_like(part))
+        return solved
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #described-code
+class _Described(_Fisher):
+    "An index that knows how far it can be trusted."
+    def _query_reliability(self, scores: np.ndarray, second: np.ndarray) -> float | None:
+        "Rank correlation of a query's scores with those by the second sketch; None where nothing was "
+        "sampled."
+        if not len(self.sample): return None
+        return spearman(-_product(self.sample, second[:, None])[:, 0], scores[self.sample_rows])
+
+    def _about(self, query: Query, reliability: float | None) -> dict[str, Any]:
+        "What the card says of a query."
+        settings, notes = dict(self.card["settings"]), list(self.card["notes"])
+        settings |= {"query_examples": len(query.examples), "query_data": query.examples.name}
+        if reliability is not None:
+            settings["reliability"] = round(reliability, 4)
+            if not reliability > .9:
+                notes.append(
+                    f"two sketches of {len(self.sample)} sampled examples agree only at a Spearman "
+                    f"correlation of {reliability:.2f} for this query: build the index with a higher rank "
+                    f"(now {settings['rank']})")
+        pooling = getattr(getattr(query, "concept", None), "pooling", None)
+        return {"behaviour": query.name, "layer": query.layer, "pooling": pooling, "settings": settings,
+                "notes": notes, "zero": "gradient", "sign": None}
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #004a
-@patch
-def score(self: GradientIndex,
-    query,                   # Any `Query`: `ConceptQuery`, `LossQuery`, ...
-    *,
-    curvature = "identity",  # "identity", a fitted `EKFAC` (applied to the query), or "projected" (Fisher of the index, LoGra)
-) -> Attribution:
-    "-⟨H⁻¹∇f, ∇L(z)⟩ of every example, estimated from the projections. The card says how well two sketches agree for this query."
-    start, projected = time.perf_counter(), isinstance(curvature, str) and curvature == "projected"
-    if isinstance(curvature, str) and curvature == "ekfac": raise AtlasError("curvature='ekfac' would have to be fitted on data that the index does not have: pass EKFAC.fit(lm, data, sites)")
-    fitted = Identity() if projected else _fitted(self.lm, curvature, None, self.sites)
-    gradients = fitted.precondition(query.gradients(self.lm, self.sites))
-    first, second = (_sketched_query(self.sites, sketches, gradients, not projected) for sketches in self.sketches)
-    row = np.concatenate(self._projected_fisher(first) if projected else first)
-    scores = -_product(self.rows, row[:, None], self.scales)[:, 0]
-    settings, notes = {**self.card["settings"], "query_examples": len(query.examples), "query_data": query.examples.name}, list(self.card["notes"])
-    if len(self.sample) and not projected:
-        reliability = spearman(-_product(self.sample, np.concatenate(second)[:, None])[:, 0], scores[self.sample_rows])
-        settings["reliability"] = round(reliability, 4)
-        if not reliability > .9: notes.append(f"two sketches of {len(self.sample)} sampled examples agree only at a Spearman correlation of {reliability:.2f} for this query: build the index with a higher rank (now {settings['rank']})")
-    card = QueryCard(**{**self.card, "behaviour": query.name, "layer": query.layer, "pooling": getattr(getattr(query, "concept", None), "pooling", None), "settings": settings, "notes": notes,
-                        "curvature": "Fisher of the projections" if projected else fitted.name, "damping": "0.1 × mean diagonal of each site" if projected else fitted.damping_text, "zero": "gradient", "sign": None}, cost=Cost(seconds=time.perf_counter() - start))
-    return Attribution(self.conversations, scores, card)
+class GradientIndex(_Described):
+    "Randomly projected gradients of every training example, for queries of any kind. Made by `build_index`."
+    def score(
+        self,
+        query: Query, # Any: `ConceptQuery`, `LossQuery`, ...
+        *,
+        curvature: str | EKFAC | Identity = "identity", # Or a fitted `EKFAC`, or "projected" (LoGra)
+    ) -> Attribution:
+        """-⟨H⁻¹∇f, ∇L(z)⟩ of every example, estimated from the projections.
+        The card says how well two sketches agree for this query."""
+        start, projected = time.perf_counter(), isinstance(curvature, str) and curvature == "projected"
+        if isinstance(curvature, str) and curvature == "ekfac":
+            raise AtlasError("curvature='ekfac' would have to be fitted on data that the index does not "
+                             "have: pass EKFAC.fit(lm, data, sites)")
+        fitted = Identity() if projected else _fitted(self.lm, curvature, None, self.sites)
+        gradients = fitted.precondition(query.gradients(self.lm, self.sites))
+        first, second = (_sketched_query(self.sites, sketches, gradients, not projected)
+                         for sketches in self.sketches)
+        row = np.concatenate(self._projected_fisher(first) if projected else first)
+        scores = -_product(self.rows, row[:, None], self.scales)[:, 0]
+        reliability = None if projected else self._query_reliability(scores, np.concatenate(second))
+        own = {"curvature": "Fisher of the projections" if projected else fitted.name,
+               "damping": "0.1 × mean diagonal of each site" if projected else fitted.damping_text}
+        own |= self._about(query, reliability)
+        card = QueryCard(**{**self.card, **own}, cost=Cost(seconds=time.perf_counter() - start))
+        return Attribution(self.conversations, scores, card)
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #004c
-def _reliability(rows, sample_rows, second):
-    "Agreement of two sketches of the sampled rows when each of them is the query in turn."
-    first_MM, second_MM = (values @ values.T for values in (np.asarray(rows[sample_rows], np.float64), second.astype(np.float64)))
+def _reliability(first: np.ndarray, second: np.ndarray) -> dict:
+    "Agreement of two sketches [M, P] of the sampled rows when each of them is the query in turn."
+    first_MM, second_MM = (rows @ rows.T for rows in (first.astype(np.float64), second.astype(np.float64)))
     others = ~np.eye(len(second), dtype=bool)
     found = [spearman(first_MM[i][others[i]], second_MM[i][others[i]]) for i in range(len(second))]
-    return dict(mean=round(float(np.mean(found)), 4), min=round(float(np.min(found)), 4), examples=len(second))
+    mean, least = float(np.mean(found)), float(np.min(found))
+    return dict(mean=round(mean, 4), min=round(least, 4), examples=len(second))
+
+# %% ../../nbs/50_influence/08_atlas.ipynb #index-from
+def _restored(build: _Build, rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    "Some of the stored rows in float64, the scales of half precision undone."
+    values = np.asarray(rows[chosen], np.float64)
+    if build.dtype != "float16": return values
+    return values*np.load(build.folder/"scales.npy")[chosen, None]
+
+def _index_card(build: _Build, sites: Any, settings: dict) -> QueryCard:
+    "What the index is."
+    lm, data = build.lm, build.data
+    return QueryCard(
+        method="Gradient Index", zero="gradient", behaviour="any query", model=lm.name,
+        model_fingerprint=lm.fingerprint, data=data.conversations.name,
+        data_fingerprint=data.conversations.fingerprint, reduction="mean",
+        sites=sites if isinstance(sites, str) else "chosen by name", n_sites=len(build.sites),
+        settings=settings, notes=_cut_note(data) + coverage_notes(lm, sites))
+
+def _index_from(build: _Build, card: QueryCard, pair: list[dict], sample_rows: np.ndarray) -> GradientIndex:
+    "Fill the rows of an index by the first sketch, those of the sample by the second too, and write the "
+    "files."
+    with build.lm.undisturbed():
+        readers = _readers(build.lm, build.sites, build.data)
+    def by(sketches: dict[str, _Sketch]) -> Callable[[], _SketchRows]:
+        return lambda: _SketchRows(build.lm, build.sites, sketches, readers)
+    def measure(rows: np.ndarray) -> dict:
+        return _reliability(_restored(build, rows, sample_rows), build.store.read("sample")["values"])
+    preparation = _fill(build, by(pair[0]))
+    _second_opinion(build, by(pair[1]), sample_rows)
+    _write_sketches(build.folder/"sketches.safetensors", pair)
+    return _finish(GradientIndex, build, card, sample_rows, measure, preparation, {"lm": build.lm},
+                   files=("sketches.safetensors",), more={"sites": [site.name for site in build.sites]})
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #004d
 def build_index(
-    lm,                      # `LanguageModel`
-    data,                    # `Conversations` to attribute to
+    lm: LanguageModel,           # The model
+    data: Conversations,         # What to attribute to
     *,
-    folder: str | Path,      # Where the index is kept; an unfinished build found there is continued
-    sites = "attention",     # As in `resolve_sites`
-    rank: int = 32,          # Columns of the projections: rank² numbers a site are kept of each example
-    whiten = None,           # A fitted `EKFAC`: project in coordinates where gradients are about equally large
-    dtype: str = "float32",  # Or "float16", half the disk, with a scale for each example
-    sample: int = 64,        # Examples that are sketched twice, to measure the reliability
-    seed: int = 0,           # Seed of the projections and the sample
-    max_tokens: int = 1536,  # Longer examples are cut, and the card says so
-    token_budget: int = 1024, # Tokens in a batch
-    progress: bool = True,   # Show a progress bar
+    folder: str | Path,          # Where the index is kept; an unfinished build found there is continued
+    sites: str | Iterable[Site] = "attention", # As in `resolve_sites`
+    rank: int = 32,              # Columns of the projections: rank² numbers a site are kept of each example
+    whiten: EKFAC | None = None, # A fitted `EKFAC`: project in coordinates where gradients are equally large
+    dtype: str | None = None,    # None: float32 (float64 for a float64 model); "float16": half the disk
+    sample: int = 64,            # Examples that are sketched twice, to measure the reliability
+    seed: int = 0,               # Seed of the projections and the sample
+    max_tokens: int = 1536,      # Longer examples are cut, and the card says so
+    token_budget: int = 1024,    # Tokens in a batch
+    progress: bool = True,       # Show a progress bar
 ) -> GradientIndex:
-    "Project and keep the gradient of every example's mean response loss (METHODS §3, LoGra). Raises `AtlasError` for settings that cannot work, before any work is done."
-    folder, chosen, data = Path(folder), resolve_sites(lm, sites), lm.tokenize(data, max_tokens=max_tokens)
-    if not len(data): raise AtlasError("data is empty: an index needs at least one conversation")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1: raise AtlasError(f"rank={rank!r}: a whole number from 1 on")
-    if dtype not in ("float32", "float16"): raise AtlasError(f"dtype={dtype!r}: 'float32' or 'float16'")
-    if 0 < sample < 8: raise AtlasError(f"sample={sample}: a rank correlation of fewer than 8 examples says nothing; 0 leaves the check out")
-    whiten = _fitted(lm, Identity() if whiten is None else whiten, data, chosen)
-    key = dict(kind="index", code=code_version(), model=lm.fingerprint, dtype=str(lm.dtype), data=data.fingerprint, sites=[s.name for s in chosen], rank=rank, whiten=whiten.fingerprint, stored=dtype, sample=sample, seed=seed, token_budget=token_budget)
+    """Project and keep the gradient of every example's mean response loss (METHODS §3, LoGra).
+    Raises `AtlasError` for settings that cannot work, before any work is done."""
+    folder, chosen, texts = Path(folder), resolve_sites(lm, sites), lm.tokenize(data, max_tokens=max_tokens)
+    if not len(texts): raise AtlasError("data is empty: an index needs at least one conversation")
+    _check_rank(rank, sample)
+    if dtype not in (None, "float64", "float32", "float16"):
+        raise AtlasError(f"dtype={dtype!r}: 'float32' or 'float16' ('float64' where the model computes in "
+                         "it)")
+    stored = dtype or _stored_dtype(lm)
+    whitened = _fitted(lm, Identity() if whiten is None else whiten, texts, chosen)
+    key = dict(kind="index", code=code_version(), model=lm.fingerprint, dtype=str(lm.dtype),
+               data=texts.fingerprint, sites=[site.name for site in chosen],
+               rank=rank, whiten=whitened.fingerprint, stored=stored,
+               sample=sample, seed=seed, token_budget=token_budget)
     if found := _reuse(GradientIndex, folder, key, {"lm": lm}): return found
-    columns = sum(min(rank, s.out_features)*min(rank, s.in_features) for s in chosen)
-    _check_disk(folder, data, columns, dtype)
-    store, frames = BlockStore(folder/"unfinished", key), _frames(lm, whiten, chosen)
-    pair = [_random_sketches(chosen, frames, rank, s, _work_dtype(lm)) for s in (seed, seed + 1)]
-    with lm.undisturbed(): readers = _readers(lm, chosen, data)
-    sample_rows = _sampled(len(data), sample, seed)
-    preparation = _fill(lm, data, store, chosen, lambda: _SketchRows(lm, chosen, pair[0], readers), dtype, token_budget, progress, "gradient index")
-    _second_opinion(lm, data, store, chosen, lambda: _SketchRows(lm, chosen, pair[1], readers), sample_rows, token_budget)
-    _write_sketches(folder/"sketches.safetensors", pair)
-    notes = [f"{len(data.cut)} of {len(data)} examples were longer than {data.max_tokens} tokens and were cut there"] if len(data.cut) else []
-    notes += coverage_notes(lm, sites)
-    card = QueryCard(method="Gradient Index", zero="gradient", behaviour="any query", model=lm.name, model_fingerprint=lm.fingerprint, data=data.conversations.name, data_fingerprint=data.conversations.fingerprint, reduction="mean",
-                     sites=sites if isinstance(sites, str) else "chosen by name", n_sites=len(chosen), settings={"rank": rank, "whitened_by": whiten.name, "max_tokens": data.max_tokens, "seed": seed}, notes=notes)
-    def measure(rows): return _reliability(rows, sample_rows, store.read("sample")["values"])
-    return _finish(GradientIndex, folder, store, data, key, card, columns, dtype, sample_rows, measure, preparation, {"lm": lm}, files=["sketches.safetensors"], more={"sites": [s.name for s in chosen]})
+    columns = sum(min(rank, site.out_features)*min(rank, site.in_features) for site in chosen)
+    _check_disk(folder, texts, columns, stored)
+    build = _Build(lm, texts, chosen, folder, key, columns, stored, token_budget, progress, "gradient index")
+    frames = _frames(lm, whitened, chosen)
+    pair = [_random_sketches(chosen, frames, rank, one, work_dtype(lm)) for one in (seed, seed + 1)]
+    settings = {"rank": rank, "whitened_by": whitened.name, "max_tokens": texts.max_tokens, "seed": seed}
+    return _index_from(build, _index_card(build, sites, settings), pair, _sampled(len(texts), sample, seed))
