@@ -38,14 +38,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% ../../nbs/30_results/02_attribution.ipynb #003a
-def _as_numbers(scores, kind: type) -> np.ndarray:
+def _as_numbers(scores: Any, kind: type) -> np.ndarray:
     "Tensors and lists as an array of our own."
     return np.array(scores.detach().cpu().double() if hasattr(scores, "detach") else scores, dtype=kind)
 
+# %% ../../nbs/30_results/02_attribution.ipynb #checked-scores
 def _checked_scores(scores, conversations: Conversations, method: str) -> np.ndarray:
     "Scores as read-only float64 [N, Q], or the reason why they can't be a result."
     values = _as_numbers(scores, np.float64)
-    if values.ndim == 1: values = values[:, None]
+    if values.ndim == 1:
+        values = values[:, None]
     if values.ndim != 2 or len(values) != len(conversations) or values.size == 0:
         raise AttributionError(
             f"{method}: scores of shape {list(values.shape)} for {len(conversations)} conversations; "
@@ -65,6 +67,7 @@ def _check_finite(values: np.ndarray, conversations: Conversations, method: str)
         f"row {bad[0]}, id {conversations[int(bad[0])].id}. "
         "Usual causes: half precision, a diverged model, damping of 0")
 
+# %% ../../nbs/30_results/02_attribution.ipynb #not-all-zero
 def _check_not_all_zero(values: np.ndarray, method: str) -> None:
     "Refuse a query that says nothing about any example."
     zero, n_queries = np.flatnonzero((values == 0).all(0)), values.shape[1]
@@ -122,14 +125,26 @@ def _squeezed(values: np.ndarray) -> np.ndarray:
     "A single column as a vector."
     return values[:, 0] if values.shape[1] == 1 else values
 
+# %% ../../nbs/30_results/02_attribution.ipynb #with-means
 def _with_means(card: QueryCard, values: np.ndarray) -> QueryCard:
     "The card of a projection with the mean from which its scores are read."
     return replace(card, mean=values.mean(0).tolist()) if card.zero == "projection" else card
 
+# %% ../../nbs/30_results/02_attribution.ipynb #centres
 def _centres(card: QueryCard, n_queries: int) -> np.ndarray:
     "Where the scores of each query are read from, NaN where there is no such place."
     if card.zero == "projection": return np.array(card.mean)
     return np.full(n_queries, 0. if card.zero == "gradient" else np.nan)
+
+# %% ../../nbs/30_results/02_attribution.ipynb #texts-and-masks
+def _texts_and_masks(conversations, token_scores, tokens, masks) -> tuple[Any, Any]:
+    "Tokens and masks of `TokenizedConversations`, where token scores need them and none were given."
+    if token_scores is None or not hasattr(conversations, "conversations"): return tokens, masks
+    if tokens is None:
+        tokens = [conversations.tokens(row) for row in range(len(conversations))]
+    if masks is None:
+        masks = [item.response_mask for item in conversations]
+    return tokens, masks
 
 # %% ../../nbs/30_results/02_attribution.ipynb #003f
 class _Scores:
@@ -140,31 +155,26 @@ class _Scores:
         scores,                          # Numbers [N] or [N, Q]; what the sign means is in the card
         card: QueryCard,                 # What was computed
         *,
-        queries: list[str] | None = None, # Q names; one query is named after the card's behaviour
-        token_scores=None,                # N arrays [T] (or [T, Q]), T differing by example
+        queries: list[str] | None = None,      # Q names; one query is named after the card's behaviour
+        token_scores=None,                     # N arrays [T] (or [T, Q]), T differing by example
         tokens: list[list[str]] | None = None, # N lists of T texts; TokenizedConversations bring their own
-        response_masks=None,              # N arrays of booleans [T], True on response tokens
+        response_masks=None,                   # N arrays of booleans [T], True on response tokens
     ):
-        if hasattr(conversations, "conversations"):
-            tokenized, conversations = conversations, conversations.conversations
-            if token_scores is not None and tokens is None:
-                tokens = [tokenized.tokens(row) for row in range(len(tokenized))]
-            if token_scores is not None and response_masks is None:
-                response_masks = [item.response_mask for item in tokenized]
+        tokens, response_masks = _texts_and_masks(conversations, token_scores, tokens, response_masks)
+        conversations = getattr(conversations, "conversations", conversations)
         if not isinstance(conversations, Conversations):
             raise AttributionError(f"conversations are Conversations, not a {type(conversations).__name__}: "
                                    "use load_conversations")
         self.conversations: Conversations = conversations
         self._take(card, scores, queries, (token_scores, tokens, response_masks))
 
-    def _take(self, card: QueryCard, scores, queries: list[str] | None, tokens: tuple) -> None:
+    def _take(self, card: QueryCard, scores, queries: list[str] | None, tokens: tuple[Any, Any, Any]) -> None:
         "Check the numbers, and compute what depends on all of them."
-        self.values = _checked_scores(scores, self.conversations, card.method)   # [N, Q]
-        self.card = _with_means(card, self.values)
-        shape = self.values.shape
+        self.values = _checked_scores(scores, self.conversations, card.method)  # [N, Q]
+        self.card, shape = _with_means(card, self.values), self.values.shape
         self.queries = _checked_names(queries, shape[1], self.card)
         self.token_scores, self.tokens, self.response_masks = _checked_tokens(*tokens, shape)
-        self.n_total, self.rows = len(self.values), np.arange(len(self.values))   # the whole file; places in it
+        self.n_total, self.rows = len(self.values), np.arange(len(self.values))  # whole file; places in it
         self._ranks, self._percentiles = rank_scores(self.values), score_percentiles(self.values)
         self._centres, self._spreads = _centres(self.card, shape[1]), self.values.std(0)
 
@@ -189,6 +199,9 @@ class _Columns(_Scores):
         "Share of the whole file that scores lower, in percent, ties counted half: [N] or [N, Q]."
         return _squeezed(self._percentiles)
 
+# %% ../../nbs/30_results/02_attribution.ipynb #distances
+class _Distances(_Columns):
+    "How far from the centre."
     @property
     def distances(self) -> np.ndarray:
         "Spreads between score and centre, [N] or [N, Q]; NaN for scores without a sign."
@@ -196,6 +209,9 @@ class _Columns(_Scores):
             distances = (self.values - self._centres) / self._spreads
         return _squeezed(np.where(np.isfinite(distances), distances, np.nan))
 
+# %% ../../nbs/30_results/02_attribution.ipynb #texts
+class _Texts(_Distances):
+    "What the examples are."
     @property
     def ids(self) -> list[str]:
         "Ids of the examples, in the order of the scores."
@@ -213,6 +229,7 @@ def question_text(
     "The last message of the user: what the answer answers."
     return next((m["content"] for m in reversed(conversation.prompt) if m["role"] == "user"), "")
 
+# %% ../../nbs/30_results/02_attribution.ipynb #prompt-text
 def prompt_text(
     conversation: Conversation, # The example
 ) -> str:
@@ -222,14 +239,17 @@ def prompt_text(
     return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 # %% ../../nbs/30_results/02_attribution.ipynb #one-query-code
-class _Named(_Columns):
-    "What a result is called, and copies of it."
+class _Named(_Texts):
+    "What a result is called."
     @property
     def label(self) -> str:
         "Name of the method, with that of the query where it is not simply the card's behaviour."
         plain = self.queries == [self.card.behaviour]
         return self.card.method if plain else f"{self.card.method}: {', '.join(self.queries)}"
 
+# %% ../../nbs/30_results/02_attribution.ipynb #copies
+class _Copied(_Named):
+    "Copies with something changed."
     def _with(self, **changes: Any) -> Self:
         "A copy with some fields changed."
         copy = object.__new__(type(self))
@@ -241,7 +261,7 @@ class _Named(_Columns):
         return self._with(token_scores=None, tokens=None, response_masks=None)
 
 # %% ../../nbs/30_results/02_attribution.ipynb #004a
-class _Query(_Named):
+class _Query(_Copied):
     "One query of a result."
     def query(
         self,
@@ -260,6 +280,9 @@ class _Query(_Named):
         return self._with(queries=[name], token_scores=tokens, _centres=self._centres[[i]],
                           _spreads=self._spreads[[i]], **{c: getattr(self, c)[:, [i]] for c in columns})
 
+# %% ../../nbs/30_results/02_attribution.ipynb #scale-code
+class _Scale(_Query):
+    "Centre and spread of the one query."
     @property
     def centre(self) -> float | None:
         "What a score of the one query is read from: 0, the mean of the file, or None without a sign."
@@ -272,7 +295,7 @@ class _Query(_Named):
         return float(self.query()._spreads[0])
 
 # %% ../../nbs/30_results/02_attribution.ipynb #004b
-class _Ends(_Query):
+class _Parts(_Scale):
     "Parts of a result."
     def select(
         self,
@@ -287,6 +310,9 @@ class _Ends(_Query):
             **{name: getattr(self, name)[order] for name in columns},
             **{name: getattr(self, name) and [getattr(self, name)[i] for i in order] for name in lists})
 
+# %% ../../nbs/30_results/02_attribution.ipynb #ends
+class _Ends(_Parts):
+    "The two ends of the ranking."
     def top(
         self,
         n: int = 10,              # How many; fewer come back where there are fewer
@@ -323,18 +349,22 @@ class _Whole(_Ends):
     ) -> Self:
         "The result in file order. Raises `AttributionError` for a part."
         if len(self) < self.n_total:
-            raise AttributionError(f"this is a part, {len(self)} of {self.n_total} examples: {verb} the whole "
-                                   "result; the examples of a part are in .conversations")
+            raise AttributionError(f"this is a part, {len(self)} of {self.n_total} examples: {verb} the "
+                                   "whole result; the examples of a part are in .conversations")
         return self if self.in_file_order else self.select(np.argsort(self.rows))
 
+# %% ../../nbs/30_results/02_attribution.ipynb #aligned
+class _Aligned(_Whole):
+    "The order of another result."
     def aligned(
         self,
-        base: "_Whole", # Another result on the same examples
+        base: "_Aligned", # Another result on the same examples
     ) -> Self:
         "This result in the example order of `base`, matched by id; an id may occur several times."
         if self.ids == base.ids: return self
         places: dict[str, list[int]] = {}
-        for position, id in enumerate(self.ids): places.setdefault(id, []).append(position)
+        for position, id in enumerate(self.ids):
+            places.setdefault(id, []).append(position)
         order = [places[id].pop(0) if places.get(id) else None for id in base.ids]
         if None not in order and len(base) == len(self): return self.select(order)
         raise AttributionError(
@@ -350,7 +380,8 @@ def sentence(
     words = words.strip()
     return f"{words[:1].upper()}{words[1:]}{'' if words.endswith(('.', '!', '?')) else '.'}"
 
-class _Words(_Whole):
+# %% ../../nbs/30_results/02_attribution.ipynb #words
+class _Words(_Aligned):
     "A result in words."
     @property
     def unit_words(self) -> str:
@@ -364,6 +395,9 @@ class _Words(_Whole):
         if self.card.zero != "projection" or self.card.sign: return sentence(self.card.reading)
         return sentence(replace(self.card, mean=self._centres.tolist()).reading)
 
+# %% ../../nbs/30_results/02_attribution.ipynb #distance-words
+class _Sized(_Words):
+    "One distance in words."
     def distance_words(
         self,
         position: int, # Which example
@@ -372,24 +406,15 @@ class _Words(_Whole):
         distance = self.distances[position]
         return "" if np.isnan(distance) else f"{distance:+.2f} spreads"
 
-# %% ../../nbs/30_results/02_attribution.ipynb #text
-class _Terminal(_Words):
-    "The terminal view: a headline, the two ends of the list, and how to read them."
-    def __repr__(self) -> str:
-        n = len(self)
-        size = f"{n} examples" if n == self.n_total else f"{n} of {self.n_total} examples"
-        headline = " · ".join(str(part) for part in (self.label, self.card.behaviour, self.card.model, size) if part)
-        if len(self.queries) > 1:
-            names = ", ".join(self.queries)
-            return f"{headline}\n  {len(self.queries)} queries: {names}; choose one with .query(name)"
-        columns = f"{'rank':>6} {'higher than':>12} {'spreads':>8} {'score':>11}  question → answer"
-        lines = [headline, columns, *map(self._text_row, self._shown_positions())]
-        return "\n".join([*lines, f"{self.reading} {self.unit_words}".strip()])
-
+# %% ../../nbs/30_results/02_attribution.ipynb #rows-shown
+class _ShownRows(_Sized):
+    "The rows of the terminal view."
     def _shown_positions(self) -> list[int | None]:
         "Positions of both ends of a whole result, or of a part as it is; None is a gap."
         n, whole = len(self), self.in_file_order
-        order = np.argsort(-self.scores, kind="stable").tolist() if whole else list(range(n))
+        order: list[int | None] = list(range(n))
+        if whole:
+            order = [int(i) for i in np.argsort(-self.scores, kind="stable")]
         return order if n <= (8 if whole else 20) else [*order[:5], None, *order[-3:]]
 
     def _text_row(self, i: int | None) -> str:
@@ -402,6 +427,21 @@ class _Terminal(_Words):
                 f"{self.scores[i]:>{plus}11.4g}  {one_line(question_text(conversation), 40)} → "
                 f"{one_line(conversation.response, 60)}")
 
+# %% ../../nbs/30_results/02_attribution.ipynb #text
+class _Terminal(_ShownRows):
+    "The terminal view: a headline, the two ends of the list, and how to read them."
+    def __repr__(self) -> str:
+        n = len(self)
+        size = f"{n} examples" if n == self.n_total else f"{n} of {self.n_total} examples"
+        parts = (self.label, self.card.behaviour, self.card.model, size)
+        headline = " · ".join(str(part) for part in parts if part)
+        if len(self.queries) > 1:
+            names = ", ".join(self.queries)
+            return f"{headline}\n  {len(self.queries)} queries: {names}; choose one with .query(name)"
+        columns = f"{'rank':>6} {'higher than':>12} {'spreads':>8} {'score':>11}  question → answer"
+        lines = [headline, columns, *map(self._text_row, self._shown_positions())]
+        return "\n".join([*lines, f"{self.reading} {self.unit_words}".strip()])
+
     def _repr_html_(self) -> str:
         return html_of(self)
 
@@ -409,7 +449,8 @@ class _Terminal(_Words):
 class _Frame(_Terminal):
     "The result as a table, and as a figure."
     def to_pandas(self) -> pd.DataFrame:
-        "One row for each example: score, rank, percentile (of each query), id, texts, metadata; by row in the file."
+        """One row for each example: score, rank, percentile (of each query), id, texts, metadata; by row in
+        the file."""
         columns: dict[str, Any] = {}
         for i, name in enumerate(self.queries):
             suffix = "" if len(self.queries) == 1 else f" {name}"
@@ -430,27 +471,40 @@ class _Figure(_Frame):
         self,
         *,
         bins: int = 48,            # Bars of the histogram
-        drop: float | None = None, # Colour this share of the highest scores, those that `drop(fraction=)` takes
+        drop: float | None = None, # Colour this share of the highest scores, as `drop(fraction=)` takes them
         query: str | None = None,  # Which query, where there are several
         ax: "Axes | None" = None,  # Matplotlib axes to draw on
     ) -> "Axes":
         "Histogram of the scores with their centre marked."
         import matplotlib.pyplot as plt
         result = self.query(query)
-        if ax is None: ax = plt.subplots(figsize=(7, 2.4), layout="constrained")[1]
+        if ax is None:
+            ax = plt.subplots(figsize=(7, 2.4), layout="constrained")[1]
         _, edges, _ = ax.hist(result.scores, bins=bins, color="#8a94a6", alpha=.6)
-        if result.centre is not None: ax.axvline(result.centre, color="#555555", lw=1, ls=":")
+        if result.centre is not None:
+            ax.axvline(result.centre, color="#555555", lw=1, ls=":")
         if drop is not None:
             gone = result.scores[cut_rows(result.scores, fraction=drop)]
             label = f"dropped: {share_text(len(gone), len(result))} highest"
-            ax.hist(gone, bins=edges, color="#ee7014", label=label)
+            ax.hist(gone, bins=list(edges), color="#ee7014", label=label)
             ax.legend(frameon=False)
         ax.set(xlabel=f"score by {result.label}", ylabel="examples")
         ax.spines[["top", "right"]].set_visible(False)
         return ax
 
+# %% ../../nbs/30_results/02_attribution.ipynb #without
+class _Without(_Figure):
+    "A training file without some of its examples."
+    def _without(self, rows: np.ndarray, record: str) -> Conversations:
+        "The conversations without `rows`, under a name that says so."
+        gone = np.isin(np.arange(len(self)), rows)
+        tied = set(self.scores[gone]) & set(self.scores[~gone])
+        kept, source = self.conversations.select(~gone), self.conversations
+        name = f"{source.name} {record}{', ties at the cut by file order' if tied else ''}"
+        return Conversations(list(kept), name, source.layout)
+
 # %% ../../nbs/30_results/02_attribution.ipynb #0063
-class _Filter(_Figure):
+class _Filter(_Without):
     "Training files without some of their examples."
     def drop(
         self,
@@ -465,16 +519,9 @@ class _Filter(_Figure):
         result = self.query(query).whole("drop from")
         rows = cut_rows(result.scores, fraction=fraction, count=count, threshold=threshold, lowest=lowest)
         which = "lowest" if lowest else "highest"
-        if threshold is not None: which = f"{'below' if lowest else 'above'} {threshold:g}"
+        if threshold is not None:
+            which = f"{'below' if lowest else 'above'} {threshold:g}"
         return result._without(rows, f"minus {share_text(len(rows), len(result))} {which} by {result.label}")
-
-    def _without(self, rows: np.ndarray, record: str) -> Conversations:
-        "The conversations without `rows`, under a name that says so."
-        gone = np.isin(np.arange(len(self)), rows)
-        tied = set(self.scores[gone]) & set(self.scores[~gone])
-        kept, source = self.conversations.select(~gone), self.conversations
-        name = f"{source.name} {record}{', ties at the cut by file order' if tied else ''}"
-        return Conversations(list(kept), name, source.layout)
 
 # %% ../../nbs/30_results/02_attribution.ipynb #keep
 class _Keep(_Filter):
@@ -494,28 +541,33 @@ class _Keep(_Filter):
         others = None if threshold is not None else n - checked_count(n, fraction, count)
         rows = cut_rows(result.scores, count=others, threshold=threshold, lowest=highest)
         which = "highest" if highest else "lowest"
-        if threshold is not None: which = f"{'from' if highest else 'up to'} {threshold:g}"
+        if threshold is not None:
+            which = f"{'from' if highest else 'up to'} {threshold:g}"
         return result._without(rows, f"only {share_text(n - len(rows), n)} {which} by {result.label}")
 
 # %% ../../nbs/30_results/02_attribution.ipynb #0069
 class _Judged(_Keep):
-    "The ranking against labels, and against another ranking."
+    "The ranking against labels."
     def detection(
         self,
         labels,                           # Booleans [N], or the name of a metadata column
         k: tuple[int, ...] | None = None, # Cuts for precision and recall; None: those of 10, 20, 50 below N
         *,
-        positive: object = True,          # With a column name: the value that marks the examples to be found
+        positive: Any = True,             # With a column name: the value that marks the examples to be found
     ) -> pd.DataFrame:                    # One row for each query; the columns of `detection_metrics`
         "How well high scores find the labelled examples."
         self.whole("judge detection on")
-        if isinstance(labels, str): labels = self.conversations.labels(labels, positive)
+        if isinstance(labels, str):
+            labels = self.conversations.labels(labels, positive)
         rows = [detection_metrics(column, labels, k) for column in self.values.T]
         return pd.DataFrame(rows, index=pd.Index(self.queries, name=self.card.method))
 
+# %% ../../nbs/30_results/02_attribution.ipynb #correlate
+class _Correlated(_Judged):
+    "The ranking against another ranking."
     def correlate(
         self,
-        other: "_Judged",         # Another result on the same examples, in any order
+        other: "_Correlated",     # Another result on the same examples, in any order
         query: str | None = None, # Query of this result, where there are several
     ) -> float:                   # Spearman's correlation; NaN where one side is constant
         "Rank agreement with another result. Raises `AttributionError` where the examples differ."
@@ -529,23 +581,32 @@ def _numbers(values: np.ndarray) -> list[float | None]:
     "Numbers for JSON, which has no NaN."
     return [None if np.isnan(value) else float(value) for value in values]
 
-class _Content(_Judged):
-    "Everything that makes a result."
-    def _columns_and_header(self) -> tuple[dict[str, list], dict]:
-        "Columns of plain values, and a header."
-        columns = dict(row=self.rows.tolist()) | self.conversations.to_columns()
+# %% ../../nbs/30_results/02_attribution.ipynb #content
+class _Columned(_Correlated):
+    "The columns of a file."
+    def _file_columns(self) -> dict[str, list[Any]]:
+        "A row for each example, in plain values."
+        columns: dict[str, list[Any]] = dict(row=self.rows.tolist()) | self.conversations.to_columns()
         for name in ("messages", "metadata"):   # half a surrogate pair fits no file; as a JSON escape it does
             columns[name] = [text.encode("utf-8", "backslashreplace").decode() for text in columns[name]]
         columns |= dict(scores=self.values.tolist(), ranks=self._ranks.tolist(),
                         percentiles=self._percentiles.tolist())
         if self.token_scores is not None and self.response_masks is not None:
             columns |= dict(token_scores=[scores.ravel().tolist() for scores in self.token_scores],
-                            tokens=self.tokens, response_mask=[mask.tolist() for mask in self.response_masks])
+                            tokens=list(self.tokens or []),
+                            response_mask=[mask.tolist() for mask in self.response_masks])
+        return columns
+
+# %% ../../nbs/30_results/02_attribution.ipynb #header
+class _Content(_Columned):
+    "Everything that makes a result."
+    def _columns_and_header(self) -> tuple[dict[str, list[Any]], dict]:
+        "Columns of plain values, and a header."
         header = dict(
-            format_version=FORMAT_VERSION, card=self.card.to_dict(), queries=self.queries, n_total=self.n_total,
-            name=self.conversations.name, layout=self.conversations.layout,
+            format_version=FORMAT_VERSION, card=self.card.to_dict(), queries=self.queries,
+            n_total=self.n_total, name=self.conversations.name, layout=self.conversations.layout,
             centres=_numbers(self._centres), spreads=_numbers(self._spreads))
-        return columns, json.loads(json.dumps(header, default=str))
+        return self._file_columns(), json.loads(json.dumps(header, default=str))
 
     def __eq__(self, other: object) -> bool:
         "Equal in everything that is saved: examples byte for byte, scores, ranks, tokens and card."
@@ -565,21 +626,24 @@ def _checksum(table: "pa.Table", header: dict) -> str:
         _digest_column(digest, column)
     return digest.hexdigest()
 
-def _digest_column(digest, column) -> None:
+# %% ../../nbs/30_results/02_attribution.ipynb #lengths
+def _lengths(column: Any, measure: str) -> bytes:
+    "The length of every entry of a column, -1 for none, as bytes."
+    import pyarrow.compute as pc
+    counts = pc.fill_null(pc.call_function(measure, [column]), -1)
+    return counts.to_numpy(zero_copy_only=False).astype(np.int64).tobytes()
+
+# %% ../../nbs/30_results/02_attribution.ipynb #digest-column
+def _digest_column(digest: Any, column: Any) -> None:
     "Add the lengths of lists and texts, and then the values themselves."
     import pyarrow as pa
-    import pyarrow.compute as pc
-
-    def lengths(counts) -> bytes:
-        return pc.fill_null(counts, -1).to_numpy(zero_copy_only=False).astype(np.int64).tobytes()
-
     while pa.types.is_list(column.type):
-        digest.update(lengths(pc.list_value_length(column)))
+        digest.update(_lengths(column, "list_value_length"))
         column = column.flatten()
     if not (pa.types.is_string(column.type) or pa.types.is_binary(column.type)):
         digest.update(column.to_numpy(zero_copy_only=False).tobytes())
         return
-    digest.update(lengths(pc.binary_length(column)))
+    digest.update(_lengths(column, "binary_length"))
     _, offsets, data = column.buffers()
     offsets = np.frombuffer(offsets, np.int32)[column.offset:column.offset + len(column) + 1]
     digest.update(memoryview(data)[offsets[0]:offsets[-1]] if data else b"")
@@ -595,13 +659,15 @@ def _schema(names) -> "pa.Schema":
         tokens=pa.list_(pa.string()), response_mask=pa.list_(pa.bool_()))
     return pa.schema([(name, kinds[name]) for name in kinds if name in names])
 
+# %% ../../nbs/30_results/02_attribution.ipynb #saved
 class _Saved(_Content):
     "A result that can be written down."
     def save(
         self,
         path: str | Path, # Such as "scores.parquet"
     ) -> Path:
-        "Write everything to one Parquet file, completely or not at all. Raises `StorageError` where it can't."
+        """Write everything to one Parquet file, completely or not at all. Raises `StorageError` where it
+        can't."""
         import pyarrow as pa
         import pyarrow.parquet as pq
         columns, header = self._columns_and_header()
@@ -623,8 +689,8 @@ def _parquet_bytes(path: Path) -> bytes:
         raise AttributionError(f"{path}: not a Parquet file ({len(data):,} bytes); "
                                "results are written by Attribution.save")
     if data[-4:] == b"PAR1" and len(data) >= 12: return data
-    raise AttributionError(f"{path}: the file ends too early ({len(data):,} bytes), a copy or download broke off. "
-                           f"{_AGAIN}")
+    raise AttributionError(f"{path}: the file ends too early ({len(data):,} bytes), a copy or download broke "
+                           f"off. {_AGAIN}")
 
 # %% ../../nbs/30_results/02_attribution.ipynb #0076
 def _read_table(path: Path) -> "tuple[pa.Table, dict]":
@@ -639,8 +705,9 @@ def _read_table(path: Path) -> "tuple[pa.Table, dict]":
     except (pa.ArrowException, OSError, ValueError) as err:
         reason = str(err).splitlines()[0]
         raise AttributionError(f"{path}: damaged, it cannot be read ({reason}). {_AGAIN}") from None
-    raise AttributionError(f"{path}: a Parquet file, but not a saved result (columns: {', '.join(names[:8])}). "
-                           "Training data is read with load_conversations")
+    raise AttributionError(f"{path}: a Parquet file, but not a saved result "
+                           f"(columns: {', '.join(names[:8])}). Training data is read with "
+                           "load_conversations")
 
 # %% ../../nbs/30_results/02_attribution.ipynb #checked
 def _checked_file(path: Path) -> "tuple[pa.Table, dict]":
@@ -666,6 +733,7 @@ def _token_fields(column: dict[str, list], n_queries: int) -> dict[str, list | N
     masks = [np.array(mask, bool) for mask in column["response_mask"]]
     return dict(tokens=texts, token_scores=scores, response_masks=masks)
 
+# %% ../../nbs/30_results/02_attribution.ipynb #scale-fields
 def _scale_fields(header: dict, card: QueryCard, values: np.ndarray) -> dict[str, np.ndarray]:
     "Centre and spread of each query."
     n_queries, whole = values.shape[1], len(values) == header["n_total"]
@@ -676,7 +744,8 @@ def _scale_fields(header: dict, card: QueryCard, values: np.ndarray) -> dict[str
 
 # %% ../../nbs/30_results/02_attribution.ipynb #0077
 class Attribution(_Saved):
-    "One score (or Q scores) for each training example, with the examples and the card that says what was computed."
+    """One score (or Q scores) for each training example, with the examples and the card that says what was
+    computed."""
     def report(
         self,
         path: str | Path, # Such as "report.html"
@@ -704,7 +773,8 @@ class Attribution(_Saved):
 def load_attribution(
     path: str | Path, # A file written by `Attribution.save`
 ) -> Attribution:
-    "Read a saved result. Raises `AttributionError` where it is absent, damaged, of another version or not ours."
+    """Read a saved result. Raises `AttributionError` where it is absent, damaged, of another version or not
+    ours."""
     table, header = _checked_file(Path(path))
     column, card = table.to_pydict(), QueryCard.from_dict(header["card"])
     values = np.array(column["scores"], dtype=np.float64)
