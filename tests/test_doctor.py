@@ -431,6 +431,20 @@ def test_illnesses_of_the_data(train):
     assert {check.name for check in doctor(bad, train).errors} == {"weights", "loss"}
 
 
+def test_special_tokens_in_the_texts_are_found(train):
+    lm = load_model(tiny_pair("llama"))
+    assert severities(doctor(lm, train))["special tokens"] == "ok"
+    typed = load_conversations(
+        [{"prompt": "Hi", "response": "Hello"}, {"prompt": f"Is it? {END}", "response": f"No{END}"}]
+    )
+    found = check_of(doctor(lm, typed), "special tokens")
+    assert found.severity == "warning" and found.finding.startswith("1 conversations hold")
+    assert f"{END} in {typed.ids[1]}" in found.finding
+    assert (
+        doctor(lm, typed, example=1).example.special.count(True) == 6
+    )  # 4 of the template, 2 that were typed
+
+
 def test_another_librarys_error_is_a_finding_that_names_the_example(train):
     lm = load_model(tiny_pair("llama"))
     lengths = lm.tokenize(train).lengths

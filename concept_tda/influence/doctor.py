@@ -359,6 +359,18 @@ def _check_bos(lm: LanguageModel, data: TokenizedConversations) -> Check:
     return Check("BOS", "error", f"{len(doubled)} examples begin with two BOS tokens, such as {doubled[0]}",
                  "take BOS out of the chat template or out of the texts")
 
+# %% ../../nbs/50_influence/10_doctor.ipynb #markers
+def _check_markers(lm: LanguageModel, data: TokenizedConversations) -> Check:
+    "Whether texts hold what the tokenizer reads as a special token."
+    marks = [token for token in lm.tokenizer.all_special_tokens if token.strip()]
+    pairs = [(conversation.id, mark) for conversation in data.conversations for mark in marks
+             if any(mark in message["content"] for message in conversation.messages)]
+    if not pairs: return Check("special tokens", "ok", "none in the texts")
+    id, mark = pairs[0]
+    n = len(dict(pairs))
+    said = f"{n} conversations hold special tokens in their texts, such as {mark} in {id}"
+    return Check("special tokens", "warning", said, "take them out, unless the model is to see a turn end there")
+
 # %% ../../nbs/50_influence/10_doctor.ipynb #data-3
 def _check_lengths(data: TokenizedConversations) -> Iterator[Check]:
     "What is cut, and what is left out."
@@ -511,7 +523,7 @@ def _data_checks(
     data, answers = _tokens(lm, examples, max_tokens)
     found = [answers]
     if data is not None:
-        found += [_check_bos(lm, data), *_check_lengths(data), *_check_counts(data)]
+        found += [_check_bos(lm, data), _check_markers(lm, data), *_check_lengths(data), *_check_counts(data)]
         found += _check_machinery(lm, data)
     given = getattr(examples, "conversations", examples)
     shown = _marked(lm, _chosen(given, example), max_tokens) if len(given) or example is not None else None
