@@ -377,7 +377,7 @@ def test_experts_that_no_site_can_reach_are_named(train):
         lm, lambda n: n not in experts and "router" not in n and not n.endswith("mlp.gate.weight")
     )
     assert found.severity == "warning" and f"layers together hold {share:.0%}" in found.finding
-    assert experts[0] in found.finding and share < 0.5
+    assert "layers.*.mlp.experts." in found.finding and share < 0.5
 
 
 def test_sites_that_match_nothing_are_a_finding_and_a_layer_that_is_not_there_an_error(train):

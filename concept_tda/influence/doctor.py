@@ -28,7 +28,7 @@ from ..foundation.errors import ConceptTDAError
 from ..foundation.probes import ProbeError, bfloat16_ratio
 from ..model.loading import LanguageModel, SiteError
 from ..model.losses import loss_weights, token_losses
-from ..model.sites import Site, resolve_sites
+from ..model.sites import Site, coverage, resolve_sites
 
 # %% ../../nbs/50_influence/10_doctor.ipynb #checks
 SEVERITIES = ("error", "warning", "note", "ok")  # worst first; the last one is no finding
@@ -238,10 +238,10 @@ def _check_adapters(lm: LanguageModel) -> Iterator[Check]:
                     "adapters; merge with load_model(..., merge=True) to score the merged weights")
 
 # %% ../../nbs/50_influence/10_doctor.ipynb #sites
-def _block_matrices(lm: LanguageModel) -> dict[str, torch.Tensor]:
+def _block_matrices(lm: LanguageModel) -> list[torch.Tensor]:
     "The weights inside the blocks that have rows and columns, adapters left out."
-    return {name: weight for name, weight in lm.blocks.named_parameters()
-            if weight.ndim > 1 and ".lora_" not in name}
+    return [weight for name, weight in lm.blocks.named_parameters()
+            if weight.ndim > 1 and ".lora_" not in name]
 
 def _weight_of(lm: LanguageModel, site: Site) -> torch.Tensor:
     "The weight a site stands for: of an adapter's factor, the one beneath it."
@@ -250,23 +250,21 @@ def _weight_of(lm: LanguageModel, site: Site) -> torch.Tensor:
     return getattr(layer, "base_layer", layer).weight
 
 # %% ../../nbs/50_influence/10_doctor.ipynb #share
-def _share(lm: LanguageModel, sites: Sequence[Site]) -> tuple[float, list[str]]:
-    "Which share of the numbers in the blocks the sites stand for, and the names of the other weights."
+def _share(lm: LanguageModel, sites: Sequence[Site]) -> float:
+    "Which share of the numbers in the blocks the sites stand for."
     held = {id(_weight_of(lm, site)) for site in sites}
-    every = _block_matrices(lm)
-    outside = [name for name, weight in every.items() if id(weight) not in held]
-    total = sum(weight.numel() for weight in every.values())
-    return 1 - sum(every[name].numel() for name in outside)/max(1, total), outside
+    sizes = [(weight.numel(), id(weight) in held) for weight in _block_matrices(lm)]
+    return sum(size for size, is_held in sizes if is_held)/max(1, sum(size for size, _ in sizes))
 
 # %% ../../nbs/50_influence/10_doctor.ipynb #coverage
 def _check_coverage(lm: LanguageModel, found: Sequence[Site], sites: Any) -> Check:
     "The share of the block weights that the sites cover, and what even all linear layers would leave out."
-    share, _ = _share(lm, found)
-    most, beyond = _share(lm, resolve_sites(lm, "all-linear"))
+    most = coverage(lm)
     words = "the adapters sit on" if sites == "lora" else "the sites hold"
-    said = f"{words} {share:.0%} of the block weights; all linear layers together hold {most:.0%}"
-    if most == 1: return Check("coverage", "ok", said)
-    return Check("coverage", "warning", f"{said}; out of reach: {listing(beyond, 3)}",
+    said = (f"{words} {_share(lm, found):.0%} of the block weights; "
+            f"all linear layers together hold {most.share:.0%}")
+    if not most.uncovered: return Check("coverage", "ok", said)
+    return Check("coverage", "warning", f"{said}; out of reach: {listing(most.uncovered, 3)}",
                  "what was learnt there no "
                  "gradient score sees; compare with a method of activations, such as VectorFilter")
 
@@ -369,7 +367,7 @@ def _check_markers(lm: LanguageModel, data: TokenizedConversations) -> Check:
     id, mark = pairs[0]
     n = len(dict(pairs))
     said = f"{n} conversations hold special tokens in their texts, such as {mark} in {id}"
-    return Check("special tokens", "warning", said, "take them out, unless the model is to see a turn end there")
+    return Check("special tokens", "warning", said, "take them out, unless a turn is meant to end there")
 
 # %% ../../nbs/50_influence/10_doctor.ipynb #data-3
 def _check_lengths(data: TokenizedConversations) -> Iterator[Check]:
