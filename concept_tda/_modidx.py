@@ -2178,6 +2178,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'concept_tda/influence/doctor.py'),
                                               'concept_tda.influence.doctor._check_machinery': ( '50_influence/doctor.html#_check_machinery',
                                                                                                  'concept_tda/influence/doctor.py'),
+                                              'concept_tda.influence.doctor._check_markers': ( '50_influence/doctor.html#_check_markers',
+                                                                                               'concept_tda/influence/doctor.py'),
                                               'concept_tda.influence.doctor._check_mates': ( '50_influence/doctor.html#_check_mates',
                                                                                              'concept_tda/influence/doctor.py'),
                                               'concept_tda.influence.doctor._check_mode': ( '50_influence/doctor.html#_check_mode',
