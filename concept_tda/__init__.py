@@ -34,6 +34,9 @@ __getattr__, __dir__ = _front_door(__name__, __all__)
 _VIEWS.update({
     f"{__name__}.{thing}": f"{__name__}.views.{view}" for thing, view in {
         "foundation.display.Sheet": "html.show_sheet",
+        "data.conversations.Conversation": "chats.show_conversation",
+        "data.conversations.Conversations": "chats.show_conversations",
+        "data.tokens.TokenizedConversations": "chats.show_tokens",
         "foundation.display.Facts": "html.show_facts",
         "results.cards.QueryCard": "html.show_card",
         "results.attribution.Attribution": "html.show_attribution",

@@ -8,10 +8,11 @@ __all__ = ['Batch', 'batches']
 # %% ../../nbs/10_data/06_batches.ipynb #imports
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .conversations import row_numbers as _row_numbers
+from .conversations import row_numbers
 from .messages import ConversationError
 from .tokens import TokenizedConversations
 
@@ -24,19 +25,29 @@ class Batch:
     attention_mask: torch.Tensor  # 1 on tokens, 0 on padding [B, T], int64
     response_mask: torch.Tensor   # True on response tokens [B, T]
 
-    def to(self, device) -> "Batch":
+    def to(
+        self,
+        device: torch.device | str, # Where to
+    ) -> "Batch":
         "The same batch on another device."
-        return Batch(self.rows.to(device), self.input_ids.to(device), self.attention_mask.to(device), self.response_mask.to(device))
+        parts = (self.rows, self.input_ids, self.attention_mask, self.response_mask)
+        return Batch(*(part.to(device) for part in parts))
+
     @property
     def n_tokens(self) -> int:
         "Tokens without padding."
         return int(self.attention_mask.sum())
-    def __len__(self): return len(self.rows)
 
-def _batch(tokenized, rows) -> Batch:
+    def __len__(self) -> int:
+        return len(self.rows)
+
+# %% ../../nbs/10_data/06_batches.ipynb #pad
+def _batch(tokenized: TokenizedConversations, rows: list[int]) -> Batch:
     "One padded batch of the given rows, the longest first."
     shape = len(rows), max(len(tokenized[row].input_ids) for row in rows)
-    ids_BT, attention_BT, response_BT = torch.full(shape, tokenized.pad_token_id), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+    ids_BT = torch.full(shape, tokenized.pad_token_id)
+    attention_BT = torch.zeros(shape, dtype=torch.int64)
+    response_BT = torch.zeros(shape, dtype=torch.bool)
     for b, row in enumerate(rows):
         item, T = tokenized[row], len(tokenized[row].input_ids)
         ids_BT[b, :T], attention_BT[b, :T], response_BT[b, :T] = item.input_ids, 1, item.response_mask
@@ -46,18 +57,20 @@ def _batch(tokenized, rows) -> Batch:
 def batches(
     tokenized: TokenizedConversations, # What to batch
     *,
-    token_budget: int = 2048,          # Largest B x T of a batch, padding included; a longer example is a batch of its own
-    rows=None,                         # Only these rows (list or boolean mask [N]); all by default
-    exact_length: bool = False,        # Only examples of equal length in a batch, so no padding at all
+    token_budget: int = 2048,   # Largest B x T of a batch, padding included; longer examples are alone
+    rows: Any = None,           # Only these rows (list or boolean mask [N]); all by default
+    exact_length: bool = False, # Only examples of equal length in a batch, so no padding at all
 ) -> Iterator[Batch]:
     "Batches in an order that depends on nothing but the lengths: longest first, equal lengths in row order."
-    if token_budget < 1: raise ConversationError(f"token_budget is a positive number of tokens, not {token_budget}")
+    if token_budget < 1:
+        raise ConversationError(f"token_budget is a positive number of tokens, not {token_budget}")
     lengths, group = tokenized.lengths, []
-    chosen = range(len(tokenized)) if rows is None else _row_numbers(rows, len(tokenized)).tolist()
+    chosen = range(len(tokenized)) if rows is None else row_numbers(rows, len(tokenized)).tolist()
     for row in sorted(chosen, key=lambda row: (-lengths[row], row)):
         full = group and (len(group) + 1) * lengths[group[0]] > token_budget
         if full or (group and exact_length and lengths[row] != lengths[group[0]]):
             yield _batch(tokenized, group)
             group = []
         group.append(row)
-    if group: yield _batch(tokenized, group)
+    if group:
+        yield _batch(tokenized, group)

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +29,7 @@ from concept_tda.data.files import (
 )
 from .layouts import Chat, chats_of_rows, is_message_row, read_chats
 from .messages import PASSED_ON, ConversationError, kind_of, listing, shortened
+from ..foundation.display import html_of
 from ..foundation.errors import require
 from ..foundation.storage import atomic_file, fingerprint
 
@@ -101,20 +101,7 @@ class Conversation(_Chat):
         return "\n\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
 
     def _repr_html_(self) -> str:
-        turns = "".join(map(_turn_html, self.messages))
-        about = f"<code>{escape(self.id)}</code> {escape(shortened(self.metadata, 120))}"
-        return f"<div style='max-width:50em'><small>{about}</small>{turns}</div>"
-
-# %% ../../nbs/10_data/03_conversations.ipynb #0008b
-def _turn_html(message: dict) -> str:
-    "One message: who speaks, whether it counts, the thought, the text."
-    speaker = " ".join([message["role"], *([message["name"]] if "name" in message else [])])
-    spared = " <small>not trained on</small>" if "train" in message else ""
-    thought = escape(message.get("reasoning_content", ""))
-    if thought:
-        thought = f"<i style='opacity:.7'>{thought}</i> "
-    text = f"<span style='white-space:pre-wrap'>{thought}{escape(message['content'])}</span>"
-    return f"<div><b>{escape(speaker)}</b>{spared} {text}</div>"
+        return html_of(self)
 
 # %% ../../nbs/10_data/03_conversations.ipynb #000c
 def row_numbers(
@@ -315,24 +302,6 @@ def _is_positive(values: list, column: str, positive) -> np.ndarray:
                                 f"Say which value counts as positive: labels({column!r}, positive=...)")
     return found
 
-# %% ../../nbs/10_data/03_conversations.ipynb #0012
-def _row_html(c: Conversation) -> str:
-    "One chat as a row of a table."
-    question = next((m["content"] for m in reversed(c.prompt) if m["role"] == "user"), "")
-    texts = (shortened(question, 110), shortened(c.response, 110), shortened(c.metadata, 60))
-    cells = (f"<code>{escape(c.id)}</code>", *map(escape, texts))
-    style = "text-align:left;vertical-align:top"
-    return "<tr>" + "".join(f"<td style='{style}'>{cell}</td>" for cell in cells) + "</tr>"
-
-# %% ../../nbs/10_data/03_conversations.ipynb #0012bx
-def _conversations_html(conversations: _Tables, n: int = 4) -> str:
-    "Headline and the first few chats as a small table."
-    rest = f"<small>… and {len(conversations) - n} more</small>" if len(conversations) > n else ""
-    names = ("id", "last question", "answer", "metadata")
-    head = "".join(f"<th style='text-align:left;padding-right:1em'>{name}</th>" for name in names)
-    body = "".join(_row_html(c) for c in conversations[:n])
-    return f"<div><b>{escape(repr(conversations))}</b><table><tr>{head}</tr>{body}</table>{rest}</div>"
-
 # %% ../../nbs/10_data/03_conversations.ipynb #0018
 class Conversations(_Tables):
     "Chats in file order. Selecting gives `Conversations` again; `to_json` writes records back as they were."
@@ -359,7 +328,7 @@ class Conversations(_Tables):
         return f"Conversations {self.name!r}: {len(self)} conversations{about}{again}"
 
     def _repr_html_(self) -> str:
-        return _conversations_html(self)
+        return html_of(self)
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0023
 def _conversations_of(record: Record, chats: list[Chat]) -> list[Conversation]:

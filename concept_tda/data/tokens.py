@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,12 @@ import torch
 from .conversations import Conversations, Rows, load_conversations, row_numbers
 from .messages import ConversationError, listing, shortened
 from .templates import Rendered, TemplateProfile, as_given, render, rendered_chats
+from ..foundation.display import html_of
 from ..foundation.storage import fingerprint
 
 # %% ../../nbs/10_data/05_tokens.ipynb #003d-mask
 def response_mask(
-    offsets, # Characters [T, 2] that each token covers
+    offsets: Any,                 # Characters [T, 2] that each token covers
     spans: list[tuple[int, int]], # Characters [start, end)
 ) -> np.ndarray:
     "Boolean [T]: which tokens cover a character of a span."
@@ -44,25 +44,26 @@ def _added_bos(tokenizer: Any) -> int | None:
     bos = tokenizer.bos_token_id
     return bos if bos is not None and first == [bos] else None
 
+# %% ../../nbs/10_data/05_tokens.ipynb #encoded
 def _encoded(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[int], list]]:
     "Ids, and the characters each token covers, in slices of a few hundred texts."
+    name = getattr(tokenizer, "name_or_path", "")
     if not getattr(tokenizer, "is_fast", False):
-        name = getattr(tokenizer, "name_or_path", "") or "this model"
         raise ConversationError(
-            f"the tokenizer of {name!r} is not a fast one, and only those tell which characters a token "
-            "covers. Load it with AutoTokenizer.from_pretrained(..., use_fast=True).")
+            f"the tokenizer of {name or 'this model'!r} is not a fast one, and only those tell which characters "
+            "a token covers. Load it with AutoTokenizer.from_pretrained(..., use_fast=True).")
     options = dict(add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
                    return_token_type_ids=False, verbose=False)
     for i in range(0, len(texts), 512):
         try:
             encoded = tokenizer(texts[i:i + 512], **options)
-        except Exception as err:  # settings that no text can be read with, from whichever file of the tokenizer
+        except Exception as err:  # settings no text can be read with, from whichever of its files
             raise ConversationError(
-                f"the tokenizer of {getattr(tokenizer, 'name_or_path', '')!r} cannot read a text: "
-                f"{type(err).__name__}: {shortened(err, 200)}. Its files may be damaged: fetch or save them again."
-            ) from err
+                f"the tokenizer of {name!r} cannot read a text: {type(err).__name__}: {shortened(err, 200)}. "
+                "Its files may be damaged: fetch or save them again.") from err
         yield from zip(encoded["input_ids"], encoded["offset_mapping"])
 
+# %% ../../nbs/10_data/05_tokens.ipynb #token-ids
 def _token_ids(tokenizer: Any, chats: list[Rendered]) -> Iterator[tuple[list[int], np.ndarray]]:
     "Token ids and response mask of each text."
     encoded, bos = _encoded(tokenizer, [chat.text for chat in chats]), None
@@ -92,15 +93,17 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTES = _byte_alphabet()
 
+# %% ../../nbs/10_data/05_tokens.ipynb #bytes-of
 def _bytes_of(token: str, byte_level: bool) -> bytes:
     "What an ordinary token stands for."
     if byte_level and all(c in _BYTES for c in token): return bytes(_BYTES[c] for c in token)
     if re.fullmatch(r"<0x[0-9A-F]{2}>", token): return bytes([int(token[3:5], 16)])
     return token.replace("▁", " ").encode("utf-8", "surrogatepass")
 
+# %% ../../nbs/10_data/05_tokens.ipynb #readable
 def readable_tokens(
     tokenizer: Any, # A fast tokenizer
-    input_ids,      # Token ids [T]
+    input_ids: Any, # Token ids [T]
 ) -> list[str]:     # T texts that read as one when joined
     "The text of each token. A character that is spread over several tokens is shown at the last of them."
     ids = [int(i) for i in input_ids]
@@ -112,15 +115,6 @@ def readable_tokens(
     return [decoder.decode(piece) for piece in pieces]
 
 # %% ../../nbs/10_data/05_tokens.ipynb #0043
-def _tokens_html(texts: list[str], mask: torch.Tensor, n: int = 160) -> str:
-    "Tokens in a row, those of the response on a coloured ground."
-    styles = {True: "background:#f2a65a55", False: "opacity:.6"}
-    shown = "".join(f"<span style='border-radius:3px;margin-right:1px;{styles[on]}'>"
-                    f"{escape(text).replace(chr(10), '⏎<br>')}</span>"
-                    for text, on in zip(texts[:n], mask[:n].tolist()))
-    style = "max-width:50em;white-space:pre-wrap;font-family:monospace;font-size:90%"
-    return f"<div style='{style}'>{shown}{'…' if len(texts) > n else ''}</div>"
-
 def _cut_table(items: list[TokenizedConversation]) -> pd.DataFrame:
     "Row per example that was cut: id, row, tokens (before), cut (how many)."
     rows = [(item.id, row, len(item.input_ids) + item.n_cut, item.n_cut)
@@ -128,8 +122,8 @@ def _cut_table(items: list[TokenizedConversation]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["id", "row", "tokens", "cut"])
 
 # %% ../../nbs/10_data/05_tokens.ipynb #0044-counts
-class _Counted(Rows):
-    "Conversations with their tokens, and what can be counted about them."
+class _Items(Rows):
+    "Conversations with their tokens."
     def __init__(
         self,
         conversations: Conversations,        # The conversations, one per item
@@ -137,13 +131,16 @@ class _Counted(Rows):
         tokenizer: Any = None,               # Kept to show tokens as text and for its padding id
         max_tokens: int | None = None,       # The limit that was applied
         cut: pd.DataFrame | None = None,     # What was too long: id, row, tokens, cut
-    ):
+    ) -> None:
         self.conversations, self._items = conversations, list(items)
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.cut = _cut_table([]) if cut is None else cut
         ids = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0]
         self.pad_token_id: int = next(i for i in ids if i is not None)
 
+# %% ../../nbs/10_data/05_tokens.ipynb #counted
+class _Counted(_Items):
+    "What can be counted about them."
     @property
     def lengths(self) -> np.ndarray:
         "Tokens of each example, int64 [N]."
@@ -164,25 +161,9 @@ class _Counted(Rows):
         "16 hexadecimal digits over ids, tokens and masks."
         return fingerprint([[item.id, item.input_ids, item.response_mask] for item in self._items])
 
-# %% ../../nbs/10_data/05_tokens.ipynb #0044
-class TokenizedConversations(_Counted):
-    "Conversations with their tokens and response masks, in the same order."
-    def tokens(
-        self,
-        row: int, # Row number
-    ) -> list[str]:
-        "Readable text of each token of one example."
-        return readable_tokens(self.tokenizer, self._items[row].input_ids)
-
-    def select(
-        self,
-        rows, # Slice, list of row numbers, or boolean mask [N]
-    ) -> "TokenizedConversations":
-        "The chosen examples in the order asked for; `cut` then lists those among them that were cut."
-        chosen = [self._items[row] for row in row_numbers(rows, len(self))]
-        selected = self.conversations.select(rows)
-        return TokenizedConversations(selected, chosen, self.tokenizer, self.max_tokens, _cut_table(chosen))
-
+# %% ../../nbs/10_data/05_tokens.ipynb #noted
+class _Noted(_Counted):
+    "What was changed on the way, in words."
     @property
     def _notes(self) -> list[str]:
         "What is not as it came, in words."
@@ -198,9 +179,26 @@ class TokenizedConversations(_Counted):
         return "; ".join([size, *self._notes])
 
     def _repr_html_(self) -> str:
-        shown = len(self) and self.tokenizer
-        first = _tokens_html(self.tokens(0), self._items[0].response_mask) if shown else ""
-        return f"<div><b>{escape(repr(self))}</b>{first}</div>"
+        return html_of(self)
+
+# %% ../../nbs/10_data/05_tokens.ipynb #0044
+class TokenizedConversations(_Noted):
+    "Conversations with their tokens and response masks, in the same order."
+    def tokens(
+        self,
+        row: int, # Row number
+    ) -> list[str]:
+        "Readable text of each token of one example."
+        return readable_tokens(self.tokenizer, self._items[row].input_ids)
+
+    def select(
+        self,
+        rows: Any, # Slice, list of row numbers, or boolean mask [N]
+    ) -> "TokenizedConversations":
+        "The chosen examples in the order asked for; `cut` then lists those among them that were cut."
+        chosen = [self._items[row] for row in row_numbers(rows, len(self))]
+        selected = self.conversations.select(rows)
+        return TokenizedConversations(selected, chosen, self.tokenizer, self.max_tokens, _cut_table(chosen))
 
 # %% ../../nbs/10_data/05_tokens.ipynb #0046-checks
 def _check_options(max_tokens: int | None, overlong: str) -> None:
@@ -211,6 +209,7 @@ def _check_options(max_tokens: int | None, overlong: str) -> None:
     if max_tokens is not None and not (whole and max_tokens >= 1):
         raise ConversationError(f"max_tokens is a positive number or None, not {max_tokens!r}")
 
+# %% ../../nbs/10_data/05_tokens.ipynb #check-answers
 def _check_answers(conversations: Conversations) -> None:
     "Refuse conversations without an answer that is trained on."
     answers = {c.id: [m for m in c.messages if m["role"] == "assistant"] for c in conversations}
@@ -240,6 +239,7 @@ def _check_long(
             f"{len(silent)} conversations have no response tokens left after truncation to {max_tokens} "
             f"tokens. Raise max_tokens or say overlong='drop'. Ids: {listing(silent)}")
 
+# %% ../../nbs/10_data/05_tokens.ipynb #warn
 def _warn(
     cut: pd.DataFrame, items: list[TokenizedConversation], n: int, max_tokens: int | None, overlong: str,
 ) -> None:
@@ -256,7 +256,7 @@ def _warn(
 
 # %% ../../nbs/10_data/05_tokens.ipynb #0046
 def tokenize(
-    conversations,                  # `Conversations`, or anything `load_conversations` reads
+    conversations: Any,             # `Conversations`, or anything `load_conversations` reads
     tokenizer: Any,                 # A fast tokenizer with a chat template
     *,
     max_tokens: int | None = 1536,  # Longest example in tokens; None for no limit
@@ -269,12 +269,8 @@ def tokenize(
     _check_options(max_tokens, overlong)
     conversations = load_conversations(conversations)
     _check_answers(conversations)
-    chats, limit, items = rendered_chats(conversations, tokenizer), max_tokens or 10**18, []
-    for conversation, chat, (ids, mask) in zip(conversations, chats, _token_ids(tokenizer, chats)):
-        kept = min(len(ids), limit)
-        items.append(TokenizedConversation(
-            conversation.id, torch.tensor(ids[:kept]), torch.from_numpy(mask[:kept].copy()), len(ids) - kept,
-            chat.thoughts_left_out))
+    chats = rendered_chats(conversations, tokenizer)
+    items = _items_of(conversations, chats, tokenizer, max_tokens or 10**18)
     cut = _cut_table(items)
     if overlong == "drop":
         keep = [row for row, item in enumerate(items) if not item.n_cut]
@@ -284,10 +280,23 @@ def tokenize(
     _warn(cut, items, len(chats), max_tokens, overlong)
     return TokenizedConversations(conversations, items, tokenizer, max_tokens, cut)
 
+# %% ../../nbs/10_data/05_tokens.ipynb #items-of
+def _items_of(
+    conversations: Conversations, chats: list[Rendered], tokenizer: Any, limit: int,
+) -> list[TokenizedConversation]:
+    "The tokens of every chat, up to the limit."
+    items = []
+    for conversation, chat, (ids, mask) in zip(conversations, chats, _token_ids(tokenizer, chats)):
+        kept = min(len(ids), limit)
+        items.append(TokenizedConversation(
+            conversation.id, torch.tensor(ids[:kept]), torch.from_numpy(mask[:kept].copy()), len(ids) - kept,
+            chat.thoughts_left_out))
+    return items
+
 # %% ../../nbs/10_data/05_tokens.ipynb #0056
 def tokenize_prompts(
-    conversations,  # `Conversations`, or anything `load_conversations` reads; a final answer is left off
-    tokenizer: Any, # A fast tokenizer with a chat template
+    conversations: Any, # What `load_conversations` reads; a final answer is left off
+    tokenizer: Any,     # A fast tokenizer with a chat template
 ) -> list[torch.Tensor]: # One int64 [T] per conversation
     "Token ids of each prompt, ending with the template's header of an answer; never a double BOS token."
     conversations, parts = load_conversations(conversations), TemplateProfile.read(tokenizer).parts

@@ -12,79 +12,135 @@ import warnings
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.conversations import Conversation, Conversations
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
-from .loading import ModelError
+from .loading import LanguageModel, ModelError
 from .tracing import as_prompts, generate
 
 # %% ../../nbs/20_model/04_answers.ipynb #000b
 _BATCHES_IN_BLOCK = 4  # what a kill can lose
+_Key = tuple[str, int]  # id of a prompt, and how often it was asked before
 
-def _stored_answers(store):
-    "{(prompt id, sample): record} of the finished blocks; damaged ones are dropped."
-    for damaged in store.verify(): store.discard(damaged)
+def _stored_answers(store: BlockStore) -> dict[_Key, dict[str, Any]]:
+    "The records of the finished blocks; damaged ones are dropped."
+    for damaged in store.verify():
+        store.discard(damaged)
     blocks = [json.loads(store.read(name)["answers"].tobytes()) for name in sorted(store.names())]
     return {(record["prompt"], record["sample"]): record for block in blocks for record in block}
 
-def _answer_block(lm, prompts, keys, batch_size, settings):
-    "Records of the answers to a few prompts that are all different."
-    start, sample = time.perf_counter(), keys[0][1]
-    settings = settings | ({"seed": int(fingerprint("sample", settings["seed"], sample), 16) % 2**31} if sample else {})
+# %% ../../nbs/20_model/04_answers.ipynb #block
+def _answer_block(
+    lm: LanguageModel,           # Answers
+    prompts: list[Conversation], # All different
+    keys: list[_Key],            # Of the prompts, all for the same sample
+    batch_size: int,             # Prompts answered at a time
+    settings: dict[str, Any],    # Of `generate`
+) -> list[dict[str, Any]]:
+    "Records of the answers to a few prompts."
+    start = time.perf_counter()
+    answers = _generated(lm, prompts, batch_size, _for_sample(settings, keys[0][1]))
+    seconds = (time.perf_counter() - start)/len(prompts)
+    return [dict(prompt=id, sample=sample, answer=answer, cut=cut, seconds=seconds)
+            for (id, sample), (answer, cut) in zip(keys, answers)]
+
+# %% ../../nbs/20_model/04_answers.ipynb #for-sample
+def _for_sample(settings: dict[str, Any], sample: int) -> dict[str, Any]:
+    "The settings, with a seed of its own for every sample after the first."
+    if not sample: return settings
+    return settings | {"seed": int(fingerprint("sample", settings["seed"], sample), 16) % 2**31}
+
+# %% ../../nbs/20_model/04_answers.ipynb #generated
+def _generated(
+    lm: LanguageModel, prompts: list[Conversation], batch_size: int, settings: dict[str, Any],
+) -> list[tuple[str | None, bool]]:
+    "(answer, whether it was cut) of each prompt; all empty where the model has nothing to say to any."
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*answers are empty")  # the caller counts them over all blocks
-        try: answered = generate(lm, Conversations(prompts), batch_size=batch_size, progress=False, **settings)
+        warnings.filterwarnings("ignore", message=".*answers are empty")  # counted over all blocks later
+        try:
+            answered = generate(lm, Conversations(prompts), batch_size=batch_size, progress=False, **settings)
         except ModelError as err:
             if "empty answer to every prompt" not in str(err): raise
-            answered = None  # every prompt of this block; those of other blocks may have answers
-    seconds = (time.perf_counter() - start)/len(prompts)
-    answers = [(c.response, c.metadata["answer_cut"]) for c in answered] if answered else [("", False)]*len(prompts)
-    return [dict(prompt=id, sample=sample, answer=answer, cut=cut, seconds=seconds) for (id, sample), (answer, cut) in zip(keys, answers)]
+            return [("", False)]*len(prompts)
+    return [(c.response, c.metadata["answer_cut"]) for c in answered]
 
-def answer_records(lm, prompts, folder, batch_size, progress, settings):
-    "A record for every prompt: from the disk where it is there, else generated and stored. A prompt that is repeated is another sample of its answers."
-    store = BlockStore(folder or cache_folder("answers"), dict(kind="answers", code=code_version(), model=lm.fingerprint, dtype=str(lm.dtype), **settings))
-    known, seen, wanted = _stored_answers(store), Counter(), []
-    for id in prompts.ids:
-        wanted.append((id, seen[id]))
-        seen[id] += settings["temperature"] > 0  # a greedy answer is the same every time
+# %% ../../nbs/20_model/04_answers.ipynb #records
+def answer_records(
+    lm: LanguageModel,         # Answers
+    prompts: Conversations,    # What is asked; a prompt that is repeated is another sample of its answers
+    folder: str | Path | None, # Where answers are kept; the library's cache when None
+    batch_size: int,           # Prompts answered at a time
+    progress: bool,            # Show a progress bar
+    settings: dict[str, Any],  # Of `generate`: max_new_tokens, temperature, seed
+) -> list[dict[str, Any]]:     # prompt, sample, answer, cut, seconds
+    "A record for every prompt: from the disk where it is there, else generated and stored."
+    about = dict(kind="answers", code=code_version(), model=lm.fingerprint, dtype=str(lm.dtype), **settings)
+    store = BlockStore(folder or cache_folder("answers"), about)
+    known, wanted = _stored_answers(store), _wanted(prompts.ids, settings["temperature"] > 0)
     todo = {key: prompt for key, prompt in zip(wanted, prompts) if key not in known}
-    order = sorted(todo, key=lambda key: (key[1], -len(todo[key].text), key[0]))  # equal lengths together: little padding
-    with tqdm(total=len(todo), desc=f"answers of {lm.name}", unit="answer", disable=not (progress and todo), leave=False) as bar:
-        for _, keys in groupby(order, key=lambda key: key[1]):
-            keys = list(keys)
-            for start in range(0, len(keys), size := batch_size*_BATCHES_IN_BLOCK):
-                block = keys[start:start + size]
-                records = _answer_block(lm, [todo[key] for key in block], block, batch_size, settings)
-                store.write(fingerprint(block), {"answers": np.frombuffer(json.dumps(records).encode(), np.uint8)})
-                known |= {(record["prompt"], record["sample"]): record for record in records}
-                bar.update(len(block))
+    with tqdm(total=len(todo), desc=f"answers of {lm.name}", unit="answer", leave=False,
+              disable=not (progress and todo)) as bar:
+        for block in _blocks(todo, batch_size*_BATCHES_IN_BLOCK):
+            records = _answer_block(lm, [todo[key] for key in block], block, batch_size, settings)
+            written = np.frombuffer(json.dumps(records).encode(), np.uint8)
+            store.write(fingerprint(block), {"answers": written})
+            known |= {(record["prompt"], record["sample"]): record for record in records}
+            bar.update(len(block))
     return [known[key] for key in wanted]
 
+# %% ../../nbs/20_model/04_answers.ipynb #wanted
+def _wanted(ids: list[str], is_drawn: bool) -> list[_Key]:
+    "The key of every prompt; a greedy answer is the same every time."
+    seen, wanted = Counter(), []
+    for id in ids:
+        wanted.append((id, seen[id]))
+        seen[id] += is_drawn
+    return wanted
+
+# %% ../../nbs/20_model/04_answers.ipynb #blocks
+def _blocks(todo: dict[_Key, Conversation], size: int) -> list[list[_Key]]:
+    "The keys in blocks, sample by sample, the longest first."
+    order = sorted(todo, key=lambda key: (key[1], -len(todo[key].text), key[0]))
+    samples = [list(keys) for _, keys in groupby(order, key=lambda key: key[1])]
+    return [keys[start:start + size] for keys in samples for start in range(0, len(keys), size)]
+
 # %% ../../nbs/20_model/04_answers.ipynb #000c
-def with_record(prompt, record):
+def with_record(
+    prompt: Conversation,   # What was asked
+    record: dict[str, Any], # From `answer_records`
+) -> Conversation:
     "The prompt with its recorded answer as the last turn; the prompt alone where the answer is empty."
     turn = ({"role": "assistant", "content": record["answer"]},) if record["answer"] else ()
-    return Conversation(prompt.messages + turn, metadata={**prompt.metadata, "answer_cut": record["cut"], "empty_answer": not record["answer"]})
+    about = {"answer_cut": record["cut"], "empty_answer": not record["answer"]}
+    return Conversation(prompt.messages + turn, metadata={**prompt.metadata, **about})
 
+# %% ../../nbs/20_model/04_answers.ipynb #cached
 def cached_generate(
-    lm,                             # `LanguageModel` that answers
-    prompts,                        # `Conversations` (a final answer is left off), texts, or lists of messages, as in `generate`
+    lm: LanguageModel,              # The model that answers
+    prompts: Any,                   # `Conversations` (a final answer is left off), texts, lists of messages
     *,
     max_new_tokens: int = 80,       # Longest answer in tokens
-    temperature: float = 0.0,       # 0 is greedy; otherwise a prompt that is repeated gets another answer each time
+    temperature: float = 0.0,       # 0 is greedy; otherwise a repeated prompt gets another answer each time
     seed: int = 0,                  # Of the draws
     batch_size: int = 8,            # Prompts answered at a time
     folder: str | Path | None = None, # Where answers are kept; the library's cache when None
     progress: bool = True,          # Show a progress bar
 ) -> Conversations:                 # In the order of `prompts`, with the model's answers as final turns
-    """`tracing.generate` that remembers its answers on disk and goes on after a kill. Metadata gains `answer_cut` and `empty_answer`;
-    a conversation with an empty answer keeps its prompt only. Raises `ModelError` if all are empty."""
-    if temperature < 0 or max_new_tokens < 1 or batch_size < 1: raise ModelError("cached_generate needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
+    """`tracing.generate` that remembers its answers on disk and goes on after a kill. Metadata gains
+    `answer_cut` and `empty_answer`; a conversation with an empty answer keeps its prompt only. Raises
+    `ModelError` if all are empty."""
+    if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
+        raise ModelError("cached_generate needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
     prompts = as_prompts(prompts)
-    records = answer_records(lm, prompts, folder, batch_size, progress, dict(max_new_tokens=max_new_tokens, temperature=float(temperature), seed=seed))
-    if not any(record["answer"] for record in records): raise ModelError(f"{lm.name} gave an empty answer to every prompt ({', '.join(prompts.ids[:10])}): is its chat template the one it was trained with?")
-    return Conversations([with_record(prompt, record) for prompt, record in zip(prompts, records)], f"answers of {lm.name}")
+    settings = dict(max_new_tokens=max_new_tokens, temperature=float(temperature), seed=seed)
+    records = answer_records(lm, prompts, folder, batch_size, progress, settings)
+    if not any(record["answer"] for record in records):
+        raise ModelError(
+            f"{lm.name} gave an empty answer to every prompt ({', '.join(prompts.ids[:10])}): is its chat "
+            "template the one it was trained with?")
+    answered = [with_record(prompt, record) for prompt, record in zip(prompts, records)]
+    return Conversations(answered, f"answers of {lm.name}")
