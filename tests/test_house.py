@@ -22,10 +22,7 @@ CODE = ["tests", "tools", "benchmarks", "setup.py"]
 NOT_YET: dict[str, dict[str, str]] = {
     "lines and cells": {
         "00_foundation/02_probes": "not taken apart yet",
-        "10_data/05_tokens": "not taken apart yet",
-        "10_data/06_batches": "not taken apart yet",
         "20_model/02_losses": "not taken apart yet",
-        "20_model/04_answers": "not taken apart yet",
         "30_results/00_metrics": "not taken apart yet",
         "30_results/01_cards": "not taken apart yet",
         "30_results/02_attribution": "not taken apart yet",
@@ -42,9 +39,7 @@ NOT_YET: dict[str, dict[str, str]] = {
     "lint of notebooks": {
         "00_foundation/02_probes": "I001",
         "10_data/04_templates": "I001",
-        "10_data/06_batches": "I001",
         "20_model/02_losses": "I001",
-        "20_model/04_answers": "I001",
         "20_model/05_finetuning": "F401",
         "30_results/00_metrics": "I001",
         "30_results/04_comparison": "I001",

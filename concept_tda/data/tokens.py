@@ -50,8 +50,8 @@ def _encoded(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[int], list
     name = getattr(tokenizer, "name_or_path", "")
     if not getattr(tokenizer, "is_fast", False):
         raise ConversationError(
-            f"the tokenizer of {name or 'this model'!r} is not a fast one, and only those tell which characters "
-            "a token covers. Load it with AutoTokenizer.from_pretrained(..., use_fast=True).")
+            f"the tokenizer of {name or 'this model'!r} is not a fast one, and only those tell which "
+            "characters a token covers. Load it with AutoTokenizer.from_pretrained(..., use_fast=True).")
     options = dict(add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
                    return_token_type_ids=False, verbose=False)
     for i in range(0, len(texts), 512):
