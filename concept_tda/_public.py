@@ -83,6 +83,7 @@ PUBLIC = {
     "views.browser": "embedded_contents embedded_browser script_hash OfflinePage ExampleBrowser",
     "views.explorer": "concept_reading ConceptView ConceptExplorer",
     "views.report": "write_report",
+    "views.chats": "show_conversation show_conversations show_tokens",
     "demo": "last_state run_notebook",
     "cli": "",
 }
