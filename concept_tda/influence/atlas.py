@@ -103,6 +103,7 @@ def _fitted(
         _check_known(curvature, sites)
     return curvature
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #check-known-code
 def _check_known(curvature: EKFAC, sites: list[Site]) -> None:
     "Raise where factors are missing for a site."
     absent = [site.name for site in sites if site.name not in curvature.factors]
@@ -190,6 +191,7 @@ def _collect(
         _check_finite(values, [data.conversations.ids[row] for row in order])
     return np.array(order), results
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #check-finite-code
 def _check_finite(values: np.ndarray, ids: list[str]) -> None:
     "Raise where a row holds what is no number."
     bad = [id for id, row in zip(ids, values) if not np.isfinite(row).all()]
@@ -229,6 +231,7 @@ def _called_again(site: Site) -> SiteError:
     return SiteError(f"site {site.name} is called several times in one forward pass, which an atlas can't "
                      "keep apart: leave it out, or use ConceptInfluence, which can")
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #recorder-hook-code
 def _recorder(site: Site, batch: Batch, inputs: dict, outputs: dict) -> Callable:
     "A forward hook that keeps what goes in and what comes out, the latter attached to the graph."
     def hook(module: torch.nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
@@ -340,11 +343,13 @@ class _Sketch:
         "Numbers kept on either side."
         return self.left.shape[1], self.right.shape[1]
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #balance-code
 def _balance(frame: _Eigenframe) -> tuple[torch.Tensor, torch.Tensor]:
     "Scales a [out] and b [in] with a_j b_k about the root of the stiffness."
     stiffness = frame.stiffness
     return stiffness.mean(1).sqrt(), (stiffness.mean(0)/stiffness.mean()).sqrt()
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #sketch-code
 def _sketch(frame: _Frame, U_out: torch.Tensor, U_in: torch.Tensor) -> _Sketch:
     "The sketch with orthonormal columns U_out [out, r], U_in [in, r] in balanced coordinates."
     if not isinstance(frame, _Eigenframe): return _Sketch(U_out, U_in, U_out, U_in)
@@ -368,6 +373,7 @@ def _readers(lm: LanguageModel, sites: list[Site], data: TokenizedConversations)
         lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return readers
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #side-by-side-code
 def _side_by_side(
     sites: list[Site],
     sketches: dict[str, _Sketch],
@@ -478,6 +484,7 @@ def _probed(queries_koi: torch.Tensor, probes: int, generator: torch.Generator) 
     seen_out = (queries_koi @ draw(i)).transpose(0, 1).flatten(1)
     return seen_out, (queries_koi.mT @ draw(o)).transpose(0, 1).flatten(1)
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #learn-bases-code
 def _learn_bases(
     asked: _Asked,
     directions_Kd: torch.Tensor,
@@ -530,6 +537,7 @@ class _BasisRows(_SketchRows):
     def finish(self, rows_NP: torch.Tensor) -> torch.Tensor:
         return -rows_NP @ self.answers_dP.T
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #answers-bytes-code
 def _answers_bytes(lm: LanguageModel, sites: list[Site], rank: int) -> int:
     "Bytes of the table of sketched queries."
     numbers = sum(min(rank, site.out_features)*min(rank, site.in_features) for site in sites)
@@ -558,11 +566,13 @@ def _write_matrix(path: Path, blocks: Iterable, shape: tuple[int, ...], dtype: A
         del matrix
     return np.load(path, mmap_mode="r")
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #write-json-code
 def _write_json(path: Path, content: dict) -> None:
     "Write a dict, completely or not at all."
     with atomic_file(path) as part:
         part.write_text(json.dumps(content, indent=1, ensure_ascii=False))
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #write-conversations-code
 def _write_conversations(path: Path, conversations: Conversations) -> None:
     "Write the conversations with the bytes they came in as."
     import pyarrow as pa
@@ -579,6 +589,7 @@ def _no_card(folder: Path, kind: str, maker: str) -> AtlasError:
     return AtlasError(f"{folder} holds no {kind} (no card.json there): check the path, or make one with "
                       f"{maker}")
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #read-header-code
 def _read_header(folder: Path, kind: str, maker: str) -> dict[str, Any]:
     "The card of a finished folder."
     path, again = folder/"card.json", f"call {maker} again with this folder"
@@ -650,8 +661,8 @@ class _Beside(_Opened):
         return json.loads(path.read_text()) if path.exists() else {}
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0023
-class _Stored(_Beside):
-    "What was opened, checked and shown."
+class _Verified(_Beside):
+    "What was opened, and can be read through."
     def verify(self) -> list[str]: # What is damaged, in words; an empty list is good news
         "Read everything and compare it with its checksums."
         checked = zip(_row_checksums(self.rows), self.header["row_checksums"], strict=True)
@@ -661,6 +672,9 @@ class _Stored(_Beside):
         whole = {path.name for path in self.folder.iterdir() if files.get(path.name) == _file_checksum(path)}
         return parts + [name for name in files if name not in whole]
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #shown-code
+class _Stored(_Verified):
+    "What was opened and checked, and shows itself."
     def _facts(self) -> dict[str, str]:
         "What its representations show."
         megabytes = (self.folder/"rows.npy").stat().st_size/1e6
@@ -695,6 +709,7 @@ class _Build:
     def __post_init__(self):
         self.store = BlockStore(self.folder/"unfinished", self.key)
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #stored-dtype-code
 def _stored_dtype(lm: LanguageModel) -> str:
     "The type of the stored numbers: that in which they were computed."
     return str(work_dtype(lm)).removeprefix("torch.")
@@ -710,6 +725,7 @@ def _reuse(cls: type[_Opened], folder: Path, key: dict, options: dict) -> Any:
     _tidy(folder)
     return found
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #check-disk-code
 def _check_disk(folder: Path, data: TokenizedConversations, columns: int, dtype: str) -> None:
     "Refuse what does not fit on the disk before any work is done."
     needed = 2*len(data)*columns*np.dtype(dtype).itemsize
@@ -720,6 +736,7 @@ def _check_disk(folder: Path, data: TokenizedConversations, columns: int, dtype:
     raise AtlasError(f"{len(data):,} examples × {columns:,} numbers need {needed/1e9:.1f} GB while "
                      f"building, {folder} has {free/1e9:.1f} GB: choose another folder{smaller}")
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #tidy-code
 def _tidy(folder: Path) -> None:
     "Remove what a killed build may have left behind."
     shutil.rmtree(folder/"unfinished", ignore_errors=True)
@@ -739,6 +756,7 @@ def _blocks(data: TokenizedConversations, token_budget: int) -> list[list[int]]:
         rows = []
     return plan + [rows] if rows else plan
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #packed-code
 def _packed(values: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     "Values in the stored precision. Half precision is relative to the largest number of its row, which is "
     "kept."
@@ -783,6 +801,7 @@ def _fill(build: _Build, prepare: Callable[[], _Collector]) -> float:
             _fill_block(build, name, rows, collector, bar)
     return seconds
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #fill-block-code
 def _fill_block(build: _Build, name: str, rows: list[int], collector: _Collector, bar: tqdm) -> None:
     "Compute one block and store it."
     start = time.perf_counter()
@@ -851,6 +870,7 @@ def _finish(
     _tidy(folder)
     return cls(folder, **options)
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #cost-code
 def _cost(store: BlockStore, preparation: float) -> dict:
     "When it was finished, and seconds of each part; those of blocks from before a kill are in it."
     seconds = {name: float(store.read(name)["seconds"][0]) for name in store.names()}
@@ -867,6 +887,7 @@ def _as_array(directions: Any) -> np.ndarray:
         return directions.detach().to("cpu", torch.float64).numpy()
     return np.asarray(directions, np.float64)
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #unit-rows-code
 def _unit_rows(directions: Any, width: int) -> np.ndarray:
     "Directions as unit rows [K, width] in float64."
     rows_Kd = _as_array(directions)
@@ -941,8 +962,8 @@ class _Checked(_Atlas):
         return [f"concept {name!r} does not record the model it was made with"]
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #002f
-class _Answers(_Checked):
-    "An atlas that answers."
+class _Product(_Checked):
+    "An atlas as one matrix product."
     def score_many(
         self,
         directions: Any, # [K, d] tensor or array, such as the decoder rows of a sparse autoencoder
@@ -951,6 +972,9 @@ class _Answers(_Checked):
         Raises `AtlasError` for another width, or a zero direction."""
         return _product(self.rows, _unit_rows(directions, self.width).T)
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #agreement-code
+class _Sampled(_Product):
+    "An atlas that can be compared with exact rows of some examples."
     def agreement(
         self,
         direction: Any, # [d]
@@ -962,6 +986,9 @@ class _Answers(_Checked):
         exact, own = (_product(rows, column)[:, 0] for rows in (self.sample, self.rows[self.sample_rows]))
         return spearman(exact, own)
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #score-concept-code
+class _Answers(_Sampled):
+    "An atlas that gives a result."
     def score(
         self,
         concept: Concept, # Of the atlas's layer and pooling
@@ -978,8 +1005,19 @@ class _Answers(_Checked):
         card = QueryCard(**{**self.card, **own}, cost=Cost(seconds=time.perf_counter() - start))
         return Attribution(self.conversations, scores, card)
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #row-of-code
+class _Rows(_Answers):
+    "An atlas that finds an example."
+    def _row(self, example: int | str) -> int:
+        "Row number of an example."
+        if isinstance(example, str):
+            if example in self.conversations.ids: return self.conversations.ids.index(example)
+            raise AtlasError(f"no conversation of {len(self)} has the id {example!r}")
+        if -len(self) <= example < len(self): return int(example)
+        raise AtlasError(f"example {example}: the atlas has rows 0 to {len(self) - 1}")
+
 # %% ../../nbs/50_influence/08_atlas.ipynb #0031
-class _Ranked(_Answers):
+class _Ranked(_Rows):
     "An atlas that is asked about one example."
     def top_directions(
         self,
@@ -1002,14 +1040,6 @@ class _Ranked(_Answers):
             "direction": [names[i] if names is not None else int(i) for i in order], "score": scores_F[order],
             "cosine": scores_F[order]/max(np.linalg.norm(step_d), np.finfo(float).tiny),
             "rank": 1 + (all_NF > all_NF[row]).sum(0)})
-
-    def _row(self, example: int | str) -> int:
-        "Row number of an example."
-        if isinstance(example, str):
-            if example in self.conversations.ids: return self.conversations.ids.index(example)
-            raise AtlasError(f"no conversation of {len(self)} has the id {example!r}")
-        if -len(self) <= example < len(self): return int(example)
-        raise AtlasError(f"example {example}: the atlas has rows 0 to {len(self) - 1}")
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #atlas-class-code
 class InfluenceAtlas(_Ranked):
@@ -1037,6 +1067,7 @@ def _agreement(seed: int, sample_rows: np.ndarray, first: np.ndarray, second: np
     return dict(mean=round(float(np.mean(found)), 4), min=round(float(np.min(found)), 4), directions=64,
                 examples=len(sample_rows))
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #basis-directions-code
 def _basis_directions(width: int, n: int, seed: int, activations: Any) -> torch.Tensor:
     "Random directions [n, width] to learn the bases from: Gaussian, or half of them like some activations."
     generator = torch.Generator().manual_seed(seed)
@@ -1053,6 +1084,7 @@ def _check_rank(rank: Any, sample: int, otherwise: str = "") -> None:
         raise AtlasError(f"sample={sample}: a rank correlation of fewer than 8 examples says nothing; 0 "
                          "leaves the check out")
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #check-table-code
 def _check_table(lm: LanguageModel, sites: list[Site], rank: int, memory_budget: int) -> None:
     "Refuse a table of sketched queries that is too large."
     needed = _answers_bytes(lm, sites, rank)
@@ -1069,6 +1101,7 @@ def _cut_note(data: TokenizedConversations) -> list[str]:
     return [f"{len(data.cut)} of {len(data)} examples were longer than {data.max_tokens} tokens and were cut "
             "there"]
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #atlas-card-code
 def _atlas_card(asked: _Asked, data: TokenizedConversations, sites: Any, curvature: EKFAC | Identity,
                 mode: str) -> QueryCard:
     "What the atlas is."
@@ -1172,6 +1205,7 @@ def _projection(size: int, rank: int, seed: int, *names: str) -> torch.Tensor:
     noise = torch.randn(size, min(rank, size), generator=generator, dtype=torch.float64)
     return torch.linalg.qr(noise)[0]
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #random-sketches-code
 def _random_sketches(
     sites: list[Site],
     frames: dict[str, _Frame],
@@ -1199,6 +1233,7 @@ def _write_sketches(path: Path, pair: list[dict[str, _Sketch]]) -> None:
     with atomic_file(path) as part:
         save_file(tensors, part)
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #read-sketches-code
 def _read_sketches(path: Path, expected: str, device: torch.device) -> tuple[dict, dict]:
     "Both sketches of all sites, checked."
     from safetensors.torch import load_file
@@ -1218,6 +1253,7 @@ def _adapters(lm: LanguageModel) -> list[Site]:
     except SiteError:
         return []
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #index-class-code
 class _Index(_Stored):
     "An opened index with its model."
     kind, maker = "gradient index", "build_index"
@@ -1370,6 +1406,7 @@ def _restored(build: _Build, rows: np.ndarray, chosen: np.ndarray) -> np.ndarray
     if build.dtype != "float16": return values
     return values*np.load(build.folder/"scales.npy")[chosen, None]
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #index-card-code-code
 def _index_card(build: _Build, sites: Any, settings: dict) -> QueryCard:
     "What the index is."
     lm, data = build.lm, build.data
@@ -1380,6 +1417,7 @@ def _index_card(build: _Build, sites: Any, settings: dict) -> QueryCard:
         sites=sites if isinstance(sites, str) else "chosen by name", n_sites=len(build.sites),
         settings=settings, notes=_cut_note(data) + coverage_notes(lm, sites))
 
+# %% ../../nbs/50_influence/08_atlas.ipynb #index-build-code
 def _index_from(build: _Build, card: QueryCard, pair: list[dict], sample_rows: np.ndarray) -> GradientIndex:
     "Fill the rows of an index by the first sketch, those of the sample by the second too, and write the "
     "files."
