@@ -6,106 +6,164 @@
 __all__ = ['RandomScore', 'ResponseLength', 'BM25', 'MeanLoss', 'RepSim', 'RandomDirection']
 
 # %% ../../nbs/50_influence/07_baselines.ipynb #0003
-import torch
-
-from ..concepts.concept import random_concepts
-from .engine import ActivationReadout, LossReadout
-from .scorers import Scorer, VectorFilter
-from ..model.tracing import pooled_activations
+from typing import Any
 
 import numpy as np
 
+from ..concepts.concept import Concept, random_concepts
+from ..data.conversations import Conversations
+from ..data.tokens import TokenizedConversations
+from .engine import ActivationReadout, LossReadout
+from .scorers import Scorer, VectorFilter
+from ..model.loading import LanguageModel
+from ..model.tracing import pooled_activations
+
 # %% ../../nbs/50_influence/07_baselines.ipynb #0007
-class RandomScore(Scorer):
-    "Uniform noise: what chance looks like."
+class _Seeded(Scorer):
+    "Noise that can be had again."
     method = "Random"
     zero = "none"
 
-    def __init__(self,
+    def __init__(
+        self,
         seed: int = 0, # Seed of the noise
-    ): self.seed = seed
+    ):
+        self.seed = seed
 
-    def direct(self, data): return np.random.default_rng(self.seed).random(len(data))
+# %% ../../nbs/50_influence/07_baselines.ipynb #random-score
+class RandomScore(_Seeded):
+    "Uniform noise: what chance looks like."
+    def direct(self, data: TokenizedConversations) -> np.ndarray:
+        "Numbers between 0 and 1, one for each example."
+        return np.random.default_rng(self.seed).random(len(data))
 
-    def describe(self): return dict(behaviour="none", settings={"seed": self.seed})
+    def describe(self) -> dict[str, Any]:
+        "For the query card."
+        return dict(behaviour="none", settings={"seed": self.seed})
 
+# %% ../../nbs/50_influence/07_baselines.ipynb #length
 class ResponseLength(Scorer):
     "Number of response tokens."
     method = "Length"
     zero = "none"
 
-    def direct(self, data): return np.array([example.response_mask.sum().item() for example in data], dtype=float)
+    def direct(self, data: TokenizedConversations) -> np.ndarray:
+        "The number of tokens in the answers of each example."
+        return np.array([example.response_mask.sum().item() for example in data], dtype=float)
 
-    def describe(self): return dict(behaviour="none")
+    def describe(self) -> dict[str, Any]:
+        "For the query card."
+        return dict(behaviour="none")
 
 # %% ../../nbs/50_influence/07_baselines.ipynb #0009
-class BM25(Scorer):
-    "Mean BM25 score of the example's text for the query texts (prompt and response of each)."
+class _WordsOfQueries(Scorer):
+    "Texts that are searched for."
     method = "BM25"
     zero = "none"
 
-    def __init__(self,
-        queries, # `Conversations` that show the behaviour
-    ): self.queries = queries
+    def __init__(
+        self,
+        queries: Conversations, # They show the behaviour
+    ):
+        self.queries = queries
 
-    def direct(self, data):
-        import bm25s
-        words = bm25s.tokenize([conversation.text for conversation in data.conversations], stopwords=None, show_progress=False)
-        index = bm25s.BM25()
-        index.index(words, show_progress=False)
-        queries = bm25s.tokenize([query.text for query in self.queries], stopwords=None, return_ids=False, show_progress=False)
-        known = [[word for word in query if word in words.vocab] for query in queries]
-        return np.mean([index.get_scores(query) if query else np.zeros(len(data)) for query in known], axis=0).astype(float)
+# %% ../../nbs/50_influence/07_baselines.ipynb #bm25
+class BM25(_WordsOfQueries):
+    "Mean BM25 score of the example's text for the query texts (prompt and response of each)."
+    def direct(self, data: TokenizedConversations) -> np.ndarray:
+        "How well the words of each example match those of the queries, on average."
+        return _bm25_scores([query.text for query in self.queries], [c.text for c in data.conversations])
 
-    def describe(self): return dict(behaviour="word overlap with the query examples", settings={"query_examples": len(self.queries)})
+    def describe(self) -> dict[str, Any]:
+        "For the query card."
+        return dict(behaviour="word overlap with the query examples",
+                    settings={"query_examples": len(self.queries)})
+
+# %% ../../nbs/50_influence/07_baselines.ipynb #bm25-scores
+def _bm25_scores(queries: list[str], texts: list[str]) -> np.ndarray:
+    "Mean BM25 score [N] of each text for the queries."
+    import bm25s
+    split: Any = bm25s.tokenize  # its annotations know neither stopwords=None nor the vocabulary
+    words = split(texts, stopwords=None, show_progress=False)
+    index = bm25s.BM25()
+    index.index(words, show_progress=False)
+    asked = split(queries, stopwords=None, return_ids=False, show_progress=False)
+    known = [[word for word in query if word in words.vocab] for query in asked]
+    scores = [index.get_scores(query) if query else np.zeros(len(texts)) for query in known]
+    return np.mean(scores, axis=0).astype(float)
 
 # %% ../../nbs/50_influence/07_baselines.ipynb #000b
-class MeanLoss(Scorer):
-    "Mean response loss: how unlikely the model finds the answer."
+class _Surprise(Scorer):
+    "A model that finds answers likely or unlikely."
     method = "Loss"
     zero = "none"
 
-    def __init__(self,
-        lm, # `LanguageModel`
-    ): self.lm = lm
+    def __init__(
+        self,
+        lm: LanguageModel, # The model
+    ):
+        self.lm = lm
 
-    def prepare(self, data): return LossReadout()
+# %% ../../nbs/50_influence/07_baselines.ipynb #mean-loss
+class MeanLoss(_Surprise):
+    "Mean response loss: how unlikely the model finds the answer."
+    def prepare(self, data: TokenizedConversations) -> LossReadout:
+        "What listens to the pass."
+        return LossReadout()
 
-    def describe(self): return dict(behaviour="none", reduction="mean")
+    def describe(self) -> dict[str, Any]:
+        "For the query card."
+        return dict(behaviour="none", reduction="mean")
 
-class RepSim(Scorer):
-    "Cosine similarity of the example's pooled activation with the mean pooled activation of the query examples."
+# %% ../../nbs/50_influence/07_baselines.ipynb #repsim
+class _Similarity(Scorer):
+    "Query examples, and where they are compared."
     method = "RepSim"
     zero = "projection"
 
-    def __init__(self,
-        lm,                               # `LanguageModel`
-        queries,                          # `Conversations` that show the behaviour
-        layer: int,                       # Where activations are compared
-        pooling: str = "response_mean",   # How token activations become one vector
+    def __init__(
+        self,
+        lm: LanguageModel,              # The model
+        queries: Conversations,         # They show the behaviour
+        layer: int,                     # Where activations are compared
+        pooling: str = "response_mean", # How token activations become one vector
     ):
         self.lm, self.queries, self.layer, self.pooling = lm, queries, lm.check_layer(layer), pooling
 
-    def prepare(self, data):
-        mean_d = pooled_activations(self.lm, self.queries, self.layer, self.pooling, progress=False)[self.layer].mean(0)
+# %% ../../nbs/50_influence/07_baselines.ipynb #repsim-class
+class RepSim(_Similarity):
+    """Cosine similarity of the example's pooled activation with the mean pooled activation of the query
+    examples."""
+    def prepare(self, data: TokenizedConversations) -> ActivationReadout:
+        "What listens to the pass: a cosine with the queries' mean."
+        acts = pooled_activations(self.lm, self.queries, self.layer, self.pooling, progress=False)
+        mean_d = acts[self.layer].mean(0)
         return ActivationReadout(self.layer, mean_d[None]/mean_d.norm(), self.pooling, cosine=True)
 
-    def describe(self): return dict(behaviour="similarity to the query examples", layer=self.layer, pooling=self.pooling, settings={"query_examples": len(self.queries)})
+    def describe(self) -> dict[str, Any]:
+        "For the query card."
+        return dict(behaviour="similarity to the query examples", layer=self.layer, pooling=self.pooling,
+                    settings={"query_examples": len(self.queries)})
 
 # %% ../../nbs/50_influence/07_baselines.ipynb #000d
 class RandomDirection(VectorFilter):
-    "Vector Filter along a random direction with the covariance of the activations: would any direction have done?"
+    """Vector Filter along a random direction with the covariance of the activations: would any direction have
+    done?"""
     method = "Random direction"
 
-    def __init__(self,
-        lm,            # `LanguageModel`
-        concept,       # The `Concept` whose layer and pooling are used
-        examples,      # `Conversations` whose activations give the covariance
-        seed: int = 0, # Seed of the direction
+    def __init__(
+        self,
+        lm: LanguageModel,       # The model
+        concept: Concept,        # Its layer and pooling are used
+        examples: Conversations, # Their activations give the covariance
+        seed: int = 0,           # Seed of the direction
         *,
-        progress: bool = True, # Show a bar over the examples
+        progress: bool = True,   # Show a bar over the examples
     ):
         super().__init__(lm, random_concepts(lm, examples, concept, n=1, seed=seed, progress=progress)[0])
         self.seed = seed
 
-    def describe(self): return {**super().describe(), "behaviour": "a covariance-matched random direction", "settings": {"seed": self.seed}}
+    def describe(self) -> dict[str, Any]:
+        "For the query card."
+        return {**super().describe(), "behaviour": "a covariance-matched random direction",
+                "settings": {"seed": self.seed}}

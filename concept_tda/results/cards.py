@@ -16,8 +16,8 @@ from .metrics import AttributionError
 
 # %% ../../nbs/30_results/01_cards.ipynb #0021
 @dataclass
-class Cost:
-    "The price of a result."
+class _Price:
+    "What was spent."
     seconds: float = 0.            # Wall-clock seconds
     tokens: int = 0                # Tokens that went through the model
     peak_memory: int | None = None # Bytes, where measured
@@ -27,6 +27,9 @@ class Cost:
         "Throughput; NaN where no time was measured."
         return self.tokens / self.seconds if self.seconds > 0 else float("nan")
 
+# %% ../../nbs/30_results/01_cards.ipynb #price-code
+class Cost(_Price):
+    "The price of a result."
     def __str__(self) -> str:
         parts = [f"{self.seconds:.3g} s"]
         if self.tokens:
@@ -72,9 +75,14 @@ class _Fields:
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
-        if self.zero in ZERO: return
-        raise AttributionError(f"{self.method}: zero={self.zero!r} in the query card; "
-                               f"it is one of {', '.join(map(repr, ZERO))}")
+        _check_zero(self.method, self.zero)
+
+# %% ../../nbs/30_results/01_cards.ipynb #zero-check
+def _check_zero(method: str, zero: str) -> None:
+    "Refuse a meaning of zero that no page could put into words."
+    if zero in ZERO: return
+    raise AttributionError(f"{method}: zero={zero!r} in the query card; "
+                           f"it is one of {', '.join(map(repr, ZERO))}")
 
 # %% ../../nbs/30_results/01_cards.ipynb #reading-code
 class _Reading(_Fields):
@@ -86,6 +94,9 @@ class _Reading(_Fields):
         if self.zero != "projection" or self.mean is None: return ZERO[self.zero]
         return f"{ZERO[self.zero]}, {', '.join(f'{mean:.4g}' for mean in self.mean)}"
 
+# %% ../../nbs/30_results/01_cards.ipynb #items
+class _Shown(_Reading):
+    "The card as lines."
     def items(self) -> list[tuple[str, str]]:
         "Pairs of field and text for everything that is set, for display."
         shown = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -102,7 +113,7 @@ class _Reading(_Fields):
         return html_of(self)
 
 # %% ../../nbs/30_results/01_cards.ipynb #0024
-class QueryCard(_Reading):
+class QueryCard(_Shown):
     "What was computed: everything a reader needs to trust, repeat or refuse a score."
     def to_dict(self) -> dict:
         "Plain values, ready for JSON."
@@ -119,5 +130,6 @@ class QueryCard(_Reading):
             raise AttributionError("the query card has fields this version of concept_tda does not know: "
                                    f"{', '.join(unknown)}; update the library")
         values = values | {"cost": Cost(**values["cost"]) if values.get("cost") else None}
-        if values.get("sign") == _SIGN_OF_EVERY_CARD_OF_0_1: values["sign"] = None
+        if values.get("sign") == _SIGN_OF_EVERY_CARD_OF_0_1:
+            values["sign"] = None
         return cls(**values)

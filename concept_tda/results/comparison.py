@@ -8,7 +8,7 @@ __all__ = ['Comparison', 'results_by_name', 'compare']
 # %% ../../nbs/30_results/04_comparison.ipynb #imports
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from .attribution import Attribution
 from .metrics import AttributionError, detection_metrics, spearman
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% ../../nbs/30_results/04_comparison.ipynb #0085
@@ -30,6 +31,9 @@ class _Tables:
     overlap: pd.DataFrame                # Share of the first `top` that two methods have in common [M, M]
     table: pd.DataFrame                  # One row for each method: detection where there are labels, and cost
 
+# %% ../../nbs/30_results/04_comparison.ipynb #words-code
+class _Printed(_Tables):
+    "The tables in a terminal and in a notebook."
     def __repr__(self) -> str:
         table = self.table.to_string(float_format="{:.3f}".format, na_rep="–")
         agreement = self.spearman.to_string(float_format="{:+.2f}".format)
@@ -41,7 +45,7 @@ class _Tables:
         return html_of(self)
 
 # %% ../../nbs/30_results/04_comparison.ipynb #0090
-class _Disagreements(_Tables):
+class _Disagreements(_Printed):
     "Where the methods part ways."
     def disagreements(
         self,
@@ -50,11 +54,7 @@ class _Disagreements(_Tables):
         n: int = 10, # How many
     ) -> pd.DataFrame:
         "Examples that `high` ranks far above `low`, the widest gap in percentiles first, with their texts."
-        for name in (high, low):
-            if name in self.attributions: continue
-            known = ", ".join(map(repr, self.attributions))
-            raise AttributionError(f"no method {name!r} in this comparison; there are {known}")
-        first, second = self.attributions[high], self.attributions[low]
+        first, second = (_result_of(self, name) for name in (high, low))
         gap = first.percentiles - second.percentiles
         order = np.argsort(-gap, kind="stable")[:n]
         part = first.select(order)
@@ -63,8 +63,15 @@ class _Disagreements(_Tables):
                    "response": [conversation.response for conversation in part.conversations]}
         return pd.DataFrame(columns, index=pd.Index(part.rows, name="row"))
 
+# %% ../../nbs/30_results/04_comparison.ipynb #result-of
+def _result_of(tables: _Tables, name: str) -> Attribution:
+    "The result of a method. Raises `AttributionError` with the names that there are."
+    if name in tables.attributions: return tables.attributions[name]
+    known = ", ".join(map(repr, tables.attributions))
+    raise AttributionError(f"no method {name!r} in this comparison; there are {known}")
+
 # %% ../../nbs/30_results/04_comparison.ipynb #008d
-def _heat_map(ax, matrix: pd.DataFrame, title: str, low: float, colours: str) -> None:
+def _heat_map(ax: "Axes", matrix: pd.DataFrame, title: str, low: float, colours: str) -> None:
     "One agreement matrix with its numbers."
     names, n = list(matrix), len(matrix)
     ax.imshow(matrix, vmin=low, vmax=1, cmap=colours, aspect="auto")
@@ -77,6 +84,7 @@ def _heat_map(ax, matrix: pd.DataFrame, title: str, low: float, colours: str) ->
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
 
+# %% ../../nbs/30_results/04_comparison.ipynb #comparison
 class Comparison(_Disagreements):
     "Several results on the same examples, side by side."
     def plot(self) -> "Figure":
@@ -97,11 +105,13 @@ def _named_queries(name: str | None, result: Attribution) -> list[tuple[str, Att
     if len(result.queries) == 1: return [(name, result.query())]
     return [(f"{name}: {query}", result.query(query)) for query in result.queries]
 
+# %% ../../nbs/30_results/04_comparison.ipynb #results-by-name
 def results_by_name(
     attributions, # A result, a list of results, or a dict of results by the name to show
 ) -> dict[str, Attribution]:
     "Single-query results under names that tell them apart. Raises `AttributionError` for what is no result."
-    if isinstance(attributions, Attribution): attributions = [attributions]
+    if isinstance(attributions, Attribution):
+        attributions = [attributions]
     named = list(attributions.items()) if isinstance(attributions, dict) \
         else [(None, result) for result in attributions]
     if not named: raise AttributionError("nothing to compare: pass at least one result")
@@ -111,6 +121,7 @@ def results_by_name(
     singles = _told_apart(singles, [result.queries[0] for _, result in singles])
     return dict(_told_apart(singles, [str(i + 1) for i in range(len(singles))]))
 
+# %% ../../nbs/30_results/04_comparison.ipynb #told-apart
 def _told_apart(singles: list[tuple[str, Attribution]], more: list[str]) -> list[tuple[str, Attribution]]:
     "Names that occur twice get the further word."
     names = [name for name, _ in singles]
@@ -123,23 +134,27 @@ def compare(
     *,
     top: int = 20,           # Size of the tops to compare; where the file is smaller, half of it
     labels=None,             # Booleans [N] in the order of the first result, or the name of a metadata column
-    positive: object = True, # With a column name: the value that marks the examples to be found
+    positive: Any = True,    # With a column name: the value that marks the examples to be found
     k: tuple[int, ...] | None = None, # Cuts for precision and recall; None: those of 10, 20, 50 below N
 ) -> Comparison:
     "Agreement, detection and cost. Raises `AttributionError` for results on different examples."
     results = results_by_name(attributions)
     first = next(iter(results.values()))
     results = {name: result.whole("compare").aligned(first) for name, result in results.items()}
-    if top >= len(first): top = max(1, len(first) // 2)
-    if isinstance(labels, str): labels = first.conversations.labels(labels, positive)
+    if top >= len(first):
+        top = max(1, len(first) // 2)
+    if isinstance(labels, str):
+        labels = first.conversations.labels(labels, positive)
     agreement = _square(results, lambda a, b: spearman(results[a].scores, results[b].scores))
     return Comparison(results, top, agreement, _overlap(results, top), _method_table(results, labels, k))
 
+# %% ../../nbs/30_results/04_comparison.ipynb #square
 def _square(results: dict[str, Attribution], cell: Callable[[str, str], float]) -> pd.DataFrame:
     "A number for every pair of methods."
     names = list(results)
     return pd.DataFrame([[cell(a, b) for b in names] for a in names], index=names, columns=names, dtype=float)
 
+# %% ../../nbs/30_results/04_comparison.ipynb #overlap
 def _overlap(results: dict[str, Attribution], top: int) -> pd.DataFrame:
     "Share of the first `top` examples that two methods have in common."
     heads = {name: set(np.argsort(-result.scores, kind="stable")[:top].tolist())
@@ -153,6 +168,7 @@ def _cost_columns(result: Attribution) -> dict[str, float]:
     if cost is None: return {"seconds": np.nan, "tokens/s": np.nan}
     return {"seconds": cost.seconds, "tokens/s": cost.tokens_per_second if cost.tokens else np.nan}
 
+# %% ../../nbs/30_results/04_comparison.ipynb #method-table
 def _method_table(results: dict[str, Attribution], labels, k: tuple[int, ...] | None) -> pd.DataFrame:
     "One row for each method, and one for guessing where there are labels."
     rows = {}

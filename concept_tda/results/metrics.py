@@ -77,7 +77,8 @@ def checked_count(
     count: int | None,      # Or the number of examples
 ) -> int:                   # From 1 to n - 1
     "How many examples that is. Raises `AttributionError` for what comes to none or all of them."
-    if fraction is not None: count = _count_of_share(n, fraction)
+    if fraction is not None:
+        count = _count_of_share(n, fraction)
     whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
     if count is not None and whole and 1 <= count < n: return int(count)
     raise AttributionError(f"count={count!r}: a whole number from 1 to {n - 1}, fewer than all {n} examples")
@@ -101,7 +102,8 @@ def cut_rows(
     threshold: float | None = None, # Or: take the scores strictly beyond this one
     lowest: bool = False,           # Take from the low end instead of the high end
 ) -> np.ndarray:                    # Sorted row numbers of the examples taken
-    "Rows at one end of the scores; ties at the cut go by file order. Raises `AttributionError` for a senseless cut."
+    """Rows at one end of the scores; ties at the cut go by file order. Raises `AttributionError` for a
+    senseless cut."""
     scores, n = np.asarray(scores, float), len(scores)
     check_one_criterion(fraction, count, threshold)
     if threshold is None:
