@@ -405,7 +405,8 @@ _MARKS = f"""<style>.ctda{{
 & .weight-0{{background:rgba({GREY},.3);border-bottom:2px dotted currentColor}}
 & .framed{{outline:1px solid rgba({GREY},.9);outline-offset:-1px;font-size:.88em;padding:.1em .2em}}
 & .finding td{{text-align:start;vertical-align:top}}
-& .finding td:first-child{{white-space:nowrap;font-weight:600;border-inline-start:4px solid transparent}}
+& .finding td:nth-child(-n+2){{white-space:nowrap}}
+& .finding td:first-child{{font-weight:600;border-inline-start:4px solid transparent}}
 & .error td:first-child{{border-inline-start-color:rgb(220,50,50)}}
 & .warning td:first-child{{border-inline-start-color:rgb({ORANGE})}}
 & .note td:first-child{{border-inline-start-color:rgb({BLUE})}}
@@ -451,12 +452,12 @@ def _finding_rows(checks: "Sequence[Check]") -> str:
 def diagnosis_html(
     diagnosis: "Diagnosis", # From `doctor`
 ) -> str:
-    "The findings, worst first, those that found nothing apart, and the example."
+    "The findings, worst first, those in order apart, and the example."
     passed = diagnosis.of("ok")
     found = [check for check in diagnosis.checks if check not in passed]
     numbers = {kind: len(diagnosis.of(kind)) for kind in ("error", "warning", "note")}
     counts = ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in numbers.items())
-    summary = f"<summary>{len(passed)} checks found nothing</summary>"
+    summary = f"<summary>{len(passed)} checks in order</summary>"
     folded = f"<details open>{summary}{_finding_rows(passed)}</details>"
     example = marked_html(diagnosis.example) if diagnosis.example else ""
     return f"<h4>{counts}</h4>{_finding_rows(found) if found else ''}{folded if passed else ''}{example}"
