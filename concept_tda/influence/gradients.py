@@ -202,12 +202,12 @@ def _unfrozen(weight: torch.nn.Parameter, probes: list[_Probe]) -> Iterator[None
 
 def _probe(lm: LanguageModel, sites: list[Site], batch: Batch) -> list[_Probe]:
     "One pass with the weights of the sites unfrozen, both gradients noted."
-    probes = {site.name: _Probe(site) for site in sites}
-    readers = {}
-    for probe in probes.values():
-        readers.setdefault(probe.site.module.weight, []).append(probe)
-    receive = lambda site, x, delta: probes[site.name].receive(x, delta)
     with lm.undisturbed(), torch.enable_grad(), ExitStack() as stack:
+        # in here, for a caller's inference mode makes tensors that nothing may be added to
+        probes, readers = {site.name: _Probe(site) for site in sites}, {}
+        receive = lambda site, x, delta: probes[site.name].receive(x, delta)
+        for probe in probes.values():
+            readers.setdefault(probe.site.module.weight, []).append(probe)
         for weight, reading in readers.items():
             stack.enter_context(_unfrozen(weight, reading))
         stack.enter_context(site_flows(sites, receive, batch))

@@ -14,6 +14,7 @@ import operator
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -114,6 +115,12 @@ def _hash_model(model: Any) -> str:
     parameters = [[name, parameter] for name, parameter in model.named_parameters()]  # tied weights come once
     return fingerprint(_plain({"config": model.config.to_dict(), "adapters": adapters}), parameters)
 
+# %% ../../nbs/20_model/00_loading.ipynb #uncompiled
+def _uncompiled() -> AbstractContextManager[Any]:
+    "What was compiled runs as it was written inside, and compiled again outside."
+    if "torch._dynamo" not in sys.modules: return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
 # %% ../../nbs/20_model/00_loading.ipynb #000a
 @contextlib.contextmanager
 def _undisturbed(model: Any, tokenizer: Any) -> Iterator[None]:
@@ -129,7 +136,8 @@ def _undisturbed(model: Any, tokenizer: Any) -> Iterator[None]:
             parameter.requires_grad_(False)
         for config, _ in caching:
             config.use_cache = False
-        with torch.inference_mode(False):  # a caller's inference mode would make every gradient zero
+        # a caller's inference mode would make every gradient zero
+        with torch.inference_mode(False), _uncompiled():
             yield
     finally:
         for module, flag in training:
@@ -714,7 +722,7 @@ def _checked_pair(pair: Any) -> tuple[Any, Any]:
     if not hasattr(tokenizer, "get_vocab"):
         raise ModelError(
             f"a {type(tokenizer).__name__} is no tokenizer: a pair must be (transformers model, tokenizer)")
-    return model, tokenizer
+    return getattr(model, "_orig_mod", model), tokenizer
 
 # %% ../../nbs/20_model/00_loading.ipynb #0028-device
 def _moved(model: nn.Module, device: Any) -> None:

@@ -205,7 +205,7 @@ def _nothing_left(lm: LanguageModel, sites, chosen: list[Site], stride: int, lay
         return (f"{lm.name} has no LoRA layers in use: load the adapter without merge=True and leave it "
                 "switched on, or ask for \"attention\"")
     nothing = f"sites={sites!r} matches no linear layer of {lm.name}. "
-    if sites in _KINDS and (outside := coverage(lm, sites).uncovered):
+    if isinstance(sites, str) and sites in _KINDS and (outside := coverage(lm, sites).uncovered):
         listed = ", ".join(outside[:6])
         nothing += f"The weights it means are parameters of their own, not linear layers: {listed}. "
     examples = [site.name for site in _linear_sites(lm)]
