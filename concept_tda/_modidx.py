@@ -3110,6 +3110,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'concept_tda/model/loading.py'),
                                            'concept_tda.model.loading._tokenizer_of': ( '20_model/loading.html#_tokenizer_of',
                                                                                         'concept_tda/model/loading.py'),
+                                           'concept_tda.model.loading._uncompiled': ( '20_model/loading.html#_uncompiled',
+                                                                                      'concept_tda/model/loading.py'),
                                            'concept_tda.model.loading._undisturbed': ( '20_model/loading.html#_undisturbed',
                                                                                        'concept_tda/model/loading.py'),
                                            'concept_tda.model.loading._with_template': ( '20_model/loading.html#_with_template',
