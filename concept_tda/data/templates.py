@@ -22,6 +22,7 @@ def template_names() -> list[str]:
     names = [file.name for file in folder.iterdir()]
     return sorted(name.removesuffix(".jinja") for name in names if name.endswith(".jinja"))
 
+# %% ../../nbs/10_data/04_templates.ipynb #named-text
 def chat_template_text(
     template: str | Path, # A name from `template_names`, a file of Jinja, or the text of a template
 ) -> str:
@@ -54,6 +55,7 @@ def _model_name(tokenizer: Any) -> str:
     "The model's name in quotes, as far as it is known."
     return repr(getattr(tokenizer, "name_or_path", "") or "this model")
 
+# %% ../../nbs/10_data/04_templates.ipynb #no-template
 def _no_template(tokenizer: Any) -> ConversationError:
     "What to do where there is none."
     return ConversationError(
@@ -69,25 +71,30 @@ def render(
     add_generation_prompt: bool = False, # End with the header of an answer?
 ) -> list[str]:
     "The chats in the model's own template. Where it refuses some of them, the error lists their ids."
-    def rendered(some: list) -> list[str]:
-        options = dict(tokenize=False, add_generation_prompt=add_generation_prompt)
-        return tokenizer.apply_chat_template(some, **options)
-
+    options = dict(tokenize=False, add_generation_prompt=add_generation_prompt)
     if not chats: return []
     if not getattr(tokenizer, "chat_template", None): raise _no_template(tokenizer)
     try:
-        return rendered(chats)
-    except Exception:  # now find out which, and why
-        refused, reason = [], None
+        return tokenizer.apply_chat_template(chats, **options)
+    except Exception:
+        return _one_by_one(tokenizer, chats, ids, options)
+
+# %% ../../nbs/10_data/04_templates.ipynb #one-by-one
+def _one_by_one(
+    tokenizer: Any, chats: list[list[dict]], ids: Sequence[str], options: dict[str, Any],
+) -> list[str]:
+    "Each chat rendered alone; an error that lists those the template refuses."
+    texts, refused, reason = [], [], None
     for chat, id in zip(chats, ids):
         try:
-            rendered([chat])
+            texts += tokenizer.apply_chat_template([chat], **options)
         except Exception as err:
             refused.append((id, chat))
             reason = reason or err
-    if not refused: return [text for chat in chats for text in rendered([chat])]
+    if not refused: return texts
     raise _refusal(tokenizer, refused, len(chats), reason) from reason
 
+# %% ../../nbs/10_data/04_templates.ipynb #refusal
 def _refusal(tokenizer: Any, refused: list[tuple], n: int, reason: Exception | None) -> ConversationError:
     "Which chats the template refuses, why, and the way out."
     has_system = all(chat[0]["role"] == "system" for _, chat in refused)
@@ -106,6 +113,7 @@ def _around(text: str, number: int) -> tuple[str, str] | None:
     at = text.casefold().find(_PROBE.format(number))
     return None if at < 0 else (text[:at], text[at + len(_PROBE.format(number)):])
 
+# %% ../../nbs/10_data/04_templates.ipynb #probe-texts
 def _probe_texts(tokenizer: Any, parts: bool) -> tuple[str, str]:
     "Two renderings of a chat of three and five messages: the second has an earlier answer."
     turns = [{"role": ("user", "assistant")[i % 2], "content": _PROBE.format(i)} for i in range(4)]
@@ -113,6 +121,7 @@ def _probe_texts(tokenizer: Any, parts: bool) -> tuple[str, str]:
     once, twice = render(tokenizer, chats, ["(probe)"]*2)
     return once, twice
 
+# %% ../../nbs/10_data/04_templates.ipynb #wants-parts
 def _wants_parts(tokenizer: Any) -> bool:
     "Whether texts are left out unless they are handed over as lists of parts."
     for parts in (False, True):
@@ -128,6 +137,7 @@ def _special_texts(tokenizer: Any) -> list[str]:
     "The special tokens, longest first."
     return sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
 
+# %% ../../nbs/10_data/04_templates.ipynb #marker-at
 def _marker_at(text: str, special: list[str]) -> str:
     "The blanks and the special token `text` begins with, or one that is spelled out; empty if there is none."
     spaces = text[:len(text) - len(text.lstrip())]
@@ -166,11 +176,13 @@ class TemplateProfile:
         marked = re.search(r"\{%-?\s*generation\s*-?%\}", _template_of(tokenizer))
         return cls(parts, last, earlier, header, bool(marked), _shows_thoughts(tokenizer, parts))
 
+# %% ../../nbs/10_data/04_templates.ipynb #template-of
 def _template_of(tokenizer: Any) -> str:
     "The text of the chat template; of several, all of them."
     template = tokenizer.chat_template
     return "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template)
 
+# %% ../../nbs/10_data/04_templates.ipynb #shows-thoughts
 def _shows_thoughts(tokenizer: Any, parts: bool) -> bool:
     "Whether a thought in a field of its own is written before the last answer."
     answer = {"role": "assistant", "content": _PROBE.format(1), "reasoning_content": _PROBE.format(2)}
@@ -178,6 +190,7 @@ def _shows_thoughts(tokenizer: Any, parts: bool) -> bool:
     text, = render(tokenizer, [[as_given(turn, parts) for turn in chat]], ["(probe)"])
     return _around(text, 2) is not None
 
+# %% ../../nbs/10_data/04_templates.ipynb #generation-prompt
 def _generation_prompt(tokenizer: Any, parts: bool) -> str:
     "What the template writes to make the model answer."
     chat = [as_given({"role": "user", "content": _PROBE.format(0)}, parts)]
@@ -188,6 +201,7 @@ def _generation_prompt(tokenizer: Any, parts: bool) -> str:
 # %% ../../nbs/10_data/04_templates.ipynb #skeleton
 _TAGS = re.compile(r"(</?think(?:ing)?>)")
 
+# %% ../../nbs/10_data/04_templates.ipynb #piece
 @dataclass
 class Piece:
     "A stretch of text that a sentinel stands for."
@@ -196,6 +210,7 @@ class Piece:
     sentinel: str
     text: str      # What stands there in truth
 
+# %% ../../nbs/10_data/04_templates.ipynb #kinds
 def _kinds(content: str) -> Iterator[tuple[str, bool]]:
     "Stretches of an answer, tags among them; True for those inside a pair of tags."
     inside = "</think" in content and not _TAGS.search(content.partition("</think")[0])  # a prompt opened it
@@ -246,6 +261,7 @@ class _Place:
     before: str  # The template's own text before it, back to the piece before
     after: str   # And after it, to the next piece or the end
 
+# %% ../../nbs/10_data/04_templates.ipynb #aligned-2
 def _aligned(rendered: str, skeleton: str, pieces: list[Piece]) -> list[_Place] | None:
     "Places of the pieces, in the order of the text; None where the filled skeleton is not the rendered text."
     if not pieces: return []
@@ -270,6 +286,7 @@ def _opening(place: _Place, profile: TemplateProfile) -> int:
     given = re.search(r"<think(?:ing)?>\s*$", header)
     return len(tag.group()) if tag and not given else 0
 
+# %% ../../nbs/10_data/04_templates.ipynb #kept
 def _kept(content: str, text: str, at: int, forwards: bool) -> int:
     "How many of the blanks at an end of `content` the template kept beside position `at` of the text."
     if forwards:
@@ -302,16 +319,19 @@ def _same_with(tokenizer: Any, conversation: Any, text: str, parts: bool, number
             for i, message in enumerate(conversation.messages)]
     return render(tokenizer, [chat], [conversation.id])[0] == text
 
+# %% ../../nbs/10_data/04_templates.ipynb #trimmed-2
 def _trimmed(tokenizer: Any, conversation: Any, text: str, parts: bool, number: int) -> tuple[bool, bool]:
     "Whether the template drops the blanks (before, after) an answer."
     content = conversation.messages[number]["content"]
-    same = lambda shorter: shorter != content and _same_with(
-        tokenizer, conversation, text, parts, number, shorter)
-    return same(content.lstrip()), same(content.rstrip())
+    shorter = (content.lstrip(), content.rstrip())
+    before, after = (other != content and _same_with(tokenizer, conversation, text, parts, number, other)
+                     for other in shorter)
+    return before, after
 
 # %% ../../nbs/10_data/04_templates.ipynb #literal
 _EMPTY_THOUGHT = re.compile(r"\s*<think(?:ing)?>\s*</think(?:ing)?>\s*")
 
+# %% ../../nbs/10_data/04_templates.ipynb #own-empty-tags
 def _own_empty_tags(tokenizer: Any, conversation: Any, text: str, parts: bool, number: int) -> int:
     "Length of the empty tags at the start of an answer that are its own."
     content = conversation.messages[number]["content"]
@@ -333,6 +353,7 @@ class Rendered:
         "Put a span where it belongs."
         (self.spans if message.get("train", True) else self.untrained).append(span)
 
+# %% ../../nbs/10_data/04_templates.ipynb #spans-of-2
 def _spans_of(
     tokenizer: Any, conversation: Any, text: str, places: list[_Place], profile: TemplateProfile,
 ) -> Rendered:
@@ -388,6 +409,7 @@ def _squeezed(text: str) -> str:
     "Text without blanks and case: templates trim, collapse and capitalise."
     return "".join(text.split()).casefold()
 
+# %% ../../nbs/10_data/04_templates.ipynb #missing-2
 def _missing(conversation: Any, text: str, places: list[_Place] | None) -> set[str]:
     "Kinds of text that were given and are not in the rendered text: system, user, assistant, thought."
     if places is not None:
@@ -398,6 +420,7 @@ def _missing(conversation: Any, text: str, places: list[_Place] | None) -> set[s
     texts = [(m["role"], _TAGS.split(m["content"])[-1]) for m in conversation.messages]
     return {role for role, content in texts if _squeezed(content) not in squeezed}
 
+# %% ../../nbs/10_data/04_templates.ipynb #reads-others
 _READS_OTHERS = ("It may want contents as lists of parts of another kind, or read another field: "
                  "take the template the model was trained with.")
 _LEFT_OUT = {
@@ -416,6 +439,7 @@ def _thoughts(conversation: Any, places: list[_Place] | None, text: str) -> tupl
     if places is None: return len(given), sum(_squeezed(piece.text) in _squeezed(text) for piece in given)
     return len(given), sum(place.piece.kind == "thought" for place in places)
 
+# %% ../../nbs/10_data/04_templates.ipynb #refuse-missing
 def _refuse_missing(tokenizer: Any, missing: dict[str, list[str]]) -> None:
     "Raise where something that was given is not in the text."
     for kind, (what, way_out) in _LEFT_OUT.items():
@@ -432,23 +456,30 @@ def _alignments(
     "The text of each chat, and the places of its pieces or None."
     ids = conversations.ids
     whole = [_Skeleton(c.messages, f"Zq{c.id}") for c in conversations]
-    given = lambda messages: [as_given(message, profile.parts) for message in messages]
-    texts = render(tokenizer, [given(c.messages) for c in conversations], ids)
+    texts = render(tokenizer, [_all_given(c.messages, profile) for c in conversations], ids)
     try:
-        skeletons = render(tokenizer, [given(s.messages) for s in whole], ids)
+        skeletons = render(tokenizer, [_all_given(s.messages, profile) for s in whole], ids)
     except ConversationError:  # a template that looks into the words: one by one, below
         skeletons = [""]*len(ids)
     for conversation, text, skeleton, rendered in zip(conversations, texts, whole, skeletons):
         places = _aligned(text, rendered, skeleton.pieces)
         if places is None:
-            places = _aligned_answers(tokenizer, conversation, text, given)
+            places = _aligned_answers(tokenizer, conversation, text, profile)
         yield text, places
 
-def _aligned_answers(tokenizer: Any, conversation: Any, text: str, given: Any) -> list[_Place] | None:
+# %% ../../nbs/10_data/04_templates.ipynb #all-given
+def _all_given(messages: Sequence[dict], profile: TemplateProfile) -> list[dict]:
+    "All messages of a chat as the template gets them."
+    return [as_given(message, profile.parts) for message in messages]
+
+# %% ../../nbs/10_data/04_templates.ipynb #aligned-answers
+def _aligned_answers(
+    tokenizer: Any, conversation: Any, text: str, profile: TemplateProfile,
+) -> list[_Place] | None:
     "Places of the answers alone, with everything else as it is."
     skeleton = _Skeleton(conversation.messages, f"Zq{conversation.id}", answers_only=True)
     try:
-        rendered, = render(tokenizer, [given(skeleton.messages)], [conversation.id])
+        rendered, = render(tokenizer, [_all_given(skeleton.messages, profile)], [conversation.id])
     except ConversationError:
         return None
     places = _aligned(text, rendered, skeleton.pieces)
@@ -493,6 +524,7 @@ def _found_spans(
     real = [place for place in places if place.piece.sentinel]
     return _spans_of(tokenizer, conversation, text, real, profile)
 
+# %% ../../nbs/10_data/04_templates.ipynb #rewritten
 def _rewritten(tokenizer: Any, ids: list[str]) -> ConversationError:
     "The refusal of chats whose answers can't be found."
     return ConversationError(

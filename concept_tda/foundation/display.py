@@ -29,6 +29,7 @@ def visible_text(
     "What no page can show (control characters, half a surrogate pair) becomes visible."
     return _UNSHOWABLE.sub("\ufffd", str(text))
 
+# %% ../../nbs/00_foundation/03_display.ipynb #safe-text
 def safe_text(
     text: object, # Anything; shown as its `str`
 ) -> str:         # HTML in which nothing of the text is markup
@@ -57,6 +58,7 @@ def full_name(
     "Module and name of a class, as the table of views spells it."
     return f"{kind.__module__}.{kind.__qualname__}"
 
+# %% ../../nbs/00_foundation/03_display.ipynb #register-view
 def register_view(
     kind: type,                # The class to be shown
     view: str | Callable,      # Takes the object, gives HTML; or its full name, imported at first use
@@ -73,6 +75,7 @@ def _registered(kind: type, action: str | None) -> str | Callable | None:
     rest = name.removeprefix("__main__")
     return next((view for key, view in VIEWS.items() if key.endswith(rest)), None)
 
+# %% ../../nbs/00_foundation/03_display.ipynb #view
 def _view(shown: object, action: str | None) -> Callable:
     "The function registered for an object's class or the nearest of its bases."
     views = (_registered(kind, action) for kind in type(shown).__mro__)
@@ -92,6 +95,7 @@ def html_of(
     "The object drawn by the view registered for its class. Raises `DisplayError` where there is none."
     return _view(shown, None)(shown)
 
+# %% ../../nbs/00_foundation/03_display.ipynb #act
 def act(
     subject: object,   # Anything with such an action
     action: str,       # Its name
@@ -110,6 +114,7 @@ class Table:
     formats: dict[str, str] = field(default_factory=dict) # {"seconds": "{:.2f}"}; others get three decimals
     heat: float | None = None     # Colour the cells; this value and beyond get the full colour
 
+# %% ../../nbs/00_foundation/03_display.ipynb #Sheet
 @dataclass
 class Sheet:
     "What a room has to show, as plain data."

@@ -7,18 +7,20 @@ __all__ = ['ProbeError', 'bfloat16_ratio', 'bfloat16_pays']
 
 # %% ../../nbs/00_foundation/02_probes.ipynb #0003
 import time
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConceptTDAError
 
-if TYPE_CHECKING: from torch import device as Device
+if TYPE_CHECKING:
+    from torch import device as Device
 
 # %% ../../nbs/00_foundation/02_probes.ipynb #0005
 class ProbeError(ConceptTDAError):
     "A device that cannot be measured; the message says which, and why."
 
-def _seconds(product, wait) -> float:
+def _seconds(product: Callable[[], Any], wait: Callable[[], Any]) -> float:
     "Seconds of one product: the fastest of three, after one that is not counted."
     product()
     wait()
@@ -43,6 +45,7 @@ def _ratio(device: "Device", size: int) -> float:
     with torch.inference_mode():
         return _seconds(lambda: narrow @ narrow, wait)/_seconds(lambda: wide @ wide, wait)
 
+# %% ../../nbs/00_foundation/02_probes.ipynb #measured
 @cache
 def _measured(name: str) -> float:
     "The ratio on a device, measured once in this process."
@@ -54,7 +57,9 @@ def _measured(name: str) -> float:
         return small if small > _UNDECIDED else _ratio(device, _LARGE)
     except Exception as err:
         reason = (str(err).strip() or type(err).__name__).splitlines()[0]
-        raise ProbeError(f"bfloat16 cannot be measured on device {name!r}: {reason}. Name a device that is there.") from err
+        raise ProbeError(
+            f"bfloat16 cannot be measured on device {name!r}: {reason}. Name a device that is "
+            "there.") from err
 
 # %% ../../nbs/00_foundation/02_probes.ipynb #0008
 def bfloat16_ratio(

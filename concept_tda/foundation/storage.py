@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import xxhash
 from .errors import StorageError
 
 # %% ../../nbs/00_foundation/01_storage.ipynb #scalars
-def _feed_plain(hasher, part) -> bool:
+def _feed_plain(hasher: xxhash.xxh3_128, part: Any) -> bool:
     "Feed a single value, tagged with its type; False where it is not one."
     if isinstance(part, bytes):
         hasher.update(b"bytes%d:" % len(part) + part)
@@ -40,7 +41,7 @@ def _feed_plain(hasher, part) -> bool:
     return True
 
 # %% ../../nbs/00_foundation/01_storage.ipynb #000a
-def _feed(hasher, part) -> None:
+def _feed(hasher: xxhash.xxh3_128, part: Any) -> None:
     "Feed one value into the hash, tagged so that different values can't collide by concatenation."
     if isinstance(part, torch.Tensor):
         part = part.detach().cpu().contiguous()
@@ -65,8 +66,8 @@ def _feed(hasher, part) -> None:
 
 # %% ../../nbs/00_foundation/01_storage.ipynb #fingerprint
 def fingerprint(
-    *parts, # Text, bytes, numbers, None, tensors, arrays, and lists or dicts of these
-) -> str:   # 16 hexadecimal digits
+    *parts: Any, # Text, bytes, numbers, None, tensors, arrays, and lists or dicts of these
+) -> str:       # 16 hexadecimal digits
     "Hash of the content of `parts` (xxh3, 64 of its 128 bits); the order of dict keys does not matter."
     hasher = xxhash.xxh3_128()
     for part in parts:
@@ -104,6 +105,7 @@ _REASONS = {
     errno.ENOTDIR: "a file stands where a folder is needed",
 }
 
+# %% ../../nbs/00_foundation/01_storage.ipynb #write-error
 def write_error(
     path: str | Path, # What could not be written
     err: OSError,     # What the operating system said
@@ -122,6 +124,7 @@ def _temporary(path: Path) -> Path:
         raise write_error(path, err) from err
     return Path(name)
 
+# %% ../../nbs/00_foundation/01_storage.ipynb #atomic-file
 @contextmanager
 def atomic_file(
     path: str | Path, # Final name; its folder is created if absent
@@ -184,9 +187,9 @@ class _Blocks:
         return sorted(path.name.rsplit(".", 2)[0] for path in self.folder.glob("*.block")
                       if xxhash.xxh3_128_hexdigest(path.read_bytes()) != path.name.split(".")[-2])
 
-# %% ../../nbs/00_foundation/01_storage.ipynb #0016
-class BlockStore(_Blocks):
-    "Finished blocks of a long computation: one checksummed file each, in a folder that belongs to one `key`."
+# %% ../../nbs/00_foundation/01_storage.ipynb #read-code
+class _Readable(_Blocks):
+    "Blocks that can be written and read."
     def write(
         self,
         name: str,                     # Name of the block, unique within the store
@@ -213,7 +216,13 @@ class BlockStore(_Blocks):
                 "Delete it and run again; only this block is computed anew.")
         return load(data)
 
-    def discard(self, name: str) -> None:
+# %% ../../nbs/00_foundation/01_storage.ipynb #0016
+class BlockStore(_Readable):
+    "Finished blocks of a long computation: one checksummed file each, in a folder that belongs to one `key`."
+    def discard(
+        self,
+        name: str, # A name out of `names()`
+    ) -> None:
         "Forget one block."
         for path in self.folder.glob(f"{name}.*.block"):
             path.unlink()
