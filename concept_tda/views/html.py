@@ -337,7 +337,8 @@ def example_html(
     facts: dict | None = None,  # More to show beside the score, such as other methods' ranks
 ) -> str:
     "One example: percentile, distance, rank, metadata, the question, and the text with its token scores."
-    conversation, tokens = result.conversations[int(position)], ()
+    conversation = result.conversations[int(position)]
+    tokens: tuple = ()
     if result.token_scores is not None and result.tokens is not None and result.response_masks is not None:
         tokens = (result.tokens[position], result.token_scores[position], result.response_masks[position])
     asked = question_text(conversation)
