@@ -17,7 +17,7 @@ help:
 	@echo "make test-all    the slow tests too"
 	@echo "make docs        the documentation site in _docs/ (Quarto where installed, otherwise pure Python)"
 	@echo "make readme      README.md from nbs/index.ipynb"
-	@echo "make export      concept_tda/ from the notebooks in nbs/, notebooks cleaned, table of public names"
+	@echo "make export      concept_tda/ from the notebooks in nbs/, notebooks cleaned, table of public names, picture of the house"
 	@echo "make clean       remove what the commands made, except .venv (rm -rf .venv starts from nothing)"
 
 # Quick when repeated: runs only when one of the files that decide the environment has changed.
@@ -49,6 +49,7 @@ export: $(STAMP)
 	@$(BIN)/nbdev-export
 	@$(BIN)/nbdev-clean
 	@$(BIN)/python tools/public_names.py
+	@$(BIN)/python tools/house_figure.py
 
 clean:
 	rm -rf _docs _proc demo build dist *.egg-info .pytest_cache

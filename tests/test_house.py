@@ -11,8 +11,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from house_style import LIMITS, ROOT, figures, measure, rooms_of_the_house
 
+from house_figure import below, read_house, telling
+from house_style import LIMITS, ROOT, figures, measure, rooms_of_the_house
 from public_names import name_of, rooms
 
 PACKAGE = ROOT / "concept_tda"
@@ -186,6 +187,20 @@ def test_types():
         place = f"line {one['range']['start']['line'] + 1}: {one['message'].splitlines()[0]}"
         broken[name_of(Path(one["file"]), PACKAGE)].append(place)
     held("types", broken)
+
+
+def test_the_picture_shows_the_house_that_stands():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "house_figure.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_drawn_imports_imply_all_others():
+    house, imports = read_house()
+    drawn = telling(imports)
+    assert below(drawn) == below(imports) and len(drawn) < len(imports)
+    assert all(house.index(other) < house.index(room) for room, other in imports)
 
 
 def private_imports(module: Path) -> list[str]:
