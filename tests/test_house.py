@@ -52,7 +52,6 @@ NOT_YET: dict[str, dict[str, str]] = {
         "influence.preconditioners": "D102, E702",
         "influence.queries": "D102",
         "influence.scorers": "D102, E702",
-        "model.finetuning": "F401",
     },
     "types": {
         "cli": "annotations to mend",
@@ -69,10 +68,7 @@ NOT_YET: dict[str, dict[str, str]] = {
         "views.report": "annotations to mend",
     },
     "private names": {
-        "influence.curvature": "takes _CrossEntropy, _predicted",
         "influence.neighbours": "takes _card",
-        "influence.planning": "takes _Statistics, _Stopwatch, _flows_of, _labeller, _peak_memory, _run_batch",
-        "influence.preconditioners": "takes _curvature_html, _flows_of, _labeller",
     },
 }
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "concept_tda"
 PICTURE = ROOT / "nbs" / "images" / "the_house.png"
 PER_ROW = 4  # rooms beside each other
-# from the ground up; colours of Okabe and Ito, as in nbs/figures.mplstyle
+# of Okabe and Ito, as in nbs/figures.mplstyle; floors that touch differ
 COLOURS = {
     "foundation": "#000000",
     "data": "#E69F00",
@@ -27,6 +27,7 @@ COLOURS = {
     "results": "#009E73",
     "concepts": "#CC79A7",
     "influence": "#D55E00",
+    "groups": "#009E73",
     "evidence": "#56B4E9",
     "views": "#0072B2",
     "roof": "#000000",
@@ -36,6 +37,16 @@ COLOURS = {
 def floor_of(room: str) -> str:
     """`influence` for influence.curvature; the rooms without a floor stand on the roof."""
     return room.split(".")[0] if "." in room else "roof"
+
+
+def colour(floor: str) -> str:
+    """Of the floor's name, band and lines; grey for one that has none yet."""
+    return COLOURS.get(floor, "#666666")
+
+
+def floors_of(house: list[str]) -> list[str]:
+    """The floors from the ground up."""
+    return list(dict.fromkeys(floor_of(room) for room in house))
 
 
 def named_modules(node: ast.AST, module: Path) -> list[str]:
@@ -93,7 +104,7 @@ def places(house: list[str]) -> tuple[dict[str, tuple[float, float]], dict[str, 
     """Centre (x, y) of each room and the (lowest, highest) y of each floor. Rooms stand in rows, the first
     ones at the bottom, so that imports within a floor point down too."""
     where, heights, y = {}, {}, 0.0
-    for floor in COLOURS:
+    for floor in floors_of(house):
         own = [room for room in house if floor_of(room) == floor]
         start = y
         for first in range(0, len(own), PER_ROW):
@@ -128,10 +139,10 @@ def draw_floors(ax, heights: dict[str, tuple[float, float]]) -> None:
     for floor, (low, high) in heights.items():
         corner, size = (-2.52, low - 0.44), (4.64, high - low + 0.88)
         style = dict(
-            boxstyle="round,pad=0,rounding_size=.08", facecolor=COLOURS[floor], alpha=0.08, linewidth=0
+            boxstyle="round,pad=0,rounding_size=.08", facecolor=colour(floor), alpha=0.08, linewidth=0
         )
         ax.add_patch(FancyBboxPatch(corner, *size, **style))
-        name = dict(rotation=90, ha="center", va="center", color=COLOURS[floor], fontweight="bold")
+        name = dict(rotation=90, ha="center", va="center", color=colour(floor), fontweight="bold")
         ax.text(-2.33, (low + high) / 2, floor, fontsize=9 if high > low else 6.5, **name)
 
 
@@ -139,9 +150,7 @@ def draw_room(ax, room: str, place: tuple[float, float], shown: bool, highlighte
     """A box with the room's name."""
     from matplotlib.patches import FancyBboxPatch
 
-    style = dict(
-        boxstyle="round,pad=0,rounding_size=.1", facecolor="white", edgecolor=COLOURS[floor_of(room)]
-    )
+    style = dict(boxstyle="round,pad=0,rounding_size=.1", facecolor="white", edgecolor=colour(floor_of(room)))
     box = FancyBboxPatch((place[0] - 0.46, place[1] - 0.25), 0.92, 0.5, **style, zorder=3)
     box.set(linewidth=2.2 if highlighted else 0.9, alpha=1 if shown else 0.35)
     ax.add_patch(box)
@@ -162,7 +171,7 @@ def draw(highlight: str | None = None):
     draw_floors(ax, heights)
     for room, other in sorted(telling(imports)):
         shown = room in needed and other in needed
-        line = dict(facecolor="none", edgecolor=COLOURS[floor_of(room)], linewidth=0.9 if shown else 0.4)
+        line = dict(facecolor="none", edgecolor=colour(floor_of(room)), linewidth=0.9 if shown else 0.4)
         alpha = (0.8 if highlight else 0.55) if shown else 0.08
         ax.add_patch(PathPatch(curve(where[room], where[other]), **line, alpha=alpha, zorder=2))
     for room, place in where.items():
