@@ -432,7 +432,7 @@ def test_errors(train, answers):
         InfluenceFunction(lm, answers, curvature=EKFAC.fit(other, train, progress=False)).score(
             train, progress=False
         )
-    with pytest.raises(CurvatureError, match="know nothing of"):
+    with pytest.raises(CurvatureError, match="knows nothing of"):
         InfluenceFunction(lm, answers, sites="mlp", curvature=EKFAC.fit(lm, train, progress=False)).score(
             train, progress=False
         )

@@ -6,297 +6,503 @@
 __all__ = ['DataInf', 'LoGra', 'GaussNewton', 'ConjugateGradient']
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #0003
-import math, re, time
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, Self, cast
 
 import torch
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..data.batches import batches
-from .curvature import EKFAC, CurvatureError, curvature_html, labelled_pass, batch_labels
+from ..data.batches import Batch, batches
+from ..data.tokens import TokenizedConversations
+from ..foundation.storage import fingerprint
+from concept_tda.influence.curvature import (
+    EKFAC,
+    CurvatureError,
+    DampedCurvature,
+    batch_labels,
+    check_damping,
+    check_gradients,
+    check_labels,
+    check_moved,
+    fitting_record,
+    labelled_pass,
+)
 from .gradients import SiteGradients, check_sites, site_flows, went_in
+from ..model.loading import LanguageModel
 from ..model.losses import loss_weights, response_logits, token_losses
-from ..model.sites import resolve_sites
-from ..foundation.storage import code_version, fingerprint
+from ..model.sites import Site, resolve_sites
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #0009
-def _check_gradients(gradients: dict, shapes: dict):
-    "Refuse sites this curvature was not fitted on, and weights of another shape."
-    absent = sorted(set(gradients) - set(shapes))
-    if absent: raise CurvatureError(f"this curvature knows nothing of {absent[0]}" + (f" and {len(absent) - 1} more sites" if absent[1:] else "") + ": fit it on the sites of the query")
-    for site, gradient in gradients.items():
-        if gradient.shape != shapes[site]: raise CurvatureError(f"the curvature of {site} is for a weight of shape {tuple(shapes[site])}, the gradient has {tuple(gradient.shape)}: was it fitted on another model?")
+def _statistics_dtype(sites: list[Site]) -> torch.dtype:
+    "That of the weights, float32 at least."
+    return torch.promote_types(torch.float32, sites[0].weight.dtype)
 
-def _check_damping(damping):
-    if not (damping > 0 and damping < math.inf): raise CurvatureError(f"damping must be a positive number, not {damping}: try 0.1 with relative=True or 1e-3 with relative=False")
-
-def _record(lm, data, sites, labels, **more):
-    "What a curvature was fitted on, as the query card and the fingerprint need it."
-    return dict(model=lm.name, model_fingerprint=lm.fingerprint, data=data.conversations.name, data_fingerprint=data.fingerprint, n_examples=len(data),
-                n_tokens=data.n_response_tokens, sites=[s.name for s in sites], labels=labels, code=code_version(), **more)
-
-def _statistics_dtype(sites): return torch.promote_types(torch.float32, sites[0].weight.dtype)  # bf16 models are measured in float32
-
-def _bytes(number): return next(f"{number/scale:,.1f} {unit}" for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if number >= scale or scale == 1)
+def _bytes(number: float) -> str:
+    "A number of bytes for people."
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= scale: return f"{number/scale:,.1f} {unit}"
+    return f"{number:,.1f} B"
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #000b
-def _example_gradients(lm, data, sites, token_budget, progress, title):
-    "Yield (rows, {site: [B, out, in]}): the gradient of each example's mean response loss, batch by batch."
+def _example_gradients(
+    lm: LanguageModel, data: TokenizedConversations, sites: list[Site], token_budget: int, bar: tqdm,
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    "Rows, and [B, out, in] by site name: the gradient of each example's mean response loss, batch by batch."
     dtype, found = _statistics_dtype(sites), {}
-    def receive(site, x, delta): found[site.name] = torch.einsum("bto,bti->boi", delta.to(dtype), x.to(dtype))
-    check_sites(lm, sites, data)
-    with lm.undisturbed(), torch.enable_grad(), tqdm(total=data.n_tokens, desc=title, unit="tok", disable=not progress) as bar:
-        for batch in batches(data, token_budget=token_budget):
-            batch = batch.to(lm.device)
+    def receive(site: Site, x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> None:
+        found[site.name] = torch.einsum("bto,bti->boi", delta_BTo.to(dtype), x_BTi.to(dtype))
+    with torch.enable_grad():
+        for batch in (batch.to(lm.device) for batch in batches(data, token_budget=token_budget)):
             with site_flows(sites, receive, batch):
                 losses_BT = token_losses(lm, batch)
-                torch.autograd.backward((losses_BT*loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT)).sum())
+                weights_BT = loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT)
+                torch.autograd.backward((losses_BT*weights_BT).sum())
             yield batch.rows, dict(found)
             found.clear()
             bar.update(batch.n_tokens)
 
-# %% ../../nbs/50_influence/02_preconditioners.ipynb #000c
-class DataInf:
-    "DataInf (Kwon et al. 2024, Eq. 5; METHODS §3): the mean over examples of exact rank-one inverses, layer by layer."
-    name = "DataInf"
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #norms
+def _squared_norms(site: str, gradients_noi: torch.Tensor) -> torch.Tensor:
+    "‖g‖² of each example's gradient [n]; refuses gradients that nothing can be made of."
+    norms_n = gradients_noi.square().sum((1, 2))
+    bad = ~torch.isfinite(norms_n)
+    if bad.any():
+        raise CurvatureError(f"{int(bad.sum())} of {len(bad)} gradients at {site} are not finite: load the "
+                             "model in float32, or look at the fitting examples")
+    check_moved(site, norms_n)
+    return norms_n
 
-    def __init__(self,
-        gradients: dict,       # Per-example gradients [n, out, in] by site name
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #000c
+class _Gathered(DampedCurvature):
+    "dict[str, torch.Tensor] of all fitting examples, and a damping."
+    name, scale = "DataInf", "mean squared gradient entry"
+
+    def __init__(
+        self,
+        gradients: dict[str, torch.Tensor], # Per-example gradients [n, out, in] by site name
         *,
         damping: float = 0.1,  # λ, or its multiple of mean ‖g‖² / number of weights of each site
         relative: bool = True, # Is `damping` such a multiple?
-        record: dict = None,   # What the gradients were measured on
+        record: dict[str, Any] | None = None, # What the gradients were measured on
     ):
-        _check_damping(damping)
-        self.gradients, self.damping, self.relative, self.record = gradients, damping, relative, record or {}
-        self.norms = {site: g.square().sum((1, 2)) for site, g in gradients.items()}  # squared, [n]
-        for site, norms in self.norms.items():
-            if not torch.isfinite(norms).all(): raise CurvatureError(f"{int((~torch.isfinite(norms)).sum())} of {len(norms)} gradients at {site} are not finite: load the model in float32, or look at the fitting examples")
-            if not norms.any(): raise CurvatureError(f"site {site} received no gradient from the fitting data, so it has no curvature: leave it out (an untrained LoRA's A matrices behave so), or fit on other examples")
+        super().__init__(damping, relative, record)
+        self.gradients = gradients
+        self.norms = {site: _squared_norms(site, g) for site, g in gradients.items()}
 
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #datainf-named
+class _NamedGradients(_Gathered):
+    "What they are called in caches and in a terminal."
     @property
-    def damping_text(self) -> str: return f"{self.damping:g} × mean squared gradient entry of each site" if self.relative else f"{self.damping:g} absolute"
+    def fingerprint(self) -> str:
+        "Covers what changes the result: the record, the damping and the gradients' norms."
+        return fingerprint(self.record, self.damping, self.relative, self.norms)
 
-    @property
-    def fingerprint(self) -> str: return fingerprint(self.record, self.damping, self.relative, self.norms)
+    def __repr__(self) -> str:
+        return (f"DataInf({len(self.gradients)} sites, damping {self.damping_text}, "
+                f"{self.record.get('n_examples')} examples from {self.record.get('data')})")
 
-    def precondition(self,
-        gradients: dict, # Weight gradients [out, in] by site name
-    ) -> dict:           # The same, multiplied by the approximate inverse
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #datainf-precondition
+class _RankOneInverses(_NamedGradients):
+    "Multiplies by the mean of rank-one inverses."
+    def precondition(
+        self,
+        gradients: dict[str, torch.Tensor], # Weight gradients [out, in] by site name
+    ) -> dict[str, torch.Tensor]:           # The same, multiplied by the approximate inverse
         "1/(nλ) Σ_i (G - g_i ⟨g_i, G⟩ / (λ + ‖g_i‖²)) at every site."
-        _check_gradients(gradients, {site: g.shape[1:] for site, g in self.gradients.items()})
+        check_gradients(gradients, {site: g.shape[1:] for site, g in self.gradients.items()})
         result = {}
         for site, gradient in gradients.items():
             g_noi, norms_n = self.gradients[site], self.norms[site]
             G_oi = gradient.to(g_noi)
             damping = self.damping*(norms_n.mean()/G_oi.numel() if self.relative else 1)
             shares_n = torch.einsum("noi,oi->n", g_noi, G_oi)/(damping + norms_n)
-            result[site] = ((G_oi - torch.einsum("n,noi->oi", shares_n, g_noi)/len(g_noi))/damping).to(gradient)
+            taken_oi = torch.einsum("n,noi->oi", shares_n, g_noi)/len(g_noi)
+            result[site] = ((G_oi - taken_oi)/damping).to(gradient)
         return result
 
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #price
+class _Priced(_RankOneInverses):
+    "The price is known before the work."
     @staticmethod
     def price(
-        lm,                  # `LanguageModel`
-        data,                # `Conversations` to fit on
-        sites = "lora",      # As in `resolve_sites`
+        lm: LanguageModel,        # The model
+        data: Any,                # `Conversations` to fit on
+        sites: str | list[Site] = "lora", # As in `resolve_sites`
         *,
-        layer: int = None,   # Only sites that can reach this layer
-    ) -> int:                # Bytes
+        layer: int | None = None, # Only sites that can reach this layer
+    ) -> int:                     # Bytes
         "Memory that the gradients of all fitting examples take."
         sites = resolve_sites(lm, sites, layer=layer)
         return len(data)*sum(s.in_features*s.out_features for s in sites)*_statistics_dtype(sites).itemsize
 
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #budget
+def _check_price(price: int, budget: int, n_examples: int, sites: list[Site]) -> None:
+    "Refuse gradients that would not fit, saying how many would."
+    if price <= budget: return
+    n_weights = sum(s.in_features*s.out_features for s in sites)
+    raise CurvatureError(
+        f"DataInf keeps one gradient for each fitting example: {n_examples:,} examples × {n_weights:,} "
+        f"weights take {_bytes(price)}, and memory_budget is {_bytes(budget)}. Fit on fewer examples (some "
+        f"{max(1, int(budget*n_examples//price)):,}), on smaller sites (sites='lora'), or raise the budget")
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #gather
+def _gathered(
+    lm: LanguageModel, data: TokenizedConversations, sites: list[Site], token_budget: int, bar: tqdm,
+) -> dict[str, torch.Tensor]:
+    "dict[str, torch.Tensor] of all examples [n, out, in] by site name."
+    dtype = _statistics_dtype(sites)
+    kept = {s.name: torch.empty(len(data), s.out_features, s.in_features, dtype=dtype, device=s.weight.device)
+            for s in sites}
+    check_sites(lm, sites, data)
+    with lm.undisturbed():
+        for rows, found in _example_gradients(lm, data, sites, token_budget, bar):
+            for site, g_Boi in found.items():
+                kept[site][rows.to(g_Boi.device)] = g_Boi
+    return kept
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #datainf-fit
+class DataInf(_Priced):
+    "DataInf (Kwon et al. 2024, Eq. 5; METHODS §3): the mean over examples of exact rank-one inverses."
     @classmethod
-    def fit(cls,
-        lm,                           # `LanguageModel`
-        data,                         # `Conversations` whose gradients make the curvature
-        sites = "lora",               # As in `resolve_sites`
+    def fit(
+        cls,
+        lm: LanguageModel,            # The model
+        data: Any,                    # `Conversations` whose gradients make the curvature
+        sites: str | list[Site] = "lora", # As in `resolve_sites`
         *,
-        layer: int = None,            # Only sites that can reach this layer (for concept queries)
+        layer: int | None = None,     # Only sites that can reach this layer (for concept queries)
         damping: float = 0.1,         # λ, or its multiple of mean ‖g‖² / number of weights
         relative: bool = True,        # Is `damping` such a multiple?
         memory_budget: int = 2**31,   # Bytes that the gradients may take
         token_budget: int = 1024,     # Tokens in a batch
         progress: bool = True,        # Show a progress bar
-    ) -> "DataInf":
-        "Measure the gradients. Raises `CurvatureError` where they would not fit the memory budget, before any work."
-        _check_damping(damping)
+    ) -> Self:
+        "Measure the gradients. `CurvatureError` where they would not fit the budget, before any work."
+        check_damping(damping)
         data, sites = lm.tokenize(data), resolve_sites(lm, sites, layer=layer)
-        price, n_weights = cls.price(lm, data, sites), sum(s.in_features*s.out_features for s in sites)
-        if price > memory_budget:
-            raise CurvatureError(f"DataInf keeps one gradient for each fitting example: {len(data):,} examples × {n_weights:,} weights take {_bytes(price)}, and memory_budget is {_bytes(memory_budget)}. "
-                                 f"Fit on fewer examples (some {max(1, int(memory_budget*len(data)//price)):,}), on smaller sites (sites='lora'), or raise the budget")
-        kept = {s.name: torch.empty(len(data), s.out_features, s.in_features, dtype=_statistics_dtype(sites), device=s.weight.device) for s in sites}
-        for rows, found in _example_gradients(lm, data, sites, token_budget, progress, f"DataInf gradients ({_bytes(price)})"):
-            for site, g_Boi in found.items(): kept[site][rows.to(g_Boi.device)] = g_Boi
-        return cls(kept, damping=damping, relative=relative, record=_record(lm, data, sites, "empirical", bytes=price))
-
-    def __repr__(self): return f"DataInf({len(self.gradients)} sites, damping {self.damping_text}, {self.record.get('n_examples')} examples from {self.record.get('data')})"
-    def _repr_html_(self): return curvature_html(self)
+        price = cls.price(lm, data, sites)
+        _check_price(price, memory_budget, len(data), sites)
+        title = f"DataInf gradients ({_bytes(price)})"
+        with tqdm(total=data.n_tokens, desc=title, unit="tok", disable=not progress) as bar:
+            kept = _gathered(lm, data, sites, token_budget, bar)
+        record = fitting_record(lm, data, sites, "empirical", bytes=price)
+        return cls(kept, damping=damping, relative=relative, record=record)
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #0014
-def _projection(seed, site, side, rank, size):
-    "[rank, size] orthonormal rows, random, the same on every device; the whole space (in random coordinates) if rank ≥ size."
+def _projection(seed: int, site: str, side: str, rank: int, size: int) -> torch.Tensor:
+    "[rank, size] orthonormal random rows; the whole space (in random coordinates) if rank ≥ size."
     generator = torch.Generator().manual_seed(int(fingerprint("LoGra", seed, site, side), 16) % 2**63)
-    return torch.linalg.qr(torch.randn(size, min(rank, size), dtype=torch.float64, generator=generator))[0].T
+    drawn = torch.randn(size, min(rank, size), dtype=torch.float64, generator=generator)
+    return torch.linalg.qr(drawn)[0].T
 
-class LoGra:
-    "Fisher of gradients projected on both sides of each layer (Choe et al. 2024; METHODS §3), in the projected space exact."
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #projections
+def _projections(
+    sites: list[Site], ranks: tuple[int, int], basis: EKFAC | None, seed: int,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    "(P_out, P_in) by site name, in the precision of the statistics."
+    found, dtype = {}, _statistics_dtype(sites)
+    for s in sites:
+        if basis is None:
+            pair = (_projection(seed, s.name, "out", ranks[0], s.out_features),
+                    _projection(seed, s.name, "in", ranks[1], s.in_features))
+        else:  # eigenvectors come in ascending order
+            factors = basis.factors[s.name]
+            pair = factors.Q_out[:, -ranks[0]:].T, factors.Q_in[:, -ranks[1]:].T
+        found[s.name] = (pair[0].to(s.weight.device, dtype), pair[1].to(s.weight.device, dtype))
+    return found
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #logra
+class _Projected(DampedCurvature):
+    "Projections, the Fisher matrices behind them, and a damping."
     name = "LoGra"
 
-    def __init__(self,
-        projections: dict,     # (P_out [r_out, out], P_in [r_in, in]) by site name, orthonormal rows
-        fisher: dict,          # [r_out r_in, r_out r_in] by site name
+    def __init__(
+        self,
+        projections: dict[str, tuple[torch.Tensor, torch.Tensor]], # P_out [r_out, out], P_in [r_in, in]; rows
+        fisher: dict[str, torch.Tensor], # [r_out r_in, r_out r_in] by site name
         *,
         damping: float = 0.1,  # λ, or its multiple of the mean eigenvalue of each site's Fisher
         relative: bool = True, # Is `damping` such a multiple?
-        record: dict = None,   # What it was fitted on
+        record: dict[str, Any] | None = None, # What it was fitted on
     ):
-        _check_damping(damping)
-        self.projections, self.fisher, self.damping, self.relative, self.record = projections, fisher, damping, relative, record or {}
+        super().__init__(damping, relative, record)
+        self.projections, self.fisher = projections, fisher
         for site, F in fisher.items():
-            if not torch.isfinite(F).all(): raise CurvatureError(f"the Fisher of {site} is not finite: load the model in float32, or look at the fitting examples")
-            if not F.any(): raise CurvatureError(f"site {site} received no gradient from the fitting data, so it has no curvature: leave it out (an untrained LoRA's A matrices behave so), or fit on other examples")
+            if not torch.isfinite(F).all():
+                raise CurvatureError(f"the Fisher of {site} is not finite: load the model in float32, or "
+                                     "look at the fitting examples")
+            check_moved(site, F)
 
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #logra-named
+class _NamedProjections(_Projected):
+    "What they are called in caches and in a terminal, and the same with another damping."
     @property
-    def damping_text(self) -> str: return f"{self.damping:g} × mean eigenvalue of each site" if self.relative else f"{self.damping:g} absolute"
+    def fingerprint(self) -> str:
+        "Covers everything that changes what `precondition` gives."
+        return fingerprint(self.record, self.damping, self.relative, self.fisher)
 
-    @property
-    def fingerprint(self) -> str: return fingerprint(self.record, self.damping, self.relative, self.fisher)
+    def __repr__(self) -> str:
+        about = self.record
+        return (f"LoGra({len(self.fisher)} sites, rank {about.get('rank')}, damping {self.damping_text}, "
+                f"{about.get('labels')} labels of {about.get('n_examples')} examples from "
+                f"{about.get('data')})")
 
-    def damped(self,
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #logra-damped
+class _RedampedProjections(_NamedProjections):
+    "The same with another damping."
+    def damped(
+        self,
         damping: float,        # λ, or its multiple of the mean eigenvalue
         relative: bool = True, # Is it a multiple of the mean eigenvalue?
-    ) -> "LoGra":
+    ) -> Self:
         "The same Fisher with another damping."
-        return LoGra(self.projections, self.fisher, damping=damping, relative=relative, record=self.record)
+        return type(self)(
+            self.projections, self.fisher, damping=damping, relative=relative, record=self.record)
 
-    def precondition(self,
-        gradients: dict, # Weight gradients [out, in] by site name
-    ) -> dict:           # The same, projected, solved and lifted back
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #logra-precondition
+class _ProjectedInverse(_RedampedProjections):
+    "Solves in the projected space."
+    def precondition(
+        self,
+        gradients: dict[str, torch.Tensor], # Weight gradients [out, in] by site name
+    ) -> dict[str, torch.Tensor]:           # The same, projected, solved and lifted back
         "P_outᵀ [(F + λ)⁻¹ (P_out G P_inᵀ)] P_in at every site."
-        _check_gradients(gradients, {site: (P_out.shape[1], P_in.shape[1]) for site, (P_out, P_in) in self.projections.items()})
+        shapes = {site: torch.Size((P_out.shape[1], P_in.shape[1]))
+                  for site, (P_out, P_in) in self.projections.items()}
+        check_gradients(gradients, shapes)
         result = {}
         for site, gradient in gradients.items():
             (P_out, P_in), F = self.projections[site], self.fisher[site]
             projected = P_out @ gradient.to(F) @ P_in.T
             damping = self.damping*(F.diagonal().mean() if self.relative else 1)
-            solution = torch.linalg.solve(F + damping*torch.eye(len(F), dtype=F.dtype, device=F.device), projected.flatten())
+            damped = F + damping*torch.eye(len(F), dtype=F.dtype, device=F.device)
+            solution = torch.linalg.solve(damped, projected.flatten())
             result[site] = (P_out.T @ solution.view_as(projected) @ P_in).to(gradient)
         return result
 
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #logra-checks
+def _checked_ranks(rank: Any) -> tuple[int, int]:
+    "(r_out, r_in) of what was asked."
+    ranks = tuple(rank) if isinstance(rank, (tuple, list)) else (rank, rank)
+    if len(ranks) == 2 and all(isinstance(r, int) and r >= 1 for r in ranks):
+        return cast(tuple[int, int], ranks)
+    raise CurvatureError("rank must be a positive whole number or a pair (r_out, r_in) of them, not "
+                         f"{rank!r}")
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #fisher-price
+def _fisher_price(sites: list[Site], ranks: tuple[int, int], budget: int) -> int:
+    "Bytes of the Fisher matrices; refused where they are more than the budget."
+    entries = sum((min(ranks[0], s.out_features)*min(ranks[1], s.in_features))**2 for s in sites)
+    price = entries*_statistics_dtype(sites).itemsize
+    if price <= budget: return price
+    raise CurvatureError(
+        f"the Fisher matrices of {len(sites)} sites at rank {ranks} take {_bytes(price)}, and memory_budget "
+        f"is {_bytes(budget)}: lower the rank, choose fewer sites, or raise the budget")
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #check-basis
+def _check_basis(basis: EKFAC | None, sites: list[Site]) -> None:
+    "A basis must know the sites."
+    absent = [] if basis is None else [s.name for s in sites if s.name not in basis.factors]
+    if absent: raise CurvatureError(f"the basis knows nothing of {absent[0]}: fit it on the same sites")
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #logra-measure
+def _empty_fisher(sites: list[Site], projections: dict) -> dict[str, torch.Tensor]:
+    "[r_out r_in, r_out r_in] of zeros by site name."
+    empty = {}
+    for s in sites:
+        size = math.prod(len(P) for P in projections[s.name])
+        empty[s.name] = torch.zeros(size, dtype=_statistics_dtype(sites), device=s.weight.device).diag()
+    return empty
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #adding-to
+def _adding_to(fisher: dict[str, torch.Tensor], projections: dict) -> Callable:
+    "What hears the flows: projects them, and adds the outer product of each example's small gradient."
+    def receive(site: Site, x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> None:
+        P_out, P_in = projections[site.name]
+        left_BTr, right_BTr = delta_BTo.to(P_out.dtype) @ P_out.T, x_BTi.to(P_in.dtype) @ P_in.T
+        g_Bk = torch.einsum("bto,bti->boi", left_BTr, right_BTr).flatten(1)
+        fisher[site.name].addmm_(g_Bk.T, g_Bk)
+    return receive
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #logra-fisher
+def _measured_fisher(
+    lm: LanguageModel, data: TokenizedConversations, sites: list[Site], projections: dict,
+    labels: str, seed: int, token_budget: int, bar: tqdm,
+) -> dict[str, torch.Tensor]:
+    "Fisher matrices of the projected gradients, in the scale of the mean loss per response token."
+    fisher = _empty_fisher(sites, projections)
+    receive = _adding_to(fisher, projections)
+    generator = torch.Generator(lm.device).manual_seed(seed)
+    check_sites(lm, sites, data)
+    with lm.undisturbed():
+        for batch in (batch.to(lm.device) for batch in batches(data, token_budget=token_budget)):
+            labelled_pass(lm, data, sites, batch, batch_labels(batch, labels, generator), receive)
+            bar.update(batch.n_tokens)
+    for F in fisher.values():
+        F /= data.n_response_tokens
+    return fisher
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #logra-fit
+class LoGra(_ProjectedInverse):
+    "Fisher of gradients projected on both sides of each layer (Choe et al. 2024; METHODS §3), then exact."
     @classmethod
-    def fit(cls,
-        lm,                          # `LanguageModel`
-        data,                        # `Conversations` the Fisher is measured on
-        sites = "attention",         # As in `resolve_sites`
+    def fit(
+        cls,
+        lm: LanguageModel,           # The model
+        data: Any,                   # `Conversations` the Fisher is measured on
+        sites: str | list[Site] = "attention", # As in `resolve_sites`
         *,
-        rank: int | tuple = 16,      # Rank of the projections, or (r_out, r_in)
-        layer: int = None,           # Only sites that can reach this layer (for concept queries)
+        rank: int | tuple[int, int] = 16, # Rank of the projections, or (r_out, r_in)
+        layer: int | None = None,    # Only sites that can reach this layer (for concept queries)
         labels: str = "sampled",     # "sampled" from the model (true Fisher) or the data's own ("empirical")
         damping: float = 0.1,        # λ, or its multiple of the mean eigenvalue of each site
         relative: bool = True,       # Is `damping` such a multiple?
-        basis: EKFAC = None,         # Project onto its leading eigenvectors instead of at random
+        basis: EKFAC | None = None,  # Project onto its leading eigenvectors instead of at random
         seed: int = 0,               # Seed of projections and sampled labels
         memory_budget: int = 2**31,  # Bytes that the Fisher matrices may take
         token_budget: int = 1024,    # Tokens in a batch
         progress: bool = True,       # Show a progress bar
-    ) -> "LoGra":
-        "Draw the projections and measure the Fisher in one pass. Raises `CurvatureError` where it would not fit the memory budget."
-        _check_damping(damping)
-        ranks = tuple(rank) if isinstance(rank, (tuple, list)) else (rank, rank)
-        if len(ranks) != 2 or any(not isinstance(r, int) or r < 1 for r in ranks): raise CurvatureError(f"rank must be a positive whole number or a pair (r_out, r_in) of them, not {rank!r}")
-        if labels not in ("sampled", "empirical"): raise CurvatureError(f"labels must be 'sampled' or 'empirical', not {labels!r}")
+    ) -> Self:
+        "Draw the projections and measure the Fisher in one pass, or refuse what exceeds the memory budget."
+        check_damping(damping)
+        ranks = _checked_ranks(rank)
+        check_labels(labels)
         data, sites = lm.tokenize(data), resolve_sites(lm, sites, layer=layer)
-        dtype = _statistics_dtype(sites)
-        price = sum((min(ranks[0], s.out_features)*min(ranks[1], s.in_features))**2 for s in sites)*dtype.itemsize
-        if price > memory_budget: raise CurvatureError(f"the Fisher matrices of {len(sites)} sites at rank {ranks} take {_bytes(price)}, and memory_budget is {_bytes(memory_budget)}: lower the rank, choose fewer sites, or raise the budget")
-        if basis is not None and (absent := [s.name for s in sites if s.name not in basis.factors]): raise CurvatureError(f"the basis knows nothing of {absent[0]}: fit it on the same sites")
-        def draw(s):
-            if basis is None: return tuple(_projection(seed, s.name, side, r, size) for side, r, size in (("out", ranks[0], s.out_features), ("in", ranks[1], s.in_features)))
-            return basis.factors[s.name].Q_out[:, -ranks[0]:].T, basis.factors[s.name].Q_in[:, -ranks[1]:].T  # eigenvectors come in ascending order
-        projections = {s.name: tuple(P.to(s.weight.device, dtype) for P in draw(s)) for s in sites}
-        fisher = {s.name: torch.zeros(math.prod(len(P) for P in projections[s.name]), dtype=dtype, device=s.weight.device).diag() for s in sites}
-        def receive(site, x, delta):
-            P_out, P_in = projections[site.name]
-            g_Bk = torch.einsum("bto,bti->boi", delta.to(dtype) @ P_out.T, x.to(dtype) @ P_in.T).flatten(1)
-            fisher[site.name].addmm_(g_Bk.T, g_Bk)
-        generator = torch.Generator(lm.device).manual_seed(seed)
-        check_sites(lm, sites, data)
-        with lm.undisturbed(), tqdm(total=data.n_tokens, desc=f"LoGra Fisher ({_bytes(price)})", unit="tok", disable=not progress) as bar:
-            for batch in batches(data, token_budget=token_budget):
-                batch = batch.to(lm.device)
-                labelled_pass(lm, data, sites, batch, batch_labels(batch, labels, generator), receive)
-                bar.update(batch.n_tokens)
-        for F in fisher.values(): F /= data.n_response_tokens
-        return cls(projections, fisher, damping=damping, relative=relative, record=_record(lm, data, sites, labels, rank=ranks, seed=seed, basis=basis and basis.fingerprint))
-
-    def __repr__(self): return f"LoGra({len(self.fisher)} sites, rank {self.record.get('rank')}, damping {self.damping_text}, {self.record.get('labels')} labels of {self.record.get('n_examples')} examples from {self.record.get('data')})"
-    def _repr_html_(self): return curvature_html(self)
+        price = _fisher_price(sites, ranks, memory_budget)
+        _check_basis(basis, sites)
+        projections, title = _projections(sites, ranks, basis, seed), f"LoGra Fisher ({_bytes(price)})"
+        with tqdm(total=data.n_tokens, desc=title, unit="tok", disable=not progress) as bar:
+            fisher = _measured_fisher(lm, data, sites, projections, labels, seed, token_budget, bar)
+        record = fitting_record(lm, data, sites, labels, rank=ranks, seed=seed,
+                                basis=basis and basis.fingerprint)
+        return cls(projections, fisher, damping=damping, relative=relative, record=record)
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #0019
+def _tangent_hook(V: torch.Tensor) -> Callable:
+    "Adds the tangent of moving a linear layer's weight along V [out, in] to its output."
+    def hook(module, args, kwargs, output):
+        x = forward_ad.unpack_dual(went_in(args, kwargs)).primal
+        primal, tangent = forward_ad.unpack_dual(output)
+        change = x @ V.to(x).T
+        return forward_ad.make_dual(primal, change if tangent is None else change + tangent)
+    return hook
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #moving-along
 @contextmanager
-def _moving_along(sites, directions):
-    "Within the context (and a dual level) every output carries the tangent of moving the sites' weights along `directions`."
-    from torch.autograd import forward_ad
-    def watch(V):
-        def hook(module, args, kwargs, output):
-            x, (primal, tangent) = forward_ad.unpack_dual(went_in(args, kwargs)).primal, forward_ad.unpack_dual(output)
-            change = x @ V.to(x).T
-            return forward_ad.make_dual(primal, change if tangent is None else change + tangent)
-        return hook
+def _moving_along(sites: list[Site], directions: dict[str, torch.Tensor]) -> Iterator[None]:
+    "Within the context (and a dual level) outputs carry the tangent of moving the sites along `directions`."
     with ExitStack() as hooks:
-        for site in sites: hooks.callback(site.module.register_forward_hook(watch(directions[site.name]), with_kwargs=True).remove)
+        for site in sites:
+            hook = _tangent_hook(directions[site.name])
+            hooks.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
-class GaussNewton:
-    "Exact Gauss-Newton matrix of the mean response-token loss over the weights of some sites, as a linear operator."
-    def __init__(self,
-        lm,                       # `LanguageModel`
-        data,                     # `Conversations` it is measured on
-        sites = "attention",      # As in `resolve_sites`
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #operator
+class _Operator:
+    "A model, the examples, and the sites that may move."
+    def __init__(
+        self,
+        lm: LanguageModel,        # The model
+        data: Any,                # `Conversations` it is measured on
+        sites: str | list[Site] = "attention", # As in `resolve_sites`
         *,
         token_budget: int = 1024, # Tokens in a batch
     ):
-        self.lm, self.data, self.sites, self.token_budget = lm, lm.tokenize(data), resolve_sites(lm, sites), token_budget
+        self.lm, self.token_budget = lm, token_budget
+        self.data: TokenizedConversations = lm.tokenize(data)
+        self.sites: list[Site] = resolve_sites(lm, sites)
         check_sites(lm, self.sites, self.data)
 
-    def product(self,
-        directions: dict,          # [out, in] by site name; sites that are left out do not move
-    ) -> dict:                     # [out, in] by the same site names
-        "Multiply: G v. Costs about four forward passes over the data."
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        sites = [s for s in self.sites if s.name in directions]
-        _check_gradients(directions, {s.name: s.weight.shape for s in self.sites})
-        with self.lm.undisturbed(), sdpa_kernel(SDPBackend.MATH), SiteGradients(sites) as total:  # the fused attention kernels know no forward-mode derivative
-            for batch in batches(self.data, token_budget=self.token_budget): self._add(batch.to(self.lm.device), sites, directions)
-        return total
-
-    def _add(self, batch, sites, directions):
-        "Jᵀ u of one batch, which `SiteGradients` adds up."
-        change_RV = self._change(batch, sites, directions)
-        with torch.enable_grad(): logits_RV = response_logits(self.lm, batch)
-        probabilities_RV = logits_RV.detach().to(change_RV).softmax(1)
-        curved_RV = probabilities_RV*(change_RV - (probabilities_RV*change_RV).sum(1, keepdim=True))
-        if not torch.isfinite(curved_RV).all(): raise CurvatureError(f"the Gauss-Newton product is not finite on {', '.join(self.data[row].id for row in batch.rows.tolist()[:5])}: look at these examples, or load the model in float32")
-        logits_RV.backward((curved_RV/self.data.n_response_tokens).to(logits_RV))
-
-    def _change(self, batch, sites, directions):
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #change
+class _Changing(_Operator):
+    "How the logits change."
+    def _change(self, batch: Batch, sites: list[Site], directions: dict[str, torch.Tensor]) -> torch.Tensor:
         "J v: change of the response logits [R, V] per unit step along the directions."
-        from torch.autograd import forward_ad
         with torch.no_grad(), forward_ad.dual_level(), _moving_along(sites, directions):
-            try: logits, change = forward_ad.unpack_dual(response_logits(self.lm, batch))
-            except NotImplementedError as err: raise CurvatureError(f"{type(self.lm.model).__name__} uses an operation without a forward-mode derivative ({err}): load the model with attention='eager', or use EKFAC") from err
+            try:
+                logits, change = forward_ad.unpack_dual(response_logits(self.lm, batch))
+            except NotImplementedError as err:
+                raise CurvatureError(
+                    f"{type(self.lm.model).__name__} uses an operation without a forward-mode derivative "
+                    f"({err}): load the model with attention='eager', or use EKFAC") from err
         return (torch.zeros_like(logits) if change is None else change).to(_statistics_dtype(sites))
 
-# %% ../../nbs/50_influence/02_preconditioners.ipynb #001e
-class ConjugateGradient:
-    "(G + λI)⁻¹ with the exact Gauss-Newton matrix G, by conjugate gradients preconditioned with EK-FAC (METHODS §3)."
-    name = "Gauss-Newton (conjugate gradients)"
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #curved
+class _Curving(_Changing):
+    "The softmax curvature, and the way back."
+    def _add(self, batch: Batch, sites: list[Site], directions: dict[str, torch.Tensor]) -> None:
+        "Jᵀ u of one batch, which `SiteGradients` adds up."
+        change_RV = self._change(batch, sites, directions)
+        with torch.enable_grad():
+            logits_RV = response_logits(self.lm, batch)
+        p_RV = logits_RV.detach().to(change_RV).softmax(1)
+        curved_RV = p_RV*(change_RV - (p_RV*change_RV).sum(1, keepdim=True))
+        if not torch.isfinite(curved_RV).all():
+            ids = ", ".join(self.data[row].id for row in batch.rows.tolist()[:5])
+            raise CurvatureError(f"the Gauss-Newton product is not finite on {ids}: look at these examples, "
+                                 "or load the model in float32")
+        logits_RV.backward((curved_RV/self.data.n_response_tokens).to(logits_RV))
 
-    def __init__(self,
-        lm,                        # `LanguageModel`
-        data,                      # `Conversations` the Gauss-Newton matrix is measured on
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #gauss-newton
+class GaussNewton(_Curving):
+    "Exact Gauss-Newton matrix of the mean response-token loss over some sites' weights, to multiply with."
+    def product(
+        self,
+        directions: dict[str, torch.Tensor], # [out, in] by site name; sites that are left out do not move
+    ) -> dict[str, torch.Tensor]:            # [out, in] by the same site names
+        "Multiply: G v. Costs about four forward passes over the data."
+        sites = [s for s in self.sites if s.name in directions]
+        check_gradients(directions, {s.name: s.weight.shape for s in self.sites})
+        with self.lm.undisturbed(), sdpa_kernel(SDPBackend.MATH), SiteGradients(sites) as total:
+            for batch in batches(self.data, token_budget=self.token_budget):
+                self._add(batch.to(self.lm.device), sites, directions)
+        return total
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #cg-checks
+def _check_numbers(damping: float, iterations: Any, tolerance: float) -> None:
+    "Refuse settings that mean nothing."
+    check_damping(damping)
+    if not isinstance(iterations, int) or iterations < 1:
+        raise CurvatureError(f"iterations must be a positive whole number, not {iterations!r}")
+    if not 0 <= tolerance < 1:
+        raise CurvatureError(f"tolerance must lie in [0, 1), not {tolerance!r}: it is a share of the query's "
+                             "norm")
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #check-preconditioner
+def _check_preconditioner(preconditioner: Any, lm: LanguageModel) -> None:
+    "It must be an EK-FAC of this very model."
+    if not isinstance(preconditioner, EKFAC):
+        raise CurvatureError(f"the preconditioner is an EKFAC, not a {type(preconditioner).__name__}: fit "
+                             "one with EKFAC.fit(lm, data, sites)")
+    fitted_on = preconditioner.record.get("model_fingerprint")
+    if not fitted_on or fitted_on == lm.fingerprint: return
+    raise CurvatureError(
+        f"the preconditioner was fitted on {preconditioner.record['model']}, whose weights differ from those "
+        f"of {lm.name}: fit it on this model")
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #cg-lambda
+def _exactly(names: Any) -> str:
+    "A pattern for `resolve_sites` that fits these dotted names and no others."
+    return r"\A(?:" + "|".join(map(re.escape, names)) + r")\Z"
+
+def _mean_eigenvalue(curvature: EKFAC) -> float:
+    "Over all entries of all sites."
+    eigenvalues = [f.eigenvalues for f in curvature.factors.values()]
+    return sum(each.sum().item() for each in eigenvalues)/sum(each.numel() for each in eigenvalues)
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #cg
+class _Equation:
+    "(G + λI) x = ∇f, and how far to solve it."
+    def __init__(
+        self,
+        lm: LanguageModel,         # The model
+        data: Any,                 # `Conversations` the Gauss-Newton matrix is measured on
         preconditioner: EKFAC,     # Fitted on the same model; its sites are the sites of the solve
         *,
         iterations: int = 10,      # At most so many products with G
@@ -306,66 +512,113 @@ class ConjugateGradient:
         token_budget: int = 1024,  # Tokens in a batch
         progress: bool = True,     # Show a progress bar
     ):
-        _check_damping(damping)
-        if not isinstance(preconditioner, EKFAC): raise CurvatureError(f"the preconditioner is an EKFAC, not a {type(preconditioner).__name__}: fit one with EKFAC.fit(lm, data, sites)")
-        if not isinstance(iterations, int) or iterations < 1: raise CurvatureError(f"iterations must be a positive whole number, not {iterations!r}")
-        if not 0 <= tolerance < 1: raise CurvatureError(f"tolerance must lie in [0, 1), not {tolerance!r}: it is a share of the query's norm")
-        if (fitted_on := preconditioner.record.get("model_fingerprint")) and fitted_on != lm.fingerprint:
-            raise CurvatureError(f"the preconditioner was fitted on {preconditioner.record['model']}, whose weights differ from those of {lm.name}: fit it on this model")
-        names = preconditioner.factors
-        self.operator = GaussNewton(lm, data, r"\A(?:" + "|".join(map(re.escape, names)) + r")\Z", token_budget=token_budget)
-        self.damping, self.relative, self.iterations, self.tolerance, self.progress = damping, relative, iterations, tolerance, progress
-        eigenvalues = sum(f.eigenvalues.sum().item() for f in names.values())/sum(f.eigenvalues.numel() for f in names.values())
-        self.lam = damping*eigenvalues if relative else damping
+        _check_numbers(damping, iterations, tolerance)
+        _check_preconditioner(preconditioner, lm)
+        self.operator = GaussNewton(lm, data, _exactly(preconditioner.factors), token_budget=token_budget)
+        self.damping, self.relative, self.progress = damping, relative, progress
+        self.iterations, self.tolerance = iterations, tolerance
+        self.lam = damping*_mean_eigenvalue(preconditioner) if relative else damping
         self.preconditioner = preconditioner.damped(self.lam, relative=False)
-        self.setting = _record(lm, self.operator.data, self.operator.sites, "all", iterations=iterations, tolerance=tolerance, preconditioner=self.preconditioner.fingerprint)
-        self.record = dict(self.setting)
+        self.setting = fitting_record(
+            lm, self.operator.data, self.operator.sites, "all", iterations=iterations, tolerance=tolerance,
+            preconditioner=self.preconditioner.fingerprint)
+        self.record: dict[str, Any] = dict(self.setting)
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #cg-said
+class _Said(_Equation):
+    "What the query card is told."
+    name = "Gauss-Newton (conjugate gradients)"
 
     @property
-    def damping_text(self) -> str: return f"{self.lam:.3g} for all sites" + (f" ({self.damping:g} × mean of all EK-FAC eigenvalues)" if self.relative else " absolute")
+    def damping_text(self) -> str:
+        "The damping in words."
+        scale = f" ({self.damping:g} × mean of all EK-FAC eigenvalues)" if self.relative else " absolute"
+        return f"{self.lam:.3g} for all sites{scale}"
 
     @property
-    def fingerprint(self) -> str: return fingerprint(self.setting, self.lam)
+    def fingerprint(self) -> str:
+        "Covers everything that changes what `precondition` gives."
+        return fingerprint(self.setting, self.lam)
 
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #cg-notes
+class _Noted(_Said):
+    "How the last solve went."
     @property
     def notes(self) -> list[str]:
-        "How the last solve went, for the query card."
-        if "residuals" not in self.record: return []
-        return [f"conjugate gradients: relative residual {self.record['residuals'][-1]:.1e} after {len(self.record['residuals'])} iterations" + ("" if self.record["converged"] else f", above the tolerance of {self.tolerance:g}")]
+        "The residual and the number of iterations, for the query card; empty before the first solve."
+        residuals = self.record.get("residuals", [])
+        if not residuals: return []
+        above = "" if self.record["converged"] else f", above the tolerance of {self.tolerance:g}"
+        return [f"conjugate gradients: relative residual {residuals[-1]:.1e} after {len(residuals)} "
+                f"iterations{above}"]
 
-    def precondition(self,
-        gradients: dict, # Weight gradients [out, in] by site name; sites that are left out count as fixed
-    ) -> dict:           # (G + λI)⁻¹ ∇f by site name
-        "Solve for one query. The residuals are in `record`."
-        _check_gradients(gradients, {s.name: s.weight.shape for s in self.operator.sites})
-        data, start = self.operator.data, time.perf_counter()
-        with tqdm(total=self.iterations*data.n_tokens, desc="conjugate gradients", unit="tok", disable=not self.progress) as bar:
-            def report(residual): bar.update(data.n_tokens); bar.set_postfix(residual=f"{residual:.1e}")
-            solution, residuals = self._solve(gradients, report)
-        self.record = {**self.setting, "residuals": residuals, "converged": residuals[-1] <= self.tolerance, "seconds": time.perf_counter() - start, "tokens": len(residuals)*data.n_tokens}
-        return solution
+    def __repr__(self) -> str:
+        return (f"ConjugateGradient({len(self.operator.sites)} sites, λ = {self.damping_text}, at most "
+                f"{self.iterations} products over {self.operator.data.n_tokens:,} tokens of "
+                f"{self.setting['data']}" + "".join(f"; {note}" for note in self.notes) + ")")
 
-    def _solve(self, gradients, report):
-        "Preconditioned conjugate gradients from zero; the solution and the relative residual after each iteration."
-        def inner(a, b): return sum((a[site].double()*b[site].double()).sum().item() for site in a)
-        def plus(a, scale, b): return {site: a[site] + scale*b[site] for site in a}
-        solution, residual, norm = {site: torch.zeros_like(g) for site, g in gradients.items()}, gradients, inner(gradients, gradients)**.5
-        if not 0 < norm < math.inf: raise CurvatureError(f"the query's gradient has norm {norm}: there is nothing to solve for")
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #vectors
+def _inner(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    "Inner product over all sites."
+    return sum((a[site].double()*b[site].double()).sum().item() for site in a)
+
+def _plus(a: dict[str, torch.Tensor], scale: float, b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "a + scale · b, site by site."
+    return {site: a[site] + scale*b[site] for site in a}
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #cg-step
+class _Stepping(_Noted):
+    "One step along a direction."
+    def _step(self, pull: float, direction: dict[str, torch.Tensor], done: int) -> tuple[float, dict]:
+        "How far to go along the direction, and (G + λI) of it; refuses a curvature that is not positive."
+        curved = _plus(self.operator.product(direction), self.lam, direction)
+        stiffness = _inner(direction, curved)
+        if 0 < stiffness < math.inf: return pull/stiffness, curved
+        raise CurvatureError(
+            f"conjugate gradients broke down after {done} iterations (curvature {stiffness} along the search "
+            "direction): raise the damping, or load the model in float32 or float64")
+
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #cg-solve
+class _Solving(_Stepping):
+    "Conjugate gradients."
+    def _solve(
+        self, gradients: dict[str, torch.Tensor], report: Callable[[float], None],
+    ) -> tuple[dict[str, torch.Tensor], list[float]]:
+        "The solution, and the relative residual after each iteration."
+        solution = {site: torch.zeros_like(g) for site, g in gradients.items()}
+        residual, norm, residuals = gradients, _inner(gradients, gradients)**.5, []
+        if not 0 < norm < math.inf:
+            raise CurvatureError(f"the query's gradient has norm {norm}: there is nothing to solve for")
         direction = towards = self.preconditioner.precondition(residual)
-        pull, residuals = inner(residual, towards), []
+        pull = _inner(residual, towards)
         while len(residuals) < self.iterations:
-            curved = plus(self.operator.product(direction), self.lam, direction)
-            stiffness = inner(direction, curved)
-            if not 0 < stiffness < math.inf: raise CurvatureError(f"conjugate gradients broke down after {len(residuals)} iterations (curvature {stiffness} along the search direction): raise the damping, or load the model in float32 or float64")
-            step = pull/stiffness
-            solution, residual = plus(solution, step, direction), plus(residual, -step, curved)
-            residuals.append(inner(residual, residual)**.5/norm)
+            step, curved = self._step(pull, direction, len(residuals))
+            solution, residual = _plus(solution, step, direction), _plus(residual, -step, curved)
+            residuals.append(_inner(residual, residual)**.5/norm)
             report(residuals[-1])
             if residuals[-1] <= self.tolerance: break
             towards = self.preconditioner.precondition(residual)
-            pull, before = inner(residual, towards), pull
-            direction = plus(towards, pull/before, direction)
+            pull, before = _inner(residual, towards), pull
+            direction = _plus(towards, pull/before, direction)
         return solution, residuals
 
-    def __repr__(self):
-        return f"ConjugateGradient({len(self.operator.sites)} sites, λ = {self.damping_text}, at most {self.iterations} products over {self.operator.data.n_tokens:,} tokens of {self.setting['data']}" + "".join(f"; {note}" for note in self.notes) + ")"
+# %% ../../nbs/50_influence/02_preconditioners.ipynb #conjugate-gradient
+class ConjugateGradient(_Solving):
+    "(G + λI)⁻¹, G the exact Gauss-Newton matrix, by EK-FAC-preconditioned conjugate gradients (METHODS §3)."
+    def precondition(
+        self,
+        gradients: dict[str, torch.Tensor], # Weight gradients by site name; sites left out count as fixed
+    ) -> dict[str, torch.Tensor]:           # (G + λI)⁻¹ ∇f by site name
+        "Solve for one query. The residuals are in `record`."
+        check_gradients(gradients, {s.name: s.weight.shape for s in self.operator.sites})
+        n_tokens, start = self.operator.data.n_tokens, time.perf_counter()
+        with tqdm(total=self.iterations*n_tokens, desc="conjugate gradients", unit="tok",
+                  disable=not self.progress) as bar:
+            def report(residual: float) -> None:
+                bar.update(n_tokens)
+                bar.set_postfix(residual=f"{residual:.1e}")
+            solution, residuals = self._solve(gradients, report)
+        self.record = {
+            **self.setting, "residuals": residuals, "converged": residuals[-1] <= self.tolerance,
+            "seconds": time.perf_counter() - start, "tokens": len(residuals)*n_tokens}
+        return solution
