@@ -42,8 +42,8 @@ PUBLIC = {
         "SteeringError steer SteeringCheck steering_check",
     "influence.gradients": "require_grad went_in by_example site_flows SiteGradients check_sites "
         "watch_layers Reached hidden_states",
-    "influence.curvature": "CurvatureError curvature_html Identity Factors labelled_pass batch_labels "
-        "FactorStatistics EKFAC",
+    "influence.curvature": "CurvatureError Identity check_damping check_gradients check_moved check_labels "
+        "fitting_record DampedCurvature Factors labelled_pass batch_labels FactorStatistics EKFAC",
     "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
     "influence.queries": "Query ConceptQuery LossQuery QueryExpression query_expression",
     "influence.engine": "Readout ActivationReadout ActivationGradientReadout LossReadout DirectionReadout "
