@@ -788,7 +788,7 @@ def _texts_of(judge: Any, evaluation: Evaluation, data) -> Any:
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #0027
 @dataclass(frozen=True, repr=False)
-class _Steered:
+class _SteeringTable:
     "What was measured: values along each direction."
     concept: str          # Name of the concept
     judge: str            # Name of the judge
@@ -818,7 +818,7 @@ class _Steered:
         return {name: self._slope(name) for name in self.table["direction"].unique() if name != self.concept}
 
 # %% ../../nbs/40_concepts/02_personas.ipynb #verdict
-class _Verdict(_Steered):
+class _Verdict(_SteeringTable):
     "What it means."
     @property
     def raises_trait(self) -> bool:
