@@ -48,6 +48,7 @@ readme: $(STAMP)
 export: $(STAMP)
 	@$(BIN)/nbdev-export
 	@$(BIN)/nbdev-clean
+	@$(BIN)/python tools/widget_state.py
 	@$(BIN)/python tools/public_names.py
 	@$(BIN)/python tools/house_figure.py
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import typer
 
@@ -70,6 +70,7 @@ _NEEDS = {
     "random": (), "length": (), "loss": (), "bm25": ("queries",), "repsim": ("queries", "layer"),
 }
 
+# %% ../nbs/99_cli.ipynb #way-out-2
 _WAY_OUT = {
     "concept": ("--concept", "it needs a behaviour: --concept FILE, "
                              "or --positive FILE --negative FILE --layer N"),
@@ -78,7 +79,7 @@ _WAY_OUT = {
     "layer": ("--layer", "it needs a layer to compare at: --layer N, or a concept"),
 }
 
-# %% ../nbs/99_cli.ipynb #000d-checks
+# %% ../nbs/99_cli.ipynb #chosen-methods
 def _chosen_methods(names: Iterable[str]) -> list[str]:
     "Method names out of repeated options and comma-separated lists, each once."
     names = [name.strip().lower() for text in names for name in text.split(",") if name.strip()]
@@ -90,6 +91,7 @@ def _chosen_methods(names: Iterable[str]) -> list[str]:
     if problem: raise typer.BadParameter(problem, param_hint="--methods")
     return list(dict.fromkeys(names))
 
+# %% ../nbs/99_cli.ipynb #000d-checks
 def _check_given(methods: list[str], **given: object) -> None:
     "Refuse a method whose needs are not among what is given, by the option that is missing."
     for method in methods:
@@ -105,24 +107,25 @@ def _make_scorer(
 ) -> "Scorer":
     "The scorer a method name stands for; what it needs was checked before."
     from concept_tda.influence import baselines, scorers
+    shown = cast("Conversations", queries)  # `_check_given` has seen that it is there where it is needed
     options: dict[str, Any] = {"sites": sites, "curvature": curvature}
     pooling: dict[str, Any] = {"pooling": concept.pooling} if concept else {}
     make: dict[str, Callable[[], Any]] = {
         "vector-filter": lambda: scorers.VectorFilter(lm, concept),
         "activation-gradient": lambda: scorers.ActivationGradient(lm, concept),
         "projection-difference": lambda: scorers.ProjectionDifference(lm, concept),
-        "concept-influence": lambda: scorers.ConceptInfluence(lm, concept, queries, **options),
-        "influence-function": lambda: scorers.InfluenceFunction(lm, queries, **options),
-        "graddot": lambda: scorers.GradDot(lm, queries, sites=sites),
+        "concept-influence": lambda: scorers.ConceptInfluence(lm, concept, shown, **options),
+        "influence-function": lambda: scorers.InfluenceFunction(lm, shown, **options),
+        "graddot": lambda: scorers.GradDot(lm, shown, sites=sites),
         "random": lambda: baselines.RandomScore(seed),
         "length": baselines.ResponseLength,
         "loss": lambda: baselines.MeanLoss(lm),
-        "bm25": lambda: baselines.BM25(queries),
-        "repsim": lambda: baselines.RepSim(lm, queries, layer, **pooling),
+        "bm25": lambda: baselines.BM25(shown),
+        "repsim": lambda: baselines.RepSim(lm, shown, cast(int, layer), **pooling),
     }
     return make[method]()
 
-# %% ../nbs/99_cli.ipynb #0012
+# %% ../nbs/99_cli.ipynb #fit-curvature
 def _fit_curvature(
     kind: str, methods: list[str], lm: "LanguageModel", data: "TokenizedConversations", sites: str,
     layer: int | None, damping: float, relative: bool, seed: int,
@@ -130,9 +133,12 @@ def _fit_curvature(
     "The curvature for the methods that want one: 'identity', or EK-FAC fitted on the data to be scored."
     if kind == "identity" or not {"concept-influence", "influence-function"} & set(methods): return "identity"
     from concept_tda.influence.curvature import EKFAC
-    reaches = None if "influence-function" in methods else layer
-    return EKFAC.fit(lm, data, sites, layer=reaches, damping=damping, relative=relative, seed=seed)
+    options: dict[str, Any] = {"damping": damping, "relative": relative, "seed": seed}
+    if "influence-function" not in methods:
+        options["layer"] = layer
+    return EKFAC.fit(lm, data, sites, **options)
 
+# %% ../nbs/99_cli.ipynb #0012
 def _record_fit(result: "Attribution", curvature: "EKFAC | str") -> None:
     "Write the seconds of the fit into the card of a result that used it."
     record = getattr(curvature, "record", {})
@@ -214,7 +220,7 @@ def _read_results(paths: Iterable[Path]) -> "list[Attribution]":
             results.append(result)
     return results
 
-# %% ../nbs/99_cli.ipynb #001b
+# %% ../nbs/99_cli.ipynb #examples-text
 def _examples_text(part: "Attribution", width: int) -> list[str]:
     "Lines of one end of a result: rank, score, question, and up to two lines of response."
     from concept_tda.foundation.display import one_line
@@ -228,6 +234,7 @@ def _examples_text(part: "Attribution", width: int) -> list[str]:
         lines += [f"{'':21} {'→' if line is answer[0] else ' '} {line}" for line in answer[:2]]
     return lines
 
+# %% ../nbs/99_cli.ipynb #001b
 def _print_ends(result: "Attribution", n: int, bottom: bool = False, note: bool = True) -> None:
     "The `n` highest examples of each query of a result, and the lowest if asked."
     width = min(shutil.get_terminal_size((100, 24)).columns, 140)
@@ -296,6 +303,12 @@ _ChatTemplate = Annotated[str | None, _option(
 _Out = Annotated[Path | None, typer.Option(
     help="A .parquet file for one method, a folder for several; by default scores.parquet or scores.")]
 
+# %% ../nbs/99_cli.ipynb #check-curvature
+def _check_curvature(curvature: str) -> None:
+    "Refuse a curvature that the command does not know."
+    if curvature in ("ekfac", "identity"): return
+    raise typer.BadParameter(f"{curvature!r} is neither ekfac nor identity.", param_hint="--curvature")
+
 # %% ../nbs/99_cli.ipynb #001e
 @app.command(epilog=_example(
     "concept-tda score smollm2-135m-instruct train.jsonl \\",
@@ -337,9 +350,7 @@ def score(
     with _plain_errors(debug, _CONTINUES):
         chosen, has_concept = _chosen_methods(methods), _check_behaviour(concept, positive, negative, layer)
         _check_given(chosen, concept=has_concept, queries=queries, layer=has_concept or layer is not None)
-        if curvature not in ("ekfac", "identity"):
-            problem = f"{curvature!r} is neither ekfac nor identity."
-            raise typer.BadParameter(problem, param_hint="--curvature")
+        _check_curvature(curvature)
         paths = _result_paths(out, chosen)
         for path in paths.values():
             _check_out(path, overwrite, data, concept, positive, negative, queries)
@@ -349,7 +360,7 @@ def score(
         results = _score(job, behaviour, model, data, **opening)
         _save_scores(results, paths)
 
-# %% ../nbs/99_cli.ipynb #001f-records
+# %% ../nbs/99_cli.ipynb #001f-records-behaviour
 class _Behaviour(NamedTuple):
     "The options that say which behaviour is asked about."
     concept: Path | None
@@ -361,6 +372,7 @@ class _Behaviour(NamedTuple):
     transfer: bool
     queries: str | None
 
+# %% ../nbs/99_cli.ipynb #001f-records
 class _Job(NamedTuple):
     "The options that say how it is asked."
     methods: list[str]
@@ -371,7 +383,20 @@ class _Job(NamedTuple):
     tokens: bool
     token_budget: int
 
-# %% ../nbs/99_cli.ipynb #0020
+# %% ../nbs/99_cli.ipynb #scorers-of
+def _scorers(
+    job: _Job, behaviour: _Behaviour, lm: "LanguageModel", train: "TokenizedConversations",
+    concept: "Concept | None", queries: "Conversations | None",
+) -> "tuple[list[Scorer], EKFAC | str]":
+    "The scorers in the order of the methods, and the curvature that they share."
+    layer = concept.layer if concept else behaviour.layer
+    kind, damping, relative = job.curvature
+    fitted = _fit_curvature(kind, job.methods, lm, train, job.sites, layer, damping, relative, job.seed)
+    scorers = [_make_scorer(method, lm, concept, queries, layer, job.sites, fitted, job.seed)
+               for method in job.methods]
+    return scorers, fitted
+
+# %% ../nbs/99_cli.ipynb #0020-score
 def _score(
     job: _Job, behaviour: _Behaviour, model: str, data: str, **opening: Any,
 ) -> "dict[str, Attribution]": # By the method's name on the command line
@@ -380,25 +405,23 @@ def _score(
     from concept_tda.data.conversations import load_conversations
     from concept_tda.influence.scorers import score_together
     from concept_tda.model.loading import load_model
-    read = lambda source: source and load_conversations(source)
-    examples, queries = load_conversations(data), read(behaviour.queries)
-    contrast = [read(behaviour.positive), read(behaviour.negative)] if behaviour.positive else None
-    saved = Concept.load(behaviour.concept) if behaviour.concept else None
+    asked, read = behaviour, load_conversations
+    examples, queries = read(data), read(asked.queries) if asked.queries else None
+    sides = [read(asked.positive), read(asked.negative)] if asked.positive else None
+    saved = Concept.load(asked.concept) if asked.concept else None
     lm = load_model(model, **opening)
     train = lm.tokenize(examples, max_tokens=job.max_tokens)
-    concept = _make_concept(lm, saved, contrast, *behaviour[3:6], job.seed, behaviour.transfer)
+    concept = _make_concept(
+        lm, saved, sides, asked.layer, asked.name, asked.pooling, job.seed, asked.transfer)
     if concept:
         concept.check(lm)   # before the curvature is fitted, which takes longest
-    layer = concept.layer if concept else behaviour.layer
-    kind, *damping = job.curvature
-    fitted = _fit_curvature(kind, job.methods, lm, train, job.sites, layer, *damping, job.seed)
-    scorers = [_make_scorer(method, lm, concept, queries, layer, job.sites, fitted, job.seed)
-               for method in job.methods]
+    scorers, fitted = _scorers(job, behaviour, lm, train, concept, queries)
     results = score_together(scorers, train, lm=lm, tokens=job.tokens, token_budget=job.token_budget)
     for result in results.values():
         _record_fit(result, fitted)
     return {method: results[str(scorer.method)] for method, scorer in zip(job.methods, scorers)}
 
+# %% ../nbs/99_cli.ipynb #0020
 def _save_scores(results: "dict[str, Attribution]", paths: dict[str, Path]) -> None:
     "Save each result, show its upper end, and say what comes next."
     for method, result in results.items():
@@ -427,13 +450,21 @@ def show(
             typer.echo(str(one.card))
             _print_ends(one, n, bottom=True, note=False)
 
-# %% ../nbs/99_cli.ipynb #002b
+# %% ../nbs/99_cli.ipynb #cut-options
 _DropFraction = Annotated[float | None, typer.Option(help="Drop this share of the examples, such as 0.1.")]
 _DropCount = Annotated[int | None, typer.Option(help="Or: drop this many.")]
 _Threshold = Annotated[float | None, typer.Option(
     help="Or: drop the scores above this one (below it with --lowest).")]
 _Lowest = Annotated[bool, typer.Option("--lowest", help="Drop the lowest scores instead of the highest.")]
 
+def _check_one_way(*ways: float | None) -> None:
+    "Refuse a cut that is said in no way, or in two."
+    if sum(way is not None for way in ways) == 1: return
+    raise typer.BadParameter(
+        "say how much in exactly one way: --drop-fraction, --drop-count or --threshold.",
+        param_hint="--drop-fraction")
+
+# %% ../nbs/99_cli.ipynb #002b
 @app.command("filter", epilog=_example(
     "concept-tda filter scores.parquet --drop-fraction 0.1 --out kept.jsonl"))
 def filter_examples(
@@ -450,17 +481,15 @@ def filter_examples(
 ) -> None:
     "Write the training file without its most influential examples, byte for byte as it came in."
     with _plain_errors(debug):
-        cut = dict(fraction=drop_fraction, count=drop_count, threshold=threshold)
-        if sum(value is not None for value in cut.values()) != 1:
-            raise typer.BadParameter(
-                "say how much in exactly one way: --drop-fraction, --drop-count or --threshold.",
-                param_hint="--drop-fraction")
+        _check_one_way(drop_fraction, drop_count, threshold)
         one = _only_result(result)
         _check_out(out, overwrite, result)
-        kept = one.drop(**cut, lowest=lowest, query=query)
+        kept = one.drop(fraction=drop_fraction, count=drop_count, threshold=threshold, lowest=lowest,
+                        query=query)
         kept.to_json(out)
         typer.echo(f"{out}: {len(kept)} of {len(one)} examples ({kept.name})")
 
+# %% ../nbs/99_cli.ipynb #only-result
 def _only_result(path: Path) -> "Attribution":
     "The one result at `path`."
     from concept_tda.results.metrics import AttributionError
@@ -509,7 +538,7 @@ def report(
                      examples=examples, rows=rows)
         typer.echo(f"{out}: {out.stat().st_size:,} bytes; open it in a browser")
 
-# %% ../nbs/99_cli.ipynb #0039
+# %% ../nbs/99_cli.ipynb #peak-memory
 _QUICKSTART = Path("nbs", "tutorials", "quickstart.ipynb")
 _DEMO_FILES = ("quickstart.ipynb", "scores.parquet", "kept.jsonl", "report.html")
 
@@ -521,6 +550,7 @@ def _peak_memory() -> int | None:
         return None
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+# %% ../nbs/99_cli.ipynb #0039
 def _fresh(path: Path, started: float) -> bool:
     "Whether a file was written since `started`; file systems round."
     return path.is_file() and path.stat().st_mtime >= started - 2

@@ -36,10 +36,11 @@ def _tidy_outputs(cells: "list[NotebookNode]") -> None:
             if output.output_type == "stream":
                 output.text = "\n".join(map(last_state, output.text.split("\n")))
 
-# %% ../nbs/98_demo.ipynb #0033
+# %% ../nbs/98_demo.ipynb #interrupted
 class _Interrupted(Exception):
     "Ctrl-C between two cells; asyncio lets no KeyboardInterrupt pass without losing the kernel."
 
+# %% ../nbs/98_demo.ipynb #0033
 class _Sections:
     "Headings of a running notebook with the time, and the seconds each section took."
     def __init__(self, echo: Callable[..., None]):
@@ -63,13 +64,9 @@ class _Sections:
         self.echo(f"\n{minutes}:{seconds:02d}  {title}")
         self.section_start, self.title = time.monotonic(), title
 
-# %% ../nbs/98_demo.ipynb #stream-code
-class _Screen(_Sections):
-    "Tells a running notebook's story on the terminal: headings, times, and what its cells print."
-    def __init__(self, echo: Callable[..., None]):
-        super().__init__(echo)
-        self.live, self.pending, self.shown = sys.stdout.isatty(), {}, 0.
-
+# %% ../nbs/98_demo.ipynb #begin-cell
+class _Story(_Sections):
+    "Tells which cell begins."
     def begin_cell(self, cell: "NotebookNode") -> None:
         "A cell is about to run; a markdown cell may begin sections."
         if self.interrupted: raise _Interrupted
@@ -79,6 +76,14 @@ class _Screen(_Sections):
                 self.begin_section(title)
         elif cell.cell_type == "code" and cell.source.strip():
             self.ran, self.section_start = True, self.section_start or time.monotonic()
+
+# %% ../nbs/98_demo.ipynb #stream-code
+class _Screen(_Story):
+    "Tells a running notebook's story on the terminal: headings, times, and what its cells print."
+    def __init__(self, echo: Callable[..., None]):
+        super().__init__(echo)
+        self.live, self.shown = sys.stdout.isatty(), 0.
+        self.pending: dict[str, str] = {}
 
     def stream(self, name: str, text: str) -> None:
         "A cell printed something on stdout or stderr."
@@ -108,35 +113,41 @@ def _plain_client(notebook: "NotebookNode", folder: Path) -> "NotebookClient":
         record_timing=False, resources={"metadata": {"path": str(folder)}},
         extra_arguments=[f"--IPKernelApp.exec_lines={_TEXT_BARS}", "--IPKernelApp.log_level=40"])
 
-# %% ../nbs/98_demo.ipynb #hooks-code
-def _client(notebook: "NotebookNode", folder: Path, screen: _Screen) -> "NotebookClient":
-    "The same, reporting to `screen` and stopping at Ctrl-C."
+# %% ../nbs/98_demo.ipynb #listening
+def _interrupting(client: "NotebookClient", screen: _Screen) -> Callable[..., Any]:
+    "A callback for the start of the notebook: from then on Ctrl-C interrupts its kernel."
     import asyncio
     import signal
-    client = _plain_client(notebook, folder)
 
-    def interrupt():
+    def interrupt() -> None:
         screen.interrupted = True
         manager: Any = client.km
         asyncio.ensure_future(manager.interrupt_kernel())
 
-    async def listen(notebook):
+    async def listen(notebook: Any) -> None:
         try:
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
         except (RuntimeError, ValueError):  # not in the main thread, or on Windows: nothing to catch
             pass
 
+    return listen
+
+# %% ../nbs/98_demo.ipynb #hooks-code
+def _client(notebook: "NotebookNode", folder: Path, screen: _Screen) -> "NotebookClient":
+    "The same, reporting to `screen` and stopping at Ctrl-C."
+    client = _plain_client(notebook, folder)
     process_message = client.process_message
-    def forward(msg, cell, cell_index):
+
+    def forward(msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         if msg["msg_type"] == "stream":
             screen.stream(msg["content"]["name"], msg["content"]["text"])
         return process_message(msg, cell, cell_index)
 
-    client.on_notebook_start, client.process_message = listen, forward
+    client.on_notebook_start, client.process_message = _interrupting(client, screen), forward
     client.on_cell_start = lambda cell, cell_index: screen.begin_cell(cell)
     return client
 
-# %% ../nbs/98_demo.ipynb #0037
+# %% ../nbs/98_demo.ipynb #short-failure
 def _short_failure(err: Exception) -> str:
     "The exception of a cell in at most five lines."
     if type(err).__name__ == "DeadKernelError":
@@ -144,6 +155,7 @@ def _short_failure(err: Exception) -> str:
     name, value = getattr(err, "ename", type(err).__name__), getattr(err, "evalue", err)
     return "\n  ".join(f"{name}: {value}".strip().splitlines()[:5])
 
+# %% ../nbs/98_demo.ipynb #0037
 def _write_notebook(notebook: "NotebookNode", path: Path) -> None:
     "The notebook with its outputs, bars in their last state."
     _tidy_outputs(notebook.cells)

@@ -7,7 +7,7 @@ __all__ = ['Step', 'TailPatch']
 
 # %% ../../nbs/80_evidence/06_tail_patch.ipynb #imports
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..foundation.storage import fingerprint
 from ..influence.gradients import SiteGradients
 from ..model.loading import LanguageModel
 from ..model.losses import loss_weights, token_losses
-from ..model.sites import resolve_sites
+from ..model.sites import Site, resolve_sites
 from ..results.attribution import Attribution
 from ..results.metrics import spearman
 
@@ -45,7 +45,7 @@ class _NamedStep(Maker):
         self,
         lm: LanguageModel,    # To step from
         train: Conversations, # The training data
-        sites: str | Sequence[str], # Weights that move, as in `resolve_sites`
+        sites: str | Iterable[Site], # Weights that move, as in `resolve_sites`
         learning_rate: float, # η
     ):
         self.learning_rate = _checked_rate(learning_rate)
@@ -151,7 +151,7 @@ class _Tails(Experiment):
         top: int = 10,              # Highest and lowest scores of each method to step on
         n_random: int = 20,         # Random examples to step on
         learning_rate: float = 1e-3, # η, of plain gradient descent
-        sites: str | Sequence[str] = "attention", # Weights that move, as in `resolve_sites`
+        sites: str | Iterable[Site] = "attention", # Weights that move, as in `resolve_sites`
         seed: int = 0,              # Of the random examples
         name: str | None = None,    # Of the plan's file; experiments of different names can share a folder
     ):

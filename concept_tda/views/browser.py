@@ -12,6 +12,7 @@ import html
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import anywidget
 import numpy as np
@@ -19,12 +20,12 @@ import pandas as pd
 import traitlets
 
 from ..data.conversations import Conversations
+from ..foundation.display import visible_text
 from ..foundation.errors import ConceptTDAError
 from ..foundation.storage import atomic_file
-from ..foundation.display import visible_text
 from ..results.attribution import Attribution
-from ..results.metrics import share_text
 from ..results.duplicates import near_duplicates
+from ..results.metrics import share_text
 from concept_tda.views.contents import (
     Contents,
     WidgetError,
@@ -68,18 +69,36 @@ class _Traits(anywidget.AnyWidget):
     notes = traitlets.Dict().tag(sync=True)       # by place
     undoable = traitlets.Unicode().tag(sync=True) # what undo takes back, in words
 
+# %% ../../nbs/90_views/03_browser.ipynb #state
+def _state(review: Review) -> dict[str, Any]:
+    "The decisions as the front end wants them."
+    notes = {str(place): visible_text(note) for place, note in review.notes.items()}
+    return dict(marks=review.marks.tobytes(), notes=notes, undoable=review.undoable())
+
+# %% ../../nbs/90_views/03_browser.ipynb #grouped
+class _Grouped(_Traits):
+    "A browser that knows which examples say nearly the same."
+    result: Attribution
+    similarity: float
+
+    def find_groups(self) -> np.ndarray: # int32 [N]
+        "Group numbers of near-duplicates; found once."
+        if not self.groups:
+            self.groups = near_duplicates(example_texts(self.result.conversations), self.similarity).tobytes()
+        return np.frombuffer(self.groups, np.int32)
+
 # %% ../../nbs/90_views/03_browser.ipynb #0026
-class _Opened(_Traits):
+class _Opened(_Grouped):
     "A browser with its contents and its review."
     def __init__(
         self,
         result: Attribution,         # What to look at
-        others=(),                   # Other results on the same examples: a list, a dict, a `Comparison`
+        others: Any = (),            # Other results on the same examples: a list, a dict, a `Comparison`
         *,
         query: str | None = None,    # Which query, where the result has several
-        labels=None,                 # Booleans [N], or the name of a metadata column
-        positive: object = True,     # With a column name: the value that marks the labelled examples
-        null=None,                   # Results of the same method for random directions; adds z
+        labels: Any = None,          # Booleans [N], or the name of a metadata column
+        positive: Any = True,        # With a column name: the value that marks the labelled examples
+        null: Any = None,            # Results of the same method for random directions; adds z
         by: str | None = None,       # Whose decisions these are; by default the user's name here
         record: str | Path | None = None, # JSON file that decisions are read from (if there) and written to
         saved: int = 30,             # Examples at each end kept in the notebook, readable without a kernel
@@ -92,32 +111,29 @@ class _Opened(_Traits):
             self.review.load(self.record, self.result)
         table, columns = browser_table(self._contents), browser_columns(self._contents)
         super().__init__(table=table, columns={name: values.tobytes() for name, values in columns.items()},
-                         saved=_saved_examples(self.result, saved), **self._state())
+                         saved=_saved_examples(self.result, saved), **_state(self.review))
         if len(self.result) <= table["fold_up_to"]:
             self.find_groups()
 
-    def _state(self) -> dict:
-        "The decisions as the front end wants them."
-        notes = {str(place): visible_text(note) for place, note in self.review.notes.items()}
-        return dict(marks=self.review.marks.tobytes(), notes=notes, undoable=self.review.undoable())
-
-    def find_groups(self) -> np.ndarray: # int32 [N]
-        "Group numbers of near-duplicates; found once."
-        if not self.groups:
-            self.groups = near_duplicates(example_texts(self.result.conversations), self.similarity).tobytes()
-        return np.frombuffer(self.groups, np.int32)
-
-# %% ../../nbs/90_views/03_browser.ipynb #002b
-class _Deciding(_Opened):
-    "A browser that decisions are taken in."
+# %% ../../nbs/90_views/03_browser.ipynb #changing
+class _Changing(_Opened):
+    "A browser that shows what was decided."
     def _changed(self) -> None:
         "After each decision: show it, and write it down where a record was asked for."
         if self.record:
             self.review.save(self.record, self.result)
         with self.hold_sync():
-            for name, value in self._state().items():
+            for name, value in _state(self.review).items():
                 self.set_trait(name, value)
 
+    def undo(self) -> None:
+        "Take the last action back."
+        self.review.undo()
+        self._changed()
+
+# %% ../../nbs/90_views/03_browser.ipynb #002b
+class _Deciding(_Changing):
+    "A browser that decisions are taken in."
     def decide(
         self,
         rows: Iterable[int],     # Rows in the training file
@@ -132,11 +148,9 @@ class _Deciding(_Opened):
         self.review.decide([place[int(row)] for row in rows], mark, note, why)
         self._changed()
 
-    def undo(self) -> None:
-        "Take the last action back."
-        self.review.undo()
-        self._changed()
-
+# %% ../../nbs/90_views/03_browser.ipynb #decided
+class _Decided(_Deciding):
+    "What was decided, as tables."
     @property
     def decisions(self) -> pd.DataFrame:
         """One row for each example with a decision or a note: id, decision, note, by, at, why, score, rank;
@@ -150,9 +164,9 @@ class _Deciding(_Opened):
                     "why": e["why"], "undone": bool(e.get("undone"))} for e in self.review.history]
         return pd.DataFrame(actions, columns=["at", "by", "action", "examples", "why", "undone"])
 
-# %% ../../nbs/90_views/03_browser.ipynb #002c
-class _Exporting(_Deciding):
-    "A browser whose decisions become a training file."
+# %% ../../nbs/90_views/03_browser.ipynb #kept
+class _Filtering(_Decided):
+    "A browser whose decisions leave something."
     @property
     def kept(self) -> Conversations:
         "The training file without the dropped examples, in its own order; `WidgetError` for an empty rest."
@@ -164,6 +178,21 @@ class _Exporting(_Deciding):
         name = f"{source.name} minus {share_text(int(gone.sum()), len(result))} dropped by hand"
         return Conversations(list(source.select(~gone)), name, source.layout)
 
+# %% ../../nbs/90_views/03_browser.ipynb #export-path
+def _export_paths(path: Path, overwrite: bool) -> tuple[Path, Path]:
+    "Where data and record go. Raises `WidgetError` for a name that is none, and for a file that is there."
+    if not path.name or path.suffix == ".json" or path.is_dir():
+        raise WidgetError(f"{str(path)!r} is not the name of a file for JSON lines: "
+                          "give one such as clean.jsonl")
+    record = path.with_suffix(".decisions.json")
+    if there := [str(file) for file in (path, record) if file.exists() and not overwrite]:
+        raise WidgetError(f"{there[0]} exists already: choose another name, "
+                          "or browser.export(path, overwrite=True)")
+    return path, record
+
+# %% ../../nbs/90_views/03_browser.ipynb #002c
+class _Exporting(_Filtering):
+    "A browser whose decisions become a training file."
     def export(
         self,
         path: str | Path,        # Such as "clean.jsonl"
@@ -172,14 +201,7 @@ class _Exporting(_Deciding):
     ) -> tuple[Path, Path]:      # The data set; the record
         """Write the data set without what was dropped, and beside it a record of who decided what and why.
         Raises `WidgetError` rather than replacing a file."""
-        path = Path(path)
-        if not path.name or path.suffix == ".json" or path.is_dir():
-            raise WidgetError(f"{str(path)!r} is not the name of a file for JSON lines: "
-                              "give one such as clean.jsonl")
-        record = path.with_suffix(".decisions.json")
-        if there := [str(file) for file in (path, record) if file.exists() and not overwrite]:
-            raise WidgetError(f"{there[0]} exists already: choose another name, "
-                              "or browser.export(path, overwrite=True)")
+        path, record = _export_paths(Path(path), overwrite)
         kept = self.kept
         kept.to_json(path)
         facts = {"exported": path.name, "exported_fingerprint": kept.fingerprint, "n_exported": len(kept)}
@@ -188,11 +210,11 @@ class _Exporting(_Deciding):
             part.write_text(text, encoding="utf-8")
         return path, record
 
-# %% ../../nbs/90_views/03_browser.ipynb #0036
+# %% ../../nbs/90_views/03_browser.ipynb #embedded-contents
 def embedded_contents(
     contents: Contents,                # What to show
     most: int,                         # Characters of JSON for the texts
-    groups: np.ndarray | None = None,  # Near-duplicates, where they are known
+    groups: np.ndarray | None = None,  # Near-duplicates, where they are known already
 ) -> str:
     "JSON for `mountEmbedded` in browser.js, of contents that are prepared already."
     examples, note = within(contents.result, from_both_ends(contents.result.scores), most)
@@ -202,12 +224,13 @@ def embedded_contents(
     columns = rounded_columns(browser_columns(contents))
     return json_in_script(dict(table=table, columns=columns, examples=examples, groups=known.tolist()))
 
+# %% ../../nbs/90_views/03_browser.ipynb #0036
 def embedded_browser(
     result: Attribution,        # What to show
-    others=(),                  # Other results on the same examples
+    others: Any = (),           # Other results on the same examples
     *,
-    labels=None,                # Booleans [N], or the name of a metadata column
-    positive: object = True,    # With a column name: the value that marks the labelled examples
+    labels: Any = None,         # Booleans [N], or the name of a metadata column
+    positive: Any = True,       # With a column name: the value that marks the labelled examples
     most: int = 2_000_000,      # Characters of JSON for the texts; token scores and then long texts give way
 ) -> str:
     "JSON for `mountEmbedded` in browser.js; `<` is written so that no element can end early."
@@ -224,6 +247,7 @@ style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'">
 <script type="application/json" id="data">{data}</script>
 <script type="module">{script}</script></body></html>"""
 
+# %% ../../nbs/90_views/03_browser.ipynb #mount
 _MOUNT = """
 mountEmbedded(document.getElementById("browser"), JSON.parse(document.getElementById("data").textContent));"""
 
@@ -232,6 +256,13 @@ def script_hash(
 ) -> str:
     "Its SHA-256 as a content security policy writes it."
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+# %% ../../nbs/90_views/03_browser.ipynb #framed
+def _framed(page: str, height: int) -> str:
+    "A document inside a sandboxed frame."
+    text = html.escape(page, quote=True).replace("\n", "&#10;")
+    look = f'sandbox="allow-scripts" style="width:100%;height:{height}px;border:0"'
+    return f'<iframe title="Example browser" {look} srcdoc="{text}"></iframe>'
 
 # %% ../../nbs/90_views/03_browser.ipynb #003a
 class OfflinePage:
@@ -248,10 +279,7 @@ class OfflinePage:
         return self.words
 
     def _repr_html_(self) -> str:
-        page = html.escape(self.html, quote=True).replace("\n", "&#10;")
-        style = f"width:100%;height:{self.height}px;border:0"
-        return (f'<iframe title="Example browser" sandbox="allow-scripts" style="{style}" '
-                f'srcdoc="{page}"></iframe>')
+        return _framed(self.html, self.height)
 
     def save(
         self,
@@ -282,26 +310,27 @@ class _Paged(_Exporting):
         words = f"{self.result!r}\nExampleBrowser without a kernel, {size}; drawn where notebooks show HTML"
         return OfflinePage(text, height, words)
 
-# %% ../../nbs/90_views/03_browser.ipynb #0029
-class ExampleBrowser(_Paged):
-    "The notebook view of a result: look, search, compare, decide. `browser.decisions` is what was decided."
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.on_msg(self._receive)
+# %% ../../nbs/90_views/03_browser.ipynb #answers
+class _Asked(_Paged):
+    "What the page may ask for."
+    def _export_words(self, path: Path, record: Path) -> str:
+        "What the page says after an export."
+        return (f"{len(self.kept):,} of {self.result.n_total:,} examples written to {path.resolve()}; "
+                f"who decided what and why is in {record.name}.")
 
-    __init__.__doc__ = _Opened.__init__.__doc__
+    def _act(self, kind: object, places: list[int], message: dict[str, Any]) -> None:
+        "Do what the page asks."
+        if kind == "undo": return self.review.undo()
+        if kind != "decide":
+            raise WidgetError(f"the page asked for {kind!r}, which this version of concept_tda does not "
+                              "know: reload the page")
+        mark = MARKS[message["mark"]] if "mark" in message else None
+        self.review.decide(places, mark, message.get("note"), message.get("why", ""))
 
-    def _receive(self, widget, message: dict, buffers) -> None:
-        "Answer one question of the front end."
-        try:
-            reply, data = self._answer(message)
-        except ConceptTDAError as err:
-            reply, data = {"error": str(err)}, None
-        except Exception as err:
-            reply, data = {"error": f"{type(err).__name__}: {err}"}, None
-        self.send({"reply": message.get("number"), **reply}, data)
-
-    def _answer(self, message: dict) -> tuple[dict, list[bytes] | None]:
+# %% ../../nbs/90_views/03_browser.ipynb #answer
+class _Answering(_Asked):
+    "What the page may ask, and the answers."
+    def _answer(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[bytes] | None]:
         "The reply to a message, and its buffers."
         kind, places = message.get("kind"), message.get("places", [])
         if kind in ("snippets", "examples"):
@@ -314,22 +343,30 @@ class ExampleBrowser(_Paged):
         self._changed()
         return {}, None
 
-    def _act(self, kind: object, places: list, message: dict) -> None:
-        "Do what the page asks."
-        if kind == "undo": return self.review.undo()
-        if kind != "decide":
-            raise WidgetError(f"the page asked for {kind!r}, which this version of concept_tda does not "
-                              "know: reload the page")
-        mark = MARKS[message["mark"]] if "mark" in message else None
-        self.review.decide(places, mark, message.get("note"), message.get("why", ""))
-
-    def _export_words(self, path: Path, record: Path) -> str:
-        "What the page says after an export."
-        return (f"{len(self.kept):,} of {self.result.n_total:,} examples written to {path.resolve()}; "
-                f"who decided what and why is in {record.name}.")
-
+# %% ../../nbs/90_views/03_browser.ipynb #worded
+class _Worded(_Answering):
+    "A browser in words."
     def __repr__(self) -> str:
         decided = self.decisions["decision"].value_counts()
         counts = ", ".join(f"{count} {mark}" for mark, count in decided.items() if mark)
         return (f"{self.result!r}\nExampleBrowser: {counts or 'nothing decided yet'}; "
                 "drawn where notebooks show widgets")
+
+# %% ../../nbs/90_views/03_browser.ipynb #0029
+class ExampleBrowser(_Worded):
+    "The notebook view of a result: look, search, compare, decide. `browser.decisions` is what was decided."
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.on_msg(self._receive)
+
+    __init__.__doc__ = _Opened.__init__.__doc__
+
+    def _receive(self, widget: Any, message: dict[str, Any], buffers: Any) -> None:
+        "Answer one question of the front end."
+        try:
+            reply, data = self._answer(message)
+        except ConceptTDAError as err:
+            reply, data = {"error": str(err)}, None
+        except Exception as err:
+            reply, data = {"error": f"{type(err).__name__}: {err}"}, None
+        self.send({"reply": message.get("number"), **reply}, data)

@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..data.conversations import Conversation, Conversations
-from ..foundation.errors import ConceptTDAError
 from ..foundation.display import visible_text
+from ..foundation.errors import ConceptTDAError
 from ..results.attribution import Attribution, question_text
 from ..results.comparison import Comparison, results_by_name
 from ..results.metrics import detection_metrics, spearman
@@ -49,7 +50,7 @@ def percentiles_for_length(
     around = np.lib.stride_tricks.sliding_window_view(scores[order], window)
     result = np.empty(n)
     for start in range(0, n, 2000):   # in parts, so that memory does not grow with the file
-        places = np.arange(start, min(start + 2000, n))
+        places = np.arange(start, min(start + 2_000, n))
         neighbours = around[np.clip(places - window // 2, 0, n - window)]
         own = scores[order[places]][:, None]
         below = (neighbours < own).sum(1) + (neighbours == own).sum(1) / 2
@@ -57,7 +58,7 @@ def percentiles_for_length(
     return result
 
 # %% ../../nbs/90_views/01_contents.ipynb #0011-values
-def _null_values(result: Attribution, null) -> np.ndarray: # [N, K]
+def _null_values(result: Attribution, null: Any) -> np.ndarray: # [N, K]
     "Scores of the random directions in the order of the result, from results or numbers."
     results = [null] if isinstance(null, Attribution) else null.values() if isinstance(null, dict) else null
     if isinstance(null, (Attribution, dict, list, tuple)):
@@ -71,7 +72,7 @@ def _null_values(result: Attribution, null) -> np.ndarray: # [N, K]
 # %% ../../nbs/90_views/01_contents.ipynb #0011
 def null_z(
     result: Attribution, # One query
-    null,                # The same method for random directions: results, or numbers [N, K]
+    null: Any,           # The same method for random directions: results, or numbers [N, K]
 ) -> np.ndarray:         # [N]
     """How many standard deviations each score lies from what random directions give the same example.
     Raises `WidgetError` for fewer than 5 of them."""
@@ -93,7 +94,7 @@ def _facet_words(conversations: Conversations, name: str) -> list[str | None] | 
 
 Facet = tuple[str, list[str], np.ndarray]
 
-# %% ../../nbs/90_views/01_contents.ipynb #0013
+# %% ../../nbs/90_views/01_contents.ipynb #0013-facets
 def _facets(
     conversations: Conversations, labels: np.ndarray | None, label_name: str, column: str | None,
     most: int = 40,
@@ -113,13 +114,14 @@ def _facets(
         facets.append((name, list(number), codes))
     return facets
 
+# %% ../../nbs/90_views/01_contents.ipynb #0013
 def short_name(name: str, width: int = 14) -> str:
     "A method's name for a narrow column: its initials where it has several words, else its beginning."
     if len(name) <= width: return name
     return "".join(word[0] for word in name.split()).upper() if " " in name else name[:width - 1] + "…"
 
-# %% ../../nbs/90_views/01_contents.ipynb #0015
-def _others(result: Attribution, others) -> dict[str, Attribution]:
+# %% ../../nbs/90_views/01_contents.ipynb #others
+def _others(result: Attribution, others: Any) -> dict[str, Attribution]:
     "The other methods' results by name, in the order of the result's examples."
     if not others: return {}
     named = results_by_name(others.attributions if isinstance(others, Comparison) else others)
@@ -130,6 +132,7 @@ def _others(result: Attribution, others) -> dict[str, Attribution]:
                for name, other in named.items() if other is not result}
     return {(name if name != result.label else f"{name} (2)"): other for name, other in aligned.items()}
 
+# %% ../../nbs/90_views/01_contents.ipynb #0015
 def _lengths(result: Attribution) -> tuple[np.ndarray, str]:
     "Length of each response, int32 [N], and its unit."
     if result.response_masks is not None:
@@ -138,7 +141,7 @@ def _lengths(result: Attribution) -> tuple[np.ndarray, str]:
 
 # %% ../../nbs/90_views/01_contents.ipynb #0014-labels
 def _label_facts(
-    result: Attribution, labels, positive,
+    result: Attribution, labels: Any, positive: Any,
 ) -> tuple[np.ndarray | None, str, str | None]: # Booleans [N], their name, the column they came from
     "Labels out of booleans or the name of a metadata column."
     name, column = "labelled", None
@@ -152,17 +155,17 @@ def _label_facts(
                           "one label for each")
     return labels, name, column
 
-# %% ../../nbs/90_views/01_contents.ipynb #0014
+# %% ../../nbs/90_views/01_contents.ipynb #contents
 class Contents:
     "Everything a browser shows of one result, prepared once: names, columns of numbers, texts by place."
     def __init__(
         self,
         result: Attribution,      # What to look at
-        others=(),                # Other results on the same examples: a list, a dict, or a `Comparison`
+        others: Any = (),         # Other results on the same examples: a list, a dict, or a `Comparison`
         query: str | None = None, # Which query, where the result has several
-        labels=None,              # Booleans [N], or the name of a metadata column
-        positive: object = True,  # With a column name: the value that marks the labelled examples
-        null=None,                # Results of the same method for random directions
+        labels: Any = None,       # Booleans [N], or the name of a metadata column
+        positive: Any = True,     # With a column name: the value that marks the labelled examples
+        null: Any = None,         # Results of the same method for random directions
     ):
         self.result = result = result.query(query)
         self.others = _others(result, others)
@@ -184,11 +187,12 @@ class Contents:
             self._texts = [text.lower() for text in example_texts(self.result.conversations)]
         return self._texts
 
+# %% ../../nbs/90_views/01_contents.ipynb #0014
 def example_texts(conversations: Conversations) -> list[str]:
     "The contents of each conversation, one after the other."
     return ["\n".join(m["content"] for m in c.messages) for c in conversations]
 
-# %% ../../nbs/90_views/01_contents.ipynb #0017-reading
+# %% ../../nbs/90_views/01_contents.ipynb #detection-sentence
 def _detection_sentence(scores: np.ndarray, labels: np.ndarray) -> str:
     "How many of the highest tenth are labelled, and how well the score finds them all."
     found = detection_metrics(scores, labels, k=(max(1, len(scores) // 10),))
@@ -196,6 +200,7 @@ def _detection_sentence(scores: np.ndarray, labels: np.ndarray) -> str:
     return (f"{found['positives']:,} of {found['n']:,} examples are labelled; "
             f"among the {cut.split('@')[1]} highest it is {100*hits:.0f} % (AUROC {found['AUROC']:.3f}).")
 
+# %% ../../nbs/90_views/01_contents.ipynb #headline
 def _headline(contents: Contents) -> str:
     "Size, data, model, layer and curvature in a line."
     result, card = contents.result, contents.result.card
@@ -204,6 +209,7 @@ def _headline(contents: Contents) -> str:
     parts = (f"{size} examples", card.data or result.conversations.name, card.model, layer, card.curvature)
     return " · ".join(str(part) for part in parts if part)
 
+# %% ../../nbs/90_views/01_contents.ipynb #0017-reading
 def _method_facts(name: str, result: Attribution, lengths: np.ndarray) -> dict:
     "What the browser says of a method."
     with_length = spearman(result.scores, lengths)
@@ -218,8 +224,9 @@ def browser_table(
 ) -> dict:
     "Names and sizes, as JSON."
     result, card, labels = contents.result, contents.result.card, contents.labels
-    some = labels is not None and 0 < labels.sum() < len(result)
-    reading = _detection_sentence(result.scores, labels) if some else ""
+    reading = ""
+    if labels is not None and 0 < labels.sum() < len(result):
+        reading = _detection_sentence(result.scores, labels)
     facets = [dict(name=visible_text(name), values=[visible_text(value[:80]) for value in values])
               for name, values, _ in contents.facets]
     return dict(
@@ -234,22 +241,25 @@ def browser_table(
         lengths=[int(contents.lengths.min()), int(contents.lengths.max())], fold_up_to=2_000,
         export_path=f"{_file_stem(result.conversations.name)}-filtered.jsonl")
 
+# %% ../../nbs/90_views/01_contents.ipynb #token-words
 def _token_words(contents: Contents) -> str:
     "Whose token scores are drawn: those of the first method, whichever is chosen."
     return "token scores" + (f" of {visible_text(contents.result.label)}" if contents.others else "")
 
+# %% ../../nbs/90_views/01_contents.ipynb #file-stem
 def _file_stem(name: str) -> str:
     "A name for a file, out of the name of a data set."
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(name).stem)[:40].strip("-") or "data"
 
-# %% ../../nbs/90_views/01_contents.ipynb #0019
+# %% ../../nbs/90_views/01_contents.ipynb #browser-columns
 def browser_columns(
     contents: Contents, # What to show
 ) -> dict[str, np.ndarray]:
     "Arrays [N] by name."
     similar = percentiles_for_length(contents.result.scores, contents.lengths)
-    columns = dict(row=contents.result.rows.astype(np.int32), length=contents.lengths,
-                   similar=similar.astype(np.float32))
+    columns: dict[str, np.ndarray] = {
+        "row": contents.result.rows.astype(np.int32), "length": contents.lengths,
+        "similar": similar.astype(np.float32)}
     for number, one in enumerate(contents.methods.values()):
         columns[f"score{number}"] = one.scores.astype(np.float64)
         columns[f"rank{number}"] = one.ranks.astype(np.int32)
@@ -257,6 +267,7 @@ def browser_columns(
     columns |= {f"facet{number}": codes for number, (_, _, codes) in enumerate(contents.facets)}
     return columns | ({} if contents.z is None else dict(z=contents.z.astype(np.float64)))
 
+# %% ../../nbs/90_views/01_contents.ipynb #0019
 def rounded_columns(
     columns: dict[str, np.ndarray], # As `browser_columns` gives them
     places: slice | np.ndarray = slice(None), # Only these examples
@@ -265,7 +276,7 @@ def rounded_columns(
     return {name: [float(f"{value:.6g}") for value in values[places]] if values.dtype.kind == "f"
             else values[places].tolist() for name, values in columns.items()}
 
-# %% ../../nbs/90_views/01_contents.ipynb #001b-turns
+# %% ../../nbs/90_views/01_contents.ipynb #token-turns
 def token_turns(
     tokens: Sequence[str],     # Readable tokens [T]
     scores: Sequence[float],   # One for each
@@ -279,6 +290,7 @@ def token_turns(
                  tokens=[visible_text(token) for token in tokens[a:b]])
             for a, b in zip(edges, edges[1:]) if "".join(tokens[a:b]).strip()]
 
+# %% ../../nbs/90_views/01_contents.ipynb #001b-turns
 def written_turns(
     conversation: Conversation, # Any
 ) -> list[dict]:
@@ -286,6 +298,7 @@ def written_turns(
     return [dict(role=visible_text(message["role"]), answer=message["role"] == "assistant",
                  text=visible_text(message["content"])) for message in conversation.messages]
 
+# %% ../../nbs/90_views/01_contents.ipynb #turns
 def _turns(result: Attribution, place: int, digits: int = 6) -> list[dict]:
     "The turns of an example; with token scores they are its stretches of prompt and response tokens."
     if result.token_scores is None or result.tokens is None or result.response_masks is None:
@@ -293,12 +306,13 @@ def _turns(result: Attribution, place: int, digits: int = 6) -> list[dict]:
     scores = [float(f"{value:.{digits}g}") for value in result.token_scores[place]]
     return token_turns(result.tokens[place], scores, result.response_masks[place])
 
-# %% ../../nbs/90_views/01_contents.ipynb #001b
+# %% ../../nbs/90_views/01_contents.ipynb #as-words
 def _as_words(value: object) -> str:
     "A metadata value as text."
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return visible_text(text)[:2_000]
 
+# %% ../../nbs/90_views/01_contents.ipynb #example-to-read
 def example_to_read(
     result: Attribution, # The result
     place: int,          # Position of the example in it
@@ -308,6 +322,7 @@ def example_to_read(
     metadata = [[visible_text(name), _as_words(value)] for name, value in conversation.metadata.items()]
     return dict(place=place, id=conversation.id, turns=_turns(result, place), metadata=metadata)
 
+# %% ../../nbs/90_views/01_contents.ipynb #001b
 def snippet(
     result: Attribution, # The result
     place: int,          # Position of the example in it
@@ -317,7 +332,7 @@ def snippet(
     line = lambda text: " ".join(visible_text(text[:800]).split())[:240]
     return dict(place=place, prompt=line(question_text(conversation)), response=line(conversation.response))
 
-# %% ../../nbs/90_views/01_contents.ipynb #001d
+# %% ../../nbs/90_views/01_contents.ipynb #search-terms
 def search_terms(
     words: str, # What was typed
 ) -> list[tuple[str, bool]]: # Pairs (text in lower case, must be absent)
@@ -325,6 +340,7 @@ def search_terms(
     found = re.findall(r'(-?)(?:"([^"]*)"?|(\S+))', words.lower())
     return [(phrase or word, minus == "-") for minus, phrase, word in found if phrase or word]
 
+# %% ../../nbs/90_views/01_contents.ipynb #001d
 def hits(
     texts: Sequence[str], # Texts in lower case
     words: str,           # What was typed
@@ -345,7 +361,7 @@ def _shortened_example(result: Attribution, place: int, width: int) -> tuple[dic
         turn["text"] = turn["text"][:share] + "…"
     return example, cut
 
-# %% ../../nbs/90_views/01_contents.ipynb #0037
+# %% ../../nbs/90_views/01_contents.ipynb #within
 def within(
     result: Attribution, # The result
     order: Sequence[int], # Places, those that should keep their token scores first
@@ -364,6 +380,7 @@ def within(
         notes.append(f"Token scores are in this page for {len(chosen):,} examples, from both ends.")
     return [chosen.get(place, example) for place, (example, _) in enumerate(texts)], " ".join(notes)
 
+# %% ../../nbs/90_views/01_contents.ipynb #in-full
 def _in_full(result: Attribution, order: Sequence[int], texts: list[dict], most: int) -> dict[int, dict]:
     "Examples with token scores and whole texts by place, in the given order while there is room."
     size, chosen = sum(len(json.dumps(example)) for example in texts), {}
@@ -375,6 +392,7 @@ def _in_full(result: Attribution, order: Sequence[int], texts: list[dict], most:
         chosen[place] = full
     return chosen
 
+# %% ../../nbs/90_views/01_contents.ipynb #from-both-ends
 def from_both_ends(
     scores: np.ndarray, # [N]
 ) -> list[int]:         # Each place twice
@@ -382,6 +400,7 @@ def from_both_ends(
     order = np.argsort(-scores, kind="stable").tolist()
     return [place for pair in zip(order, order[::-1]) for place in pair]
 
+# %% ../../nbs/90_views/01_contents.ipynb #0037
 def json_in_script(
     data: object, # Plain values
 ) -> str:

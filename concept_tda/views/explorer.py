@@ -17,13 +17,15 @@ import traitlets
 
 from ..concepts.concept import Concept, LayerSweep
 from ..data.batches import batches
+from ..data.conversations import Conversation
+from ..data.tokens import TokenizedConversations
+from ..foundation.display import visible_text
 from ..foundation.errors import ConceptTDAError
 from ..influence.gradients import watch_layers
 from ..model.loading import LanguageModel, ModelError
 from ..model.tracing import generate, pooled_activations, pooling_weights
-from ..foundation.display import visible_text
-from .html import colour_limit
 from .contents import WidgetError, front_end, token_turns, written_turns
+from .html import colour_limit
 
 # %% ../../nbs/90_views/04_explorer.ipynb #0041-directions
 def _directions(lm: LanguageModel, concept: Concept | LayerSweep) -> tuple[list[int], Any]:
@@ -42,8 +44,8 @@ def _one_of(concept: Concept | LayerSweep) -> Concept:
 def concept_reading(
     lm: LanguageModel,             # The model that reads
     concept: Concept | LayerSweep, # A sweep has a direction of its own in each layer
-    conversation,                  # A `Conversation` with an answer, or its list of messages
-) -> dict:                         # tokens [T], response_mask [T], layers [n], values [n, T], pooled [n]
+    conversation: Any,             # A `Conversation` with an answer, or its list of messages
+) -> dict[str, Any]:               # tokens [T], response_mask [T], layers [n], values [n, T], pooled [n]
     """Projection of every token at every layer on the concept, in one pass.
     Raises `ConceptError` where the concept is another model's."""
     import torch
@@ -55,7 +57,7 @@ def concept_reading(
     batch, rows = next(batches(tokenized)).to(lm.device), {}
     place = {layer: i for i, layer in enumerate(layers)}
 
-    def receive(layer, hidden_BTd):
+    def receive(layer: int, hidden_BTd: Any) -> None:
         rows[layer] = (hidden_BTd[0].float() @ directions[place[layer]].to(hidden_BTd.device)).cpu()
 
     with lm.undisturbed(), torch.no_grad(), watch_layers(lm, layers, receive):
@@ -65,8 +67,10 @@ def concept_reading(
     return dict(tokens=tokenized.tokens(0), response_mask=batch.response_mask[0].cpu().numpy(), layers=layers,
                 values=values.numpy(), pooled=pooled.numpy())
 
-# %% ../../nbs/90_views/04_explorer.ipynb #0043
-def _slice_projections(lm: LanguageModel, concepts: dict, part) -> dict[str, np.ndarray]:
+# %% ../../nbs/90_views/04_explorer.ipynb #slice-projections
+def _slice_projections(
+    lm: LanguageModel, concepts: dict[str, Concept | LayerSweep], part: TokenizedConversations,
+) -> dict[str, np.ndarray]:
     "{name: [n_layers, N]} pooled projections of some training examples."
     acts, found = {}, {}
     for name, concept in concepts.items():
@@ -74,12 +78,14 @@ def _slice_projections(lm: LanguageModel, concepts: dict, part) -> dict[str, np.
         pooling = _one_of(concept).pooling
         if pooling not in acts:
             acts[pooling] = pooled_activations(lm, part, range(lm.n_layers + 1), pooling, progress=False)
-        read = lambda layer, direction: (acts[pooling][layer].float() @ direction.float()).numpy()
-        found[name] = np.stack([read(*pair) for pair in zip(layers, directions)])
+        found[name] = np.stack([(acts[pooling][layer].float() @ direction.float()).numpy()
+                                for layer, direction in zip(layers, directions)])
     return found
 
+# %% ../../nbs/90_views/04_explorer.ipynb #0043
 def _training_projections(
-    lm: LanguageModel, concepts: dict, train, progress: bool, slice_size: int = 256,
+    lm: LanguageModel, concepts: dict[str, Concept | LayerSweep], train: Any, progress: bool,
+    slice_size: int = 256,
 ) -> dict[str, np.ndarray]:
     "{name: [n_layers, N]} pooled projections of the training examples."
     from tqdm.auto import tqdm
@@ -98,8 +104,8 @@ class ConceptView(anywidget.AnyWidget):
     steering = traitlets.List().tag(sync=True)
     status = traitlets.Unicode().tag(sync=True)
 
-# %% ../../nbs/90_views/04_explorer.ipynb #0046-names
-def _by_concept_name(concepts) -> dict[str, Concept | LayerSweep]:
+# %% ../../nbs/90_views/04_explorer.ipynb #by-concept-name
+def _by_concept_name(concepts: Any) -> dict[str, Concept | LayerSweep]:
     "{name: concept}, names made different where they are not."
     many = concepts.values() if isinstance(concepts, dict) else concepts
     given = list(many) if isinstance(concepts, (dict, list, tuple)) else [concepts]
@@ -110,34 +116,45 @@ def _by_concept_name(concepts) -> dict[str, Concept | LayerSweep]:
     return {(name if names.count(name) == 1 else f"{name} ({i + 1})"): one
             for i, (name, one) in enumerate(zip(names, given))}
 
+# %% ../../nbs/90_views/04_explorer.ipynb #0046-names
 def _own_layer(concept: Concept | LayerSweep) -> int:
     "The layer a concept was made at, or the best of a sweep."
     return concept.layer if isinstance(concept, Concept) else concept.best_layer
 
-# %% ../../nbs/90_views/04_explorer.ipynb #0046-fields
-class _Fields(ipywidgets.VBox):
-    "Concept, layer, texts and buttons."
+# %% ../../nbs/90_views/04_explorer.ipynb #make-fields
+class _Made(ipywidgets.VBox):
+    "The fields, not connected yet."
     view: ConceptView
 
-    def _make_fields(
-        self, concepts: dict, layers: Sequence[int], layer: int, question: str, answer: str,
-    ) -> None:
-        "The fields, not connected yet."
-        wide, auto = ipywidgets.Layout(width="100%", max_width="50rem"), ipywidgets.Layout(width="auto")
-        self.concept_pick = ipywidgets.Dropdown(options=list(concepts), description="concept")
-        self.layer_pick = ipywidgets.SelectionSlider(
-            options=layers, value=layer, description="layer", continuous_update=False)
+    def _make_texts(self, question: str, answer: str) -> None:
+        "Question and answer."
+        wide = ipywidgets.Layout(width="100%", max_width="50rem")
         self.question = ipywidgets.Textarea(value=question, description="question", rows=2, layout=wide)
         self.answer = ipywidgets.Textarea(
             value=answer, description="answer", rows=3, layout=wide,
             placeholder="leave empty: the model answers")
+
+    def _make_picks(self, concepts: Sequence[str], layers: Sequence[int], layer: int) -> None:
+        "Concept and layer."
+        self.concept_pick = ipywidgets.Dropdown(options=concepts, description="concept")
+        self.layer_pick = ipywidgets.SelectionSlider(
+            options=layers, value=layer, description="layer", continuous_update=False)
+
+# %% ../../nbs/90_views/04_explorer.ipynb #buttons
+class _Buttons(_Made):
+    "What starts the work."
+    def _make_buttons(self) -> None:
+        "Read, and answer at each strength."
         self.read_button = ipywidgets.Button(
             description="Read", button_style="primary", tooltip="Colour the tokens by the concept")
         self.steer_button = ipywidgets.Button(
-            description="Answer at each strength", layout=auto,
+            description="Answer at each strength", layout=ipywidgets.Layout(width="auto"),
             tooltip="The model's own answers while the concept is added")
 
-    def _arranged(self) -> list:
+# %% ../../nbs/90_views/04_explorer.ipynb #0046-fields
+class _Fields(_Buttons):
+    "Concept, layer, texts and buttons."
+    def _arranged(self) -> list[Any]:
         "The fields in their order on the page."
         wrapping = ipywidgets.Layout(flex_flow="row wrap")
         picks = ipywidgets.HBox([self.concept_pick, self.layer_pick], layout=wrapping)
@@ -162,9 +179,9 @@ class _Connected(_Fields):
     def __init__(
         self,
         lm: LanguageModel,       # The model that reads and answers
-        concepts,                # A `Concept` or `LayerSweep`, or a list of them
+        concepts: Any,           # A `Concept` or `LayerSweep`, or a list of them
         *,
-        train=None,              # Conversations to compare with; the model reads them once
+        train: Any = None,       # Conversations to compare with; the model reads them once
         question: str = _QUESTION, # To begin with
         answer: str = "",        # To begin with; empty: the model answers
         strengths: tuple[float, ...] = (-2, -1, 0, 1, 2), # Of the dial, in units of the concept's length
@@ -173,14 +190,19 @@ class _Connected(_Fields):
     ):
         self.lm, self.strengths, self.max_new_tokens = lm, tuple(strengths), max_new_tokens
         self.concepts = _by_concept_name(concepts)
-        self.messages: list[dict] = []
+        self.messages: list[dict[str, str]] = []
         self.read: dict[str, Any] | None = None
         self.train = [] if train is None else list(lm.tokenize(train).conversations)
         self.projections = {} if train is None else _training_projections(lm, self.concepts, train, progress)
         self.view, first = ConceptView(status="Press “Read” to begin."), next(iter(self.concepts.values()))
-        self._make_fields(self.concepts, _directions(lm, first)[0], _own_layer(first), question, answer)
+        self._make_texts(question, answer)
+        self._make_picks(list(self.concepts), _directions(lm, first)[0], _own_layer(first))
+        self._make_buttons()
         super().__init__(self._arranged())
 
+# %% ../../nbs/90_views/04_explorer.ipynb #chosen
+class _Choosing(_Connected):
+    "What is chosen."
     def concept(
         self,
         layer: int | None = None, # By default the chosen one
@@ -189,35 +211,37 @@ class _Connected(_Fields):
         chosen, layer = self.concepts[self._name], self._layer if layer is None else layer
         return replace(chosen, layer=layer) if isinstance(chosen, Concept) else chosen.concepts[layer]
 
-# %% ../../nbs/90_views/04_explorer.ipynb #004a
-class _Neighbours(_Connected):
-    "The training examples beside a reading."
-    def _neighbour(self, place: int, value: float) -> dict:
-        "One training example, with its projection."
-        conversation = self.train[place]
-        line = " ".join(visible_text(conversation.response[:300]).split())
-        more = "…"*(len(conversation.response) > 90)
-        return dict(row=place, value=value, turns=written_turns(conversation), response=line[:90] + more)
+# %% ../../nbs/90_views/04_explorer.ipynb #neighbour
+def _neighbour(conversation: Conversation, place: int, value: float) -> dict[str, Any]:
+    "One training example, with its projection."
+    line = " ".join(visible_text(conversation.response[:300]).split())
+    more = "…"*(len(conversation.response) > 90)
+    return dict(row=place, value=value, turns=written_turns(conversation), response=line[:90] + more)
 
-    def _neighbours(self, projections: np.ndarray, value: float, n: int = 4) -> dict:
+# %% ../../nbs/90_views/04_explorer.ipynb #004a
+class _Neighbours(_Choosing):
+    "The training examples beside a reading."
+    def _neighbours(self, projections: np.ndarray, value: float, n: int = 4) -> dict[str, Any]:
         "The training examples that project highest and lowest, and where this text stands among all."
         order = np.argsort(-projections, kind="stable")
-        shown = lambda places: [self._neighbour(int(place), float(projections[place])) for place in places]
+        nearest, farthest = ([_neighbour(self.train[place], place, float(projections[place]))
+                              for place in places.tolist()] for places in (order[:n], order[::-1][:n]))
         below = np.sum(projections < value) + np.sum(projections == value)/2
         share = 100*below/len(projections)
         among = (f"The answer above projects to {value:+.4g}, higher than {share:.0f} % of the "
                  f"{len(projections):,} training examples. Numbers are projections at this layer.")
-        return dict(nearest=shown(order[:n]), farthest=shown(order[::-1][:n]), among=among)
+        return dict(nearest=nearest, farthest=farthest, among=among)
 
-# %% ../../nbs/90_views/04_explorer.ipynb #0049-words
+# %% ../../nbs/90_views/04_explorer.ipynb #place-words
+def _place_words(layer: int, own: bool, n_layers: int) -> str:
+    "Where a layer is, in a sentence."
+    if layer == 0: return "The embeddings, before any block."
+    made = " The concept was made at this layer." if own else ""
+    return f"The output of block {layer - 1} of {n_layers}.{made}"
+
+# %% ../../nbs/90_views/04_explorer.ipynb #drawing
 class _Drawing(_Neighbours):
     "What the view shows of a reading."
-    def _place(self, layer: int) -> str:
-        "Where a layer is, in a sentence."
-        if layer == 0: return "The embeddings, before any block."
-        own = layer == _own_layer(self.concepts[self._name])
-        made = " The concept was made at this layer." if own else ""
-        return f"The output of block {layer - 1} of {self.lm.n_layers}.{made}"
 
     def _draw(self) -> None:
         "Give the view what it needs for the chosen layer."
@@ -229,13 +253,16 @@ class _Drawing(_Neighbours):
         rounded = [float(f"{value:.6g}") for value in values]
         turns = token_turns(read["tokens"], rounded, read["response_mask"], ("question", "answer"))
         self.view.status = f"{self.lm.name} · {name}"
+        own = layer == _own_layer(self.concepts[name])
         self.view.reading = dict(
-            concept=visible_text(name), layer=layer, place=self._place(layer), centre=centre,
+            concept=visible_text(name), layer=layer, centre=centre,
+            place=_place_words(layer, own, self.lm.n_layers),
             unit="projection" + ("" if known is None else ", less the mean of the training data"),
             limit=colour_limit([values[1:]]), turns=turns, layers=list(read["layers"]),
             **_sweep(read["pooled"], known),
             **({} if known is None else self._neighbours(known[at], float(read["pooled"][at]))))
 
+# %% ../../nbs/90_views/04_explorer.ipynb #0049-words
 def _sweep(pooled: np.ndarray, known: np.ndarray | None) -> dict:
     "Pooled projections layer by layer, in units of the training data where there is any."
     words = "Pooled projection of the answer"
@@ -246,10 +273,29 @@ def _sweep(pooled: np.ndarray, known: np.ndarray | None) -> dict:
     return dict(sweep=((pooled - known.mean(1))/spread).astype(float).tolist(),
                 sweep_words=f"{words}, in standard deviations of the training data around its mean.")
 
+# %% ../../nbs/90_views/04_explorer.ipynb #own-answer
+class _Asking(_Drawing):
+    "What the model says, and how it is read."
+    def _own_answer(self, question: str) -> str:
+        "What the model says by itself."
+        answers = generate(self.lm, [question], max_new_tokens=self.max_new_tokens, progress=False)
+        return answers[0].response
+
+    def _other_concept(self) -> None:
+        "Read the present text with the concept chosen now."
+        chosen = self.concepts[self._name]
+        layers, keep = _directions(self.lm, chosen)[0], self._layer
+        if self.layer_pick.options != tuple(layers):
+            self.layer_pick.options = layers
+            self.layer_pick.value = keep if keep in layers else _own_layer(chosen)
+        if not self.messages: return
+        self.read = concept_reading(self.lm, chosen, self.messages)
+        self._draw()
+
 # %% ../../nbs/90_views/04_explorer.ipynb #0048
 _NO_QUESTION = "write a question first: the model needs something to answer"
 
-class _Reading(_Drawing):
+class _Reading(_Asking):
     "Reads the text in the fields with the chosen concept."
     def update(
         self,
@@ -269,23 +315,7 @@ class _Reading(_Drawing):
         self.messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         self._other_concept()
 
-    def _own_answer(self, question: str) -> str:
-        "What the model says by itself."
-        answers = generate(self.lm, [question], max_new_tokens=self.max_new_tokens, progress=False)
-        return answers[0].response
-
-    def _other_concept(self) -> None:
-        "Read the present text with the concept chosen now."
-        chosen = self.concepts[self._name]
-        layers, keep = _directions(self.lm, chosen)[0], self._layer
-        if self.layer_pick.options != tuple(layers):
-            self.layer_pick.options = layers
-            self.layer_pick.value = keep if keep in layers else _own_layer(chosen)
-        if not self.messages: return
-        self.read = concept_reading(self.lm, chosen, self.messages)
-        self._draw()
-
-# %% ../../nbs/90_views/04_explorer.ipynb #004a-steer
+# %% ../../nbs/90_views/04_explorer.ipynb #answer-or-nothing
 def _answer_or_nothing(lm: LanguageModel, question: str, max_new_tokens: int) -> str:
     "The answer; empty where a strongly steered model says nothing."
     try:
@@ -294,9 +324,10 @@ def _answer_or_nothing(lm: LanguageModel, question: str, max_new_tokens: int) ->
         if "empty answer" not in str(err): raise
         return ""
 
-class _Steering(_Reading):
-    "Answers while the concept is added."
-    def _steered(self, concept: Concept, strength: float) -> dict:
+# %% ../../nbs/90_views/04_explorer.ipynb #steered
+class _Steered(_Reading):
+    "One answer while the concept is added."
+    def _steered(self, concept: Concept, strength: float) -> dict[str, Any]:
         "The model's answer at one strength, and how much of the concept is in it."
         from concept_tda.concepts.personas import steer
         question = str(self.question.value)
@@ -308,6 +339,9 @@ class _Steering(_Reading):
             value = float(concept_reading(self.lm, concept, turns)["pooled"][concept.layer])
         return dict(strength=float(strength), text=visible_text(answer), value=value)
 
+# %% ../../nbs/90_views/04_explorer.ipynb #004a-steer
+class _Steering(_Steered):
+    "Answers at every strength."
     def steer(self) -> None:
         "The model's answers at every strength, at the chosen layer; each appears when it is there."
         if not str(self.question.value).strip(): raise WidgetError(_NO_QUESTION)
@@ -317,22 +351,9 @@ class _Steering(_Reading):
             self.view.steering = [*self.view.steering, self._steered(concept, strength)]
         self.view.status = f"{self.lm.name} · {self._name}"
 
-# %% ../../nbs/90_views/04_explorer.ipynb #0045-explorer
-class ConceptExplorer(_Steering):
-    "Type a text, see where a concept is in it, and turn the concept up and down."
-    def __init__(self, lm: LanguageModel, concepts, **options):
-        super().__init__(lm, concepts, **options)
-        self.read_button.on_click(lambda _: self._guard(self.update))
-        self.steer_button.on_click(lambda _: self._guard(self.steer))
-        self.concept_pick.observe(lambda _: self._guard(self._other_concept), "value")
-        self.layer_pick.observe(lambda _: self._guard(self._draw), "value")
-        self.view.on_msg(self._picked)
-
-    def _picked(self, view, message: dict, buffers) -> None:
-        "A layer was clicked in the view."
-        if message.get("kind") == "layer" and message.get("layer") in self.layer_pick.options:
-            self.layer_pick.value = message["layer"]
-
+# %% ../../nbs/90_views/04_explorer.ipynb #guarded
+class _Guarded(_Steering):
+    "Shows what goes wrong."
     def _guard(self, act: Callable[[], None]) -> None:
         "Do it, and show what goes wrong."
         try:
@@ -341,3 +362,19 @@ class ConceptExplorer(_Steering):
             self.view.status = f"!{visible_text(err)}"
         except Exception as err:
             self.view.status = f"!{visible_text(f'{type(err).__name__}: {err}')}"
+
+# %% ../../nbs/90_views/04_explorer.ipynb #0045-explorer
+class ConceptExplorer(_Guarded):
+    "Type a text, see where a concept is in it, and turn the concept up and down."
+    def __init__(self, lm: LanguageModel, concepts: Any, **options: Any):
+        super().__init__(lm, concepts, **options)
+        self.read_button.on_click(lambda _: self._guard(self.update))
+        self.steer_button.on_click(lambda _: self._guard(self.steer))
+        self.concept_pick.observe(lambda _: self._guard(self._other_concept), "value")
+        self.layer_pick.observe(lambda _: self._guard(self._draw), "value")
+        self.view.on_msg(self._picked)
+
+    def _picked(self, view: Any, message: dict[str, Any], buffers: Any) -> None:
+        "A layer was clicked in the view."
+        if message.get("kind") == "layer" and message.get("layer") in self.layer_pick.options:
+            self.layer_pick.value = message["layer"]

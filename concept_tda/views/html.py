@@ -11,7 +11,7 @@ __all__ = ['LEVELS', 'ORANGE', 'BLUE', 'GREY', 'VIEW_STYLE', 'END_TITLES', 'page
 
 # %% ../../nbs/90_views/00_html.ipynb #0003
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,7 @@ class ColourScale:
         self,
         value: float, # A score
     ) -> str:         # Such as "p9", "n1", "g5"; empty near the centre
-        "CSS class of a value: `p1` to `p9` above the centre, `n1` to `n9` below, `g1` to `g9` without a sign."
+        "CSS class of a value: `p1` to `p9` above the centre, `n1` to `n9` below, `g1` to `g9` unsigned."
         if self.limit <= 0 or (value == 0 and self.centre): return ""   # an exact 0 does not count
         away = float(value) - self.centre
         level = min(LEVELS, round(LEVELS * abs(away) / self.limit))
@@ -133,7 +133,8 @@ def legend_html(
     up, down = range(1, LEVELS + 1, 2), range(LEVELS, 0, -2)
     more = "one scale for all examples here, hover for the exact value</div>"
     if not scale.signed:
-        ends = f"0 {_swatches([''] + [f'g{level}' for level in up])} {scale.limit:.2g} or more, of either sign"
+        greys = _swatches(["", *(f"g{level}" for level in up)])
+        ends = f"0 {greys} {scale.limit:.2g} or more, of either sign"
         return f"<div class='legend quiet'>size of the token scores: {ends}; {more}"
     steps = [f"n{level}" for level in down] + [""] + [f"p{level}" for level in up]
     low, high = scale.centre - scale.limit, scale.centre + scale.limit
@@ -141,16 +142,19 @@ def legend_html(
     return (f"<div class='legend quiet'>token scores: {low:.2g} or less {_swatches(steps)} "
             f"{high:+.2g} or more{middle}; {more}")
 
+# %% ../../nbs/90_views/00_html.ipynb #swatches
 def _swatches(steps: list[str]) -> str:
     "One small box for each step."
     return "".join(f"<span class='{step}'></span>" for step in steps)
 
-# %% ../../nbs/90_views/00_html.ipynb #0033
+# %% ../../nbs/90_views/00_html.ipynb #token-pieces
 _SPECIAL = re.compile(r"(<\|.*\|>|</?s>|<(bos|eos|pad|(start|end)_of_turn)>|\[/?INST\])\s*")
 
 _Pieces = list[tuple[str, str]]
 
-def _token_pieces(tokens: Sequence[str], scores: Sequence[float], scale: ColourScale) -> _Pieces:
+def _token_pieces(
+    tokens: Sequence[str], scores: Sequence[float] | np.ndarray, scale: ColourScale,
+) -> _Pieces:
     "Pairs (text, HTML) of each token: coloured, its exact score as title."
     pieces = []
     for token, score in zip(tokens, scores):
@@ -159,6 +163,7 @@ def _token_pieces(tokens: Sequence[str], scores: Sequence[float], scale: ColourS
         pieces.append((token, f"<span{colour} title='{score:+.3g}'>{safe_text(token)}</span>"))
     return pieces
 
+# %% ../../nbs/90_views/00_html.ipynb #0033
 def _text_pieces(text: str) -> _Pieces:
     "Pairs (text, HTML) of stretches of plain text, short enough to fold between them."
     return [(word, safe_text(word)) for word in re.findall(r"(?s).{1,200}(?:\s|$)|.{1,200}", text)]
@@ -168,7 +173,8 @@ def _folded(pieces: _Pieces, visible: int, most: int) -> str:
     "Join pieces: `visible` characters open, the next ones folded, those beyond `most` only counted."
     starts = np.cumsum([0] + [len(text) for text, _ in pieces])
     n_open, n_kept = (int(np.searchsorted(starts[:-1], limit)) for limit in (visible, most))
-    if starts[-1] <= 1.2 * visible: n_open = len(pieces)   # a fold that hides a few words is a nuisance
+    if starts[-1] <= 1.2 * visible:   # a fold that hides a few words is a nuisance
+        n_open = len(pieces)
     opened = "".join(markup for _, markup in pieces[:n_open])
     missing = ""
     if n_kept < len(pieces):
@@ -179,13 +185,14 @@ def _folded(pieces: _Pieces, visible: int, most: int) -> str:
     return (f"{opened}<details><summary>{starts[n_kept] - starts[n_open]:,} more characters</summary>"
             f"{folded}{missing}</details>")
 
-# %% ../../nbs/90_views/00_html.ipynb #0034
+# %% ../../nbs/90_views/00_html.ipynb #written-turns
 _Turn = tuple[str, bool, _Pieces]
 
 def _written_turns(conversation: Conversation) -> list[_Turn]:
     "Role, whether it is an answer, and text of each message."
     return [(m["role"], m["role"] == "assistant", _text_pieces(m["content"])) for m in conversation.messages]
 
+# %% ../../nbs/90_views/00_html.ipynb #token-turns
 def _token_turns(pieces: _Pieces, mask: np.ndarray) -> list[_Turn]:
     "The stretches of prompt and response tokens; a line break after the last turn is no turn of its own."
     edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(pieces)]
@@ -193,22 +200,26 @@ def _token_turns(pieces: _Pieces, mask: np.ndarray) -> list[_Turn]:
                  if "".join(text for text, _ in pieces[a:b]).strip()]
     return [("response" if answer else "prompt", answer, part) for answer, part in stretches]
 
+# %% ../../nbs/90_views/00_html.ipynb #0034
 def conversation_html(
     conversation: Conversation, # The example
     tokens: Sequence[str] | None = None, # Its tokens as readable text [T]
-    token_scores=None,          # Numbers [T]
-    response_mask=None,         # Booleans [T]
+    token_scores: Sequence[float] | np.ndarray | None = None, # Numbers [T]
+    response_mask: Sequence[bool] | np.ndarray | None = None, # Booleans [T]
     *,
     scale: ColourScale = ColourScale(), # From `colour_scale`
     visible: int = 700,         # Characters of a response shown before it folds; half of it for other turns
     most: int = 20_000,         # Characters of a turn that go into the page at all; the rest is counted
 ) -> str:
-    "A conversation turn by turn, prompt and response apart, tokens coloured where they have scores; all escaped."
-    turns = _written_turns(conversation) if tokens is None or token_scores is None else \
-        _token_turns(_token_pieces(tokens, token_scores, scale), np.asarray(response_mask, bool))
+    "A conversation turn by turn, prompt and response apart, tokens coloured by their scores; all escaped."
+    if tokens is None or token_scores is None or response_mask is None:
+        turns = _written_turns(conversation)
+    else:
+        turns = _token_turns(_token_pieces(tokens, token_scores, scale), np.asarray(response_mask, bool))
     return "".join(
         f"<div class='turn{' response' if answer else ''}' dir='auto'><span class='role'>"
-        f"<bdi>{safe_text(role)}</bdi></span>{_folded(parts, visible if answer else visible // 2, most)}</div>"
+        f"<bdi>{safe_text(role)}</bdi></span>"
+        f"{_folded(parts, visible if answer else visible // 2, most)}</div>"
         for role, answer, parts in turns)
 
 # %% ../../nbs/90_views/00_html.ipynb #0036
@@ -225,28 +236,31 @@ def card_html(
     return (f"<details class='card'{' open' if open else ''}><summary><b>{headline}</b> "
             f"<span class='quiet'>query card</span></summary><table>{rows}</table></details>")
 
-# %% ../../nbs/90_views/00_html.ipynb #histogram-parts
-def _bars(counts: np.ndarray, edges: np.ndarray, centre: float | None, x) -> str:
+# %% ../../nbs/90_views/00_html.ipynb #bars
+def _bars(counts: np.ndarray, edges: np.ndarray, centre: float | None, x: Callable[[float], float]) -> str:
     "One rectangle for each bin that is not empty."
     def bar(a: float, b: float, count: int) -> str:
         height = 70 * count / counts.max()
         colour = GREY if centre is None else ORANGE if (a + b) / 2 > centre else BLUE
         return (f"<rect x='{x(a):.1f}' y='{78 - height:.1f}' width='{x(b) - x(a) - 1:.1f}' "
-                f"height='{height:.1f}' fill='rgb({colour})'><title>{count} from {a:.3g} to {b:.3g}</title></rect>")
+                f"height='{height:.1f}' fill='rgb({colour})'>"
+                f"<title>{count} from {a:.3g} to {b:.3g}</title></rect>")
     return "".join(bar(a, b, count) for a, b, count in zip(edges, edges[1:], counts) if count)
 
-def _axis(low: float, high: float, centre: float | None, x) -> str:
+# %% ../../nbs/90_views/00_html.ipynb #histogram-parts
+def _axis(low: float, high: float, centre: float | None, x: Callable[[float], float]) -> str:
     "Both ends and the centre in numbers, and a dashed line at the centre."
     ends, line = [(low, "start"), (high, "end")], ""
     if centre is not None and low < centre < high:
         line = f"<path d='M{x(centre):.1f} 4V82' stroke='currentColor' stroke-dasharray='3 3' opacity='.6'/>"
-        if .12 < (centre - low) / (high - low) < .88: ends.append((centre, "middle"))
+        if .12 < (centre - low) / (high - low) < .88:
+            ends.append((centre, "middle"))
     return line + "".join(f"<text x='{x(value):.1f}' y='94' text-anchor='{anchor}'>{value:.3g}</text>"
                           for value, anchor in ends)
 
 # %% ../../nbs/90_views/00_html.ipynb #0037
 def histogram_svg(
-    scores,                       # Numbers [N]
+    scores: Sequence[float] | np.ndarray, # Numbers [N]
     *,
     bins: int = 48,               # Bars
     label: str = "scores",        # What is counted, for readers who can't see the picture
@@ -265,7 +279,7 @@ def histogram_svg(
             "<path d='M10 78.5H630' stroke='currentColor' opacity='.4'/>"
             f"{_bars(counts, edges, centre, x)}{_axis(low, high, centre, x)}</svg>")
 
-# %% ../../nbs/90_views/00_html.ipynb #0084
+# %% ../../nbs/90_views/00_html.ipynb #cell
 def _cell(value: Any, form: str, scale: ColourScale | None) -> str:
     "One cell: words to the left, numbers to the right."
     if isinstance(value, str): return f"<td class='words'>{safe_text(value)}</td>"
@@ -273,6 +287,7 @@ def _cell(value: Any, form: str, scale: ColourScale | None) -> str:
     colour = f" class='{scale.shade(value)}'" if scale else ""
     return f"<td{colour}>{form.format(value)}</td>"
 
+# %% ../../nbs/90_views/00_html.ipynb #0084
 def table_html(
     table: pd.DataFrame,         # What to draw; the index is the first column
     formats: dict | None = None, # Format of a column such as "{:.2f}"; the others get three decimals
@@ -286,7 +301,8 @@ def table_html(
         f"<tr><th scope='row' class='words'>{safe_text(name)}</th>"
         f"{''.join(_cell(value, form, scale) for value, form in zip(row, forms))}</tr>"
         for name, row in zip(table.index, table.to_numpy(dtype=object)))
-    return f"<div class='wide'><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    table_ = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class='wide'>{table_}</div>"
 
 # %% ../../nbs/90_views/00_html.ipynb #sheet-code
 def sheet_html(
@@ -309,7 +325,7 @@ def facts_html(
                    for name, value in facts.facts.items())
     return f"<strong>{safe_text(facts.name)}</strong><table class='card'>{rows}</table>"
 
-# %% ../../nbs/90_views/00_html.ipynb #facts
+# %% ../../nbs/90_views/00_html.ipynb #numbers-html
 def _numbers_html(result: Attribution, position: int) -> str:
     "Percentile, distance and rank of an example; the raw score in the titles."
     raw = f"score {result.scores[position]:.6g}"
@@ -320,6 +336,7 @@ def _numbers_html(result: Attribution, position: int) -> str:
     return (f"<span class='score' title='{raw}'>{beats}</span>{more}"
             f"<span>rank {result.ranks[position]:,} of {result.n_total:,}</span>")
 
+# %% ../../nbs/90_views/00_html.ipynb #facts
 def _details_html(conversation: Conversation, row: int, facts: dict) -> str:
     "Where the example comes from, and the plain values that are known of it."
     pairs = [(key, value) for key, value in (facts | conversation.metadata).items()
@@ -327,14 +344,14 @@ def _details_html(conversation: Conversation, row: int, facts: dict) -> str:
     details = "".join(f" · <bdi>{safe_text(one_line(f'{key}: {value}', 80))}</bdi>" for key, value in pairs)
     return f"<span class='quiet'>row {row} · <code>{safe_text(conversation.id)}</code>{details}</span>"
 
-# %% ../../nbs/90_views/00_html.ipynb #0052
+# %% ../../nbs/90_views/00_html.ipynb #example-html
 def example_html(
     result: Attribution,        # One query
     position: int,              # Which example of the result
     *,
     scale: ColourScale = ColourScale(), # From `colour_scale`
     most: int = 20_000,         # Characters of a turn that go into the page; the rest is counted
-    facts: dict | None = None,  # More to show beside the score, such as other methods' ranks
+    facts: dict[str, Any] | None = None, # More to show beside the score, such as other methods' ranks
 ) -> str:
     "One example: percentile, distance, rank, metadata, the question, and the text with its token scores."
     conversation = result.conversations[int(position)]
@@ -348,6 +365,7 @@ def example_html(
             f"{_details_html(conversation, int(result.rows[position]), facts or {})}</div>{question}"
             f"{conversation_html(conversation, *tokens, scale=scale, most=most)}</article>")
 
+# %% ../../nbs/90_views/00_html.ipynb #0052
 def examples_html(
     result: Attribution,               # One query
     *,
@@ -355,12 +373,13 @@ def examples_html(
     **options: Any,                    # Passed to `example_html`
 ) -> str:
     "All examples of a single-query result, in its order."
-    if scale is None: scale = colour_scale(result.token_scores or [], result.card.zero)
-    return "".join(example_html(result, position, scale=scale, **options) for position in range(len(result)))
+    shared = scale or colour_scale(result.token_scores or [], result.card.zero)
+    return "".join(example_html(result, i, scale=shared, **options) for i in range(len(result)))
 
 # %% ../../nbs/90_views/00_html.ipynb #ends-code
 END_TITLES = {
-    "gradient": ("Highest: training more on these raises the behaviour", "Lowest: training more on these lowers it"),
+    "gradient": ("Highest: training more on these raises the behaviour",
+                 "Lowest: training more on these lowers it"),
     "projection": ("Furthest above the mean of the data", "Furthest below the mean of the data"),
 }
 
@@ -370,11 +389,19 @@ def end_titles(
     "What can be said of the highest and of the lowest scores."
     return END_TITLES.get(card.zero, ("Highest scores", "Lowest scores"))
 
+# %% ../../nbs/90_views/00_html.ipynb #ends-code-ends
 def _ends(result: Attribution, n: int) -> dict[str, Attribution]:
     "Both ends of a whole result, or the first 50 of a part, with their titles."
     if not result.in_file_order:
         return {f"{len(result)} of {result.n_total} examples": result.select(np.arange(min(50, len(result))))}
     return dict(zip(end_titles(result.card), (result.top(n), result.bottom(n))))
+
+# %% ../../nbs/90_views/00_html.ipynb #not-drawn
+def _not_drawn(result: Attribution) -> str:
+    "How many examples of a part are not in the page; empty where all are."
+    hidden = len(result) - 50
+    if result.in_file_order or hidden <= 0: return ""
+    return f"<p class='quiet'>{hidden} more are not drawn here; .to_pandas() has them all.</p>"
 
 # %% ../../nbs/90_views/00_html.ipynb #0053
 def attribution_html(
@@ -385,16 +412,15 @@ def attribution_html(
     card = card_html(result.card)
     if len(result.queries) > 1:
         names = ", ".join(map(safe_text, result.queries))
-        return f"{card}<p>{len(result.queries)} queries; choose one with <code>.query(name)</code>: {names}</p>"
+        return (f"{card}<p>{len(result.queries)} queries; "
+                f"choose one with <code>.query(name)</code>: {names}</p>")
     if result.in_file_order:
         card += histogram_svg(result.scores, label=f"scores of {result.label}", centre=result.centre)
     card += f"<div class='quiet'>{safe_text(f'{result.reading} {result.unit_words}'.strip())}</div>"
     ends = _ends(result, n)
     scale = colour_scale([s for end in ends.values() for s in end.token_scores or []], result.card.zero)
     parts = "".join(f"<h4>{title}</h4>{examples_html(end, scale=scale)}" for title, end in ends.items())
-    hidden = len(result) - 50 if not result.in_file_order else 0
-    more = f"<p class='quiet'>{hidden} more are not drawn here; .to_pandas() has them all.</p>" if hidden > 0 else ""
-    return card + (legend_html(scale) if scale.limit else "") + parts + more
+    return card + (legend_html(scale) if scale.limit else "") + parts + _not_drawn(result)
 
 # %% ../../nbs/90_views/00_html.ipynb #marks
 _MARKS = f"""<style>.ctda{{
@@ -413,7 +439,7 @@ _MARKS = f"""<style>.ctda{{
 & .note td:first-child{{border-inline-start-color:rgb({BLUE})}}
 }}</style>"""
 
-# %% ../../nbs/90_views/00_html.ipynb #marks-2
+# %% ../../nbs/90_views/00_html.ipynb #marked-pieces
 def _marked_pieces(example: "MarkedExample") -> _Pieces:
     "Pairs (text, HTML) of each token, by what it is."
     pieces = []
@@ -424,6 +450,7 @@ def _marked_pieces(example: "MarkedExample") -> _Pieces:
         pieces.append((token, f"<span class='{classes}' title='{title}'>{text}</span>"))
     return pieces
 
+# %% ../../nbs/90_views/00_html.ipynb #marks-2
 def marked_html(
     example: "MarkedExample", # From `doctor`
     *,
@@ -438,7 +465,7 @@ def marked_html(
     return (f"<h4>{safe_text(example.headline)}</h4><div class='quiet'>{legend}{framed}</div>"
             f"<div class='marked' dir='auto'>{_folded(_marked_pieces(example), visible, most)}</div>")
 
-# %% ../../nbs/90_views/00_html.ipynb #findings
+# %% ../../nbs/90_views/00_html.ipynb #finding-rows
 def _finding_rows(checks: "Sequence[Check]") -> str:
     "A row for each check."
     from concept_tda.influence.doctor import SIGNS
@@ -450,6 +477,7 @@ def _finding_rows(checks: "Sequence[Check]") -> str:
                     f"<td>{said}</td></tr>")
     return f"<table>{''.join(rows)}</table>"
 
+# %% ../../nbs/90_views/00_html.ipynb #findings
 def diagnosis_html(
     diagnosis: "Diagnosis", # From `doctor`
 ) -> str:
@@ -478,54 +506,63 @@ def comparison_html(
 ) -> str:
     "Method table and both agreement matrices."
     two = dict.fromkeys(comparison.spearman, "{:.2f}")
-    table = table_html(comparison.table, {"seconds": "{:.2f}", "tokens/s": "{:,.0f}"})
-    return (f"<h4>Methods</h4>{table}"
-            f"<h4>Agreement of the rankings (Spearman)</h4>{table_html(comparison.spearman, two, heat=1)}"
-            f"<h4>Share of the top {comparison.top} in common</h4>{table_html(comparison.overlap, two, heat=1)}")
+    methods = table_html(comparison.table, {"seconds": "{:.2f}", "tokens/s": "{:,.0f}"})
+    agreement = table_html(comparison.spearman, two, heat=1)
+    overlap = table_html(comparison.overlap, two, heat=1)
+    return (f"<h4>Methods</h4>{methods}"
+            f"<h4>Agreement of the rankings (Spearman)</h4>{agreement}"
+            f"<h4>Share of the top {comparison.top} in common</h4>{overlap}")
 
-# %% ../../nbs/90_views/00_html.ipynb #show-code
+# %% ../../nbs/90_views/00_html.ipynb #show-card
 def show_card(
     card: QueryCard, # A card
 ) -> str:
     "The card as a notebook shows it."
     return page_part(card_html(card, open=True))
 
+# %% ../../nbs/90_views/00_html.ipynb #show-sheet
 def show_sheet(
     sheet: Sheet, # Sentence, remark, tables
 ) -> str:
     "The sheet as a notebook shows it."
     return page_part(sheet_html(sheet))
 
+# %% ../../nbs/90_views/00_html.ipynb #show-facts
 def show_facts(
     facts: Facts, # A name, and what is known
 ) -> str:
     "The facts as a notebook shows them."
     return page_part(facts_html(facts))
 
+# %% ../../nbs/90_views/00_html.ipynb #show-attribution
 def show_attribution(
     result: Attribution, # A result
 ) -> str:
     "The result as a notebook shows it."
     return page_part(attribution_html(result))
 
+# %% ../../nbs/90_views/00_html.ipynb #show-comparison
 def show_comparison(
     comparison: Comparison, # Several results
 ) -> str:
     "The comparison as a notebook shows it."
     return page_part(comparison_html(comparison))
 
+# %% ../../nbs/90_views/00_html.ipynb #show-plan
 def show_plan(
     plan: "Plan", # What a job will cost
 ) -> str:
     "The plan as a notebook shows it."
     return page_part(plan_html(plan))
 
+# %% ../../nbs/90_views/00_html.ipynb #show-diagnosis
 def show_diagnosis(
     diagnosis: "Diagnosis", # Findings and an example
 ) -> str:
     "The diagnosis as a notebook shows it."
     return page_part(_MARKS + diagnosis_html(diagnosis))
 
+# %% ../../nbs/90_views/00_html.ipynb #show-code
 def show_marked(
     example: "MarkedExample", # One example in colour
 ) -> str:

@@ -12,26 +12,16 @@ from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import DictLoader, Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from ..foundation.storage import atomic_file, code_version
 from ..foundation.display import visible_text
+from ..foundation.storage import atomic_file, code_version
 from ..results.attribution import Attribution, question_text, sentence
 from ..results.comparison import Comparison, compare
-from concept_tda.views.html import (
-    VIEW_STYLE,
-    ColourScale,
-    card_html,
-    colour_scale,
-    end_titles,
-    example_html,
-    histogram_svg,
-    legend_html,
-    table_html,
-)
 from ..results.duplicates import near_duplicates
 from .browser import script_hash
 from concept_tda.views.contents import (
@@ -46,6 +36,17 @@ from concept_tda.views.contents import (
     rounded_columns,
     short_name,
     within,
+)
+from concept_tda.views.html import (
+    VIEW_STYLE,
+    ColourScale,
+    card_html,
+    colour_scale,
+    end_titles,
+    example_html,
+    histogram_svg,
+    legend_html,
+    table_html,
 )
 
 # %% ../../nbs/90_views/05_report.ipynb #0005
@@ -76,7 +77,7 @@ def _shortened(text: str, width: int) -> str:
     text = " ".join(text[:4*width].split())
     return text if len(text) <= width else text[:width - 1] + "…"
 
-# %% ../../nbs/90_views/05_report.ipynb #0012-ends
+# %% ../../nbs/90_views/05_report.ipynb #drawn
 def _drawn(
     end: Attribution, others: dict[str, np.ndarray], labels: np.ndarray | None, scale: ColourScale, most: int,
 ) -> Markup:
@@ -88,6 +89,7 @@ def _drawn(
         parts.append(example_html(end, i, scale=scale, most=most, facts=facts))
     return Markup("".join(parts))
 
+# %% ../../nbs/90_views/05_report.ipynb #0012-ends
 def _by_row(result: Attribution, values: np.ndarray) -> np.ndarray:
     "Values of the examples, placed by row in the training file."
     placed = np.zeros(int(result.rows.max()) + 1, np.asarray(values).dtype)
@@ -115,7 +117,7 @@ def _method_part(
         lowest=_drawn(lowest, others, by_row, scale, most),
         json=json.dumps(result.card.to_dict(), indent=1, ensure_ascii=False, default=str))
 
-# %% ../../nbs/90_views/05_report.ipynb #0013
+# %% ../../nbs/90_views/05_report.ipynb #tops
 def _tops(comparison: Comparison, labels: np.ndarray | None, n: int = 5) -> list[list[dict]]:
     "The first examples of each method, in words."
     def line(result: Attribution, i: int) -> dict:
@@ -127,6 +129,7 @@ def _tops(comparison: Comparison, labels: np.ndarray | None, n: int = 5) -> list
     return [[line(result, int(i)) for i in np.argsort(-result.scores, kind="stable")[:n]]
             for result in comparison.attributions.values()]
 
+# %% ../../nbs/90_views/05_report.ipynb #0013
 def _versions() -> str:
     "The library, Python and the packages that change numbers."
     packages = []
@@ -137,7 +140,7 @@ def _versions() -> str:
             continue
     return ", ".join([f"concept_tda {code_version()}", f"Python {platform.python_version()}", *packages])
 
-# %% ../../nbs/90_views/05_report.ipynb #0015
+# %% ../../nbs/90_views/05_report.ipynb #near-the-ends
 _MOST_BYTES = 2_900_000
 
 def _near_the_ends(rankings: Iterable[Attribution], at_most: int) -> np.ndarray:
@@ -146,6 +149,7 @@ def _near_the_ends(rankings: Iterable[Attribution], at_most: int) -> np.ndarray:
     nearest = np.stack([end for order in orders for end in (order, order[::-1])], axis=1).ravel()
     return np.sort(list(dict.fromkeys(nearest.tolist()))[:at_most])
 
+# %% ../../nbs/90_views/05_report.ipynb #0015
 def _texts(part: Attribution, most: float) -> tuple[list[dict], str]:
     "The examples to read in about `most` characters of JSON, and a sentence about what had to go."
     if part.token_scores is None:
@@ -156,7 +160,7 @@ def _texts(part: Attribution, most: float) -> tuple[list[dict], str]:
     bare = sum(not example["metadata"] and bool(one.metadata) for example, one in pairs)
     return examples, f"{note} Metadata of {bare:,} examples is left out." if bare else note
 
-# %% ../../nbs/90_views/05_report.ipynb #0016-table
+# %% ../../nbs/90_views/05_report.ipynb #page-table
 def _page_table(contents: Contents, names: list[str], n_shown: int, coloured: bool) -> dict:
     "The browser's table, with the names the report uses."
     table = browser_table(contents)
@@ -169,6 +173,7 @@ def _page_table(contents: Contents, names: list[str], n_shown: int, coloured: bo
         table["token_words"] = f"token scores of {visible_text(names[0])}"
     return table
 
+# %% ../../nbs/90_views/05_report.ipynb #0016-table
 def _fitted(table: dict, columns: dict, groups: list, part: Attribution, room: int) -> str:
     "JSON of at most about `room` bytes; texts give way."
     most, data = float(room - len(json.dumps([table, columns, groups]))), ""
@@ -184,7 +189,7 @@ def _fitted(table: dict, columns: dict, groups: list, part: Attribution, room: i
 
 # %% ../../nbs/90_views/05_report.ipynb #0016
 def _browser_data(
-    results: dict[str, Attribution], labels, positive, at_most: int, room: int,
+    results: dict[str, Attribution], labels: Any, positive: Any, at_most: int, room: int,
 ) -> tuple[str, str | None, int]:
     "The browser's data as JSON; the method whose token scores it shows, or None; how many examples it holds."
     with_tokens = (name for name, one in results.items() if one.token_scores is not None)
@@ -199,7 +204,7 @@ def _browser_data(
     groups = near_duplicates(example_texts(part.conversations)).tolist()
     return _fitted(table, columns, groups, part, room), coloured, len(places)
 
-# %% ../../nbs/90_views/05_report.ipynb #0018
+# %% ../../nbs/90_views/05_report.ipynb #comparison-values
 def _comparison_values(comparison: Comparison, labels: np.ndarray | None) -> dict:
     "What the template of the comparison needs."
     results = comparison.attributions
@@ -212,12 +217,14 @@ def _comparison_values(comparison: Comparison, labels: np.ndarray | None) -> dic
         spearman=Markup(table_html(comparison.spearman, two, heat=1)),
         overlap=Markup(table_html(comparison.overlap, two, heat=1)))
 
+# %% ../../nbs/90_views/05_report.ipynb #signs
 def _signs(results: dict[str, Attribution]) -> list[tuple[str, str]]:
     "What the sign means, and the methods of which it holds."
     readings = {name: sentence(result.card.reading) for name, result in results.items()}
     return [(", ".join(name for name, reading in readings.items() if reading == one), one)
             for one in dict.fromkeys(readings.values())]
 
+# %% ../../nbs/90_views/05_report.ipynb #page-values
 def _page_values(comparison: Comparison, title: str | None, labels: np.ndarray | None, n: int) -> dict:
     "What the templates need, but for the browser's data."
     results = comparison.attributions
@@ -233,6 +240,7 @@ def _page_values(comparison: Comparison, title: str | None, labels: np.ndarray |
                  for number, name in enumerate(results, 1)],
         versions=_versions(), **_comparison_values(comparison, labels), **_look_and_script())
 
+# %% ../../nbs/90_views/05_report.ipynb #0018
 def _page(values: dict, browser_data: Callable[[int], tuple[str, str | None, int]]) -> bytes:
     "The whole page; `browser_data` is asked for what fits in the room that is left."
     template = _template()
@@ -243,20 +251,21 @@ def _page(values: dict, browser_data: Callable[[int], tuple[str, str | None, int
 
     return fill(*browser_data(_MOST_BYTES - len(fill("", "", 0))))
 
-# %% ../../nbs/90_views/05_report.ipynb #0017
-def _found_labels(results: dict[str, Attribution], labels, positive: object) -> np.ndarray | None:
+# %% ../../nbs/90_views/05_report.ipynb #found-labels
+def _found_labels(results: dict[str, Attribution], labels: Any, positive: Any) -> np.ndarray | None:
     "Labels as booleans."
     if isinstance(labels, str):
         labels = next(iter(results.values())).conversations.labels(labels, positive)
     return None if labels is None else np.asarray(labels, bool)
 
+# %% ../../nbs/90_views/05_report.ipynb #0017
 def write_report(
-    attributions,             # A result, a list of results, a dict of results by name, or a `Comparison`
+    attributions: Any,        # A result, a list of results, a dict of results by name, or a `Comparison`
     path: str | Path,         # Such as "report.html"
     *,
     title: str | None = None, # By default it names the behaviour
-    labels=None,              # Booleans [N] in the order of the first result, or a metadata column
-    positive: object = True,  # With a column name: the value that marks the labelled examples
+    labels: Any = None,       # Booleans [N] in the order of the first result, or a metadata column
+    positive: Any = True,     # With a column name: the value that marks the labelled examples
     comparison: Comparison | None = None, # The table to show, where it was made already
     examples: int = 10,       # Examples drawn at each end of each method
     rows: int = 1_000,        # At most this many examples in the list, those at the ends of the rankings

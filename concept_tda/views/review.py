@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from ..foundation.storage import atomic_file, code_version
 from ..results.attribution import Attribution
 from .contents import WidgetError
 
-# %% ../../nbs/90_views/02_review.ipynb #0020-words
+# %% ../../nbs/90_views/02_review.ipynb #user
 MARKS = ("", "keep", "drop")
 
 def _user() -> str:
@@ -29,45 +30,33 @@ def _user() -> str:
     except (OSError, KeyError, ImportError):
         return "unknown"
 
+# %% ../../nbs/90_views/02_review.ipynb #now
 def _now() -> str:
     "The time in UTC, to the second."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
+# %% ../../nbs/90_views/02_review.ipynb #0020-words
 def _action(mark: str | None, note: str | None) -> str:
     "An action in a word or two."
     words = [] if mark is None else [{"": "cleared", "keep": "kept", "drop": "dropped"}[mark]]
     words += [] if note is None else ["noted" if note else "note removed"]
     return " and ".join(words) or "nothing"
 
-# %% ../../nbs/90_views/02_review.ipynb #0020
-class _Decisions:
-    "Marks and notes on N examples, with who, when and why."
+# %% ../../nbs/90_views/02_review.ipynb #store
+_Before = tuple[int, int, str | None, dict[str, Any] | None]  # place, mark, note, fact
+
+class _Marks:
+    "Marks and notes on N examples."
     def __init__(
         self,
         n: int,                # How many examples there are
         by: str | None = None, # Whose decisions these are; by default the user who runs this Python
     ):
-        self.by, self.marks, self.notes = by or _user(), np.zeros(n, np.uint8), {}
-        self.facts: dict[int, dict] = {}   # by place: by, at, why
-        self.history: list[dict] = []      # all actions
-        self._before: list[list[tuple]] = [] # what undo restores
-
-    def decide(
-        self,
-        places: Iterable[int],   # Positions of examples
-        mark: str | None = None, # "keep", "drop" or "" (neither); None leaves it as it is
-        note: str | None = None, # A note; "" takes it away, None leaves it as it is
-        why: str = "in Python",  # How it came about
-    ) -> None:
-        "Decide about some examples at once. Raises `WidgetError` for a place or mark that does not exist."
-        places = self._checked(places, mark)
-        self._before.append([(place, self.marks[place], self.notes.get(place), self.facts.get(place))
-                             for place in places])
-        fact = dict(by=self.by, at=_now(), why=why)
-        for place in places:
-            self._set(place, mark, note)
-            self.facts[place] = fact
-        self.history.append(dict(action=_action(mark, note), places=places, **fact))
+        self.by, self.marks = by or _user(), np.zeros(n, np.uint8)
+        self.notes: dict[int, str] = {}
+        self.facts: dict[int, dict[str, Any]] = {}   # by place: by, at, why
+        self.history: list[dict[str, Any]] = []      # all actions
+        self._before: list[list[_Before]] = []       # what undo restores
 
     def _set(self, place: int, mark: str | None, note: str | None) -> None:
         "Mark and note of one example; None leaves either as it is."
@@ -78,37 +67,43 @@ class _Decisions:
         elif note == "":
             self.notes.pop(place, None)
 
-    def _checked(self, places: Iterable[int], mark: str | None) -> list[int]:
-        "Places as ints, each once."
-        places = list(dict.fromkeys(int(place) for place in places))
-        if mark is not None and mark not in MARKS:
-            raise WidgetError(f"a decision is 'drop', 'keep' or '' (neither), not {mark!r}")
-        if wrong := [place for place in places if not 0 <= place < len(self.marks)]:
-            raise WidgetError(f"there is no example at position {wrong[0]}: there are {len(self.marks)}")
-        if not places: raise WidgetError("no example to decide about")
-        return places
+# %% ../../nbs/90_views/02_review.ipynb #checked
+def _checked_places(places: Iterable[int], mark: str | None, n: int) -> list[int]:
+    "Places as ints, each once. Raises `WidgetError` for a place or mark that does not exist."
+    found = list(dict.fromkeys(int(place) for place in places))
+    if mark is not None and mark not in MARKS:
+        raise WidgetError(f"a decision is 'drop', 'keep' or '' (neither), not {mark!r}")
+    if wrong := [place for place in found if not 0 <= place < n]:
+        raise WidgetError(f"there is no example at position {wrong[0]}: there are {n}")
+    if not found: raise WidgetError("no example to decide about")
+    return found
 
-# %% ../../nbs/90_views/02_review.ipynb #0021
-class _Undoable(_Decisions):
-    "Decisions that can be taken back."
-    def _last(self) -> dict:
+# %% ../../nbs/90_views/02_review.ipynb #0020
+class _Decisions(_Marks):
+    "Decisions with who, when and why."
+    def decide(
+        self,
+        places: Iterable[int],   # Positions of examples
+        mark: str | None = None, # "keep", "drop" or "" (neither); None leaves it as it is
+        note: str | None = None, # A note; "" takes it away, None leaves it as it is
+        why: str = "in Python",  # How it came about
+    ) -> None:
+        "Decide about some examples at once. Raises `WidgetError` for a place or mark that does not exist."
+        chosen = _checked_places(places, mark, len(self.marks))
+        self._before.append([(place, self.marks[place], self.notes.get(place), self.facts.get(place))
+                             for place in chosen])
+        fact = dict(by=self.by, at=_now(), why=why)
+        for place in chosen:
+            self._set(place, mark, note)
+            self.facts[place] = fact
+        self.history.append(dict(action=_action(mark, note), places=chosen, **fact))
+
+# %% ../../nbs/90_views/02_review.ipynb #last
+class _Standing(_Decisions):
+    "What could be taken back."
+    def _last(self) -> dict[str, Any]:
         "The last action that has not been taken back."
         return [entry for entry in self.history if not entry.get("undone") and entry["action"] != "undo"][-1]
-
-    def undo(self) -> None:
-        "Take the last action back that has not been taken back. Raises `WidgetError` where there is none."
-        if not self._before: raise WidgetError("there is nothing to undo")
-        for place, mark, note, fact in self._before.pop():
-            self.marks[place] = mark
-            for store, value in ((self.notes, note), (self.facts, fact)):
-                if value is None:
-                    store.pop(place, None)
-                else:
-                    store[place] = value
-        last = self._last()
-        last["undone"] = True
-        self.history.append(dict(action="undo", places=last["places"], by=self.by, at=_now(),
-                                 why=f"undid: {last['action']}"))
 
     def undoable(self) -> str:
         "The action that `undo` would take back, in words; empty where there is none."
@@ -116,41 +111,71 @@ class _Undoable(_Decisions):
         last = self._last()
         return f"{last['action']} {len(last['places']):,} example{'s'*(len(last['places']) != 1)}"
 
-# %% ../../nbs/90_views/02_review.ipynb #0022
-_RECORD = "concept_tda.review"
+# %% ../../nbs/90_views/02_review.ipynb #put-back
+def _put_back(store: dict[int, Any], place: int, value: Any) -> None:
+    "What was there before, or nothing."
+    if value is None:
+        store.pop(place, None)
+    else:
+        store[place] = value
 
-class _Recorded(_Undoable):
-    "Decisions as a table, and as plain values."
+# %% ../../nbs/90_views/02_review.ipynb #0021
+class _Undoable(_Standing):
+    "Decisions that can be taken back."
+    def undo(self) -> None:
+        "Take the last action back that has not been taken back. Raises `WidgetError` where there is none."
+        if not self._before: raise WidgetError("there is nothing to undo")
+        for place, mark, note, fact in self._before.pop():
+            self.marks[place] = mark
+            _put_back(self.notes, place, note)
+            _put_back(self.facts, place, fact)
+        last = self._last()
+        last["undone"] = True
+        self.history.append(dict(action="undo", places=last["places"], by=self.by, at=_now(),
+                                 why=f"undid: {last['action']}"))
+
+# %% ../../nbs/90_views/02_review.ipynb #table
+class _Listed(_Undoable):
+    "Decisions as a table."
     def table(
         self,
         result: Attribution,     # The result the places belong to
     ) -> pd.DataFrame:           # The index is the row in the file
         "One row for each example with a decision or a note: id, decision, note, by, at, why, score, rank."
         places = [place for place in range(len(self.marks)) if self.marks[place] or place in self.notes]
-        fact = lambda name: [self.facts.get(place, {}).get(name, "") for place in places]
-        facts = {name: fact(name) for name in ("by", "at", "why")}
-        columns = dict(
-            id=[result.ids[place] for place in places],
-            decision=[MARKS[self.marks[place]] for place in places],
-            note=[self.notes.get(place, "") for place in places], **facts, score=result.scores[places],
-            rank=result.ranks[places])
+        known = [self.facts.get(place, {}) for place in places]
+        columns: dict[str, Any] = {
+            "id": [result.ids[place] for place in places],
+            "decision": [MARKS[self.marks[place]] for place in places],
+            "note": [self.notes.get(place, "") for place in places]}
+        columns |= {name: [fact.get(name, "") for fact in known] for name in ("by", "at", "why")}
+        columns |= {"score": result.scores[places], "rank": result.ranks[places]}
         return pd.DataFrame(columns, index=pd.Index(result.rows[places], name="row", dtype=int))
 
+# %% ../../nbs/90_views/02_review.ipynb #by-rows
+_RECORD = "concept_tda.review"
+
+def _by_rows(entry: dict[str, Any], result: Attribution) -> dict[str, Any]:
+    "An action with rows of the file in the place of positions."
+    kept = {name: value for name, value in entry.items() if name != "places"}
+    return kept | {"rows": [int(result.rows[place]) for place in entry["places"]]}
+
+# %% ../../nbs/90_views/02_review.ipynb #0022
+class _Recorded(_Listed):
+    "Decisions as plain values."
     def to_dict(
         self,
         result: Attribution, # The result the places belong to
-    ) -> dict:
+    ) -> dict[str, Any]:
         "The whole review as plain values."
-        rows = lambda places: [int(result.rows[place]) for place in places]
-        history = [{**{k: v for k, v in entry.items() if k != "places"}, "rows": rows(entry["places"])}
-                   for entry in self.history]
+        data = result.conversations
         return dict(
-            format=_RECORD, version=1, data=result.conversations.name,
-            data_fingerprint=result.conversations.fingerprint, n_examples=len(result), written=_now(),
-            code=code_version(), card=result.card.to_dict(),
-            decisions=self.table(result).reset_index().to_dict(orient="records"), history=history)
+            format=_RECORD, version=1, data=data.name, data_fingerprint=data.fingerprint,
+            n_examples=len(result), written=_now(), code=code_version(), card=result.card.to_dict(),
+            decisions=self.table(result).reset_index().to_dict(orient="records"),
+            history=[_by_rows(entry, result) for entry in self.history])
 
-# %% ../../nbs/90_views/02_review.ipynb #0024
+# %% ../../nbs/90_views/02_review.ipynb #read-record
 def _read_record(path: str | Path, result: Attribution) -> dict:
     "The plain values of a review about `result`."
     try:
@@ -165,6 +190,13 @@ def _read_record(path: str | Path, result: Attribution) -> dict:
             f"{result.conversations.name!r} ({len(result)} examples). Choose another file for record=")
     return record
 
+# %% ../../nbs/90_views/02_review.ipynb #from-rows
+def _by_places(entry: dict[str, Any], place: dict[int, int]) -> dict[str, Any]:
+    "An action with positions in the place of rows."
+    kept = {name: value for name, value in entry.items() if name != "rows"}
+    return kept | {"places": [place[row] for row in entry["rows"]]}
+
+# %% ../../nbs/90_views/02_review.ipynb #0024
 class Review(_Recorded):
     "Keep, drop and notes on N examples, with who, when and why; every action can be undone."
     def save(
@@ -189,5 +221,4 @@ class Review(_Recorded):
             i = place[decision["row"]]
             self._set(i, decision["decision"], decision["note"] or None)
             self.facts[i] = {name: decision[name] for name in ("by", "at", "why")}
-        self.history = [{**{k: v for k, v in entry.items() if k != "rows"},
-                         "places": [place[row] for row in entry["rows"]]} for entry in record["history"]]
+        self.history = [_by_places(entry, place) for entry in record["history"]]
