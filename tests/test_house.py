@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import widget_state
 
 from house_figure import below, read_house, telling
 from house_style import LIMITS, ROOT, figures, measure, rooms_of_the_house
@@ -28,7 +29,6 @@ NOT_YET: dict[str, dict[str, str]] = {
         "50_influence/04_engine": "not taken apart yet",
         "50_influence/05_scorers": "not taken apart yet",
         "50_influence/06_neighbours": "not taken apart yet",
-        "90_views/00_html": "not taken apart yet",
     },
     "lint of notebooks": {
         "50_influence/01_curvature": "E702, F401, I001",
@@ -38,10 +38,6 @@ NOT_YET: dict[str, dict[str, str]] = {
         "50_influence/05_scorers": "E702, F401, I001",
         "50_influence/06_neighbours": "E702, I001",
         "60_groups/00_groups": "F401",
-        "90_views/01_contents": "I001",
-        "90_views/03_browser": "I001",
-        "90_views/04_explorer": "I001",
-        "90_views/05_report": "I001",
     },
     "lint of modules": {
         "groups.groups": "F401",
@@ -53,8 +49,6 @@ NOT_YET: dict[str, dict[str, str]] = {
         "influence.scorers": "D102, E702",
     },
     "types": {
-        "cli": "annotations to mend",
-        "evidence.tail_patch": "annotations to mend",
         "influence.atlas": "annotations to mend",
         "influence.curvature": "annotations to mend",
         "influence.engine": "annotations to mend",
@@ -63,8 +57,6 @@ NOT_YET: dict[str, dict[str, str]] = {
         "influence.queries": "annotations to mend",
         "influence.scorers": "annotations to mend",
         "model.sites": "annotations to mend",
-        "views.contents": "annotations to mend",
-        "views.report": "annotations to mend",
     },
     "private names": {
         "influence.neighbours": "takes _card",
@@ -216,3 +208,30 @@ def private_imports(module: Path) -> list[str]:
 def test_no_private_name_leaves_its_room():
     found = {name_of(module, PACKAGE): private_imports(module) for module in rooms(PACKAGE)}
     held("private names", {room: places for room, places in found.items() if places})
+
+
+def test_notebooks_keep_no_state_of_widgets_that_nothing_shows():
+    found = {}
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts:
+            continue
+        if stale := widget_state.stale(json.loads(path.read_text(encoding="utf-8"))):
+            found[notebook_of(path)] = len(stale)
+    assert not found, f"run tools/widget_state.py (make export does): {found}"
+
+
+def test_what_a_shown_widget_is_made_of_is_kept(tmp_path):
+    states = {"box": {"state": {"children": ["IPY_MODEL_bar"]}}, "bar": {"state": {}}, "gone": {"state": {}}}
+    view = {"data": {widget_state.VIEW: {"model_id": "box"}, "text/plain": "bar"}}
+    notebook = {
+        "metadata": {"widgets": {widget_state.STATE: {"state": states}}},
+        "cells": [{"cell_type": "code", "outputs": [view]}],
+    }
+    path = tmp_path / "room.ipynb"
+    path.write_text(json.dumps(notebook))
+    assert widget_state.stale(notebook) == ["gone"] and widget_state.clean(path) == 1
+    left = json.loads(path.read_text())
+    assert set(widget_state.shown(left)) == {"box", "bar"} and not widget_state.stale(left)
+    left["cells"] = []
+    path.write_text(json.dumps(left))
+    assert widget_state.clean(path) == 2 and "widgets" not in json.loads(path.read_text())["metadata"]
