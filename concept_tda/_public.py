@@ -4,9 +4,9 @@ PUBLIC = {
     "foundation.errors": "ConceptTDAError StorageError MissingExtraError require",
     "foundation.storage": "fingerprint code_version cache_folder write_error atomic_file check_free "
         "BlockStore",
-    "foundation.probes": "ProbeError bfloat16_ratio bfloat16_pays",
-    "foundation.display": "visible_text safe_text one_line DisplayError full_name register_view html_of act "
-        "Table Sheet Facts",
+    "foundation.probes": "ProbeError bfloat16_ratio",
+    "foundation.display": "visible_text safe_text one_line DisplayError register_view html_of act Table "
+        "Sheet Facts",
     "foundation.patching": "patch",
     "data.messages": "PASSED_ON REFUSED ROLES ConversationError shortened listing kind_of says_nothing Turn "
         "read_message check_turns",
@@ -14,7 +14,7 @@ PUBLIC = {
         "is_message_row chats_of_rows Chat read_chats",
     "data.files": "COMPRESSIONS FORMATS Record plain table_records is_data_file bare_name read_file",
     "data.conversations": "Conversation row_numbers Rows Conversations load_conversations bundled",
-    "data.templates": "template_names chat_template_text as_given render TemplateProfile Piece Rendered "
+    "data.templates": "template_names chat_template_text as_given render TemplateProfile Rendered "
         "rendered_chats",
     "data.tokens": "response_mask TokenizedConversation readable_tokens TokenizedConversations tokenize "
         "tokenize_prompts",
@@ -26,7 +26,7 @@ PUBLIC = {
     "model.tracing": "POOLINGS TracingError pooling_weights work_dtype progress_bar pooled_activations "
         "token_activations left_padded as_prompts generate",
     "model.answers": "answer_records with_record cached_generate",
-    "model.finetuning": "PRECISIONS RECIPES FinetuneError finetune training_record Retrained finetune_many "
+    "model.finetuning": "RECIPES FinetuneError finetune training_record Retrained finetune_many "
         "training_checkpoints",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics",
