@@ -136,7 +136,7 @@ def test_gradient_checkpointing_left_on(reentrant, train, monkeypatch):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_caller_who_wants_no_gradients(mode, train):
-    """`test_reasons.py` holds three methods to all digits; here is every kind, generation and curvature too."""
+    """`test_reasons.py` holds three methods to all digits; here is every kind, curvature included."""
     expected, lm = expected_scores(train), load_model(tiny_pair("llama", dtype=torch.float64))
     with mode():
         assert_right_and_as_found(lm, train, expected)
@@ -242,3 +242,21 @@ def test_an_answer_cut_at_max_tokens_is_on_every_card(train):
         with pytest.warns(UserWarning, match="were cut"):
             result = scorer.score(train, max_tokens=limit, progress=False)
         assert any(f"longer than {limit} tokens and were cut there" in note for note in result.card.notes)
+
+
+def test_equal_examples_have_equal_scores_in_whatever_batch():
+    """In float32 the same text differs in its last digits from batch to batch; cuts would fall at random."""
+    long = {"prompt": "Why", "response": "the sky is blue " * 9}
+    data = load_conversations([{**row, "n": i} for i, row in enumerate([*TRAIN, TRAIN[0], long] * 4)])
+    twins = [i for i, id in enumerate(data.ids) if id == data.ids[0]]
+    lm = load_model(tiny_pair("llama"))
+    cuts = {}
+    for budget in (1, 60, 128, 700, 4096):
+        results = score_together(every_kind(lm, data), data, progress=False, tokens=True, token_budget=budget)
+        for method, result in results.items():
+            assert len(twins) == 8 and len(set(result.scores)) == 4, (method, budget)
+            assert len({tuple(result.token_scores[row]) for row in twins}) == 1
+            kept = [c.metadata["n"] for c in result.drop(fraction=0.3)]
+            assert cuts.setdefault(method, kept) == kept and len(kept) == 14
+            order = np.argsort(-result.scores, kind="stable")  # ties by row
+            assert kept == sorted(order[6:].tolist())

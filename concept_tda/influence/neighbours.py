@@ -24,7 +24,7 @@ from ..model.losses import loss_weights, token_losses
 from ..model.loading import LanguageModel, load_model
 from ..model.sites import coverage_notes, resolve_sites
 from .queries import LossQuery, Query
-from .scorers import Influence, Scorer, ScorerError, _card
+from .scorers import Influence, Scorer, ScorerError, equal_as_first, query_card
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0009
@@ -152,7 +152,7 @@ class CheckpointScorer(Scorer):
         block = f"{index:04d}-{fingerprint(lm.fingerprint, readout.fingerprint)}"
         for damaged in store.verify(): store.discard(damaged)
         if block not in store.names():
-            result = shared_pass(lm, data, {self.method: readout}, tokens=tokens, token_budget=token_budget, progress=progress)[self.method]
+            result = equal_as_first(data, shared_pass(lm, data, {self.method: readout}, tokens=tokens, token_budget=token_budget, progress=progress)[self.method])
             arrays = {"scores": result.scores, "price": np.array([result.seconds, prepared, result.peak_memory], float)}
             if result.token_scores: arrays["tokens"] = np.concatenate([t[0] for t in result.token_scores])
             store.write(block, arrays)
@@ -163,7 +163,7 @@ class CheckpointScorer(Scorer):
         self.passes = passes
         scores = sum(weight*p["scores"][:, 0] for weight, p in zip(self.weights(), passes))
         seconds, prepared, _ = sum(p["price"] for p in passes)
-        card = _card(self, data, float(seconds), float(prepared), int(max(p["price"][2] for p in passes)), 0, settings)
+        card = query_card(self, data, settings, seconds=float(seconds), preparation=float(prepared), peak_memory=int(max(p["price"][2] for p in passes)))
         card = replace(card, model=", ".join(names), model_fingerprint=prints[0] if len(prints) == 1 else fingerprint(prints), cost=replace(card.cost, tokens=data.n_tokens*len(passes)))
         if not (tokens and "tokens" in passes[0]): return Attribution(data.conversations, scores, card)
         whole = sum(weight*p["tokens"] for weight, p in zip(self.weights(), passes))
