@@ -49,9 +49,9 @@ PUBLIC = {
     "influence.engine": "Readout ActivationReadout ActivationGradientReadout LossReadout DirectionReadout "
         "StackedReadout ForwardReadout difference_scale DifferenceReadout EngineError direction_readout "
         "difference_adapters Stopwatch run_batch Pass peak_memory shared_pass",
-    "influence.scorers": "ScorerError Scorer score_together VectorFilter ActivationGradient "
-        "ProjectionDifference dataset_projection_difference Influence ConceptInfluence InfluenceFunction "
-        "GradDot",
+    "influence.scorers": "ScorerError Scorer equal_as_first query_card score_together VectorFilter "
+        "ActivationGradient ProjectionDifference dataset_projection_difference Influence ConceptInfluence "
+        "InfluenceFunction GradDot",
     "influence.neighbours": "CosineReadout GradCos CheckpointScorer TracIn AdamMoments walsh_hadamard Sketch "
         "LessReadout LESS exact_rows estimated_recall Cascade",
     "influence.baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
