@@ -28,6 +28,14 @@ def test_an_empty_query_set_is_named():
             scorer.score(train, progress=False)
 
 
+def test_a_single_example_is_scored_and_the_card_says_what_could_not_be_told():
+    lm, train = load_model(tiny_pair("llama")), load_conversations(TRAIN)
+    concept = tensor_concept(torch.ones(lm.width), layer=1, lm=lm, name="flattery")
+    result = ConceptInfluence(lm, concept, train[:1], curvature="identity").score(train[1:], progress=False)
+    assert torch.isfinite(torch.tensor(result.scores)).all()
+    assert any("can't be said to express 'flattery'" in note for note in result.card.notes)
+
+
 def test_under_inference_mode_everything_gives_the_same_numbers():
     lm, train = load_model(tiny_pair("llama")), load_conversations(TRAIN)
     concept = tensor_concept(torch.ones(lm.width), layer=1, lm=lm, name="flattery")

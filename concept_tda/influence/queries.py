@@ -7,131 +7,225 @@ __all__ = ['Query', 'ConceptQuery', 'LossQuery', 'QueryExpression', 'query_expre
 
 # %% ../../nbs/50_influence/03_queries.ipynb #0003
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..data.batches import batches
-from ..model.losses import GradientError, loss_weights, token_losses
-from .gradients import SiteGradients, check_sites, hidden_states
+from ..concepts.concept import Concept
+from ..data.batches import Batch, batches
+from ..data.tokens import TokenizedConversations
 from ..foundation.storage import fingerprint
+from .gradients import SiteGradients, check_sites, hidden_states
+from ..model.loading import LanguageModel
+from ..model.losses import GradientError, loss_weights, token_losses
+from ..model.sites import Site
 from ..model.tracing import pooled_activations, pooling_weights
 
 # %% ../../nbs/50_influence/03_queries.ipynb #0007
-class Query:
-    "A differentiable scalar f(θ), the mean of a quantity over query examples. Subclasses say which quantity."
-    layer = None  # the highest layer f depends on; None means the whole model
+class _Quantity:
+    "A differentiable quantity on query examples."
+    name: str                # What is asked for, in a few words
+    layer: int | None = None # The highest layer it depends on; None means the whole model
 
-    def __init__(self,
-        examples, # `Conversations` on which f is evaluated
+    def __init__(
+        self,
+        examples: Any, # `Conversations` on which it is evaluated
     ):
         self.examples = examples
 
-    def sum_over(self, lm, batch) -> torch.Tensor:
-        "Sum of the quantity over the examples of a batch, attached to the graph."
+# %% ../../nbs/50_influence/03_queries.ipynb #sum-over
+class _Sum(_Quantity):
+    "Its sum over the examples of a batch."
+    def sum_over(
+        self,
+        lm: LanguageModel, # The model
+        batch: Batch,      # Some of the examples
+    ) -> torch.Tensor:     # A single number, attached to the graph
+        "Sum of the quantity over the examples of a batch. Subclasses say what it is."
         raise NotImplementedError
 
-    def _tokenized(self, lm):
+# %% ../../nbs/50_influence/03_queries.ipynb #means
+class _Tokenized(_Sum):
+    "The examples, at least one."
+    def _tokenized(self, lm: LanguageModel) -> TokenizedConversations:
+        "The examples as the model reads them."
         data = lm.tokenize(self.examples)
-        if not len(data):
-            raise GradientError(f"the query {self.name!r} has no examples: give at least one answer that shows the "
-                                "behaviour")
-        return data
+        if len(data): return data
+        raise GradientError(f"the query {self.name!r} has no examples: give at least one answer that shows "
+                            "the behaviour")
 
-    def _means(self, lm):
+# %% ../../nbs/50_influence/03_queries.ipynb #shares
+class _Mean(_Tokenized):
+    "The mean over the examples."
+    def _means(self, lm: LanguageModel) -> Iterator[torch.Tensor]:
+        "Each batch's share of the mean."
         data = self._tokenized(lm)
-        for batch in batches(data, token_budget=1024): yield self.sum_over(lm, batch.to(lm.device))/len(data)
+        for batch in batches(data, token_budget=1024):
+            yield self.sum_over(lm, batch.to(lm.device))/len(data)
 
-    def value(self,
-        lm, # `LanguageModel`
+# %% ../../nbs/50_influence/03_queries.ipynb #value
+class _Value(_Mean):
+    "The number itself."
+    def value(
+        self,
+        lm: LanguageModel, # The model
     ) -> float:
         "f(θ): the mean of the quantity over the query examples."
-        with lm.undisturbed(), torch.no_grad(): return sum(mean.item() for mean in self._means(lm))
+        with lm.undisturbed(), torch.no_grad():
+            return sum(mean.item() for mean in self._means(lm))
 
-    def gradients(self,
-        lm,          # `LanguageModel`
-        sites: list, # `Site`s
-    ) -> dict:       # ∇f [out, in] by site name, float32 (float64 for a float64 model)
-        "Gradient of f at the sites, exactly zero where f does not reach. Raises `GradientError` where it is not finite or zero everywhere."
+# %% ../../nbs/50_influence/03_queries.ipynb #reach
+def _check_reach(query: _Quantity, gradients: dict[str, torch.Tensor]) -> None:
+    "Refuse a gradient that is not finite, or zero at every site."
+    if not all(torch.isfinite(g).all() for g in gradients.values()):
+        raise GradientError(f"the gradient of {query.name!r} is not finite: load the model in float32, or "
+                            "look at the query examples")
+    if any(g.any() for g in gradients.values()): return
+    why = "its gradient is zero everywhere" if query.layer is None \
+        else f"it depends on layers below {query.layer} only, choose sites there"
+    raise GradientError(f"the query {query.name!r} reaches none of the {len(gradients)} sites: {why}")
+
+# %% ../../nbs/50_influence/03_queries.ipynb #query
+class Query(_Value):
+    "A differentiable scalar f(θ), the mean of a quantity over query examples. Subclasses say which quantity."
+    def gradients(
+        self,
+        lm: LanguageModel,      # The model
+        sites: list[Site],      # Where its weights count
+    ) -> dict[str, torch.Tensor]: # ∇f [out, in] by site name, float32 (float64 for a float64 model)
+        "Gradient of f at the sites, exactly zero where f does not reach; `GradientError` if it is useless."
         check_sites(lm, sites, self._tokenized(lm))
         with lm.undisturbed(), SiteGradients(sites) as gradients, torch.enable_grad():
             for mean in self._means(lm):
-                if mean.requires_grad: torch.autograd.backward(mean)
-        if not all(torch.isfinite(g).all() for g in gradients.values()): raise GradientError(f"the gradient of {self.name!r} is not finite: load the model in float32, or look at the query examples")
-        if not any(g.any() for g in gradients.values()): raise GradientError(f"the query {self.name!r} reaches none of the {len(sites)} sites" +
-            (f": it depends on layers below {self.layer} only, choose sites there" if self.layer is not None else ": its gradient is zero everywhere"))
+                if mean.requires_grad:
+                    torch.autograd.backward(mean)
+        _check_reach(self, gradients)
         return gradients
 
 # %% ../../nbs/50_influence/03_queries.ipynb #0009
-class ConceptQuery(Query):
-    "f_v: mean activation of a concept's unit direction, pooled as the concept was (METHODS §1, Kowal et al. 2026 Eq. 2). Stops at its layer."
-    def __init__(self,
-        concept,  # `Concept`
-        examples, # `Conversations`: the fine-tuned model's own answers that show the behaviour
+class _AtConcept(Query):
+    "A concept, and examples to look for it in."
+    def __init__(
+        self,
+        concept: Concept, # The behaviour as a direction
+        examples: Any,    # `Conversations`: the fine-tuned model's own answers that show the behaviour
     ):
         super().__init__(examples)
         self.concept, self.name, self.layer = concept, concept.name, concept.layer
 
-    def sum_over(self, lm, batch):
-        hidden_BTd = hidden_states(lm, batch, self.layer)
+    @property
+    def fingerprint(self) -> str:
+        "Covers the direction, where and how it is read, and the examples."
+        of = self.concept
+        return fingerprint("concept", of.direction, of.layer, of.pooling, self.examples.fingerprint)
+
+# %% ../../nbs/50_influence/03_queries.ipynb #concept-sum
+class ConceptQuery(_AtConcept):
+    "f_v: mean activation of a concept's unit direction, pooled as the concept was (Kowal et al. 2026 Eq. 2)."
+    def sum_over(self, lm: LanguageModel, batch: Batch) -> torch.Tensor:
+        "Sum of ⟨v, pooled activation⟩ over the examples of a batch."
+        hidden_BTd = hidden_states(lm, batch, self.concept.layer)
         dtype = torch.promote_types(hidden_BTd.dtype, torch.float32)
         weights_BT = pooling_weights(batch, self.concept.pooling, dtype).to(hidden_BTd)
         return torch.einsum("bt,btd,d->", weights_BT, hidden_BTd, self.concept.direction.to(hidden_BTd))
 
-    @property
-    def fingerprint(self) -> str: return fingerprint("concept", self.concept.direction, self.layer, self.concept.pooling, self.examples.fingerprint)
-
 # %% ../../nbs/50_influence/03_queries.ipynb #000b
 class LossQuery(Query):
-    "f = -mean response loss of the query examples, so that raising f makes their responses likelier (METHODS §1, Eq. 1)."
+    "f = -mean response loss of the query examples: raising f makes them likelier (METHODS §1, Eq. 1)."
     name = "likelihood of the query responses"
 
-    def sum_over(self, lm, batch):
+    def sum_over(self, lm: LanguageModel, batch: Batch) -> torch.Tensor:
+        "Minus the sum of the mean losses of a batch's responses."
         losses_BT = token_losses(lm, batch)
         return -(losses_BT*loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT.device)).sum()
 
     @property
-    def fingerprint(self) -> str: return fingerprint("loss", self.examples.fingerprint)
+    def fingerprint(self) -> str:
+        "Covers the examples."
+        return fingerprint("loss", self.examples.fingerprint)
 
-# %% ../../nbs/50_influence/03_queries.ipynb #0014
+# %% ../../nbs/50_influence/03_queries.ipynb #projections
 @dataclass
-class QueryExpression:
-    "How strongly query examples express a concept, compared with the training data."
-    concept: str                 # Its name
-    queries: np.ndarray          # Projections [K] on the unit direction
-    train: np.ndarray            # Projections [N]
+class _Projections:
+    "Projections of queries and of training data on a concept."
+    concept: str        # Its name
+    queries: np.ndarray # Projections [K] on the unit direction
+    train: np.ndarray   # Projections [N]
 
     @property
     def z(self) -> float:
-        "Mean of the queries above that of the training data, in standard errors of as many random training examples."
-        return float((self.queries.mean() - self.train.mean())/(self.train.std()/len(self.queries)**.5))
+        "Mean of the queries above the training data's, in standard errors of K such; NaN if all are equal."
+        if self.train.min() == self.train.max(): return float("nan")
+        error = self.train.std()/len(self.queries)**.5
+        return float((self.queries.mean() - self.train.mean())/error)
+
+# %% ../../nbs/50_influence/03_queries.ipynb #auc
+class _Compared(_Projections):
+    "Queries against training examples, pair by pair."
     @property
     def auc(self) -> float:
         "Probability that a query projects higher than a training example, ties counted half."
         gaps_KN = self.queries[:, None] - self.train[None]
         return float(((gaps_KN > 0) + .5*(gaps_KN == 0)).mean())
+
+# %% ../../nbs/50_influence/03_queries.ipynb #0014
+class _Judged(_Compared):
+    "Whether that is enough."
     @property
     def expressed(self) -> bool:
         "Whether z is 2 or more."
         return self.z >= 2
 
-    def __repr__(self):
-        return (f"{len(self.queries)} queries {'express' if self.expressed else 'DO NOT express'} {self.concept!r}: mean projection {self.queries.mean():+.4g}, training data {self.train.mean():+.4g} "
-                f"± {self.train.std():.2g}; z {self.z:+.1f}, higher than a training example with probability {self.auc:.2f}")
+# %% ../../nbs/50_influence/03_queries.ipynb #expression
+class QueryExpression(_Judged):
+    "How strongly query examples express a concept, compared with the training data."
+    def __repr__(self) -> str:
+        means = (f"mean projection {self.queries.mean():+.4g}, training data {self.train.mean():+.4g} "
+                 f"± {self.train.std():.2g}")
+        likely = f"higher than a training example with probability {self.auc:.2f}"
+        if np.isnan(self.z):
+            return (f"{len(self.queries)} queries can't be said to express {self.concept!r}: {means}, no "
+                    f"spread to measure in ({len(self.train)} training examples); {likely}")
+        found = "express" if self.expressed else "DO NOT express"
+        return f"{len(self.queries)} queries {found} {self.concept!r}: {means}; z {self.z:+.1f}, {likely}"
+
+# %% ../../nbs/50_influence/03_queries.ipynb #project
+def _projected(lm: LanguageModel, concept: Concept, data: Any, what: str, progress: bool) -> np.ndarray:
+    "Projections [N] of the examples' pooled activations on the unit direction."
+    data = lm.tokenize(data)
+    if not len(data):
+        raise GradientError(f"the query {concept.name!r} has no examples: there are no {what}, give at least "
+                            "one")
+    acts_Nd = pooled_activations(lm, data, concept.layer, concept.pooling, progress=progress)[concept.layer]
+    return (acts_Nd.double() @ concept.direction.double()).numpy()
+
+# %% ../../nbs/50_influence/03_queries.ipynb #warn
+def _warn(found: QueryExpression) -> None:
+    "Say that the queries do not stand for the behaviour, and what would help."
+    if found.expressed: return
+    told = "Compare with more training examples, that differ" if np.isnan(found.z) \
+        else ("Influence on them would explain something else: choose answers that a judge rated high, or "
+              "held-out answers that show the behaviour")
+    warnings.warn(f"{found}. {told}.", stacklevel=3)
 
 # %% ../../nbs/50_influence/03_queries.ipynb #0015
 def query_expression(
-    lm,               # `LanguageModel` to be attributed
-    concept,          # `Concept`: the behaviour
-    queries,          # `Conversations` that should show it
-    train,            # `Conversations` to be scored: what is usual
+    lm: LanguageModel, # To be attributed
+    concept: Concept,  # The behaviour
+    queries: Any,      # `Conversations` that should show it
+    train: Any,        # `Conversations` to be scored: what is usual
     *,
     progress: bool = True, # Show bars
 ) -> QueryExpression:
-    "Compare the queries' projections on the concept with those of the training data; warns where the queries do not express it. One forward pass to the concept's layer."
+    """Compare the queries' projections on the concept with those of the training data.
+
+    Warns where the queries do not express it; `GradientError` where there are none."""
     concept.check(lm)
-    project = lambda data: (pooled_activations(lm, data, concept.layer, concept.pooling, progress=progress)[concept.layer].double() @ concept.direction.double()).numpy()
-    found = QueryExpression(concept.name, project(queries), project(train))
-    if not found.expressed: warnings.warn(f"{found}. Influence on them would explain something else: choose answers that a judge rated high, or held-out answers that show the behaviour.", stacklevel=2)
+    found = QueryExpression(
+        concept.name, _projected(lm, concept, queries, "query answers that show the behaviour", progress),
+        _projected(lm, concept, train, "training examples to compare with", progress))
+    _warn(found)
     return found
