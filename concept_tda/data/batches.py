@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .conversations import row_numbers
@@ -53,6 +54,21 @@ def _batch(tokenized: TokenizedConversations, rows: list[int]) -> Batch:
         ids_BT[b, :T], attention_BT[b, :T], response_BT[b, :T] = item.input_ids, 1, item.response_mask
     return Batch(torch.tensor(rows), ids_BT, attention_BT, response_BT)
 
+# %% ../../nbs/10_data/06_batches.ipynb #groups
+def _groups(
+    lengths: np.ndarray, rows: list[int], token_budget: int, exact_length: bool,
+) -> Iterator[list[int]]:
+    "The rows, longest first, in groups that fit the budget."
+    group: list[int] = []
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        full = group and (len(group) + 1) * lengths[group[0]] > token_budget
+        if full or (group and exact_length and lengths[row] != lengths[group[0]]):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
 # %% ../../nbs/10_data/06_batches.ipynb #005a
 def batches(
     tokenized: TokenizedConversations, # What to batch
@@ -64,13 +80,6 @@ def batches(
     "Batches in an order that depends on nothing but the lengths: longest first, equal lengths in row order."
     if token_budget < 1:
         raise ConversationError(f"token_budget is a positive number of tokens, not {token_budget}")
-    lengths, group = tokenized.lengths, []
     chosen = range(len(tokenized)) if rows is None else row_numbers(rows, len(tokenized)).tolist()
-    for row in sorted(chosen, key=lambda row: (-lengths[row], row)):
-        full = group and (len(group) + 1) * lengths[group[0]] > token_budget
-        if full or (group and exact_length and lengths[row] != lengths[group[0]]):
-            yield _batch(tokenized, group)
-            group = []
-        group.append(row)
-    if group:
+    for group in _groups(tokenized.lengths, list(chosen), token_budget, exact_length):
         yield _batch(tokenized, group)

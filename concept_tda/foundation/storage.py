@@ -41,8 +41,8 @@ def _feed_plain(hasher: xxhash.xxh3_128, part: Any) -> bool:
     return True
 
 # %% ../../nbs/00_foundation/01_storage.ipynb #000a
-def _feed(hasher: xxhash.xxh3_128, part: Any) -> None:
-    "Feed one value into the hash, tagged so that different values can't collide by concatenation."
+def _feed_array(hasher: xxhash.xxh3_128, part: Any) -> bool:
+    "Feed a tensor or an array; False where it is neither."
     if isinstance(part, torch.Tensor):
         part = part.detach().cpu().contiguous()
         hasher.update(f"tensor{part.dtype}{tuple(part.shape)}".encode())
@@ -50,7 +50,14 @@ def _feed(hasher: xxhash.xxh3_128, part: Any) -> None:
     elif isinstance(part, np.ndarray):
         hasher.update(f"array{part.dtype}{part.shape}".encode())
         hasher.update(np.ascontiguousarray(part).tobytes())
-    elif isinstance(part, dict):
+    else:
+        return False
+    return True
+
+# %% ../../nbs/00_foundation/01_storage.ipynb #members
+def _feed(hasher: xxhash.xxh3_128, part: Any) -> None:
+    "Feed one value into the hash, tagged so that different values can't collide by concatenation."
+    if isinstance(part, dict):
         hasher.update(b"dict%d:" % len(part))
         for key in sorted(part, key=str):
             _feed(hasher, str(key))
@@ -59,7 +66,7 @@ def _feed(hasher: xxhash.xxh3_128, part: Any) -> None:
         hasher.update(b"list%d:" % len(part))
         for item in part:
             _feed(hasher, item)
-    elif not _feed_plain(hasher, part):
+    elif not (_feed_array(hasher, part) or _feed_plain(hasher, part)):
         raise TypeError(
             f"no fingerprint for a {type(part).__name__}: "
             "pass its content (text, numbers, tensors, dicts) instead")
