@@ -1,4 +1,4 @@
-"""Features of a file: against a dense computation, whatever the batches; what they are as groups and as concepts."""
+"""Features of a file: against a dense computation, whatever the batches; as groups and as concepts."""
 
 import json
 

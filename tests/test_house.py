@@ -37,10 +37,8 @@ NOT_YET: dict[str, dict[str, str]] = {
         "50_influence/04_engine": "E702, I001",
         "50_influence/05_scorers": "E702, F401, I001",
         "50_influence/06_neighbours": "E702, I001",
-        "60_groups/00_groups": "F401",
     },
     "lint of modules": {
-        "groups.groups": "F401",
         "influence.curvature": "D102, E702, F401",
         "influence.engine": "D102, E702",
         "influence.neighbours": "D102, E702",

@@ -1,4 +1,4 @@
-"""Sparse autoencoders: which layer they read, which tokens count, training that resumes, and what they are worth."""
+"""Sparse autoencoders: which layer, which tokens, training that resumes, and what they are worth."""
 
 import json
 

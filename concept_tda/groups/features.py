@@ -125,10 +125,10 @@ def read_features(
     token_budget: int = 1024,   # Tokens in a batch
     progress: bool = True,      # Show a bar
 ) -> Features:
-    """Max, mean and place of every feature on every response (Kowal et al. 2026, Fig. 4), written in blocks.
+    """Max, mean and place of every feature on every response (Kowal et al. 2026, Fig. 4), in blocks.
 
-    Raises `FeatureError` where the folder holds the features of something else, or nothing ever fires; `SAEError`
-    where the SAE does not fit the model."""
+    Raises `FeatureError` where the folder holds the features of something else, or nothing ever fires;
+    `SAEError` where the SAE does not fit the model."""
     check_sae(sae, lm)
     texts, folder = lm.tokenize(data, max_tokens=max_tokens), Path(folder)
     key = dict(format=_FORMAT, sae=sae.fingerprint, model=lm.fingerprint, data=texts.fingerprint,

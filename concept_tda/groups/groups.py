@@ -7,7 +7,7 @@ __all__ = ['GroupError', 'Groups', 'column_groups', 'family_groups', 'cluster_gr
            'union_rows', 'drop_groups', 'coverage_curve', 'compare_groups', 'random_groups']
 
 # %% ../../nbs/60_groups/00_groups.ipynb #imports
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
