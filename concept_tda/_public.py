@@ -60,6 +60,10 @@ PUBLIC = {
     "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
     "groups.groups": "GroupError Groups column_groups family_groups cluster_groups GroupScores score_groups "
         "union_rows drop_groups coverage_curve compare_groups random_groups",
+    "groups.sae": "SAEError SparseAutoencoder load_sae check_sae read_tokens train_sae SAEQuality "
+        "sae_quality mean_activation spliced random_sae recurrence",
+    "groups.features": "FeatureError Features read_features load_features feature_groups feature_concept "
+        "top_contexts",
     "evidence.retraining": "TRAINING PLAN_FORMAT Judges ExperimentError full_recipe Maker tokenized_whole "
         "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
         "relative_paths judges_by_name Experiment",
