@@ -19,8 +19,7 @@ _FRONT_DOOR = {
     "score": "VectorFilter ActivationGradient ProjectionDifference ConceptInfluence InfluenceFunction "
         "GradDot GradCos TracIn LESS Cascade EKFAC resolve_sites score_together build_atlas build_index",
     "baselines": "RandomScore ResponseLength MeanLoss BM25 RepSim RandomDirection",
-    "group": "column_groups family_groups cluster_groups score_groups drop_groups load_sae train_sae "
-        "sae_quality read_features feature_groups feature_concept",
+    "group": "load_sae read_features feature_groups column_groups score_groups",
     "look": "Attribution load_attribution compare ConceptExplorer write_report",
     "train and judge": "finetune ContrastJudge LossJudge FunctionJudge LocalJudge OpenAIJudge",
     "prove": "FilterAndRetrain ParetoCurve MethodComparison LinearDatamodelingScore CounterfactualPrediction "
