@@ -143,7 +143,7 @@ def draw_floors(ax, heights: dict[str, tuple[float, float]]) -> None:
         )
         ax.add_patch(FancyBboxPatch(corner, *size, **style))
         name = dict(rotation=90, ha="center", va="center", color=colour(floor), fontweight="bold")
-        ax.text(-2.33, (low + high) / 2, floor, fontsize=9 if high > low else 6.5, **name)
+        ax.text(-2.33, (low + high) / 2, floor, fontsize=10 if high > low else 7, **name)
 
 
 def draw_room(ax, room: str, place: tuple[float, float], shown: bool, highlighted: bool) -> None:
@@ -154,7 +154,13 @@ def draw_room(ax, room: str, place: tuple[float, float], shown: bool, highlighte
     box = FancyBboxPatch((place[0] - 0.46, place[1] - 0.25), 0.92, 0.5, **style, zorder=3)
     box.set(linewidth=2.2 if highlighted else 0.9, alpha=1 if shown else 0.35)
     ax.add_patch(box)
-    text = dict(ha="center", va="center_baseline", fontsize=7, linespacing=0.95, zorder=4)
+    text = dict(
+        ha="center",
+        va="center_baseline",
+        fontsize=7.6 if "\n" in label(room) else 9,
+        linespacing=0.95,
+        zorder=4,
+    )
     ax.text(*place, label(room), color="black" if shown else "0.6", **text)
 
 
@@ -167,7 +173,7 @@ def draw(highlight: str | None = None):
     where, heights = places(house)
     needed = below(imports).get(highlight, set()) | {highlight} if highlight else set(house)
     top = max(high for _, high in heights.values())
-    fig, ax = plt.subplots(figsize=(6.4, 0.47 * top + 0.6))
+    fig, ax = plt.subplots(figsize=(6.4, 0.52 * top + 0.6))
     draw_floors(ax, heights)
     for room, other in sorted(telling(imports)):
         shown = room in needed and other in needed
