@@ -39,6 +39,11 @@ class _Quantity:
 # %% ../../nbs/50_influence/03_queries.ipynb #sum-over
 class _Sum(_Quantity):
     "Its sum over the examples of a batch."
+    @property
+    def fingerprint(self) -> str:
+        "Covers everything that the number depends on, the model left out. Subclasses say what that is."
+        raise NotImplementedError
+
     def sum_over(
         self,
         lm: LanguageModel, # The model
