@@ -46,8 +46,8 @@ PUBLIC = {
         "fitting_record DampedCurvature Factors labelled_pass batch_labels FactorStatistics EKFAC",
     "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
     "influence.queries": "Query ConceptQuery LossQuery QueryExpression query_expression",
-    "influence.engine": "Readout ActivationReadout ActivationGradientReadout LossReadout DirectionReadout "
-        "StackedReadout ForwardReadout difference_scale DifferenceReadout EngineError direction_readout "
+    "influence.engine": "EngineError Readout ActivationReadout ActivationGradientReadout LossReadout "
+        "DirectionReadout StackedReadout ForwardReadout difference_scale DifferenceReadout direction_readout "
         "difference_adapters Stopwatch run_batch Pass peak_memory shared_pass",
     "influence.scorers": "ScorerError Scorer equal_as_first query_card score_together VectorFilter "
         "ActivationGradient ProjectionDifference dataset_projection_difference Influence ConceptInfluence "
