@@ -35,14 +35,9 @@ NOT_YET: dict[str, dict[str, str]] = {
         "influence.neighbours": "D102, E702",
     },
     "types": {
-        "influence.atlas": "annotations to mend",
-        "influence.curvature": "annotations to mend",
+        "cli": "annotations to mend",
         "influence.engine": "annotations to mend",
         "influence.neighbours": "annotations to mend",
-        "influence.preconditioners": "annotations to mend",
-        "influence.queries": "annotations to mend",
-        "influence.scorers": "annotations to mend",
-        "model.sites": "annotations to mend",
     },
     "private names": {},
 }
