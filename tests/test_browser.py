@@ -19,7 +19,7 @@ from concept_tda.data.conversations import Conversation, Conversations
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 from concept_tda.views.browser import ExampleBrowser, embedded_browser
-from concept_tda.views.contents import WidgetError, front_end, hits
+from concept_tda.views.contents import BROWSER_SCRIPTS, WidgetError, front_end, hits
 from concept_tda.views.explorer import ConceptView
 
 from chromium import Chromium, Page, needs_browser
@@ -313,7 +313,7 @@ def test_search_means_the_same_with_and_without_a_kernel(chromium, words):
     page = chromium.open("about:blank")
     lower = [text.lower() for text in texts]
     found = page.value(
-        f"(() => {{ {front_end('parts.js', 'browser.js')}; const terms = searchTerms({json.dumps(words)}); "
+        f"(() => {{ {front_end(*BROWSER_SCRIPTS)}; const terms = searchTerms({json.dumps(words)}); "
         f"return {json.dumps(lower)}.flatMap((text, i) => found(text, terms) ? [i] : []); }})()"
     )
     page.close()
@@ -642,8 +642,7 @@ def test_hostile_texts_are_shown_and_not_run_from_a_file(chromium, tmp_path, wid
 
 def open_embedded(chromium, tmp_path, data, **window):
     script = (
-        front_end("parts.js", "browser.js")
-        + "\nwindow.view = mountEmbedded(document.getElementById('here'), "
+        front_end(*BROWSER_SCRIPTS) + "\nwindow.view = mountEmbedded(document.getElementById('here'), "
         "JSON.parse(document.getElementById('data').textContent));"
     )
     path = tmp_path / "embedded.html"
@@ -1341,3 +1340,19 @@ def test_hostile_texts_in_a_saved_view_do_nothing(chromium, tmp_path):
 def test_a_frame_of_no_height_is_refused():
     with pytest.raises(WidgetError, match="200 pixels"):
         ExampleBrowser(several()[0]).page(height=0)
+
+
+def test_the_title_names_the_method_whose_ranks_are_shown(chromium, tmp_path):
+    results = several()
+    page = open_embedded(chromium, tmp_path, embedded_browser(results[0], results[1:]))
+    title = "document.querySelector('h3').textContent"
+    assert page.value(title) == f"{results[0].label}: {results[0].card.behaviour}"
+    page.value(
+        "(() => { const pick = document.querySelector('select[aria-label=Method]'); pick.value = '1'; "
+        "pick.dispatchEvent(new Event('change')); })()"
+    )
+    assert page.value(title) == f"{results[1].label}: {results[0].card.behaviour}"
+    assert page.value("document.querySelector('.ctda-view').getAttribute('aria-label')").endswith(
+        page.value(title)
+    )
+    page.close()

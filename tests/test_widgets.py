@@ -13,7 +13,13 @@ from concept_tda.results.cards import QueryCard
 from concept_tda.results.duplicates import near_duplicates
 from concept_tda.views import contents
 from concept_tda.views.browser import ExampleBrowser, embedded_browser
-from concept_tda.views.contents import WidgetError, front_end, null_z, percentiles_for_length
+from concept_tda.views.contents import (
+    BROWSER_SCRIPTS,
+    WidgetError,
+    front_end,
+    null_z,
+    percentiles_for_length,
+)
 from concept_tda.views.explorer import ConceptExplorer, concept_reading
 from concept_tda.views.review import MARKS, Review
 
@@ -507,7 +513,7 @@ def test_the_explorer_shows_errors_where_one_looks(explored):
 
 
 def test_the_scripts_parse_no_markup_and_ask_for_nothing():
-    script = front_end("parts.js", "browser.js", "browser_widget.js", "explorer.js")
+    script = front_end(*BROWSER_SCRIPTS, "browser_widget.js", "explorer.js")
     for sink in (
         "innerHTML",
         "outerHTML",

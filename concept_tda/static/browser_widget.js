@@ -1,7 +1,11 @@
 export default {
-  render({ model, el: root }) {
+  /** @param {{model: WidgetModel, el: HTMLElement}} place */
+  render({model, el: root}) {
     const source = kernelSource(model);
     const view = new ExampleView(root, source);
-    return () => { source.close(); view.root.remove(); };
+    return () => {
+      source.close();
+      view.root.remove();
+    };
   },
 };

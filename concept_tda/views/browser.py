@@ -27,6 +27,7 @@ from ..results.attribution import Attribution
 from ..results.duplicates import near_duplicates
 from ..results.metrics import share_text
 from concept_tda.views.contents import (
+    BROWSER_SCRIPTS,
     Contents,
     WidgetError,
     browser_columns,
@@ -59,7 +60,7 @@ def _saved_examples(result: Attribution, n: int, most: int = 600_000) -> list[di
 # %% ../../nbs/90_views/03_browser.ipynb #0026-traits
 class _Traits(anywidget.AnyWidget):
     "What the page and Python share."
-    _esm = front_end("parts.js", "browser.js", "browser_widget.js")
+    _esm = front_end(*BROWSER_SCRIPTS, "browser_widget.js")
     _css = front_end("views.css")
     table = traitlets.Dict().tag(sync=True)       # names and sizes
     columns = traitlets.Dict().tag(sync=True)     # numbers [N] as bytes
@@ -302,7 +303,7 @@ class _Paged(_Exporting):
         "The view as it works without a kernel, for a notebook that others only read. Decisions stay behind."
         if not isinstance(height, int) or height < 200:
             raise WidgetError(f"height={height!r}: give at least 200 pixels, as an int")
-        script = front_end("parts.js", "browser.js") + _MOUNT
+        script = front_end(*BROWSER_SCRIPTS) + _MOUNT
         data = embedded_contents(self._contents, most, self.find_groups())
         text = _FRAME.format(hash=script_hash(script), style=front_end("views.css"), data=data, script=script)
         text = text.encode("utf-8", "backslashreplace").decode()   # half a character is no UTF-8

@@ -25,6 +25,7 @@ from ..results.comparison import Comparison, compare
 from ..results.duplicates import near_duplicates
 from .browser import script_hash
 from concept_tda.views.contents import (
+    BROWSER_SCRIPTS,
     Contents,
     browser_columns,
     browser_table,
@@ -62,7 +63,7 @@ def _template() -> Template:
 # %% ../../nbs/90_views/05_report.ipynb #000f
 def _look_and_script() -> dict:
     "Style, script, and the hash by which the page's policy knows it."
-    script = front_end("parts.js", "browser.js", "report.js")
+    script = front_end(*BROWSER_SCRIPTS, "report.js")
     style = f"{VIEW_STYLE}<style>{front_end('views.css', 'report.css')}</style>"
     return dict(style=Markup(style), script=Markup(script), script_hash=script_hash(script))
 
@@ -166,7 +167,8 @@ def _page_table(contents: Contents, names: list[str], n_shown: int, coloured: bo
     table = browser_table(contents)
     for method, label in zip(table["methods"], names):
         method |= dict(name=visible_text(label), short=visible_text(short_name(label)))
-    table |= dict(n=n_shown, title=visible_text(f"{names[0]}: {contents.result.queries[0]}"))
+    behaviour = visible_text(contents.result.queries[0])
+    table |= dict(n=n_shown, behaviour=behaviour, title=f"{visible_text(names[0])}: {behaviour}")
     if n_shown < len(contents.result):
         table["subtitle"] = f"{n_shown:,} of {table['subtitle']}"
     if len(names) > 1 and coloured:

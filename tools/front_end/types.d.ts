@@ -1,0 +1,164 @@
+// What the scripts in concept_tda/static hand each other. Only the type checker reads this file.
+
+type Handler = (event: any) => unknown;
+type Attributes = Record<string, string | number | boolean | null | undefined | Handler>;
+type Child = Node | string | number | false | null | undefined | readonly Child[];
+
+/** How token scores are coloured. */
+interface Scale {
+  limit: number; // distance from the centre that gets the full colour
+  centre: number;
+  signed: boolean; // false: one colour, by size
+}
+
+/** What is told of the token under the pointer. */
+type Tell = (text: string, value: number) => void;
+
+/** One turn of a conversation: text, or tokens with a score each. */
+interface Turn {
+  role: string;
+  answer: boolean;
+  text?: string;
+  tokens?: string[];
+  scores?: number[];
+}
+
+interface Snippet {
+  prompt: string;
+  response: string;
+}
+
+interface Example {
+  place: number;
+  id: string;
+  turns: Turn[];
+  metadata: [string, string][];
+}
+
+interface Method {
+  name: string;
+  short: string;
+  reading: string; // what a score above the centre means
+  zero: string; // what the zero means: "gradient", "projection", "none", "not recorded"
+  centre: number | null;
+  spread: number | null;
+  length_spearman: number | null;
+}
+
+/** Names and sizes, as `browser_table` in Python writes them. */
+interface Table {
+  n: number;
+  n_total: number;
+  title: string;
+  behaviour: string;
+  subtitle: string;
+  reading: string;
+  card: [string, string][];
+  methods: Method[];
+  facets: {name: string; values: string[]}[];
+  n_open_facets: number;
+  has_labels: boolean;
+  has_z: boolean;
+  limit: number;
+  token_centre: number;
+  token_signed: boolean;
+  token_words: string;
+  length_unit: string;
+  lengths: [number, number];
+  fold_up_to: number;
+  export_path: string;
+}
+
+type Column = Float64Array | Float32Array | Int32Array | Int16Array;
+
+interface Decision {
+  places: number[];
+  mark?: number;
+  note?: string;
+  why: string;
+}
+
+/** Where a browser gets everything from: a notebook's kernel, or JSON in the page. */
+interface Source {
+  table: Table;
+  column(name: string): Column; // numbers of all examples
+  snippets(places: number[]): Promise<Snippet[]>;
+  examples(places: number[]): Promise<Example[]>;
+  search(words: string): Promise<Int32Array>; // places whose text holds all the words
+  groups(): Promise<Int32Array>; // a group number for each example; near-duplicates share theirs
+  marks(): Uint8Array; // decisions: 0 none, 1 keep, 2 drop
+  notes(): Record<string, string>; // by place
+  undoable(): string; // what undo takes back
+  decide?(values: Decision): Promise<unknown>; // absent where nothing can be decided
+  undo?(): Promise<unknown>;
+  export?(path: string): Promise<{words: string}>;
+  onChange(call: () => void): void;
+  onWaiting(call: (state: boolean) => void): void;
+  close(): void;
+}
+
+/** What `embedded_browser` in Python writes into a page. */
+interface EmbeddedData {
+  table: Table;
+  columns: Record<string, (number | null)[]>;
+  examples: Example[];
+  groups: number[];
+}
+
+/** What the list is drawn from. */
+interface View {
+  pass: Uint8Array<ArrayBuffer>; // 1 for each example that passes the filters
+  all: number[]; // their places, in order
+  rows: number[]; // places of the rows of the list; MIDDLE for the gap between both ends
+  members: Map<number, number[]>; // near-duplicates that a row stands for
+  hidden: number;
+  folded: number;
+}
+
+/** Answers of a kernel. */
+interface Answer {
+  reply: string;
+  error?: string;
+  examples: any[];
+  words: string;
+  buffers: DataView[];
+}
+
+/** The model of a widget, as notebooks give it. */
+interface WidgetModel {
+  get(name: string): any;
+  send(message: object): void;
+  on(name: string, call: (...values: any[]) => void): void;
+  off(name: string, call: (...values: any[]) => void): void;
+}
+
+/** One text read by a concept, as `ConceptExplorer` in Python writes it. */
+interface Reading {
+  concept: string;
+  layer: number;
+  place: string;
+  centre: number;
+  unit: string;
+  limit: number;
+  turns?: Turn[];
+  layers: number[];
+  sweep: number[];
+  sweep_words: string;
+  among?: string;
+  nearest?: Neighbour[];
+  farthest?: Neighbour[];
+}
+
+interface Neighbour {
+  row: number;
+  value: number;
+  turns: Turn[];
+  response: string;
+}
+
+/** The model's answer while a concept is added. */
+interface Steered {
+  strength: number;
+  text: string;
+  value: number | null;
+}
