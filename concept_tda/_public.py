@@ -82,8 +82,8 @@ PUBLIC = {
         "example_html examples_html end_titles attribution_html marked_html diagnosis_html plan_html "
         "comparison_html show_card show_sheet show_facts show_attribution show_comparison show_plan "
         "show_diagnosis show_marked",
-    "views.contents": "Facet WidgetError front_end percentiles_for_length null_z short_name Contents "
-        "example_texts browser_table browser_columns rounded_columns token_turns written_turns "
+    "views.contents": "BROWSER_SCRIPTS Facet WidgetError front_end percentiles_for_length null_z short_name "
+        "Contents example_texts browser_table browser_columns rounded_columns token_turns written_turns "
         "example_to_read snippet search_terms hits within from_both_ends json_in_script",
     "views.review": "MARKS Review",
     "views.browser": "embedded_contents embedded_browser script_hash OfflinePage ExampleBrowser",
