@@ -36,6 +36,13 @@ def went_in(
     "The tensor that a linear layer was called with."
     return args[0] if args else next(iter(kwargs.values()))
 
+# %% ../../nbs/50_influence/00_gradients.ipynb #without
+def _without(names: list[str]) -> str:
+    "How to leave sites out, in every block, as code that can be pasted."
+    kind = "lora" if ".lora_" in names[0] else "all-linear"
+    tails = tuple(sorted({re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in names}))
+    return f"sites=[s for s in ct.resolve_sites(lm, {kind!r}) if not s.name.endswith({tails!r})]"
+
 # %% ../../nbs/50_influence/00_gradients.ipynb #shapes
 def by_example(
     site: Site,            # Whose flow it is, for the error
@@ -54,19 +61,42 @@ def by_example(
         "tokens, so nobody can say which row belongs to which example: leave it out "
         f"({_without([site.name])})")
 
-def _without(names: list[str]) -> str:
-    "How to leave sites out, in every block, as code that can be pasted."
-    kind = "lora" if ".lora_" in names[0] else "all-linear"
-    tails = tuple(sorted({re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in names}))
-    return f"sites=[s for s in ct.resolve_sites(lm, {kind!r}) if not s.name.endswith({tails!r})]"
-
 # %% ../../nbs/50_influence/00_gradients.ipynb #calls
-class _Calls:
-    "The calls of one site in one forward pass, until their gradients have come back."
+class _Delivery:
+    "Flows of one site that have come back, until they are handed over together."
     def __init__(self, site: Site, receive: Callable, batch: Batch | None):
-        self.site, self.receive, self.batch = site, receive, batch
-        self.made, self.flows, self.came_back = 0, [], False
+        self.site, self.receive, self.batch, self.flows = site, receive, batch, []
 
+    def shape(self, flow: torch.Tensor) -> torch.Tensor:
+        "One row of tokens for each example, or just rows where no batch was given."
+        return flow.flatten(0, -2) if self.batch is None else by_example(self.site, flow, self.batch)
+
+    def deliver(self) -> None:
+        "Hand over what has come back."
+        flows, self.flows = self.flows, []
+        if not flows: return
+        shaped = [tuple(self.shape(part) for part in flow) for flow in flows]
+        x, delta = shaped[0] if len(shaped) == 1 else (torch.cat(part, -2) for part in zip(*shaped))
+        self.receive(self.site, x, delta)
+
+# %% ../../nbs/50_influence/00_gradients.ipynb #returned
+class _Returned(_Delivery):
+    "Counts calls, and the gradients that come back for them."
+    def __init__(self, site: Site, receive: Callable, batch: Batch | None):
+        super().__init__(site, receive, batch)
+        self.made, self.came_back = 0, False
+
+    def come_back(self, x: torch.Tensor, delta: torch.Tensor) -> None:
+        "Backward hook of one call; the last one delivers."
+        self.came_back = True
+        self.flows.append((x, delta))
+        if len(self.flows) == self.made: return self.deliver()
+        if len(self.flows) > 1: return
+        Variable._execution_engine.queue_callback(self.deliver)  # at the end of this backward pass
+
+# %% ../../nbs/50_influence/00_gradients.ipynb #hear
+class _Calls(_Returned):
+    "The calls of one site in one forward pass, until their gradients have come back."
     def hear(self, module, args, kwargs, output):
         "Forward hook: remember what went in, and wait for the gradient of what came out."
         if not isinstance(output, torch.Tensor):
@@ -76,26 +106,6 @@ class _Calls:
         self.came_back = False
         x = went_in(args, kwargs).detach()
         require_grad(output).register_hook(lambda delta: self.come_back(x, delta))
-
-    def come_back(self, x, delta):
-        "Backward hook of one call; the last one delivers."
-        self.came_back = True
-        self.flows.append((x, delta))
-        if len(self.flows) == self.made: return self.deliver()
-        if len(self.flows) > 1: return
-        Variable._execution_engine.queue_callback(self.deliver)  # at the end of this backward pass
-
-    def deliver(self):
-        "Hand over what has come back."
-        flows, self.flows = self.flows, []
-        if not flows: return
-        shaped = [tuple(self.shape(part) for part in flow) for flow in flows]
-        x, delta = shaped[0] if len(shaped) == 1 else (torch.cat(part, -2) for part in zip(*shaped))
-        self.receive(self.site, x, delta)
-
-    def shape(self, flow):
-        "One row of tokens for each example, or just rows where no batch was given."
-        return flow.flatten(0, -2) if self.batch is None else by_example(self.site, flow, self.batch)
 
 # %% ../../nbs/50_influence/00_gradients.ipynb #flows
 @contextmanager
@@ -115,9 +125,10 @@ def site_flows(
         yield
 
 # %% ../../nbs/50_influence/00_gradients.ipynb #0011
-class SiteGradients:
-    "Sum of the weight gradients [out, in] over all backward passes within its context, by site name."
-    def __init__(self,
+class _Sums:
+    "A matrix for each site, and what is added to it."
+    def __init__(
+        self,
         sites: list[Site], # Sums are kept in float32, or float64 for a float64 model
     ):
         self.sites = sites
@@ -129,6 +140,9 @@ class SiteGradients:
         total = self.gradients[site.name]
         total += (delta.T @ x).to(total.dtype)
 
+# %% ../../nbs/50_influence/00_gradients.ipynb #site-gradients
+class SiteGradients(_Sums):
+    "Sum of the weight gradients [out, in] over all backward passes within its context, by site name."
     def __enter__(self) -> dict[str, torch.Tensor]:
         self._flows = site_flows(self.sites, self._add)
         self._flows.__enter__()
@@ -138,8 +152,8 @@ class SiteGradients:
         return self._flows.__exit__(*error)
 
 # %% ../../nbs/50_influence/00_gradients.ipynb #check-probe
-class _Probe:
-    "The gradient of one weight, seen by autograd and by the flows, each through a few random products."
+class _Products:
+    "Random vectors on both sides of one weight, and what has been seen through them."
     def __init__(self, site: Site):
         generator = torch.Generator().manual_seed(0)
         self.dtype = torch.promote_types(torch.float32, site.weight.dtype)
@@ -150,6 +164,9 @@ class _Probe:
         self.flows, self.own, self.size = self.left.new_zeros(4), None, 0.
         self.calls, self.strayed = 0, False
 
+# %% ../../nbs/50_influence/00_gradients.ipynb #check-seen
+class _Seen(_Products):
+    "The gradient of one weight, seen by autograd and by the flows."
     def receive(self, x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> None:
         "What the flows say."
         self.calls += 1
@@ -163,6 +180,9 @@ class _Probe:
         self.own = ((self.left @ gradient)*self.right).sum(1)
         self.size = gradient.norm().item()
 
+# %% ../../nbs/50_influence/00_gradients.ipynb #check-wrong
+class _Probe(_Seen):
+    "Says whether they agree."
     @property
     def wrong(self) -> bool:
         "Whether the two differ by more than the precision of the model explains."
@@ -200,6 +220,7 @@ def _unfrozen(weight: torch.nn.Parameter, probes: list[_Probe]) -> Iterator[None
         weight.requires_grad_(False)
         weight.grad = before
 
+# %% ../../nbs/50_influence/00_gradients.ipynb #probe
 def _probe(lm: LanguageModel, sites: list[Site], batch: Batch) -> list[_Probe]:
     "One pass with the weights of the sites unfrozen, both gradients noted."
     with lm.undisturbed(), torch.enable_grad(), ExitStack() as stack:
@@ -228,6 +249,31 @@ def _refuse(probes: list[_Probe], why: str) -> None:
     raise SiteError(f"{', '.join(names[:3])}{more}: {why}. Leave them out ({_without(names)}), or choose "
                     "other sites")
 
+# %% ../../nbs/50_influence/00_gradients.ipynb #differentiable
+def _check_differentiable(sites: list[Site]) -> None:
+    "Refuse weights that no gradient can be had of."
+    if any(site.weight.is_inference() for site in sites):
+        raise GradientError("the model's weights were made under torch.inference_mode(), so nothing can be "
+                            "differentiated with respect to them: open the model outside of it")
+    computed = [_Probe(site) for site in sites if not site.module.weight.is_leaf]
+    _refuse(computed, "the weight is computed anew at every call (a parametrization), so it is not what is "
+                      "trained")
+
+# %% ../../nbs/50_influence/00_gradients.ipynb #check-probes
+def _check_probes(probes: list[_Probe]) -> None:
+    "Refuse sites where autograd and the flows disagree, with the likeliest reason."
+    wrong = [probe for probe in probes if probe.wrong]
+    _refuse([probe for probe in wrong if not probe.calls],
+            "the weight takes part in the forward pass, but the layer itself is never called (PEFT "
+            "multiplies adapters on experts in, a fused kernel reads the weight), so what flows through it "
+            "can't be seen")
+    _refuse([probe for probe in probes if probe.strayed],
+            "the gradient of one example's loss arrives at another example's tokens")
+    _refuse(wrong,
+            "what flows through the layer is not the gradient of its weight: it does more than one product "
+            "with it, or the weight is used elsewhere too")
+
+# %% ../../nbs/50_influence/00_gradients.ipynb #check-sites-code
 def check_sites(
     lm: LanguageModel,            # The model
     sites: list[Site],            # To be asked
@@ -239,23 +285,9 @@ def check_sites(
     whose flows are not laid out by example; `GradientError` for weights that can't be differentiated by."""
     new = [site for site in sites if site.module not in _CHECKED and not site.weight.is_meta]
     if not new: return
-    if any(site.weight.is_inference() for site in new):
-        raise GradientError("the model's weights were made under torch.inference_mode(), so nothing can be "
-                            "differentiated with respect to them: open the model outside of it")
-    computed = [_Probe(site) for site in new if not site.module.weight.is_leaf]
-    _refuse(computed, "the weight is computed anew at every call (a parametrization), so it is not what is "
-                      "trained")
+    _check_differentiable(new)
     probes = _probe(lm, new, _two_examples(lm, data))
-    wrong = [probe for probe in probes if probe.wrong]
-    _refuse([probe for probe in wrong if not probe.calls],
-            "the weight takes part in the forward pass, but the layer itself is never called (PEFT "
-            "multiplies adapters on experts in, a fused kernel reads the weight), so what flows through it "
-            "can't be seen")
-    _refuse([probe for probe in probes if probe.strayed],
-            "the gradient of one example's loss arrives at another example's tokens")
-    _refuse(wrong,
-            "what flows through the layer is not the gradient of its weight: it does more than one product "
-            "with it, or the weight is used elsewhere too")
+    _check_probes(probes)
     _CHECKED.update(probe.site.module for probe in probes if probe.own is not None)
 
 # %% ../../nbs/50_influence/00_gradients.ipynb #0015
@@ -283,6 +315,7 @@ def watch_layers(
 class Reached(Exception):
     "Carries the hidden states out of a forward pass that need not go on."
 
+# %% ../../nbs/50_influence/00_gradients.ipynb #hidden-states
 def hidden_states(
     lm: LanguageModel, # The model
     batch: Batch,      # B conversations padded to T tokens
