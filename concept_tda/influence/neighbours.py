@@ -7,110 +7,170 @@ __all__ = ['CosineReadout', 'GradCos', 'CheckpointScorer', 'TracIn', 'AdamMoment
            'LESS', 'exact_rows', 'estimated_recall', 'Cascade']
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0003
-import gc, math, time
+import gc
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
 
-from ..results.attribution import Attribution
-from ..results.metrics import spearman
-from ..data.batches import batches
+from ..data.batches import Batch, batches
+from ..data.conversations import Conversations
+from ..data.tokens import TokenizedConversations
+from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 from .curvature import Identity
-from .engine import DirectionReadout, Readout, shared_pass
+from .engine import DirectionReadout, Pass, Readout, shared_pass
 from .gradients import SiteGradients
-from ..model.losses import loss_weights, token_losses
-from ..model.loading import LanguageModel, load_model
-from ..model.sites import coverage_notes, resolve_sites
 from .queries import LossQuery, Query
 from .scorers import Influence, Scorer, ScorerError, equal_as_first, query_card
-from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
+from ..model.loading import LanguageModel, load_model
+from ..model.losses import loss_weights, token_losses
+from ..model.sites import Site, coverage_notes, resolve_sites
+from ..results.attribution import Attribution
+from ..results.cards import Cost, QueryCard
+from ..results.metrics import spearman
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0009
-def _squared_norms(x_BTi, delta_BTo):
-    "‖Σ_t δ_t x_tᵀ‖² for each example of a batch, [B]; through the Gram matrices of tokens where they are smaller than the weight."
+def _squared_norms(x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> torch.Tensor:
+    "‖Σ_t δ_t x_tᵀ‖² for each example of a batch, [B]."
     tokens, n_in, n_out = x_BTi.shape[1], x_BTi.shape[2], delta_BTo.shape[2]
-    if tokens*(n_in + n_out) < n_in*n_out: return ((delta_BTo @ delta_BTo.mT)*(x_BTi @ x_BTi.mT)).sum((1, 2)).clamp(min=0)
+    if tokens*(n_in + n_out) < n_in*n_out:  # the Gram matrices of tokens are smaller than the weight
+        gram_BTT = (delta_BTo @ delta_BTo.mT)*(x_BTi @ x_BTi.mT)
+        return gram_BTT.sum((1, 2)).clamp(min=0)
     return torch.einsum("bto,bti->boi", delta_BTo, x_BTi).square_().sum((1, 2))
 
-class CosineReadout(DirectionReadout):
-    "-cos(q, ∇L(z)): the ghost product of a direction divided by both norms. Token contributions add up to the cosine."
-    engine = "reverse, with norms"
-
-    def __init__(self,
-        sites: list,                         # `Site`s over which the norms are taken
-        directions: dict[str, torch.Tensor], # [out, in] by site name
-    ):
-        super().__init__(sites, directions)
-        self.norm = sum(d.double().square().sum() for d in self.directions.values()).item()**.5
-        self.sites, self.fingerprint = sites, fingerprint(self.engine, self.directions, [s.name for s in sites])
-
-    def begin(self, batch, dtype):
+# %% ../../nbs/50_influence/06_neighbours.ipynb #norms
+class _WithNorms(DirectionReadout):
+    "A direction's readout that adds up the squared norms of the examples' gradients."
+    def begin(self, batch: Batch, dtype: torch.dtype) -> None:
+        "Start a batch with norms of zero."
         super().begin(batch, dtype)
         self.norms_B = torch.zeros(len(batch.rows), dtype=torch.float64, device=batch.input_ids.device)
 
-    def flow(self, site, x_BTi, delta_BTo):
-        if site.name in self.directions: super().flow(site, x_BTi, delta_BTo)
-        self.norms_B += _squared_norms(x_BTi.to(self.tokens_QBT), delta_BTo.to(self.tokens_QBT)).to(self.norms_B)
+    def flow(self, site: Site, x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> None:
+        "Add a site to the norms, and to the product where the direction has a part there."
+        if site.name in self.directions:
+            super().flow(site, x_BTi, delta_BTo)
+        like = self.tokens_QBT
+        self.norms_B += _squared_norms(x_BTi.to(like), delta_BTo.to(like)).to(self.norms_B)
 
-    def collect(self):
-        self.tokens_QBT = self.tokens_QBT/(self.norms_B.sqrt()*self.norm)[:, None].to(self.tokens_QBT)
+# %% ../../nbs/50_influence/06_neighbours.ipynb #cosine-readout
+class CosineReadout(_WithNorms):
+    """-cos(q, ∇L(z)): the ghost product of a direction divided by both norms. Token contributions add up to
+    the cosine."""
+    engine = "reverse, with norms"
+
+    def __init__(
+        self,
+        sites: list[Site],                   # Over which the norms are taken
+        directions: dict[str, torch.Tensor], # [out, in] by site name
+    ):
+        super().__init__(sites, directions)
+        self.norm = float(sum(d.double().square().sum() for d in self.directions.values()))**.5
+        self.sites = sites
+        self.fingerprint = fingerprint(self.engine, self.directions, [s.name for s in sites])
+
+    def collect(self) -> tuple[np.ndarray, np.ndarray | None]:
+        "Scores and contributions, divided by the norms."
+        products_QBT = self.tokens_QBT
+        products_QBT /= (self.norms_B.sqrt()*self.norm)[:, None].to(products_QBT)
         return super().collect()
 
-# %% ../../nbs/50_influence/06_neighbours.ipynb #000a
-def _as_query(queries):
+# %% ../../nbs/50_influence/06_neighbours.ipynb #as-query
+def _as_query(queries: Conversations | Query) -> Query:
     "A `Query` as it is; conversations become the query for their likelihood."
     return queries if isinstance(queries, Query) else LossQuery(queries)
 
+# %% ../../nbs/50_influence/06_neighbours.ipynb #000a
 class GradCos(Influence):
     "cos(∇L(q), ∇L(z)): the dot product of gradients without their lengths. Between -1 and 1."
     method = "GradCos"
 
-    def __init__(self,
-        lm,                  # `LanguageModel`
-        queries,             # `Conversations` whose responses show the behaviour, or any `Query`
+    def __init__(
+        self,
+        lm: LanguageModel,              # Is differentiated
+        queries: Conversations | Query, # Their responses show the behaviour
         *,
-        sites = "attention", # As in `resolve_sites`
-        method: str = None,  # Name in tables
-    ): super().__init__(lm, _as_query(queries), sites=sites, curvature=Identity(), method=method)
+        sites: str | Iterable[Site] = "attention", # As in `resolve_sites`
+        method: str | None = None,      # Name in tables
+    ):
+        super().__init__(lm, _as_query(queries), sites=sites, curvature=Identity(), method=method)
 
-    def prepare(self, data):
+    def prepare(self, data: TokenizedConversations) -> Readout:
+        "Differentiate the query; its norm and those of the examples are taken over the same sites."
         self.why = "cosine: divided by the norms of query and example over all sites"
         return CosineReadout(self.sites, self.query.gradients(self.lm, self.sites))
 
-# %% ../../nbs/50_influence/06_neighbours.ipynb #000f
+# %% ../../nbs/50_influence/06_neighbours.ipynb #opened
 @contextmanager
-def _opened(checkpoint):
+def _opened(checkpoint: Any) -> Iterator[LanguageModel]:
     "The model of a checkpoint; what was opened here is let go at the end."
     given = isinstance(checkpoint, LanguageModel)
     lm = checkpoint if given else checkpoint() if callable(checkpoint) else load_model(checkpoint)
-    if not isinstance(lm, LanguageModel): raise ScorerError(f"a checkpoint must be or return a LanguageModel, not a {type(lm).__name__}")
-    try: yield lm
+    if not isinstance(lm, LanguageModel):
+        raise ScorerError(f"a checkpoint must be or return a LanguageModel, not a {type(lm).__name__}")
+    try:
+        yield lm
     finally:
         del lm
-        if not given: gc.collect()   # a model's modules refer to each other, so counting references does not free it
+        if not given:
+            gc.collect()  # a model's modules refer to each other, so counting references does not free it
 
-class CheckpointScorer(Scorer):
-    "A weighted sum over the checkpoints of a training run, one model in memory at a time. Subclasses provide `readout`."
-    own_passes, combined = True, "Σ"
-    zero = "gradient"
+# %% ../../nbs/50_influence/06_neighbours.ipynb #visit
+@dataclass
+class _Visit:
+    "What was found at one checkpoint."
+    name: str                     # Of the model
+    fingerprint: str              # Of its weights
+    data: TokenizedConversations  # The examples as the first checkpoint's tokenizer cuts them
+    arrays: dict[str, np.ndarray] # scores [N, Q], price [3], and tokens where they are kept
 
-    def __init__(self,
-        checkpoints: list,           # `LanguageModel`s, folders, or functions that return a `LanguageModel`
-        queries,                     # `Conversations` whose responses show the behaviour, or any `Query`
+# %% ../../nbs/50_influence/06_neighbours.ipynb #same-data
+def _same_data(
+    lm: LanguageModel, data: TokenizedConversations, visits: list[_Visit],
+) -> TokenizedConversations:
+    "The data of the first checkpoint; an error where this one cuts them otherwise."
+    if not visits: return data
+    first = visits[0]
+    if data.fingerprint != first.data.fingerprint:
+        raise ScorerError(
+            f"checkpoint {len(visits)} ({lm.name}) cuts the examples into other tokens than checkpoint 0 "
+            f"({first.name}): are they of one training run?")
+    return first.data
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #rates
+def _check_history(method: str, checkpoints: list[Any], rates: list[float]) -> None:
+    "Refuse a history without checkpoints, or with learning rates that are not those of its steps."
+    if not checkpoints: raise ScorerError(f"{method} needs at least one checkpoint")
+    if len(rates) != len(checkpoints):
+        raise ScorerError(f"{len(checkpoints)} checkpoints need as many learning rates, got {len(rates)}")
+    if not all(0 < rate < math.inf for rate in rates):
+        raise ScorerError(f"learning rates must be positive numbers, not {rates}")
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #history
+class _History(Scorer):
+    "A scorer with the checkpoints of a training run."
+    own_passes, zero = True, "gradient"
+
+    def __init__(
+        self,
+        checkpoints: Iterable[Any],        # `LanguageModel`s, folders, or functions that return one
+        queries: Conversations | Query,    # Their responses show the behaviour
         *,
-        learning_rates: list[float], # η of each checkpoint
-        sites = "attention",         # As in `resolve_sites`
-        method: str = None,          # Name in tables
+        learning_rates: Iterable[float],   # η of each checkpoint
+        sites: str | Iterable[Site] = "attention", # As in `resolve_sites`
+        method: str | None = None,         # Name in tables
     ):
-        self.checkpoints, self.query, self.site_pattern, self.method = list(checkpoints), _as_query(queries), sites, method or self.method
+        self.checkpoints, self.query, self.site_pattern = list(checkpoints), _as_query(queries), sites
+        self.method = method or self.method
         self.learning_rates = [float(rate) for rate in learning_rates]
-        if not self.checkpoints: raise ScorerError(f"{self.method} needs at least one checkpoint")
-        if len(self.learning_rates) != len(self.checkpoints): raise ScorerError(f"{len(self.checkpoints)} checkpoints need as many learning rates, got {len(self.learning_rates)}")
-        if not all(0 < rate < math.inf for rate in self.learning_rates): raise ScorerError(f"learning rates must be positive numbers, not {self.learning_rates}")
+        _check_history(self.method, self.checkpoints, self.learning_rates)
 
-    def readout(self, lm, sites, index) -> Readout:
+    def readout(self, lm: LanguageModel, sites: list[Site], index: int) -> Readout:
         "What listens at checkpoint number `index`; its first query is the score."
         raise NotImplementedError
 
@@ -118,10 +178,113 @@ class CheckpointScorer(Scorer):
         "Weight of each checkpoint."
         return self.learning_rates
 
-    def prepare(self, data): raise ScorerError(f"{self.method} makes passes of its own over {len(self.checkpoints)} models: call its score(), or score_together")
+# %% ../../nbs/50_influence/06_neighbours.ipynb #one-pass
+class _Visiting(_History):
+    "A scorer that makes its pass at one checkpoint, and keeps what all of them gave."
+    passes: list[dict[str, np.ndarray]]
 
-    def score(self,
-        examples,                 # `Conversations` to rank
+    def _pass(
+        self, store: BlockStore, lm: LanguageModel, data: TokenizedConversations, index: int,
+        options: dict[str, Any],
+    ) -> dict[str, np.ndarray]:
+        "Scores, token contributions and price at one checkpoint, from the store if an earlier run got there."
+        start, sites = time.perf_counter(), resolve_sites(lm, self.site_pattern, layer=self.query.layer)
+        readout: Any = self.readout(lm, sites, index)
+        self.n_sites, prepared = len(sites), time.perf_counter() - start
+        self.coverage = coverage_notes(lm, self.site_pattern)
+        block = f"{index:04d}-{fingerprint(lm.fingerprint, readout.fingerprint)}"
+        for damaged in store.verify():
+            store.discard(damaged)
+        if block not in store.names():
+            passed = shared_pass(lm, data, {self.method: readout}, **options)
+            store.write(block, _arrays(equal_as_first(data, passed[self.method]), prepared))
+        return store.read(block)
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #arrays
+def _arrays(result: Pass, prepared: float) -> dict[str, np.ndarray]:
+    "A pass as a block: scores, token contributions end to end, and seconds, seconds of preparation, bytes."
+    price = np.array([result.seconds, prepared, result.peak_memory], float)
+    arrays = {"scores": result.scores, "price": price}
+    if result.token_scores:
+        arrays["tokens"] = np.concatenate([tokens[0] for tokens in result.token_scores])
+    return arrays
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #run-store
+def _store_of(scorer: _History, data: TokenizedConversations, options: dict[str, Any]) -> BlockStore:
+    "Where the finished checkpoints of a run lie."
+    query: Any = scorer.query
+    return BlockStore(cache_folder("runs"), dict(
+        method=scorer.method, query=query.fingerprint, learning_rates=scorer.learning_rates,
+        sites=str(scorer.site_pattern), code=code_version(), tokens=options["tokens"],
+        token_budget=options["token_budget"], data=data.fingerprint))
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #run
+def _visits(scorer: _Visiting, examples: Any, max_tokens: int, options: dict[str, Any]) -> list[_Visit]:
+    "What is found at every checkpoint; finished ones are taken from the disk."
+    visits: list[_Visit] = []
+    for index, checkpoint in enumerate(scorer.checkpoints):
+        with _opened(checkpoint) as lm:
+            data = _same_data(lm, _tokenized(lm, examples, max_tokens), visits)
+            arrays = scorer._pass(_store_of(scorer, data, options), lm, data, index, options)
+            visits.append(_Visit(lm.name, lm.fingerprint, data, arrays))
+            del lm
+    return visits
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #tokenized
+def _tokenized(lm: LanguageModel, examples: Any, max_tokens: int) -> TokenizedConversations:
+    "The examples in the model's tokens; as they are where they have been tokenised already."
+    if hasattr(examples, "conversations"): return examples
+    return lm.tokenize(examples, max_tokens=max_tokens)
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #sum
+def _weighed_sum(
+    scorer: _Visiting, visits: list[_Visit], tokens: bool, settings: dict[str, Any],
+) -> Attribution:
+    "The sum over the checkpoints, with its card."
+    pairs, data = list(zip(scorer.weights(), scorer.passes)), visits[0].data
+    scores = sum(weight*arrays["scores"][:, 0] for weight, arrays in pairs)
+    card = _history_card(scorer, visits, settings)
+    if not (tokens and "tokens" in scorer.passes[0]): return Attribution(data.conversations, scores, card)
+    whole = np.asarray(sum(weight*arrays["tokens"] for weight, arrays in pairs))
+    return Attribution(data, scores, card, token_scores=np.split(whole, np.cumsum(data.lengths)[:-1]))
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #history-card
+def _history_card(scorer: _Visiting, visits: list[_Visit], settings: dict[str, Any]) -> QueryCard:
+    "One card for all checkpoints."
+    data, prices = visits[0].data, np.stack([visit.arrays["price"] for visit in visits])
+    seconds, prepared, _ = prices.sum(0)
+    card = query_card(scorer, data, settings, seconds=float(seconds), preparation=float(prepared),
+                      peak_memory=int(prices[:, 2].max()))
+    prints = [visit.fingerprint for visit in visits]
+    return replace(
+        card, model=", ".join(visit.name for visit in visits),
+        model_fingerprint=prints[0] if len(prints) == 1 else fingerprint(prints),
+        cost=replace(card.cost or Cost(), tokens=data.n_tokens*len(visits)))
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #told
+class _Told(_Visiting):
+    "A scorer over checkpoints that says what its sum is over."
+    def describe(self) -> dict[str, Any]:
+        "Query, sites and the history."
+        pattern = self.site_pattern
+        settings = {"query_examples": len(self.query.examples), "query_data": self.query.examples.name,
+                    "checkpoints": len(self.checkpoints), "learning_rates": self.learning_rates}
+        return dict(behaviour=self.query.name, layer=self.query.layer, reduction="mean",
+                    sites=pattern if isinstance(pattern, str) else "chosen by name", n_sites=self.n_sites,
+                    notes=self.coverage, settings=settings)
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #000f
+class CheckpointScorer(_Told):
+    """A weighted sum over the checkpoints of a training run, one model in memory at a time. Subclasses
+    provide `readout`."""
+    def prepare(self, data: TokenizedConversations) -> Readout:
+        "Refused: there is no one model whose pass could be shared."
+        raise ScorerError(f"{self.method} makes passes of its own over {len(self.checkpoints)} models: call "
+                          "its score(), or score_together")
+
+    def score(
+        self,
+        examples: Conversations | TokenizedConversations, # What to rank
         *,
         tokens: bool = False,     # Keep the contribution of every token, where the method has such
         max_tokens: int = 1536,   # Longer examples are cut, and the card says so
@@ -129,127 +292,158 @@ class CheckpointScorer(Scorer):
         progress: bool = True,    # Show a progress bar
     ) -> Attribution:
         "Score every example at every checkpoint. An interrupted run continues where it stopped."
-        key = dict(method=self.method, query=self.query.fingerprint, learning_rates=self.learning_rates, sites=str(self.site_pattern), code=code_version(), tokens=tokens, token_budget=token_budget)
-        store, passes, names, prints, first = None, [], [], [], None
-        for index, checkpoint in enumerate(self.checkpoints):
-            with _opened(checkpoint) as lm:
-                data = lm.tokenize(examples, max_tokens=max_tokens) if not hasattr(examples, "conversations") else examples
-                first = first or data
-                if data.fingerprint != first.fingerprint: raise ScorerError(f"checkpoint {index} ({lm.name}) cuts the examples into other tokens than checkpoint 0 ({names[0]}): are they of one training run?")
-                store = store or BlockStore(cache_folder("runs"), {**key, "data": data.fingerprint})
-                names.append(lm.name); prints.append(lm.fingerprint)
-                passes.append(self._pass(store, lm, data, index, tokens, token_budget, progress))
-                del lm  # or this name would keep the model while the next one is opened
-        store.clear()
-        return self._attribution(first, passes, names, prints, tokens, dict(token_budget=token_budget, max_tokens=first.max_tokens))
-
-    def _pass(self, store, lm, data, index, tokens, token_budget, progress):
-        "Scores, token contributions and price at one checkpoint, from the store if an earlier run got that far."
-        start, sites = time.perf_counter(), resolve_sites(lm, self.site_pattern, layer=self.query.layer)
-        readout = self.readout(lm, sites, index)
-        self.n_sites, prepared = len(sites), time.perf_counter() - start
-        self.coverage = coverage_notes(lm, self.site_pattern)
-        block = f"{index:04d}-{fingerprint(lm.fingerprint, readout.fingerprint)}"
-        for damaged in store.verify(): store.discard(damaged)
-        if block not in store.names():
-            result = equal_as_first(data, shared_pass(lm, data, {self.method: readout}, tokens=tokens, token_budget=token_budget, progress=progress)[self.method])
-            arrays = {"scores": result.scores, "price": np.array([result.seconds, prepared, result.peak_memory], float)}
-            if result.token_scores: arrays["tokens"] = np.concatenate([t[0] for t in result.token_scores])
-            store.write(block, arrays)
-        return store.read(block)
-
-    def _attribution(self, data, passes, names, prints, tokens, settings):
-        "The weighted sum, with its card."
-        self.passes = passes
-        scores = sum(weight*p["scores"][:, 0] for weight, p in zip(self.weights(), passes))
-        seconds, prepared, _ = sum(p["price"] for p in passes)
-        card = query_card(self, data, settings, seconds=float(seconds), preparation=float(prepared), peak_memory=int(max(p["price"][2] for p in passes)))
-        card = replace(card, model=", ".join(names), model_fingerprint=prints[0] if len(prints) == 1 else fingerprint(prints), cost=replace(card.cost, tokens=data.n_tokens*len(passes)))
-        if not (tokens and "tokens" in passes[0]): return Attribution(data.conversations, scores, card)
-        whole = sum(weight*p["tokens"] for weight, p in zip(self.weights(), passes))
-        return Attribution(data, scores, card, token_scores=np.split(whole, np.cumsum(data.lengths)[:-1]))
-
-    def describe(self):
-        return dict(behaviour=self.query.name, layer=self.query.layer, reduction="mean", sites=self.site_pattern if isinstance(self.site_pattern, str) else "chosen by name", n_sites=self.n_sites, notes=self.coverage,
-                    settings={"query_examples": len(self.query.examples), "query_data": self.query.examples.name, "checkpoints": len(self.checkpoints), "learning_rates": self.learning_rates})
+        options = dict(tokens=tokens, token_budget=token_budget, progress=progress)
+        visits = _visits(self, examples, max_tokens, options)
+        self.passes, data = [visit.arrays for visit in visits], visits[0].data
+        _store_of(self, data, options).clear()
+        settings = dict(token_budget=token_budget, max_tokens=data.max_tokens)
+        return _weighed_sum(self, visits, tokens, settings)
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0011
 class TracIn(CheckpointScorer):
-    "Σ_c η_c ⟨∇L(q;θ_c), ∇L(z;θ_c)⟩ over checkpoints (Pruthi et al. 2020; METHODS §3), one model in memory at a time."
+    """Σ_c η_c ⟨∇L(q;θ_c), ∇L(z;θ_c)⟩ over checkpoints (Pruthi et al. 2020; METHODS §3), one model in memory
+    at a time."""
     method = "TracIn"
 
-    def readout(self, lm, sites, index): return DirectionReadout(sites, self.query.gradients(lm, sites))
+    def readout(self, lm: LanguageModel, sites: list[Site], index: int) -> Readout:
+        "The dot product of gradients at one checkpoint."
+        return DirectionReadout(sites, self.query.gradients(lm, sites))
 
-# %% ../../nbs/50_influence/06_neighbours.ipynb #0016
-class AdamMoments:
-    "Adam's running moments of the gradient at some sites: `first` and `second` [out, in] by site name, not bias-corrected, after `step` steps."
-    def __init__(self,
-        first: dict,           # m: running mean of gradients [out, in] by site name
-        second: dict,          # v: running mean of squared gradients [out, in] by site name
-        step: int,             # Steps taken so far, for the bias correction
+# %% ../../nbs/50_influence/06_neighbours.ipynb #check-moments
+def _check_moments(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    "Refuse moments that no Adam can have held."
+    if set(first) != set(second): raise ScorerError("the two moments cover different sites")
+    for name in second:
+        finite = torch.isfinite(first[name]).all() and torch.isfinite(second[name]).all()
+        if not (finite and (second[name] >= 0).all()):
+            raise ScorerError(
+                f"the moments of {name} hold values that are not finite, or a negative second moment")
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #moments
+class _Moments:
+    "Two moments by site, and what Adam does with them."
+    def __init__(
+        self,
+        first: dict[str, torch.Tensor],  # m: running mean of gradients [out, in] by site name
+        second: dict[str, torch.Tensor], # v: running mean of squared gradients [out, in] by site name
+        step: int,                       # Steps taken so far, for the bias correction
         *,
-        betas = (0.9, 0.999),  # Decay of the two means
-        epsilon: float = 1e-8, # Added to √v̂
+        betas: Sequence[float] = (0.9, 0.999), # Decay of the two means
+        epsilon: float = 1e-8,           # Added to √v̂
     ):
-        if set(first) != set(second): raise ScorerError("the two moments cover different sites")
-        for name in second:
-            if not (torch.isfinite(first[name]).all() and torch.isfinite(second[name]).all() and (second[name] >= 0).all()): raise ScorerError(f"the moments of {name} hold values that are not finite, or a negative second moment")
-        self.first, self.second, self.step, self.betas, self.epsilon = first, second, int(step), tuple(betas), epsilon
+        _check_moments(first, second)
+        self.first, self.second, self.step = first, second, int(step)
+        self.betas, self.epsilon = tuple(betas), epsilon
 
     @property
-    def fingerprint(self) -> str: return fingerprint(self.first, self.second, self.step, list(self.betas), self.epsilon)
+    def fingerprint(self) -> str:
+        "Hash of the moments and of the optimizer's constants."
+        return fingerprint(self.first, self.second, self.step, list(self.betas), self.epsilon)
 
-    def steps(self,
+# %% ../../nbs/50_influence/06_neighbours.ipynb #known-moments
+class _KnownMoments(_Moments):
+    "Moments that know their sites."
+    def _of(self, site: str, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "Both moments of a site, in the type of the gradients and on their device."
+        if site not in self.first:
+            raise ScorerError(f"there are no Adam moments for {site}: was it trained in the warm-up?")
+        m, v = self.first[site].to(gradients), self.second[site].to(gradients)
+        if m.shape == gradients.shape[-2:]: return m, v
+        raise ScorerError(f"the Adam moments of {site} have shape {tuple(m.shape)}, its weight "
+                          f"{tuple(gradients.shape[-2:])}: are they of this model?")
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #adam-step
+class _AdamStep(_KnownMoments):
+    "Moments that can take a step."
+    def steps(
+        self,
         site: str,               # Site name
         gradients: torch.Tensor, # [..., out, in]
     ) -> torch.Tensor:           # Same shape
         "Γ: the step Adam would take on each gradient, per unit learning rate."
-        if site not in self.first: raise ScorerError(f"there are no Adam moments for {site}: was it trained in the warm-up?")
-        m, v = self.first[site].to(gradients), self.second[site].to(gradients)
-        if m.shape != gradients.shape[-2:]: raise ScorerError(f"the Adam moments of {site} have shape {tuple(m.shape)}, its weight {tuple(gradients.shape[-2:])}: are they of this model?")
+        m, v = self._of(site, gradients)
         (b1, b2), t = self.betas, self.step + 1
-        m_hat, v_hat = (b1*m + (1 - b1)*gradients)/(1 - b1**t), (b2*v + (1 - b2)*gradients**2)/(1 - b2**t)
+        m_hat = (b1*m + (1 - b1)*gradients)/(1 - b1**t)
+        v_hat = (b2*v + (1 - b2)*gradients**2)/(1 - b2**t)
         return m_hat/(v_hat.sqrt() + self.epsilon)
 
+# %% ../../nbs/50_influence/06_neighbours.ipynb #from-optimizer
+class _FromOptimizer(_AdamStep):
+    "Moments of a live optimizer."
     @classmethod
-    def from_optimizer(cls,
-        optimizer,               # A torch Adam or AdamW that trained the model
-        sites: list,             # `Site`s of that very model
-    ) -> "AdamMoments":
+    def from_optimizer(
+        cls,
+        optimizer: torch.optim.Optimizer, # A torch Adam or AdamW that trained the model
+        sites: list[Site],                # `Site`s of that very model
+    ) -> Self:
         "The moments a live optimizer holds."
-        found = {s: optimizer.state.get(s.module.weight, {}) for s in sites}
-        untrained = [s.name for s, state in found.items() if "exp_avg_sq" not in state]
-        if untrained: raise ScorerError(f"the optimizer holds no Adam moments for {untrained[0]}" + (f" and {len(untrained) - 1} more sites" if untrained[1:] else "") + ": did it train this model, and are these sites among what it trained?")
-        def oriented(s, moment): return (moment.T if s.transposed else moment).detach().clone()
-        group = optimizer.param_groups[0]
-        return cls({s.name: oriented(s, state["exp_avg"]) for s, state in found.items()}, {s.name: oriented(s, state["exp_avg_sq"]) for s, state in found.items()},
-                   max(int(state["step"]) for state in found.values()), betas=group["betas"], epsilon=group["eps"])
+        states: Any = optimizer.state
+        found = {s: states.get(s.module.weight, {}) for s in sites}
+        _check_trained([s.name for s, state in found.items() if "exp_avg_sq" not in state])
+        first, second = ({s.name: _oriented(s, state[key]) for s, state in found.items()}
+                         for key in ("exp_avg", "exp_avg_sq"))
+        group, step = optimizer.param_groups[0], max(int(state["step"]) for state in found.values())
+        return cls(first, second, step, betas=group["betas"], epsilon=group["eps"])
 
+# %% ../../nbs/50_influence/06_neighbours.ipynb #from-optimizer-parts
+def _oriented(site: Site, moment: torch.Tensor) -> torch.Tensor:
+    "A copy of a moment as [out, in]."
+    return (moment.T if site.transposed else moment).detach().clone()
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #check-trained
+def _check_trained(untrained: list[str]) -> None:
+    "Refuse an optimizer that holds no moments for some sites."
+    if not untrained: return
+    more = f" and {len(untrained) - 1} more sites" if untrained[1:] else ""
+    raise ScorerError(f"the optimizer holds no Adam moments for {untrained[0]}{more}: did it train this "
+                      "model, and are these sites among what it trained?")
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #estimate
+class AdamMoments(_FromOptimizer):
+    """Adam's running moments of the gradient at some sites: `first` and `second` [out, in] by site name, not
+    bias-corrected, after `step` steps."""
     @classmethod
-    def estimate(cls,
-        lm,                     # `LanguageModel`
-        data,                   # `Conversations` of the training run
-        sites = "lora",         # As in `resolve_sites`
+    def estimate(
+        cls,
+        lm: LanguageModel,      # At the checkpoint
+        data: Any,              # `Conversations` of the training run
+        sites: str | Iterable[Site] = "lora", # As in `resolve_sites`
         *,
         batch_size: int = 8,    # Examples in a step
-        betas = (0.9, 0.999),   # Decay of the two means
+        betas: Sequence[float] = (0.9, 0.999), # Decay of the two means
         epsilon: float = 1e-8,  # Added to √v̂
         seed: int = 0,          # Order of the examples
-    ) -> "AdamMoments":
-        "What the moments would be after one pass over the data with the weights held still: for checkpoints whose optimizer state is gone."
-        data, sites, order = lm.tokenize(data), resolve_sites(lm, sites), np.random.default_rng(seed).permutation(len(data)).tolist()
-        first, second = ({s.name: torch.zeros(s.weight.shape, dtype=torch.promote_types(torch.float32, s.weight.dtype), device=s.weight.device) for s in sites} for _ in range(2))
+    ) -> Self:
+        """What the moments would be after one pass over the data with the weights held still: for checkpoints
+        whose optimizer state is gone."""
+        data, sites = lm.tokenize(data), resolve_sites(lm, sites)
+        order = np.random.default_rng(seed).permutation(len(data)).tolist()
         chunks = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        first, second = _zeros(sites), _zeros(sites)
         for rows in chunks:
-            with lm.undisturbed(), SiteGradients(sites) as gradients, torch.enable_grad():
-                for batch in batches(data, rows=rows):
-                    batch = batch.to(lm.device)
-                    losses_BT = token_losses(lm, batch)
-                    torch.autograd.backward((losses_BT*loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT)).sum()/len(rows))
-            for name, g in gradients.items():
-                first[name].mul_(betas[0]).add_(g, alpha=1 - betas[0])
-                second[name].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+            for name, gradient in _mean_gradients(lm, data, sites, rows).items():
+                first[name].mul_(betas[0]).add_(gradient, alpha=1 - betas[0])
+                second[name].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
         return cls(first, second, len(chunks), betas=betas, epsilon=epsilon)
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #estimate-parts
+def _zeros(sites: list[Site]) -> dict[str, torch.Tensor]:
+    "A moment of zeros for every site."
+    return {s.name: torch.zeros(s.weight.shape, dtype=torch.promote_types(torch.float32, s.weight.dtype),
+                                device=s.weight.device) for s in sites}
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #mean-gradients
+def _mean_gradients(
+    lm: LanguageModel, data: TokenizedConversations, sites: list[Site], rows: list[int],
+) -> dict[str, torch.Tensor]:
+    "Mean gradient [out, in] of some rows by site name."
+    with lm.undisturbed(), SiteGradients(sites) as gradients, torch.enable_grad():
+        for batch in batches(data, rows=rows):
+            batch = batch.to(lm.device)
+            losses_BT = token_losses(lm, batch)
+            weights_BT = loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT)
+            torch.autograd.backward((losses_BT*weights_BT).sum()/len(rows))
+    return gradients
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #001a
 def walsh_hadamard(
@@ -259,15 +453,19 @@ def walsh_hadamard(
     rows, size, half = len(vectors_BP), vectors_BP.shape[1], 1
     while half < size:
         pairs = vectors_BP.view(rows, size//(2*half), 2, half)
-        vectors_BP = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).view(rows, size)
+        upper, lower = pairs[:, :, 0], pairs[:, :, 1]
+        vectors_BP = torch.stack((upper + lower, upper - lower), 2).view(rows, size)
         half *= 2
     return vectors_BP
 
+# %% ../../nbs/50_influence/06_neighbours.ipynb #sketch
 class Sketch:
-    "Seeded Rademacher projection of vectors of a given size, the same on every device; inner products are kept in expectation."
-    def __init__(self,
+    """Seeded Rademacher projection of vectors of a given size, the same on every device; inner products are
+    kept in expectation."""
+    def __init__(
+        self,
         size: int,     # Length of the vectors
-        k: int,        # Dimensions to keep; as many as there are (at most the next power of two) keeps inner products exactly
+        k: int,        # Dimensions to keep; as many as there are (at most the next power of two) is exact
         seed: int = 0, # Seed of signs and rows
     ):
         generator = torch.Generator().manual_seed(seed)
@@ -276,163 +474,295 @@ class Sketch:
         self.signs_D = torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8)*2 - 1
         self.rows_k = torch.randperm(self.padded, generator=generator)[:self.k]
 
-    def __call__(self,
+    def __call__(
+        self,
         vectors_BD: torch.Tensor, # [B, size]
     ) -> torch.Tensor:            # [B, k]
         "Project."
-        signed = torch.nn.functional.pad(vectors_BD*self.signs_D.to(vectors_BD), (0, self.padded - self.size))
-        return walsh_hadamard(signed)[:, self.rows_k.to(signed.device)]/self.k**.5
+        signed_BD = vectors_BD*self.signs_D.to(vectors_BD)
+        signed_BP = torch.nn.functional.pad(signed_BD, (0, self.padded - self.size))
+        return walsh_hadamard(signed_BP)[:, self.rows_k.to(signed_BP.device)]/self.k**.5
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #less-start-readout
+class _Stepping(Readout):
+    "What a readout of Adam's steps has to know."
+    def __init__(
+        self,
+        sites: list[Site],                  # Where both gradients are taken
+        gradients: dict[str, torch.Tensor], # ∇f [out, in] by site name
+        moments: AdamMoments,               # Of these sites
+        sketches: Sequence[Sketch] = (),    # Of the concatenated gradient
+    ):
+        self.sites, self.moments, self.sketches = sites, moments, sketches
+        self.n_queries = len(sketches) + 1
+        self.query_D = torch.cat([gradients[s.name].flatten() for s in sites])
+        ends = np.cumsum([s.in_features*s.out_features for s in sites]).tolist()
+        self.places = {s.name: slice(start, end) for s, start, end in zip(sites, [0, *ends], ends)}
+        drawn = [(s.k, s.signs_D[:64], s.rows_k) for s in sketches]
+        self.fingerprint = fingerprint(
+            "LESS", self.query_D, moments.fingerprint, [s.name for s in sites], drawn)
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #less-steps
+class _Steps(_Stepping):
+    "Collects Adam's steps on the examples of a batch."
+    def begin(self, batch: Batch, dtype: torch.dtype) -> None:
+        "Room for one step per example."
+        shape = len(batch.rows), len(self.query_D)
+        self.steps_BD = torch.zeros(shape, dtype=dtype, device=batch.input_ids.device)
+
+    def flow(self, site: Site, x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> None:
+        "The step at one site."
+        x_BTi, delta_BTo = x_BTi.to(self.steps_BD), delta_BTo.to(self.steps_BD)
+        steps = self.moments.steps(site.name, torch.einsum("bto,bti->boi", delta_BTo, x_BTi))
+        self.steps_BD[:, self.places[site.name]] = steps.flatten(1).to(self.steps_BD)
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #001c
-class LessReadout(Readout):
-    "Cosines of a query's gradient with Adam's step on each example: of two sketches, or of the vectors themselves; the exact one comes last."
-    def __init__(self,
-        sites: list,              # `Site`s
-        gradients: dict,          # ∇f [out, in] by site name
-        moments: AdamMoments,     # Of these sites
-        sketches: list = (),      # `Sketch`es of the concatenated gradient
-    ):
-        self.sites, self.moments, self.sketches, self.n_queries = sites, moments, sketches, len(sketches) + 1
-        self.query_D = torch.cat([gradients[s.name].flatten() for s in sites])
-        self.places, start = {}, 0
-        for s in sites: self.places[s.name] = slice(start, start := start + s.in_features*s.out_features)
-        self.fingerprint = fingerprint("LESS", self.query_D, moments.fingerprint, [s.name for s in sites], [(s.k, s.signs_D[:64], s.rows_k) for s in sketches])
-
-    def begin(self, batch, dtype): self.steps_BD = torch.zeros(len(batch.rows), len(self.query_D), dtype=dtype, device=batch.input_ids.device)
-
-    def flow(self, site, x_BTi, delta_BTo):
-        gradients_Boi = torch.einsum("bto,bti->boi", delta_BTo.to(self.steps_BD), x_BTi.to(self.steps_BD))
-        self.steps_BD[:, self.places[site.name]] = self.moments.steps(site.name, gradients_Boi).flatten(1).to(self.steps_BD)
-
-    def collect(self):
+class LessReadout(_Steps):
+    """Cosines of a query's gradient with Adam's step on each example: of the sketches, and at last of the
+    vectors themselves."""
+    def collect(self) -> tuple[np.ndarray, None]:
+        "Cosines [B, Q]."
         query_1D = self.query_D[None].to(self.steps_BD)
-        pairs = [(sketch(query_1D), sketch(self.steps_BD)) for sketch in self.sketches] + [(query_1D, self.steps_BD)]
-        # f rises along its gradient, Adam steps against Γ
-        return -torch.stack([torch.nn.functional.cosine_similarity(q, steps, dim=1) for q, steps in pairs], 1).double().cpu().numpy(), None
+        pairs = [(sketch(query_1D), sketch(self.steps_BD)) for sketch in self.sketches]
+        cosines = [torch.nn.functional.cosine_similarity(query, steps, dim=1)
+                   for query, steps in [*pairs, (query_1D, self.steps_BD)]]
+        return -torch.stack(cosines, 1).double().cpu().numpy(), None
 
-# %% ../../nbs/50_influence/06_neighbours.ipynb #001d
-class LESS(CheckpointScorer):
-    "Mean over checkpoints, weighted by learning rate, of cos(∇L(q), Γ(z)), Γ the step of Adam on z (Xia et al. 2024; METHODS §3)."
-    method = "LESS"
-
-    def __init__(self,
-        checkpoints: list,             # `LanguageModel`s, folders, or functions that return a `LanguageModel`
-        queries,                       # `Conversations` whose responses show the behaviour, or any `Query`
+# %% ../../nbs/50_influence/06_neighbours.ipynb #less-start
+class _WithMoments(CheckpointScorer):
+    "A scorer over checkpoints that knows Adam's state at each."
+    def __init__(
+        self,
+        checkpoints: Iterable[Any],      # `LanguageModel`s, folders, or functions that return one
+        queries: Conversations | Query,  # Their responses show the behaviour
         *,
-        moments: list,                 # `AdamMoments` of each checkpoint, or functions that return them for (lm, sites)
-        learning_rates: list[float],   # η of each checkpoint
-        sites = "lora",                # As in `resolve_sites`
-        projection: int | None = 8192, # Dimensions of the sketches; None for the exact cosine
-        seed: int = 0,                 # Seed of the sketches
-        method: str = None,            # Name in tables
+        moments: Iterable[Any],          # `AdamMoments` of each checkpoint, or functions of (lm, sites)
+        learning_rates: Iterable[float], # η of each checkpoint
+        sites: str | Iterable[Site] = "lora", # As in `resolve_sites`
+        projection: int | None = 8192,   # Dimensions of the sketches; None for the exact cosine
+        seed: int = 0,                   # Seed of the sketches
+        method: str | None = None,       # Name in tables
     ):
         super().__init__(checkpoints, queries, learning_rates=learning_rates, sites=sites, method=method)
-        if len(moments) != len(self.checkpoints): raise ScorerError(f"{len(self.checkpoints)} checkpoints need as many Adam moments, got {len(moments)}")
-        if projection is not None and (not isinstance(projection, int) or projection < 1): raise ScorerError(f"projection must be a positive whole number or None, not {projection!r}")
         self.moments, self.projection, self.seed = list(moments), projection, seed
+        _check_less(len(self.checkpoints), len(self.moments), projection)
 
-    def weights(self): return [rate/sum(self.learning_rates) for rate in self.learning_rates]
+# %% ../../nbs/50_influence/06_neighbours.ipynb #check-less
+def _check_less(n_checkpoints: int, n_moments: int, projection: Any) -> None:
+    "Refuse moments that are not those of the checkpoints, and sketches of no size."
+    if n_moments != n_checkpoints:
+        raise ScorerError(f"{n_checkpoints} checkpoints need as many Adam moments, got {n_moments}")
+    if projection is not None and (not isinstance(projection, int) or projection < 1):
+        raise ScorerError(f"projection must be a positive whole number or None, not {projection!r}")
 
-    def readout(self, lm, sites, index):
-        moments = self.moments[index] if isinstance(self.moments[index], AdamMoments) else self.moments[index](lm, sites)
+# %% ../../nbs/50_influence/06_neighbours.ipynb #less
+class _SteppingCosine(_WithMoments):
+    "Cosines with Adam's steps, averaged over the run."
+    def weights(self) -> list[float]:
+        "Learning rates that sum to one."
+        return [rate/sum(self.learning_rates) for rate in self.learning_rates]
+
+    def readout(self, lm: LanguageModel, sites: list[Site], index: int) -> Readout:
+        "Two sketches of different seeds, where there are sketches."
+        moments = self.moments[index]
+        if not isinstance(moments, AdamMoments):
+            moments = moments(lm, sites)
         self.size = sum(s.in_features*s.out_features for s in sites)
-        sketches = [] if self.projection is None else [Sketch(self.size, self.projection, seed) for seed in (2*self.seed, 2*self.seed + 1)]
+        seeds = [] if self.projection is None else [2*self.seed, 2*self.seed + 1]
+        sketches = [Sketch(self.size, self.projection or 0, seed) for seed in seeds]
         return LessReadout(sites, self.query.gradients(lm, sites), moments, sketches)
 
-    def describe(self):
-        fields = super().describe()
-        fields["curvature"] = "Adam's second moments"
-        if self.projection is None: return fields | {"notes": [*fields["notes"], "exact cosines, no sketch"]}
-        first, second, exact = (sum(weight*p["scores"][:, column] for weight, p in zip(self.weights(), self.passes)) for column in range(3))
-        fields["settings"] |= {"projection": self.projection, "seed": self.seed, "reliability": {"between_seeds": spearman(first, second), "with_exact": spearman(first, exact)}}
-        return fields | {"notes": [*fields["notes"], f"sketches of {self.projection} for {self.size} weights: two seeds rank with Spearman {spearman(first, second):.3f}, the one used and the exact cosine with {spearman(first, exact):.3f}"]}
+# %% ../../nbs/50_influence/06_neighbours.ipynb #001d
+class LESS(_SteppingCosine):
+    """Mean over checkpoints, weighted by learning rate, of cos(∇L(q), Γ(z)), Γ the step of Adam on z (Xia
+    et al. 2024; METHODS §3)."""
+    method = "LESS"
 
-# %% ../../nbs/50_influence/06_neighbours.ipynb #0021
+    def describe(self) -> dict[str, Any]:
+        "As for every history; whether sketches were used, and how well they can be believed."
+        fields: dict[str, Any] = super().describe() | {"curvature": "Adam's second moments"}
+        if self.projection is None: return fields | {"notes": [*fields["notes"], "exact cosines, no sketch"]}
+        first, second, exact = (
+            sum(weight*found["scores"][:, column] for weight, found in zip(self.weights(), self.passes))
+            for column in range(3))
+        seeds, truth = spearman(first, second), spearman(first, exact)
+        fields["settings"] |= {"projection": self.projection, "seed": self.seed,
+                               "reliability": {"between_seeds": seeds, "with_exact": truth}}
+        note = (f"sketches of {self.projection} for {self.size} weights: two seeds rank with Spearman "
+                f"{seeds:.3f}, the one used and the exact cosine with {truth:.3f}")
+        return fields | {"notes": [*fields["notes"], note]}
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #exact-rows
 def exact_rows(
-    result, # `Attribution` from a `Cascade`
-) -> np.ndarray: # Row numbers
+    result: Attribution, # From a `Cascade`
+) -> np.ndarray:         # Row numbers
     "Rows whose score is the exact scorer's own."
-    if "lowest_exact_score" not in result.card.settings: raise ScorerError(f"{result.card.method!r} is not the result of a Cascade: its card has no 'lowest_exact_score'")
+    if "lowest_exact_score" not in result.card.settings:
+        raise ScorerError(f"{result.card.method!r} is not the result of a Cascade: its card has no "
+                          "'lowest_exact_score'")
     return np.flatnonzero(result.scores >= result.card.settings["lowest_exact_score"])
 
+# %% ../../nbs/50_influence/06_neighbours.ipynb #threshold
+def _threshold(picked: np.ndarray, sample: np.ndarray, n_others: int, k: int) -> float:
+    "The score that k examples of the whole file exceed, as far as picked ones and sample tell."
+    scores = np.concatenate([picked, sample])
+    weights = np.concatenate([np.ones(len(picked)), np.full(len(sample), n_others/len(sample))])
+    order = np.argsort(-scores, kind="stable")
+    place = np.searchsorted(np.cumsum(weights[order]), k - 1e-9)
+    return float(scores[order[min(int(place), len(order) - 1)]])
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #clopper-pearson
+def _clopper_pearson(hits: int, n: int) -> tuple[float, float]:
+    "The exact 95 % interval of a share."
+    from scipy.stats import beta
+    low = float(beta.ppf(.025, hits, n - hits + 1)) if hits else 0.
+    high = float(beta.ppf(.975, hits + 1, n - hits)) if hits < n else 1.
+    return low, high
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #0021
 def estimated_recall(
-    picked,           # Exact scores of the picked examples
-    sample,           # Exact scores of a random sample of the others
-    n_others: int,    # How many others there are
-    k: int,           # Size of the top that should have been picked
+    picked: np.ndarray, # Exact scores of the picked examples
+    sample: np.ndarray, # Exact scores of a random sample of the others
+    n_others: int,      # How many others there are
+    k: int,             # Size of the top that should have been picked
 ) -> tuple[float, float, float]: # Estimate, and its 95 % interval
     "Share of the exact top k that is among the picked ones."
-    from scipy.stats import beta
     if not n_others: return 1., 1., 1.
-    scores, weights = np.concatenate([picked, sample]), np.concatenate([np.ones(len(picked)), np.full(len(sample), n_others/len(sample))])
+    threshold, n = _threshold(picked, sample, n_others, k), len(sample)
+    hits, misses = int((picked >= threshold).sum()), int((sample >= threshold).sum())
+    if n == n_others:  # nothing was left out, nothing is uncertain
+        exact = hits/(hits + misses)
+        return exact, exact, exact
+    low, high = _clopper_pearson(misses, n)
+
+    def recall(share: float) -> float:
+        return hits/max(hits + share*n_others, 1e-12)
+
+    return recall(misses/n), recall(high), max(recall(low), 1 - low*n_others/k)
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #cascade-start
+class _TwoScorers(Scorer):
+    "A cheap and an exact scorer."
+    own_passes, zero = True, "none"  # only the picked examples carry exact scores
+
+    def __init__(
+        self,
+        cheap: Scorer,       # Scores everything
+        exact: Scorer,       # Scores what the cheap one picked, and the sample
+        *,
+        keep: float = 0.2,   # Share of the examples to pick
+        sample: int = 64,    # Others to score exactly, for the recall estimate; as many as there are if fewer
+        top: int = 10,       # The recall is that of the exact top so many
+        seed: int = 0,       # Seed of the sample
+        method: str | None = None, # Name in tables
+    ):
+        _check_cascade(keep, sample, top)
+        self.cheap, self.exact, self.lm = cheap, exact, exact.lm or cheap.lm
+        self.keep, self.sample, self.top, self.seed = keep, sample, top, seed
+        self.method = method or f"Cascade ({cheap.method} → {exact.method})"
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #check-cascade
+def _check_cascade(keep: float, sample: int, top: int) -> None:
+    "Refuse settings that pick nothing, or that hide what was missed."
+    if not 0 < keep <= 1:
+        raise ScorerError(f"keep is the share of examples to pick, in (0, 1], not {keep!r}")
+    if sample < 1:
+        raise ScorerError(f"sample must be at least 1, not {sample!r}: without it nobody would know what the "
+                          "cheap scorer missed")
+    if top < 1: raise ScorerError(f"top must be at least 1, not {top!r}")
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #split
+@dataclass
+class _Split:
+    "Rows by what the cheap scorer thinks of them."
+    picked: np.ndarray # The highest, first to last
+    others: np.ndarray # The rest, in its order
+    sample: np.ndarray # Some of the others, at random
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #split-rows
+def _split(scorer: _TwoScorers, scores: np.ndarray) -> _Split:
+    "The rows to be scored exactly; of equal scores the earlier row is picked."
+    count = round(scorer.keep*len(scores))
+    if count < scorer.top:
+        raise ScorerError(f"keep={scorer.keep:g} of {len(scores)} examples picks {count}, which cannot hold "
+                          f"the top {scorer.top}: raise keep or lower top")
     order = np.argsort(-scores, kind="stable")
-    threshold = scores[order[min(np.searchsorted(np.cumsum(weights[order]), k - 1e-9), len(order) - 1)]]
-    hits, misses, n = int((picked >= threshold).sum()), int((sample >= threshold).sum()), len(sample)
-    if n == n_others: return (hits/(hits + misses),)*3   # nothing was left out, nothing is uncertain
-    low, high = (beta.ppf(.025, misses, n - misses + 1) if misses else 0.), (beta.ppf(.975, misses + 1, n - misses) if misses < n else 1.)
-    above = lambda share: hits/max(hits + share*n_others, 1e-12)
-    # with fewer misses than estimated the true top k reaches further down than the threshold, so that recall is bounded by the misses alone
-    return above(misses/n), above(high), max(above(low), 1 - low*n_others/k)
+    picked, others = order[:count], order[count:]
+    return _Split(picked, others, np.random.default_rng(scorer.seed).permutation(others)[:scorer.sample])
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #below
+def _with_cheap_below(cheap: Attribution, split: _Split, exact: np.ndarray) -> np.ndarray:
+    "Scores [N]: exact ones of the picked, below them the others in the order of the cheap scorer."
+    scores, lowest = np.empty(len(cheap)), exact.min()
+    scores[split.picked] = exact
+    spread = np.ptp(exact) or 1.
+    gap = cheap.scores[split.picked].min() - cheap.scores[split.others]
+    distance = gap/(np.ptp(cheap.scores) or 1.)  # 0 at the border, 1 at most
+    below = lowest - spread*(distance + 1/len(split.picked))
+    scores[split.others] = np.minimum(below, np.nextafter(lowest, -np.inf))
+    return scores
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #cascade-notes
+def _cascade_notes(scorer: _TwoScorers, n: int, picked: np.ndarray, n_sample: int, recall: Any) -> list[str]:
+    "What must be known to read the scores."
+    cheap, exact, (estimate, low, high) = scorer.cheap.method, scorer.exact.method, recall
+    return [
+        f"{len(picked)} of {n} examples, the highest by {cheap}, carry exact scores of {exact} (from "
+        f"{picked.min():.6g} up); the others rank below them in the order of {cheap}, and the size of their "
+        "scores means nothing",
+        f"estimated recall of the exact top {scorer.top}: {estimate:.2f}, 95 % interval {low:.2f} to "
+        f"{high:.2f}, from {n_sample} random others scored exactly"]
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #both-costs
+def _both(cheap: Cost, exact: Cost) -> Cost:
+    "The price of two passes."
+    return replace(exact, seconds=cheap.seconds + exact.seconds, tokens=cheap.tokens + exact.tokens)
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #cascade-card
+def _joined(
+    scorer: _TwoScorers, cheap: Attribution, exact: Attribution, split: _Split, exact_of: dict[int, float],
+    tokens: bool,
+) -> Attribution:
+    "Exact scores for the picked, the cheap order below them, and a card that tells them apart."
+    picked, sample = (np.array([exact_of[row] for row in rows]) for rows in (split.picked, split.sample))
+    recall = estimated_recall(picked, sample, len(split.others), scorer.top)
+    notes = _cascade_notes(scorer, len(cheap), picked, len(sample), recall)
+    if tokens:
+        notes.append("token contributions are not kept by a cascade: score the examples of interest with the "
+                     "exact scorer")
+    settings = {
+        **exact.card.settings, "cheap": scorer.cheap.method, "exact": scorer.exact.method,
+        "keep": scorer.keep, "sample": len(sample), "lowest_exact_score": float(picked.min()),
+        "recall_at": scorer.top, "recall": list(recall)}
+    card = replace(
+        exact.card, method=scorer.method, zero="none", mean=None, data=cheap.card.data,
+        data_fingerprint=cheap.card.data_fingerprint, settings=settings, notes=notes + exact.card.notes,
+        cost=_both(cheap.card.cost or Cost(), exact.card.cost or Cost()))
+    return Attribution(cheap.conversations, _with_cheap_below(cheap, split, picked), card)
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0023
-class Cascade(Scorer):
-    "A cheap scorer picks, an exact one ranks the picked; the recall of the exact top is estimated on a random sample of the rest."
-    own_passes = True
-    zero = "none"  # only the picked examples carry exact scores
+class Cascade(_TwoScorers):
+    """A cheap scorer picks, an exact one ranks the picked; the recall of the exact top is estimated on a
+    random sample of the rest."""
+    def prepare(self, data: TokenizedConversations) -> Readout:
+        "Refused: two passes cannot be part of one."
+        raise ScorerError(f"{self.method} makes passes of its own: call its score(), or score_together")
 
-    def __init__(self,
-        cheap: Scorer,         # Scores everything
-        exact: Scorer,         # Scores what the cheap one picked, and the sample
+    def score(
+        self,
+        examples: Conversations | TokenizedConversations, # What to rank
         *,
-        keep: float = 0.2,     # Share of the examples to pick
-        sample: int = 64,      # Others to score exactly, for the recall estimate; as many as there are if fewer
-        top: int = 10,         # The recall is that of the exact top so many
-        seed: int = 0,         # Seed of the sample
-        method: str = None,    # Name in tables
-    ):
-        if not 0 < keep <= 1: raise ScorerError(f"keep is the share of examples to pick, in (0, 1], not {keep!r}")
-        if sample < 1: raise ScorerError(f"sample must be at least 1, not {sample!r}: without it nobody would know what the cheap scorer missed")
-        if top < 1: raise ScorerError(f"top must be at least 1, not {top!r}")
-        self.cheap, self.exact, self.keep, self.sample, self.top, self.seed = cheap, exact, keep, sample, top, seed
-        self.lm, self.method = exact.lm or cheap.lm, method or f"Cascade ({cheap.method} → {exact.method})"
-
-    def prepare(self, data): raise ScorerError(f"{self.method} makes passes of its own: call its score(), or score_together")
-
-    def score(self,
-        examples,                 # `Conversations` to rank
-        *,
-        tokens: bool = False,     # Not available: token contributions of two methods don't go together, and the card says so
+        tokens: bool = False,     # Not available, contributions of two methods don't go together
         max_tokens: int = 1536,   # Longer examples are cut, and the card says so
         token_budget: int = 1024, # Tokens in a batch
         progress: bool = True,    # Show a progress bar
     ) -> Attribution:
         "Pick, rank the picked exactly, estimate the recall."
-        options = dict(max_tokens=max_tokens, token_budget=token_budget, progress=progress)
+        options: Any = dict(max_tokens=max_tokens, token_budget=token_budget, progress=progress)
         cheap = self.cheap.score(examples, **options)
-        count = round(self.keep*len(cheap))
-        if count < self.top: raise ScorerError(f"keep={self.keep:g} of {len(cheap)} examples picks {count}, which cannot hold the top {self.top}: raise keep or lower top")
-        order = np.argsort(-cheap.scores, kind="stable")
-        picked, others = order[:count], order[count:]
-        sample = np.random.default_rng(self.seed).permutation(others)[:self.sample]
-        if isinstance(getattr(self.exact, "curvature", None), str):  # a curvature "fitted on the scored data" is fitted on all of it, not on the picked
-            self.exact.prepare(self.lm.tokenize(examples, max_tokens=max_tokens) if not hasattr(examples, "conversations") else examples)
-        rows = np.sort(np.concatenate([picked, sample]))
-        exact = self.exact.score(examples.select(rows.tolist()), **options)
-        score_of = dict(zip(rows.tolist(), exact.scores))
-        return self._attribution(cheap, exact, picked, others, np.array([score_of[r] for r in picked]), np.array([score_of[r] for r in sample]), tokens)
-
-    def _attribution(self, cheap, exact, picked, others, picked_scores, sample_scores, tokens):
-        "Exact scores for the picked, the cheap order below them for the rest, and a card that tells them apart."
-        lowest, scores = picked_scores.min(), np.empty(len(cheap))
-        scores[picked] = picked_scores
-        spread = np.ptp(picked_scores) or 1.
-        distance = (cheap.scores[picked].min() - cheap.scores[others])/(np.ptp(cheap.scores) or 1.)   # 0 at the border, 1 at most
-        scores[others] = np.minimum(lowest - spread*(distance + 1/len(picked)), np.nextafter(lowest, -np.inf))
-        recall, low, high = estimated_recall(picked_scores, sample_scores, len(others), self.top)
-        notes = [f"{len(picked)} of {len(cheap)} examples, the highest by {self.cheap.method}, carry exact scores of {self.exact.method} (from {lowest:.6g} up); the others rank below them in the order of {self.cheap.method}, and the size of their scores means nothing",
-                 f"estimated recall of the exact top {self.top}: {recall:.2f}, 95 % interval {low:.2f} to {high:.2f}, from {len(sample_scores)} random others scored exactly"]
-        if tokens: notes.append("token contributions are not kept by a cascade: score the examples of interest with the exact scorer")
-        settings = {**exact.card.settings, "cheap": self.cheap.method, "exact": self.exact.method, "keep": self.keep, "sample": len(sample_scores), "lowest_exact_score": float(lowest), "recall_at": self.top, "recall": [recall, low, high]}
-        cost = replace(exact.card.cost, seconds=cheap.card.cost.seconds + exact.card.cost.seconds, tokens=cheap.card.cost.tokens + exact.card.cost.tokens)
-        card = replace(exact.card, method=self.method, zero="none", mean=None, data=cheap.card.data, data_fingerprint=cheap.card.data_fingerprint, settings=settings, notes=notes + exact.card.notes, cost=cost)
-        return Attribution(cheap.conversations, scores, card)
+        split = _split(self, cheap.scores)
+        if isinstance(getattr(self.exact, "curvature", None), str):
+            self.exact.prepare(_tokenized(self.lm, examples, max_tokens))
+        rows = np.sort(np.concatenate([split.picked, split.sample])).tolist()
+        exact = self.exact.score(examples.select(rows), **options)
+        return _joined(self, cheap, exact, split, dict(zip(rows, exact.scores)), tokens)

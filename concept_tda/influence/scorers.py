@@ -564,10 +564,10 @@ class Influence(_Question):
 
     def describe(self) -> dict[str, Any]:
         "Query, sites and curvature, and what was left out of them."
-        query: Any = self.query
-        concept, pattern = getattr(query, "concept", None), self.site_pattern
+        query, pattern = self.query, self.site_pattern
         return dict(
-            behaviour=query.name, layer=query.layer, pooling=getattr(concept, "pooling", None),
+            behaviour=query.name, layer=query.layer,
+            pooling=getattr(getattr(query, "concept", None), "pooling", None),
             reduction="mean", sites=pattern if isinstance(pattern, str) else "chosen by name",
             n_sites=len(self.sites), curvature=self.curvature.name, damping=self.curvature.damping_text,
             settings=_query_settings(query, self.curvature.record), notes=_influence_notes(self))
@@ -592,7 +592,7 @@ def _influence_notes(scorer: Influence) -> list[str]:
 # %% ../../nbs/50_influence/05_scorers.ipynb #weak-queries
 def _warn_of_weak_queries(concept: Concept, expression: QueryExpression) -> None:
     "Warn where the queries show less of the concept than the examples do."
-    if expression.z >= 0: return
+    if not expression.z < 0: return  # not a number where a single example has no spread
     warnings.warn(
         f"The query examples show less of {concept.name!r} than the training data do ({expression}): "
         "influence on them may explain something else. Choose answers that show the behaviour.",
