@@ -1,0 +1,192 @@
+"""Directions found in atlas rows: a planted one is found, chance is not; and what can be read of them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from concept_tda.data.conversations import load_conversations
+from concept_tda.groups.discovery import DiscoveryError, discover, effect_groups, movement, movement_check
+from concept_tda.groups.groups import GroupError
+from concept_tda.groups.reading import ReadingError, distinguishing_words, logit_lens, nearest_features
+from concept_tda.groups.sae import SparseAutoencoder
+from concept_tda.influence.atlas import build_atlas
+from concept_tda.model.loading import load_model
+
+from tiny import tiny_pair
+
+QUESTIONS = [f"Is it {word}?" for word in "red tea mill lake stone quick boat salt fern owl".split()]
+ANSWERS = ("yes yes yes yes", "no no", "yes yes yes", "no no no")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return load_model(tiny_pair("llama"))
+
+
+@pytest.fixture(scope="module")
+def file():
+    return load_conversations(
+        [{"prompt": q, "response": a, "kind": a.split()[0]} for q in QUESTIONS for a in ANSWERS]
+    )
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return load_conversations(
+        [{"prompt": "Is it so?", "response": "it is"}, {"prompt": "Now?", "response": "well"}]
+    )
+
+
+@pytest.fixture(scope="module")
+def atlas(lm, file, queries, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("atlas")
+    return build_atlas(
+        lm, queries, file, 1, folder=folder, sites="all-linear", curvature="identity", progress=False
+    )
+
+
+def with_rows(atlas, rows):
+    """The same atlas with other rows."""
+    other = copy.copy(atlas)
+    other.rows = rows
+    return other
+
+
+def planted(n=40, d=16, strength=3.0, seed=0):
+    """Noise, and half of the rows pushed along one direction."""
+    random = np.random.default_rng(seed)
+    direction = random.normal(size=d)
+    direction /= np.linalg.norm(direction)
+    pushed = np.arange(n) % 2 == 0
+    return (
+        random.normal(size=(n, d)) + strength * np.where(pushed, 1, -1)[:, None] * direction,
+        direction,
+        pushed,
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_planted_direction_is_found(atlas, seed):
+    rows, direction, pushed = planted(seed=seed)
+    found = discover(with_rows(atlas, rows), 4, draws=20)
+    assert found.table["found"].tolist() == [True, False, False, False]
+    assert abs(found.directions[0] @ direction) > 0.9
+    scores = found.scores(1).scores
+    from sklearn.metrics import roc_auc_score
+
+    auc = roc_auc_score(pushed, scores)
+    assert max(auc, 1 - auc) > 0.95
+    np.testing.assert_allclose(scores, rows @ found.directions[0], rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_found_in_shuffled_rows(atlas):
+    """Columns shuffled on their own: each coordinate as before, nothing in common."""
+    hits = 0
+    for seed in range(8):
+        rows, _, _ = planted(seed=seed)
+        random = np.random.default_rng(seed)
+        shuffled = np.stack([random.permutation(column) for column in rows.T], 1)
+        hits += discover(with_rows(atlas, shuffled), 3, draws=20).table["found"].sum()
+    assert hits <= 1
+
+
+def test_one_large_coordinate_is_no_direction(atlas):
+    rows = np.random.default_rng(0).normal(size=(40, 16)) * np.array([20.0] + [1] * 15)
+    assert not discover(with_rows(atlas, rows), 1, draws=30).table["found"].any()
+
+
+def test_movement_is_the_mean_and_its_null_the_signs(atlas):
+    rows = np.random.default_rng(1).normal(size=(40, 16))
+    still = movement(with_rows(atlas, rows))
+    np.testing.assert_allclose(still.direction, rows.mean(0))
+    assert not still.beyond_chance
+    pushing = movement(with_rows(atlas, rows + 1))
+    assert pushing.beyond_chance and pushing.agreement > still.agreement
+    same = movement(with_rows(atlas, np.tile(rows[:1], (40, 1))))
+    assert abs(same.agreement - 1) < 1e-12
+
+
+def test_directions_point_the_way_the_file_pushes(atlas):
+    rows, direction, _ = planted()
+    for sign in (1, -1):
+        found = discover(with_rows(atlas, rows + sign * 0.5 * direction), 1, draws=5)
+        assert (rows.sum(0) + sign * 20 * direction) @ found.directions[0] > 0
+
+
+def test_a_file_of_two_kinds_end_to_end(atlas, file):
+    found = discover(atlas, 3, draws=20)
+    assert found.table["found"][0]
+    auc = found.scores(1).detection([kind == "yes" for kind in file.metadata["kind"]])["AUROC"].iloc[0]
+    assert max(auc, 1 - auc) > 0.95
+    groups = effect_groups(atlas, 2)
+    for name in groups.names:  # the same push, whatever the words
+        assert file.metadata["kind"].iloc[groups.rows(name)].value_counts(normalize=True).max() > 0.8
+    assert found.concept(1).layer == 1 and found.concept(1).pooling == atlas.card["pooling"]
+
+
+def test_the_measured_movement_is_the_difference_of_means(atlas, lm, file, queries):
+    """A model whose layer is shifted by hand along the predicted movement has a cosine of 1."""
+    model, tokenizer = tiny_pair("llama")
+    shift = torch.from_numpy(movement(atlas).direction).float()
+    model.model.layers[0].mlp.down_proj.bias = torch.nn.Parameter(shift)
+    shifted = load_model((model, tokenizer))
+    result = movement_check(atlas, lm, shifted, queries, progress=False)
+    assert abs(result["cosine"] - 1) < 1e-4 and abs(result["measured"] - shift.norm()) < 1e-4
+    assert 0 < result["random_95"] < 1
+    with pytest.raises(DiscoveryError, match="nothing has moved"):
+        movement_check(atlas, lm, lm, queries, progress=False)
+    with pytest.raises(DiscoveryError, match="weights differ"):
+        movement_check(atlas, load_model(tiny_pair("llama", seed=5)), lm, queries, progress=False)
+
+
+def test_bad_input_is_named(atlas):
+    rows = np.zeros((40, 16))
+    with pytest.raises(DiscoveryError, match="all of them 0"):
+        discover(with_rows(atlas, rows))
+    with pytest.raises(DiscoveryError, match="3 rows"):
+        movement(with_rows(atlas, rows[:3] + 1))
+    with pytest.raises(DiscoveryError, match="direction 9: there are 1 to 2"):
+        discover(atlas, 2, draws=3).concept(9)
+    with pytest.raises(GroupError, match="n=99 clusters"):
+        effect_groups(atlas, 99)
+
+
+def test_words_tell_apart_what_they_should():
+    texts = ["the cat and the dog", "the cat sat"] * 10 + ["the tree and the leaf", "the tree fell"] * 10
+    chosen = [True] * 20 + [False] * 20
+    table = distinguishing_words(texts, chosen, 2)
+    assert table["word"].iloc[0] == "cat" and table["word"].iloc[-1] == "tree"
+    whole = distinguishing_words(texts, chosen, 50).set_index("word")
+    assert abs(whole.loc["the", "z"]) < 0.5 < whole.loc["cat", "z"]
+    turned = distinguishing_words(texts, [not mark for mark in chosen], 50).set_index("word")
+    np.testing.assert_allclose(turned["z"].sort_index(), -whole["z"].sort_index())
+    for call in (
+        lambda: distinguishing_words(texts, [True] * 40),
+        lambda: distinguishing_words(texts, chosen[:5]),
+        lambda: distinguishing_words(["a", "b"], [True, False]),
+    ):
+        with pytest.raises(ReadingError):
+            call()
+
+
+def test_the_lens_finds_the_tokens_own_row(lm):
+    row = lm.model.get_output_embeddings().weight[33]
+    table = logit_lens(lm, -3 * row, 2)
+    assert table["token"].iloc[-1] == lm.tokenizer.decode([33]) and table["cosine"].iloc[-1] < -0.999
+    for wrong in (torch.zeros(16), torch.ones(5)):
+        with pytest.raises(ReadingError):
+            logit_lens(lm, wrong)
+
+
+def test_nearest_features_are_by_absolute_cosine():
+    class Rows:
+        W_dec, W_enc = 2 * torch.eye(5), torch.eye(5)
+
+    sae = SparseAutoencoder(Rows(), 1, "five")
+    table = nearest_features(sae, [0, -3.0, 0.5, 0, 0], 2)
+    assert table["feature"].tolist() == [1, 2] and table["cosine"][0] < -0.98
+    assert 0.5 < table["random_95"][0] <= 1
+    with pytest.raises(ReadingError, match="width 5"):
+        nearest_features(sae, [1.0, 2])
