@@ -64,6 +64,8 @@ PUBLIC = {
         "sae_quality mean_activation spliced random_sae recurrence",
     "groups.features": "FeatureError Features read_features load_features feature_groups feature_concept "
         "top_contexts",
+    "groups.reading": "ReadingError distinguishing_words logit_lens nearest_features",
+    "groups.discovery": "DiscoveryError Movement movement Discovery discover effect_groups movement_check",
     "evidence.retraining": "TRAINING PLAN_FORMAT Judges ExperimentError full_recipe Maker tokenized_whole "
         "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
         "relative_paths judges_by_name Experiment",
