@@ -107,14 +107,15 @@ def _make_scorer(
 ) -> "Scorer":
     "The scorer a method name stands for; what it needs was checked before."
     from concept_tda.influence import baselines, scorers
-    shown = cast("Conversations", queries)  # `_check_given` has seen that it is there where it is needed
+    # `_check_given` has seen that concept and queries are there where a method needs them
+    asked, shown = cast("Concept", concept), cast("Conversations", queries)
     options: dict[str, Any] = {"sites": sites, "curvature": curvature}
     pooling: dict[str, Any] = {"pooling": concept.pooling} if concept else {}
     make: dict[str, Callable[[], Any]] = {
-        "vector-filter": lambda: scorers.VectorFilter(lm, concept),
-        "activation-gradient": lambda: scorers.ActivationGradient(lm, concept),
-        "projection-difference": lambda: scorers.ProjectionDifference(lm, concept),
-        "concept-influence": lambda: scorers.ConceptInfluence(lm, concept, shown, **options),
+        "vector-filter": lambda: scorers.VectorFilter(lm, asked),
+        "activation-gradient": lambda: scorers.ActivationGradient(lm, asked),
+        "projection-difference": lambda: scorers.ProjectionDifference(lm, asked),
+        "concept-influence": lambda: scorers.ConceptInfluence(lm, asked, shown, **options),
         "influence-function": lambda: scorers.InfluenceFunction(lm, shown, **options),
         "graddot": lambda: scorers.GradDot(lm, shown, sites=sites),
         "random": lambda: baselines.RandomScore(seed),

@@ -32,7 +32,6 @@ NOT_YET: dict[str, dict[str, str]] = {
         "influence.neighbours": "D102, E702",
     },
     "types": {
-        "cli": "annotations to mend",
         "influence.neighbours": "annotations to mend",
     },
     "private names": {},
