@@ -1,5 +1,7 @@
 """Where nothing can be computed, the error says why."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -31,7 +33,12 @@ def test_an_empty_query_set_is_named():
 def test_a_single_example_is_scored_and_the_card_says_what_could_not_be_told():
     lm, train = load_model(tiny_pair("llama")), load_conversations(TRAIN)
     concept = tensor_concept(torch.ones(lm.width), layer=1, lm=lm, name="flattery")
-    result = ConceptInfluence(lm, concept, train[:1], curvature="identity").score(train[1:], progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # nothing is said to be weaker than what was not measured
+        warnings.simplefilter("error", RuntimeWarning)  # numpy's division by zero
+        result = ConceptInfluence(lm, concept, train[:1], curvature="identity").score(
+            train[1:], progress=False
+        )
     assert torch.isfinite(torch.tensor(result.scores)).all()
     assert any("can't be said to express 'flattery'" in note for note in result.card.notes)
 

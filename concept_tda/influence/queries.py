@@ -152,10 +152,22 @@ class LossQuery(Query):
         "Covers the examples."
         return fingerprint("loss", self.examples.fingerprint)
 
-# %% ../../nbs/50_influence/03_queries.ipynb #projections
-@dataclass
-class _Projections:
-    "Projections of queries and of training data on a concept."
+# %% ../../nbs/50_influence/03_queries.ipynb #z
+def _standard_errors(queries: np.ndarray, train: np.ndarray) -> float:
+    "Mean of the queries above the training data's, in standard errors; NaN where all of these are equal."
+    if train.min() == train.max(): return float("nan")
+    return float((queries.mean() - train.mean())/(train.std()/len(queries)**.5))
+
+# %% ../../nbs/50_influence/03_queries.ipynb #auc
+def _share_of_pairs(queries: np.ndarray, train: np.ndarray) -> float:
+    "Share of pairs in which the query projects higher than the training example, ties counted half."
+    gaps_KN = queries[:, None] - train[None]
+    return float(((gaps_KN > 0) + .5*(gaps_KN == 0)).mean())
+
+# %% ../../nbs/50_influence/03_queries.ipynb #0014
+@dataclass(repr=False)
+class QueryExpression:
+    "How strongly query examples express a concept, compared with the training data."
     concept: str        # Its name
     queries: np.ndarray # Projections [K] on the unit direction
     train: np.ndarray   # Projections [N]
@@ -163,39 +175,32 @@ class _Projections:
     @property
     def z(self) -> float:
         "Mean of the queries above the training data's, in standard errors of K such; NaN if all are equal."
-        if self.train.min() == self.train.max(): return float("nan")
-        error = self.train.std()/len(self.queries)**.5
-        return float((self.queries.mean() - self.train.mean())/error)
+        return _standard_errors(self.queries, self.train)
 
-# %% ../../nbs/50_influence/03_queries.ipynb #auc
-class _Compared(_Projections):
-    "Queries against training examples, pair by pair."
     @property
     def auc(self) -> float:
         "Probability that a query projects higher than a training example, ties counted half."
-        gaps_KN = self.queries[:, None] - self.train[None]
-        return float(((gaps_KN > 0) + .5*(gaps_KN == 0)).mean())
+        return _share_of_pairs(self.queries, self.train)
 
-# %% ../../nbs/50_influence/03_queries.ipynb #0014
-class _Judged(_Compared):
-    "Whether that is enough."
     @property
     def expressed(self) -> bool:
         "Whether z is 2 or more."
         return self.z >= 2
 
-# %% ../../nbs/50_influence/03_queries.ipynb #expression
-class QueryExpression(_Judged):
-    "How strongly query examples express a concept, compared with the training data."
     def __repr__(self) -> str:
-        means = (f"mean projection {self.queries.mean():+.4g}, training data {self.train.mean():+.4g} "
-                 f"± {self.train.std():.2g}")
-        likely = f"higher than a training example with probability {self.auc:.2f}"
-        if np.isnan(self.z):
-            return (f"{len(self.queries)} queries can't be said to express {self.concept!r}: {means}, no "
-                    f"spread to measure in ({len(self.train)} training examples); {likely}")
-        found = "express" if self.expressed else "DO NOT express"
-        return f"{len(self.queries)} queries {found} {self.concept!r}: {means}; z {self.z:+.1f}, {likely}"
+        return _in_words(self)
+
+# %% ../../nbs/50_influence/03_queries.ipynb #in-words
+def _in_words(found: QueryExpression) -> str:
+    "The comparison as a sentence."
+    means = (f"mean projection {found.queries.mean():+.4g}, training data {found.train.mean():+.4g} "
+             f"± {found.train.std():.2g}")
+    likely = f"higher than a training example with probability {found.auc:.2f}"
+    if np.isnan(found.z):
+        return (f"{len(found.queries)} queries can't be said to express {found.concept!r}: {means}, no "
+                f"spread to measure in ({len(found.train)} training examples); {likely}")
+    verb = "express" if found.expressed else "DO NOT express"
+    return f"{len(found.queries)} queries {verb} {found.concept!r}: {means}; z {found.z:+.1f}, {likely}"
 
 # %% ../../nbs/50_influence/03_queries.ipynb #project
 def _projected(lm: LanguageModel, concept: Concept, data: Any, what: str, progress: bool) -> np.ndarray:
