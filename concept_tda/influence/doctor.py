@@ -44,6 +44,11 @@ class Check:
     finding: str       # What was seen
     advice: str = ""   # What to do about it
 
+    @property
+    def verdict(self) -> str:
+        "The severity in one of three words: a problem, a note, or ok."
+        return "problem" if self.severity in ("error", "warning") else self.severity
+
 # %% ../../nbs/50_influence/10_doctor.ipynb #example
 PARTS = {
     "prompt": "conditions the answer; no loss",
@@ -119,6 +124,11 @@ class Diagnosis:
     def warnings(self) -> list[Check]:
         "What is probably not meant so."
         return self.of("warning")
+
+    @property
+    def problems(self) -> list[Check]:
+        "Errors and warnings: what should be looked at before anything is scored."
+        return self.errors + self.warnings
 
     def to_pandas(self) -> pd.DataFrame:
         "A row for each check: name, severity, finding, advice."
