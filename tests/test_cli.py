@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -492,6 +493,36 @@ def test_filter_refuses(scored, here):
     Path("file").write_text("")
     assert "cannot write" in refused(1, "filter", one, "--drop-count", 1, "--out", "file/kept.jsonl")
     assert not Path("kept.jsonl").exists()
+
+
+def test_groups_are_those_of_the_library(place, scored, here):
+    from concept_tda.groups.groups import column_groups, drop_groups, score_groups
+
+    one = scored[0] / "vector-filter.parquet"
+    result = load_attribution(one)
+    found = score_groups(column_groups(result.conversations, "flattering"), result)
+    printed = ok("groups", one, "--by", "flattering", "--table", "t.csv", "--drop-fraction", 0.2).stdout
+    table = pd.read_csv("t.csv")
+    assert table["group"].astype(str).tolist() == found.table["group"].tolist()
+    np.testing.assert_allclose(table["sum"], found.table["sum"])
+    kept = drop_groups(found, fraction=0.2)
+    assert load_conversations("kept.jsonl").ids == kept.ids and f"{len(kept)} of {N} examples" in printed
+    assert "standardised" in printed  # the zero of a projection means nothing
+    before = Path("kept.jsonl").read_bytes()
+    assert "exists already" in refused(1, "groups", one, "--by", "flattering", "--drop-fraction", 0.2)
+    assert "no metadata column 'topic'" in refused(1, "groups", one, "--by", "topic")
+    assert "results" in refused(1, "groups", scored[0], "--by", "flattering")
+    assert Path("kept.jsonl").read_bytes() == before
+
+
+def test_discover_reads_an_atlas_and_refuses_everything_else(place, here):
+    from concept_tda.influence.atlas import build_atlas
+
+    lm, data = load_model(place / "model"), load_conversations(place / "train.jsonl")
+    build_atlas(lm, data[:2], data, 1, folder="atlas", curvature="identity", progress=False)
+    assert "directions found in 14 rows" in ok("discover", "atlas", "-n", 3).stdout
+    assert "nowhere" in refused(1, "discover", "nowhere")
+    assert "atlas" in refused(1, "discover", place)
 
 
 def test_nothing_replaces_a_file_unless_told_so_and_never_the_source(place, scored, here):

@@ -469,3 +469,10 @@ def test_data_in_every_form_and_the_tokens_of_a_job(train, tmp_path):
         assert other.example == first.example and severities(other) == severities(first)
     with pytest.raises(ConceptTDAError, match="no file or folder|there is no"):
         doctor(lm, "no-such-file.jsonl")
+
+
+def test_problems_are_errors_and_warnings():
+    checks = [Check(severity, severity, "seen") for severity in SEVERITIES]
+    found = Diagnosis(checks)
+    assert [check.name for check in found.problems] == ["error", "warning"]
+    assert [check.verdict for check in checks] == ["problem", "problem", "note", "ok"]
