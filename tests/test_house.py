@@ -22,18 +22,10 @@ CODE = ["tests", "tools", "benchmarks", "setup.py"]
 
 # rule: {room (notebook or module): why it does not keep the rule yet}
 NOT_YET: dict[str, dict[str, str]] = {
-    "lines and cells": {
-        "50_influence/06_neighbours": "not taken apart yet",
-    },
-    "lint of notebooks": {
-        "50_influence/06_neighbours": "E702, I001",
-    },
-    "lint of modules": {
-        "influence.neighbours": "D102, E702",
-    },
-    "types": {
-        "influence.neighbours": "annotations to mend",
-    },
+    "lines and cells": {},
+    "lint of notebooks": {},
+    "lint of modules": {},
+    "types": {},
     "private names": {},
 }
 
@@ -102,7 +94,6 @@ def test_lines_and_cells_of_every_room(house):
     held("lines and cells", {notebook_of(room.path): room.places for room in house if room.places})
 
 
-@pytest.mark.xfail(strict=True, reason="rooms above are still being taken apart; goes when the figures hold")
 def test_the_house_as_a_whole(house):
     found = figures(house)
     assert found["median"] <= LIMITS["median"] and found["p90"] <= LIMITS["p90"], found
