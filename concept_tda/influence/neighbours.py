@@ -189,7 +189,7 @@ class _Visiting(_History):
     ) -> dict[str, np.ndarray]:
         "Scores, token contributions and price at one checkpoint, from the store if an earlier run got there."
         start, sites = time.perf_counter(), resolve_sites(lm, self.site_pattern, layer=self.query.layer)
-        readout: Any = self.readout(lm, sites, index)
+        readout = self.readout(lm, sites, index)
         self.n_sites, prepared = len(sites), time.perf_counter() - start
         self.coverage = coverage_notes(lm, self.site_pattern)
         block = f"{index:04d}-{fingerprint(lm.fingerprint, readout.fingerprint)}"
@@ -212,9 +212,8 @@ def _arrays(result: Pass, prepared: float) -> dict[str, np.ndarray]:
 # %% ../../nbs/50_influence/06_neighbours.ipynb #run-store
 def _store_of(scorer: _History, data: TokenizedConversations, options: dict[str, Any]) -> BlockStore:
     "Where the finished checkpoints of a run lie."
-    query: Any = scorer.query
     return BlockStore(cache_folder("runs"), dict(
-        method=scorer.method, query=query.fingerprint, learning_rates=scorer.learning_rates,
+        method=scorer.method, query=scorer.query.fingerprint, learning_rates=scorer.learning_rates,
         sites=str(scorer.site_pattern), code=code_version(), tokens=options["tokens"],
         token_budget=options["token_budget"], data=data.fingerprint))
 

@@ -553,12 +553,11 @@ class Influence(_Question):
     "-∇fᵀ H⁻¹ ∇L(z) for any query f (METHODS §1, Eq. 1): what one more step on the example would do to f."
     def prepare(self, data: TokenizedConversations) -> Readout:
         "Differentiate the query, apply the curvature, choose an engine."
-        sites: Any = self.sites
         if isinstance(self.curvature, str):
-            self.curvature = EKFAC.fit(self.lm, data, sites)
+            self.curvature = EKFAC.fit(self.lm, data, self.sites)
         _check_fitted_on(self.curvature, self.lm)
-        gradients = self.query.gradients(self.lm, sites)
-        readout: Any = direction_readout(sites, self.curvature.precondition(gradients), self.engine)
+        gradients = self.query.gradients(self.lm, self.sites)
+        readout = direction_readout(self.sites, self.curvature.precondition(gradients), self.engine)
         self.why = readout.why
         return readout
 
