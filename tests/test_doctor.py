@@ -14,7 +14,7 @@ from concept_tda.data.templates import chat_template_text
 from concept_tda.foundation.errors import ConceptTDAError
 from concept_tda.foundation.probes import ProbeError
 from concept_tda.influence import doctor as room
-from concept_tda.influence.doctor import SEVERITIES, DoctorError, doctor
+from concept_tda.influence.doctor import SEVERITIES, Check, Diagnosis, DoctorError, doctor
 from concept_tda.model.loading import LanguageModel, LayerError, load_model
 
 from chromium import Chromium, needs_browser
