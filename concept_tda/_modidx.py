@@ -2506,6 +2506,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'concept_tda/influence/doctor.py'),
                                               'concept_tda.influence.doctor._check_coverage': ( '50_influence/doctor.html#_check_coverage',
                                                                                                 'concept_tda/influence/doctor.py'),
+                                              'concept_tda.influence.doctor._check_flows': ( '50_influence/doctor.html#_check_flows',
+                                                                                             'concept_tda/influence/doctor.py'),
                                               'concept_tda.influence.doctor._check_lengths': ( '50_influence/doctor.html#_check_lengths',
                                                                                                'concept_tda/influence/doctor.py'),
                                               'concept_tda.influence.doctor._check_loss': ( '50_influence/doctor.html#_check_loss',

@@ -14,9 +14,11 @@ from concept_tda.concepts.concept import tensor_concept
 from concept_tda.data.batches import batches
 from concept_tda.data.conversations import load_conversations
 from concept_tda.influence.curvature import EKFAC
+from concept_tda.influence.doctor import doctor
 from concept_tda.influence.engine import EngineError
 from concept_tda.influence.gradients import by_example, check_sites, hidden_states, site_flows
 from concept_tda.influence.neighbours import GradCos
+from concept_tda.influence.planning import plan
 from concept_tda.influence.queries import ConceptQuery, LossQuery
 from concept_tda.influence.scorers import GradDot, Influence
 from concept_tda.model.loading import SiteError, load_model
@@ -471,3 +473,14 @@ def test_shapes_are_told_apart():
     for shape in ((T, B, 2), (B * T - 1, 2), (B * T * 2,), (T, B, 5, 2), (B, T, T, 2)):
         with pytest.raises(SiteError, match="site here sees a tensor of shape"):
             by_example(site, torch.zeros(shape), batch)
+
+
+@pytest.mark.parametrize("kind", [Fused, Sorted])
+def test_plan_and_doctor_say_what_scoring_would(kind):
+    lm = with_layer(kind)
+    found = {check.name: check for check in doctor(lm, train(), sites="attention").checks}
+    assert found["flows"].severity == "error" and "o_proj.proj" in found["flows"].finding
+    with pytest.raises(SiteError, match=r"o_proj\.proj"):
+        plan([GradDot(lm, load_conversations(ANSWERS), sites="attention")], train())
+    sound = load_model(build("Llama"))
+    assert {check.name: check for check in doctor(sound, train()).checks}["flows"].severity == "ok"

@@ -26,6 +26,7 @@ from ..data.tokens import TokenizedConversations, readable_tokens, tokenize, tok
 from ..foundation.display import html_of
 from ..foundation.errors import ConceptTDAError
 from ..foundation.probes import ProbeError, bfloat16_ratio
+from .gradients import check_sites
 from ..model.loading import LanguageModel, SiteError
 from ..model.losses import loss_weights, token_losses
 from ..model.sites import Site, coverage, resolve_sites
@@ -469,6 +470,23 @@ def _check_machinery(lm: LanguageModel, data: TokenizedConversations) -> Iterato
         return
     yield from (_check_loss(lm, alone), _check_repeats(alone, again), _check_mates(lm, alone, together))
 
+# %% ../../nbs/50_influence/10_doctor.ipynb #flows
+def _check_flows(
+    lm: LanguageModel, data: TokenizedConversations, layer: int | None, sites: Any,
+) -> Iterator[Check]:
+    "Whether every site can be served."
+    if any(weight.is_meta for _, weight in _named_weights(lm)): return
+    try:
+        reached = resolve_sites(lm, sites, layer=layer)
+    except SiteError:
+        return  # said already
+    try:
+        check_sites(lm, reached, data)
+    except ConceptTDAError as err:
+        yield Check("flows", "error", str(err))
+        return
+    yield Check("flows", "ok", f"what flows through {len(reached)} sites is the gradient of their weights")
+
 # %% ../../nbs/50_influence/10_doctor.ipynb #mark
 def _as_if_all_counted(conversation: Conversation) -> Conversations:
     "The chat with no answer spared."
@@ -525,7 +543,8 @@ def _model_checks(lm: LanguageModel, layer: int | None, sites: Any) -> Iterator[
 
 # %% ../../nbs/50_influence/10_doctor.ipynb #data-checks
 def _data_checks(
-    lm: LanguageModel, examples: Any, example: str | int | None, max_tokens: int | None,
+    lm: LanguageModel, examples: Any, example: str | int | None, max_tokens: int | None, layer: int | None,
+    sites: Any,
 ) -> tuple[list[Check], MarkedExample | None]:
     "Findings about the data and its way through the model, and the example."
     data, answers = _tokens(lm, examples, max_tokens)
@@ -533,6 +552,8 @@ def _data_checks(
     if data is not None:
         found += [_check_bos(lm, data), _check_markers(lm, data), *_check_lengths(data), *_check_counts(data)]
         found += _check_machinery(lm, data)
+        if ("loss", "error") not in [(check.name, check.severity) for check in found]:
+            found += _check_flows(lm, data, layer, sites)
     given = getattr(examples, "conversations", examples)
     shown = _marked(lm, _chosen(given, example), max_tokens) if len(given) or example is not None else None
     return found, shown
@@ -556,5 +577,5 @@ def doctor(
     if layer is not None:
         lm.check_layer(layer)
     checks = list(_model_checks(lm, layer, sites))
-    found, shown = _data_checks(lm, examples, example, max_tokens)
+    found, shown = _data_checks(lm, examples, example, max_tokens, layer, sites)
     return Diagnosis(sorted(checks + found, key=lambda check: SEVERITIES.index(check.severity)), shown)

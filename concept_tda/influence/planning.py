@@ -25,6 +25,7 @@ from ..foundation.patching import patch
 from ..foundation.probes import ProbeError, bfloat16_ratio
 from .curvature import FactorStatistics, batch_labels, labelled_pass
 from .engine import Stopwatch, direction_readout, peak_memory, run_batch
+from .gradients import check_sites
 from .scorers import Influence, Scorer
 from ..model.loading import LanguageModel
 from ..model.sites import Site
@@ -302,6 +303,9 @@ def plan(
     with lm.undisturbed():
         seconds = _seconds_per_token(lm, data, readouts, queue)*data.n_tokens
         fit_seconds, peak = _price_of_fitting(lm, data, scorers, peak_memory(lm.device))
+    for scorer in scorers:
+        if isinstance(scorer, Influence):
+            check_sites(lm, scorer.sites, data)
     available = _available_memory(lm.device)
     advice = _advice(lm, scorers, token_budget) if peak > available else []
     n_queries = sum(readout.n_queries for readout in readouts.values())
