@@ -3680,6 +3680,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'concept_tda/model/sites.py'),
                                          'concept_tda.model.sites.Site.weight': ( '20_model/sites.html#site.weight',
                                                                                   'concept_tda/model/sites.py'),
+                                         'concept_tda.model.sites._acts_linear': ( '20_model/sites.html#_acts_linear',
+                                                                                   'concept_tda/model/sites.py'),
                                          'concept_tda.model.sites._block_weights': ( '20_model/sites.html#_block_weights',
                                                                                      'concept_tda/model/sites.py'),
                                          'concept_tda.model.sites._choose': ('20_model/sites.html#_choose', 'concept_tda/model/sites.py'),

@@ -54,7 +54,21 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _is_linear(module: nn.Module) -> bool:
     "Whether a call is the product with the weight and nothing more."
     if _is_conv1d(module): return True
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    if not isinstance(module, nn.Linear): return False
+    return type(module).forward is nn.Linear.forward or _acts_linear(module)
+
+def _acts_linear(module: nn.Linear) -> bool:
+    "Whether a linear layer with a forward pass of its own, as Falcon has, still gives the product."
+    weight = module.weight
+    if weight.is_meta or not weight.is_floating_point(): return True  # said elsewhere, where it matters
+    x = torch.linspace(-1, 1, 2*module.in_features, dtype=torch.float32).view(2, -1).to(weight)
+    try:
+        with torch.no_grad():
+            given, expected = module.forward(x), nn.functional.linear(x, weight, module.bias)
+    except Exception:  # whatever somebody else's layer raises: it is no linear layer
+        return False
+    same = isinstance(given, torch.Tensor) and given.shape == expected.shape
+    return same and torch.allclose(given, expected, rtol=1e-2, atol=1e-3)
 
 _COPY = re.compile(r"(.*?)\.(?:original_module|modules_to_save\.(\w+))(?:\.|$)")
 
