@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COHERENCE_PROMPT', 'JudgeError', 'Evaluation', 'Judge', 'ContrastJudge', 'LossJudge', 'AnswerJudge', 'FunctionJudge',
-           'expected_score', 'LocalJudge', 'integer_probabilities', 'JudgeUsage', 'OpenAIJudge']
+           'expected_score', 'LocalJudge', 'integer_probabilities', 'JudgeUsage', 'OpenAIJudge', 'OpenAIReader']
 
 # %% ../../nbs/40_concepts/01_judges.ipynb #0003
 import inspect
@@ -16,7 +16,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -920,15 +920,17 @@ def _candidates(choice: dict) -> list[tuple[str, float]]:
     return top
 
 # %% ../../nbs/40_concepts/01_judges.ipynb #0034
-def _read_reply(text: str) -> dict:
-    "Candidates of the first token and the token counts in one reply."
+def _read_reply(text: str, read: Callable[[dict], dict]) -> dict:
+    "What `read` takes from the first choice of a reply, and the token counts."
     reply, choice = _choice_of(text)
-    message = choice.get("message") or {}
     usage = reply["usage"] if isinstance(reply.get("usage"), dict) else {}
-    record: dict[str, Any] = {
-        name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
-    declined = choice.get("finish_reason") == "content_filter" or message.get("refusal")
-    return {"top": [] if declined else _candidates(choice), **record}
+    counts = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+    return {**read(choice), **counts}
+
+def _declined(choice: dict) -> bool:
+    "Whether the model, or a filter before it, refused to answer."
+    message = choice.get("message") or {}
+    return bool(choice.get("finish_reason") == "content_filter" or message.get("refusal"))
 
 # %% ../../nbs/40_concepts/01_judges.ipynb #pause
 def _named_pause(headers: Any) -> float | None:
@@ -948,8 +950,7 @@ _HINTS = {
     401: ". Is the key right?",
     403: ". Does this key allow that model?",
     404: ". Does base_url end in /v1 (or as the server says), and is the model's name right?",
-    400: ". Does this model give log-probabilities, and accept one output token? Other fields of the request "
-         "can be set with extra_body",
+    400: ". Does this model {needs}? Other fields of the request can be set with extra_body",
 }
 
 def _trouble_words(err: Exception, timeout: float) -> str:
@@ -993,7 +994,8 @@ class _Requests:
         another try cannot mend."""
         import openai
         try:
-            record = _read_reply(self.client.chat.completions.with_raw_response.create(**body).text)
+            reply = self.client.chat.completions.with_raw_response.create(**body)
+            record = _read_reply(reply.text, self.judge._read)
             self._count(record)
             return record, None, None
         except JudgeError as err:
@@ -1004,7 +1006,8 @@ class _Requests:
             trouble, response = _trouble_words(err, self.judge.timeout), getattr(err, "response", None)
             named = None if response is None else _named_pause(response.headers)
             if _may_pass(err): return None, trouble, named
-            fatal = trouble + _HINTS.get(getattr(err, "status_code", 0), "")
+            hint = _HINTS.get(getattr(err, "status_code", 0), "")
+            fatal = trouble + hint.format(needs=self.judge.needs)
         raise JudgeError(self.judge._message(fatal))
 
     def _count(self, record: dict) -> None:
@@ -1031,7 +1034,7 @@ class _Round(_Requests):
             self._wait(self._pause(attempt, pause, trouble))
         raise JudgeError(self.judge._message(
             f"gave no usable reply in {attempts} attempts; at the last, {trouble}. "
-            "What it judged so far is kept: run again later"))
+            f"What it {self.judge.did} so far is kept: run again later"))
 
     def _pause(self, attempt: int, named: float | None, trouble: str | None) -> float:
         "Seconds to wait after a failed attempt. Raises `JudgeError` where the server asks for too many."
@@ -1039,8 +1042,8 @@ class _Round(_Requests):
         if named is None: return min(longest, self.first_pause*2**attempt*random.uniform(0.5, 1.0))
         if named <= longest: return named
         raise JudgeError(self.judge._message(
-            f"asks to wait {named:.0f} seconds ({trouble}). What it judged so far is kept: run again later, "
-            "or raise longest_wait"))
+            f"asks to wait {named:.0f} seconds ({trouble}). What it {self.judge.did} so far is kept: run "
+            "again later, or raise longest_wait"))
 
     def _wait(self, seconds: float) -> None:
         "Pause, unless the round is stopped meanwhile."
@@ -1083,11 +1086,11 @@ def _checked_key(key: str | None) -> str | None:
     return key or None
 
 # %% ../../nbs/40_concepts/01_judges.ipynb #verdicts
-def _read_verdict(path: Path) -> dict | None:
+def _read_verdict(path: Path, is_sound: Callable[[Any], bool]) -> dict | None:
     "A verdict from disk; None where there is none, or a damaged one."
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        sound = all(isinstance(token, str) and value <= 0.01 for token, value in record["top"])
+        sound = is_sound(record)
     except (OSError, TypeError, KeyError, ValueError):
         return None
     return record if sound else None
@@ -1096,7 +1099,8 @@ def _read_verdict(path: Path) -> dict | None:
 def _verdicts(judge: "_Endpoint", bodies: dict[str, dict], progress: bool) -> dict[str, dict]:
     "Verdicts on {key: request}: from disk, and from the server where the disk has none."
     paths = {key: judge.folder/key[:2]/f"{key}.json" for key in bodies}
-    records = {key: record for key, path in paths.items() if (record := _read_verdict(path)) is not None}
+    known = {key: _read_verdict(path, judge._is_sound) for key, path in paths.items()}
+    records = {key: record for key, record in known.items() if record is not None}
     judge.usage.cached += len(records)
     with progress_bar(len(bodies), progress, judge.name, "answer") as bar:
         bar.update(len(records))
@@ -1129,8 +1133,65 @@ def _asked(judge: "_Endpoint", missing: dict[str, tuple[dict, Path]]) -> Iterato
             current.stop.set()
             pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/40_concepts/01_judges.ipynb #server
+class _Server:
+    "A model behind an OpenAI-compatible endpoint, and how it is asked."
+    role, did = "judge", "judged"  # Of errors: the judge 'x' …, what it judged so far …
+    needs = "give log-probabilities, and accept one output token"
+    name: str
+
+    def _connect(
+        self, model: str, *, base_url: str | None = None, api_key: str | None = None, concurrency: int = 8,
+        retries: int = 6, timeout: float = 60.0, longest_wait: float = 120.0, extra_body: dict | None = None,
+        prices: tuple[float, float] | None = None, folder: str | Path | None = None,
+    ) -> None:
+        "Take the settings, and refuse those that cannot work."
+        require("openai", "judge")
+        if concurrency < 1 or retries < 0 or timeout <= 0:
+            raise JudgeError(
+                f"an {type(self).__name__} needs concurrency >= 1, retries >= 0 and timeout > 0")
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        self.base_url, self._secret, self.model = _checked_url(base_url), _Secret(api_key), model
+        self.usage, self.extra_body = JudgeUsage(prices=prices), dict(extra_body or {})
+        self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
+        self.longest_wait, self.folder = longest_wait, Path(folder) if folder else cache_folder("judgements")
+        _check_has_key(self)
+
+    def _read(self, choice: dict) -> dict:
+        "What is kept of a reply's first choice; `_Garbled` where it makes no sense."
+        raise NotImplementedError
+
+    def _is_sound(self, record: Any) -> bool:
+        "Whether a record from disk can be used; it may also raise TypeError, KeyError or ValueError."
+        raise NotImplementedError
+
+# %% ../../nbs/40_concepts/01_judges.ipynb #key
+class _Endpoint(_Server):
+    "The key, and messages without it."
+    @property
+    def _is_here(self) -> bool:
+        return urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
+
+    @property
+    def _key(self) -> str | None:
+        known = None if self._is_here else os.environ.get("OPENAI_API_KEY")
+        return _checked_key(self._secret.value or known)
+
+    def _message(self, text: str) -> str:
+        "An error message about this server, short and without the key."
+        text = f"the {self.role} {self.name!r} at {self.base_url}: {text}"
+        return (text.replace(self._key, "<key>") if self._key else text)[:1000]
+
+# %% ../../nbs/40_concepts/01_judges.ipynb #check-has-key
+def _check_has_key(judge: Any) -> None:
+    "Refuse a judge that cannot ask."
+    if judge._key is not None or judge._is_here: return
+    raise JudgeError(
+        f"no key for {judge.base_url}: set the environment variable OPENAI_API_KEY or pass api_key=…. "
+        "A server on this machine needs none: base_url=\"http://localhost:8080/v1\"")
+
 # %% ../../nbs/40_concepts/01_judges.ipynb #endpoint
-class _Server(AnswerJudge):
+class _Grader(AnswerJudge, _Endpoint):
     "A server that grades, and how it is asked."
     def __init__(
         self,
@@ -1156,45 +1217,13 @@ class _Server(AnswerJudge):
                                       # of `AnswerJudge`
     ):
         super().__init__(questions, name=name or model, **answering)
-        require("openai", "judge")  # now, and not after an hour of training
-        if concurrency < 1 or retries < 0 or timeout <= 0:
-            raise JudgeError("an OpenAIJudge needs concurrency >= 1, retries >= 0 and timeout > 0")
-        self.prompt_template, self.model = _checked_template(prompt_template), model
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        self.base_url, self._secret = _checked_url(base_url), _Secret(api_key)
-        self.usage, self.least_mass = JudgeUsage(prices=prices), least_mass
-        self.extra_body = dict(extra_body or {})
-        self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
-        self.longest_wait, self.folder = longest_wait, Path(folder) if folder else cache_folder("judgements")
-        _check_has_key(self)
-
-# %% ../../nbs/40_concepts/01_judges.ipynb #key
-class _Endpoint(_Server):
-    "The key, and messages without it."
-    @property
-    def _is_here(self) -> bool:
-        return urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
-
-    @property
-    def _key(self) -> str | None:
-        known = None if self._is_here else os.environ.get("OPENAI_API_KEY")
-        return _checked_key(self._secret.value or known)
-
-    def _message(self, text: str) -> str:
-        "An error message about this server, short and without the key."
-        text = f"the judge {self.name!r} at {self.base_url}: {text}"
-        return (text.replace(self._key, "<key>") if self._key else text)[:1000]
-
-# %% ../../nbs/40_concepts/01_judges.ipynb #check-has-key
-def _check_has_key(judge: Any) -> None:
-    "Refuse a judge that cannot ask."
-    if judge._key is not None or judge._is_here: return
-    raise JudgeError(
-        f"no key for {judge.base_url}: set the environment variable OPENAI_API_KEY or pass api_key=…. "
-        "A server on this machine needs none: base_url=\"http://localhost:8080/v1\"")
+        self._connect(model, base_url=base_url, api_key=api_key, concurrency=concurrency, retries=retries,
+                      timeout=timeout, longest_wait=longest_wait, prices=prices, folder=folder,
+                      extra_body=extra_body)
+        self.prompt_template, self.least_mass = _checked_template(prompt_template), least_mass
 
 # %% ../../nbs/40_concepts/01_judges.ipynb #0038
-class OpenAIJudge(_Endpoint):
+class OpenAIJudge(_Grader):
     """Grades answers from 0 to 100 by a model behind an OpenAI-compatible endpoint, from the top 20
     candidates of its first token."""
     def settings(self) -> dict:
@@ -1212,6 +1241,14 @@ class OpenAIJudge(_Endpoint):
         if _only_digits(graded):
             warnings.warn(f"the judge {self.name!r} {_SPLIT_DIGITS}", stacklevel=3)
         return [grades[key] for key in keys]
+
+    def _read(self, choice: dict) -> dict:
+        "The candidates for the first token; none where it declined."
+        return {"top": [] if _declined(choice) else _candidates(choice)}
+
+    def _is_sound(self, record: Any) -> bool:
+        "Whether a verdict from disk can be used."
+        return all(isinstance(token, str) and value <= 0.01 for token, value in record["top"])
 
     def _grade(self, record: dict) -> float | None:
         "The expected grade in one verdict."
@@ -1232,3 +1269,59 @@ def _only_digits(graded: list) -> bool:
     "Whether at least five verdicts hold digits only, never longer numbers."
     tokens = [token.strip() for top in graded for token, _ in top]
     return len(graded) >= 5 and not any(re.fullmatch(r"[0-9]{2,}", token) for token in tokens)
+
+# %% ../../nbs/40_concepts/01_judges.ipynb #in-words
+class OpenAIReader(_Endpoint):
+    "Answers prompts in words, by a model behind an OpenAI-compatible endpoint; every answer is kept on disk."
+    role, did = "reader", "answered"
+    needs = "accept temperature=0, seed=0 and max_tokens"
+
+    def __init__(
+        self,
+        model: str = "gpt-4.1-mini",  # Name the server knows the model by
+        *,
+        name: str | None = None,      # Shown in tables; the model's name if None
+        **connection: Any,            # `base_url`, `api_key`, `concurrency`, `retries`, `timeout`,
+                                      # `longest_wait`, `prices`, `folder`, `extra_body` of `OpenAIJudge`
+    ):
+        self.name = name or model
+        self._connect(model, **connection)
+
+    def __repr__(self) -> str:
+        return f"OpenAIReader({self.name!r}, {self.base_url})"
+
+    def texts(
+        self,
+        prompts: Sequence[str],   # Each is one message, asked by itself
+        *,
+        max_tokens: int = 60,     # Longest answer
+        progress: bool = True,    # Show a progress bar
+    ) -> list[str | None]:        # In the order of the prompts; None where the model declined
+        "What it says to each prompt, at temperature 0. Raises `JudgeError`; what was answered is kept."
+        bodies = [_words_request(self, prompt, max_tokens) for prompt in prompts]
+        keys = [fingerprint(self.base_url, body) for body in bodies]
+        records = _verdicts(self, dict(zip(keys, bodies)), progress)
+        return [records[key]["text"] for key in keys]
+
+    def _read(self, choice: dict) -> dict:
+        "The message; None where it declined."
+        return {"text": None if _declined(choice) else _message_text(choice)}
+
+    def _is_sound(self, record: Any) -> bool:
+        "Whether an answer from disk can be used."
+        return record["text"] is None or isinstance(record["text"], str)
+
+# %% ../../nbs/40_concepts/01_judges.ipynb #words-parts
+def _words_request(reader: OpenAIReader, prompt: str, max_tokens: int) -> dict:
+    "One request for words."
+    extra = {"extra_body": reader.extra_body} if reader.extra_body else {}
+    return dict(model=reader.model, messages=[{"role": "user", "content": prompt}], max_tokens=max_tokens,
+                temperature=0.0, seed=0, **extra)
+
+def _message_text(choice: dict) -> str:
+    "The words of a reply."
+    message = choice.get("message") or {}
+    if isinstance(message.get("content"), str): return message["content"]
+    raise _Garbled("it holds no text; it ended because of "
+                   f"{choice.get('finish_reason')!r}, and where that is 'length', a model that thinks aloud "
+                   "has spent max_tokens before it answered")
