@@ -37,7 +37,7 @@ PUBLIC = {
     "concepts.concept": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
         "tensor_concept random_concepts LayerSweep sweep_layers",
     "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge ContrastJudge LossJudge AnswerJudge "
-        "FunctionJudge expected_score LocalJudge integer_probabilities JudgeUsage OpenAIJudge",
+        "FunctionJudge expected_score LocalJudge integer_probabilities JudgeUsage OpenAIJudge OpenAIReader",
     "concepts.personas": "PersonaError Trait traits load_trait persona_responses persona_concept "
         "SteeringError steer SteeringCheck steering_check",
     "influence.gradients": "require_grad went_in by_example site_flows SiteGradients check_sites "
