@@ -27,6 +27,7 @@ from concept_tda.evidence.retraining import ExperimentError
 from concept_tda.evidence.statistics import spearman_interval
 from concept_tda.evidence.tail_patch import TailPatch
 from concept_tda.foundation.errors import StorageError
+from concept_tda.groups.groups import column_groups, score_groups
 from concept_tda.influence.scorers import GradDot, VectorFilter
 from concept_tda.model.finetuning import finetune
 from concept_tda.model.loading import LanguageModel, load_model
@@ -292,6 +293,108 @@ def test_names_are_escaped(lm, train, x, toy, tmp_path):
         and "<script>" not in experiment._repr_html_()
         and "&lt;script&gt;" in experiment._repr_html_()
     )
+
+
+@pytest.fixture()
+def kinds():
+    """The data of `train` with a column, and its groups scored: `seven` is the highest, then `six`."""
+    names = ["seven"] * 7 + ["six"] * 6 + ["other"] * 7
+    data = load_conversations(
+        [
+            {"prompt": f"Is {i} even?", "response": "yes!" if i % 2 else "no.", "label": bool(i % 2)}
+            | {"kind": names[i]}
+            for i in range(N)
+        ],
+        name="parity",
+    )
+    scores = [2.0] * 7 + [1.0] * 6 + [-1.0] * 7
+    return data, score_groups(column_groups(data, "kind"), result(data, scores, "by kind"), deals=10)
+
+
+def test_whole_groups_are_dropped_beside_single_examples_and_random_ones(lm, x, toy, kinds, tmp_path):
+    data, found = kinds
+    experiment = FilterAndRetrain(
+        lm,
+        data,
+        {"x": result(data, x)},
+        Reads(),
+        tmp_path,
+        fractions=(0.25, 0.35, 0.5),  # 5, 7 and 10 of 20; the unions hold 7, 7 and 13
+        seeds=(0, 3),
+        n_random=2,
+        groups={"kinds": found},
+    ).run(progress=False)
+    table = experiment.table.set_index(["arm", "method", "fraction", "seed"])
+    for fraction, gone in ((0.25, 7), (0.35, 7), (0.5, 13)):
+        for seed in (0, 3):
+            rows = np.arange(gone, N)
+            arm = table.loc[("drop-groups", "kinds", fraction, seed)]
+            assert (tuple(rows), seed) in toy and (arm["n"] == N - gone).all()
+            value = x[rows].mean() + seed / 100 + 0.5
+            random = np.sort(np.random.default_rng([seed, N]).permutation(N)[gone:])
+            assert (tuple(random), seed) in toy
+            assert arm["value"].item() == pytest.approx(value)
+            same_size = experiment.table.query("arm == 'random' and seed == @seed and n == @N - @gone")
+            draws = same_size.drop_duplicates("cell")["value"]
+            assert len(draws) == 2 and arm["from_random"].item() == pytest.approx(value - draws.mean())
+    assert ("random", "kinds", 0.35, 0) not in table.index  # the share's own control is as large
+    summary = experiment.summary().set_index(["arm", "method", "fraction"])
+    assert summary.loc[("random", "kinds", 0.5), "n"] == summary.loc[("drop-groups", "kinds", 0.5), "n"] == 7
+    assert summary.loc[("random", "", 0.5), "n"] == 10
+    again = same(experiment)
+    assert again.about["groups"]["kinds"]["groups"] == 3 and len(again.plot().axes) == 1
+
+
+def test_groups_alone_in_another_order_and_without_a_control(lm, toy, kinds, tmp_path):
+    data, found = kinds
+    order = np.random.default_rng(0).permutation(N)
+    experiment = FilterAndRetrain(
+        lm,
+        data.select(order),
+        {},
+        Reads(),
+        tmp_path,
+        fractions=(0.5,),
+        seeds=0,
+        arms=("drop-groups",),
+        groups=found,
+    ).run(progress=False)
+    assert set(experiment.table["arm"]) == {"base", "full", "drop-groups"}
+    assert (tuple(np.flatnonzero(order >= 13)), 0) in toy
+    assert experiment.table["method"].iloc[-1] == "by kind by metadata column 'kind'"
+    assert experiment.table["from_random"].isna().all()
+    experiment.plot()
+
+
+def test_groups_that_cannot_be_dropped(lm, train, x, toy, kinds, tmp_path):
+    data, found = kinds
+    scores = {"x": result(data, x)}
+    every = score_groups(
+        column_groups(data, "kind"), result(data, np.full(N, 1.0)), deals=10, standardise=False
+    )
+    for groups, arms, message in (
+        ({}, ("drop-groups",), "needs scored groups"),
+        (
+            {"kinds": column_groups(data, "kind")},
+            ("random",),
+            "'kinds': give what score_groups returns.*Groups",
+        ),
+        (
+            {"kinds": found},
+            ("random",),
+            "'kinds': the 2 groups with a positive sum hold 13 examples, 15 were",
+        ),
+        (
+            {"kinds": every},
+            ("random",),
+            "'kinds': to reach 15 examples the highest groups take the whole file",
+        ),
+    ):
+        with pytest.raises(ExperimentError, match=message):
+            FilterAndRetrain(lm, data, scores, Reads(), tmp_path, fractions=(0.75,), arms=arms, groups=groups)
+    with pytest.raises(ExperimentError, match="'kinds' are of other data than train"):
+        FilterAndRetrain(lm, data[:19], {}, Reads(), tmp_path, fractions=(0.25,), groups={"kinds": found})
+    assert not toy and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

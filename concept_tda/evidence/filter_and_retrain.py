@@ -25,10 +25,12 @@ from concept_tda.evidence.subsets import (
     aligned_scores,
     all_but,
     checked_seeds,
+    places_of,
     random_rows,
     share_count,
     subset_rows,
 )
+from ..groups.groups import GroupError, GroupScores, union_rows
 from ..model.loading import LanguageModel
 from ..results.attribution import Attribution
 from ..results.metrics import cut_rows
@@ -37,7 +39,7 @@ from ..results.metrics import cut_rows
 class _Ways(Experiment):
     "Which rows an arm trains on."
     kind = "filter-and-retrain"
-    all_arms = ("drop-most", "drop-least", "random")
+    all_arms = ("drop-most", "drop-least", "drop-groups", "random")
     fraction_name = "share of the examples dropped"
 
     def _dropped(self, n: int, fraction: float) -> int:
@@ -65,15 +67,58 @@ class _Shares(_Ways):
         draws = range(n_random if "random" in arms else 0)
         entries = [_entry("random", "", fraction, seed, all_but(n, random_rows(n, count, seed, draw)))
                    for draw in draws]
-        ranked = [(name, result, arm) for name, result in results.items() for arm in arms if arm != "random"]
+        ends = [arm for arm in arms if arm not in ("random", "drop-groups")]
+        ranked = [(name, result, arm) for name, result in results.items() for arm in ends]
         return entries + [_entry(arm, name, fraction, seed, self._kept_rows(arm, result.scores, count))
                           for name, result, arm in ranked]
 
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #groups
+class _Grouped(_Shares):
+    "Whole kinds at one share."
+    def _of_groups(self, unions: dict[str, np.ndarray], fraction: float, count: int, seed: int,
+                   n_random: int) -> list[dict[str, Any]]:
+        "Each grouping without its highest groups, after random draws that are as large."
+        n, entries = len(self._maker().conversations), []
+        for name, rows in unions.items():
+            draws = range(n_random if len(rows) != count else 0)
+            left = [all_but(n, random_rows(n, len(rows), seed, draw)) for draw in draws]
+            entries += [_entry("random", name, fraction, seed, kept) for kept in left]
+            entries.append(_entry("drop-groups", name, fraction, seed, all_but(n, rows)))
+        return entries
+
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #unions
+def _named_groups(groups: GroupScores | dict[str, GroupScores]) -> dict[str, GroupScores]:
+    "Scored groups by name; one alone is called after its method and what made the groups."
+    if isinstance(groups, GroupScores):
+        groups = {f"{groups.attribution.card.method} by {groups.groups.kind}": groups}
+    if wrong := [name for name, found in groups.items() if not isinstance(found, GroupScores)]:
+        raise ExperimentError(f"groups {wrong[0]!r}: give what score_groups returns, or several of them in a "
+                              f"dict by name; this is {type(groups[wrong[0]]).__name__}")
+    return groups
+
+def _union(name: str, found: GroupScores, count: int, train: Conversations) -> np.ndarray:
+    "Rows of the training data that the highest groups hold, at least `count` of them."
+    own = found.groups.conversations
+    places = places_of(own.ids, train.ids)
+    if None in places or len(own) != len(train):
+        raise ExperimentError(
+            f"groups {name!r} are of other data than train: {len(own)} examples there, {len(train)} here. "
+            "Group and score the data that you train on.")
+    try:
+        rows, _ = union_rows(found, count=count)
+    except GroupError as err:
+        raise ExperimentError(f"groups {name!r}: {err}") from None
+    if len(rows) == len(train):
+        raise ExperimentError(f"groups {name!r}: to reach {count} examples the highest groups take the whole "
+                              "file, and nothing is left to train on: drop fewer, or group more finely")
+    return np.sort(np.asarray(places, dtype=np.int64)[rows])
+
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #plan
-class _Arms(_Shares):
+class _Arms(_Grouped):
     "The plan."
-    def _entries(self, results: dict[str, Attribution], dropped: dict[float, int], arms: Sequence[str],
-                 seeds: list[int], chosen: dict[str, np.ndarray], n_random: int) -> list[dict[str, Any]]:
+    def _entries(self, results: dict[str, Attribution], dropped: dict[float, int],
+                 unions: dict[float, dict[str, np.ndarray]], arms: Sequence[str], seeds: list[int],
+                 chosen: dict[str, np.ndarray], n_random: int) -> list[dict[str, Any]]:
         "Everything to be trained, seed by seed."
         everything = np.arange(len(self._maker().conversations))
         entries = [_entry("base", rows=None)]
@@ -82,16 +127,27 @@ class _Arms(_Shares):
             entries += [_entry("subset", name, seed=seed, rows=rows) for name, rows in chosen.items()]
             for fraction, count in dropped.items():
                 entries += self._at_share(results, fraction, count, arms, seed, n_random)
+                entries += self._of_groups(unions[fraction], fraction, count, seed,
+                                           n_random if "random" in arms else 0)
         return entries
 
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #checkarms
-def _check_arms(arms: Sequence[str], known: Sequence[str], n_random: object) -> None:
+def _check_arms(arms: Sequence[str], known: Sequence[str], n_random: object, grouped: bool) -> None:
     "Refuse arms that there are none of, and a number of draws that is none."
+    if "drop-groups" in arms and not grouped:
+        raise ExperimentError("the arm 'drop-groups' needs scored groups: groups=score_groups(…)")
     if unknown := [arm for arm in arms if arm not in known]:
         raise ExperimentError(f"unknown arm {unknown[0]!r}; there are {', '.join(known)}")
     if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 1:
         raise ExperimentError(f"n_random={n_random!r}: one random draw or more; "
                               "without the control, leave 'random' out of arms")
+
+# %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #group-facts
+def _group_facts(grouped: dict[str, GroupScores]) -> dict[str, Any]:
+    "What the plan says of the groupings, where there are any."
+    told = {name: {"kind": found.groups.kind, "groups": len(found.groups),
+                   "card": found.attribution.card.to_dict()} for name, found in grouped.items()}
+    return {"groups": told} if told else {}
 
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #0022
 class _FilterPlan(_Arms):
@@ -110,17 +166,22 @@ class _FilterPlan(_Arms):
         n_random: int = 1,          # Random draws for each seed and share; several make a better control
         recipe: dict | str = {},    # Settings of `finetune`, or the name of a recipe
         subsets: dict[str, Subset] = {}, # More arms, rows to train on: numbers, a mask or `Conversations`
+        groups: GroupScores | dict[str, GroupScores] = {}, # Adds the arm "drop-groups": their highest go
         keep_models: bool = False,  # Keep the trained models in cells/<cell>/model
         name: str | None = None,    # Of the plan's file; experiments of different names can share a folder
     ):
         super().__init__(Retraining(lm, train, recipe), judges, folder, name, keep_models)
         train, seeds = self._maker().conversations, checked_seeds(seeds)
-        _check_arms(arms, self.all_arms, n_random)
-        results = aligned_scores(attributions, train)
+        grouped = _named_groups(groups)
+        arms = [*arms, "drop-groups"] if grouped and "drop-groups" not in arms else list(arms)
+        _check_arms(arms, self.all_arms, n_random, bool(grouped))
+        results = aligned_scores(attributions, train) if attributions or not grouped else {}
         chosen = {name: subset_rows(name, subset, train) for name, subset in subsets.items()}
         dropped = {float(fraction): self._dropped(len(train), fraction) for fraction in fractions}
-        self.settle(self._entries(results, dropped, arms, seeds, chosen, n_random),
-                    seeds=seeds, fractions=list(dropped), arms=list(arms),
+        unions = {fraction: {name: _union(name, found, count, train) for name, found in grouped.items()}
+                  for fraction, count in dropped.items()}
+        self.settle(self._entries(results, dropped, unions, arms, seeds, chosen, n_random),
+                    seeds=seeds, fractions=list(dropped), arms=arms, **_group_facts(grouped),
                     cards={name: result.card.to_dict() for name, result in results.items()})
 
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #compared
@@ -242,13 +303,15 @@ def _levels(ax: Axes, part: pd.DataFrame, column: str) -> None:
         ax.axhline(0, color="#777777", lw=.8)
 
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #lines2
-_STYLES = {"drop-most": "-", "drop-least": "--", "keep-least": "-", "keep-most": "--"}
+_STYLES = {"drop-most": "-", "drop-least": "--", "drop-groups": ":",
+           "keep-least": "-", "keep-most": "--"}
 
 class _Lines(_Noted):
     "Lines over the share."
     def _lines(self, ax: Axes, part: pd.DataFrame, column: str) -> None:
         "One line for each arm and method, a little aside of each other."
-        methods, fractions = list(self.about["cards"]), self.about["fractions"]
+        methods = list(dict.fromkeys([*self.about["cards"], *self.about.get("groups", {})]))
+        fractions = self.about["fractions"]
         step = .012*(max(fractions) - min(fractions) or 1) if fractions else 0
         shares = part.loc[part["fraction"].notna()].sort_values("fraction", kind="stable")
         lines = [(*cast(tuple, key), line) for key, line in shares.groupby(["arm", "method"], sort=False)]
