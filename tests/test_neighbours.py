@@ -1,4 +1,4 @@
-"""GradCos, TracIn, LESS and Cascade against written-out loops of autograd in float64."""
+"""GradCos, Residual Change, TracIn, LESS and Cascade against written-out loops of autograd in float64."""
 
 import copy
 import gc
@@ -15,9 +15,11 @@ from concept_tda.data.conversations import load_conversations
 from concept_tda.influence.baselines import RandomScore
 from concept_tda.influence.neighbours import (
     LESS,
+    RESIDUAL_FORMS,
     AdamMoments,
     Cascade,
     GradCos,
+    ResidualChange,
     Sketch,
     TracIn,
     _squared_norms,
@@ -26,7 +28,14 @@ from concept_tda.influence.neighbours import (
     walsh_hadamard,
 )
 from concept_tda.influence.queries import ConceptQuery
-from concept_tda.influence.scorers import GradDot, InfluenceFunction, Scorer, ScorerError, score_together
+from concept_tda.influence.scorers import (
+    ActivationGradient,
+    GradDot,
+    InfluenceFunction,
+    Scorer,
+    ScorerError,
+    score_together,
+)
 from concept_tda.model.loading import LanguageModel, load_model
 from concept_tda.model.sites import resolve_sites
 from concept_tda.results.attribution import Attribution, load_attribution
@@ -153,6 +162,121 @@ def test_gradcos_of_a_concept_takes_norms_where_the_concept_reaches(train, queri
         for z in lm.tokenize(train)
     ]
     np.testing.assert_allclose(scorer.score(train, progress=False).scores, expected, rtol=1e-5, atol=1e-7)
+
+
+# --- Residual Change ---
+
+RESIDUAL_FAMILIES = ["llama", "qwen2", "gemma", "mistral", "gpt_neox", "gpt2"]
+
+
+def a_concept(lm, pooling="response_mean", layer=1):
+    vector = torch.randn(lm.width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return tensor_concept(vector, layer, lm=lm, name="a direction", pooling=pooling)
+
+
+def step_of_an_adapter(lm, concept, example, form, length=1.0):
+    """How far the pooled tokens of an example move along the concept when a small model behind the layer (one
+    linear map, or a gain for each token) takes one step of gradient descent on it; and the loss before and
+    after. The step is the one of autograd, the formula of the scorer does not occur."""
+    counted = (pooling_weights_of(concept, example) > 0)[None, :, None]
+    n_tokens, width = counted.shape[1], lm.width
+    shape = (width, width) if form == "across_tokens" else (1, n_tokens, 1)
+    adapter = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    seen = {}
+
+    def change():
+        z = seen["z"] * counted
+        return z @ adapter.T if form == "across_tokens" else z * adapter
+
+    def hook(block, args, out):
+        first = out[0] if isinstance(out, tuple) else out
+        seen["z"] = first.detach()
+        moved = first + change()
+        return (moved, *out[1:]) if isinstance(out, tuple) else moved
+
+    handle = lm.blocks[concept.layer - 1].register_forward_hook(hook)
+    try:
+        before = plain_loss(lm.model, example)
+        (gradient,) = torch.autograd.grad(before, adapter)
+        with torch.no_grad():
+            adapter -= length * gradient
+            moved = (change() @ concept.direction.double()).sum().item()
+            seen_before = seen["z"]
+            after = plain_loss(lm.model, example).item()
+            assert torch.equal(seen_before, seen["z"])
+    finally:
+        handle.remove()
+    return moved / length, before.item(), after
+
+
+def pooling_weights_of(concept, example):
+    "Weights [T] by hand: the pooled tokens of one example without padding."
+    counted = torch.ones_like(example.response_mask, dtype=torch.float64)
+    if concept.pooling == "response_mean":
+        counted = example.response_mask.double()
+    counted[0] = 0
+    return counted
+
+
+@pytest.mark.parametrize("form", list(RESIDUAL_FORMS))
+@pytest.mark.parametrize("family", RESIDUAL_FAMILIES)
+def test_residual_change_is_a_step_of_one_linear_map_or_of_gains(family, form, train):
+    lm = load_model(tiny_pair(family, dtype=torch.float64))
+    for pooling in ("response_mean", "all_but_first"):
+        concept = a_concept(lm, pooling)
+        expected = [step_of_an_adapter(lm, concept, z, form)[0] for z in lm.tokenize(train)]
+        for budget in (1, 4096):
+            result = ResidualChange(lm, concept, form=form).score(
+                train, tokens=True, token_budget=budget, progress=False
+            )
+            np.testing.assert_allclose(result.scores, expected, rtol=1e-6, atol=1e-12)
+            np.testing.assert_allclose(
+                [t.sum() for t in result.token_scores], result.scores, rtol=1e-4, atol=1e-6
+            )
+        for tokens, z in zip(result.token_scores, lm.tokenize(train)):
+            assert not tokens[pooling_weights_of(concept, z) == 0].any()
+
+
+@pytest.mark.parametrize("form", list(RESIDUAL_FORMS))
+def test_residual_change_has_the_sign_it_promises(form, train):
+    """A small step on an example lowers its loss and moves its stream by what the score says, up or down."""
+    lm = load_model(tiny_pair("llama", dtype=torch.float64))
+    concept = a_concept(lm)
+    result = ResidualChange(lm, concept, form=form).score(train, progress=False)
+    assert result.card.zero == "gradient" and (result.scores > 0).any() and (result.scores < 0).any()
+    for score, z in zip(result.scores, lm.tokenize(train)):
+        moved, before, after = step_of_an_adapter(lm, concept, z, form, length=1e-3)
+        assert after < before and np.sign(moved) == np.sign(score)
+    opposite = ResidualChange(
+        lm, tensor_concept(-concept.direction, 1, lm=lm, name="its opposite"), form=form
+    ).score(train, progress=False)
+    np.testing.assert_allclose(opposite.scores, -result.scores, rtol=1e-9)
+
+
+def test_residual_change_does_not_see_its_batch_mates(train):
+    lm = load_model(tiny_pair("llama", dtype=torch.float64))
+    scorer = ResidualChange(lm, a_concept(lm))
+    together = scorer.score(train, progress=False).scores
+    order = np.random.default_rng(0).permutation(len(train))
+    np.testing.assert_allclose(scorer.score(train[order], progress=False).scores, together[order], rtol=1e-9)
+    alone = [scorer.score(train[row : row + 1], progress=False).scores[0] for row in range(len(train))]
+    np.testing.assert_allclose(alone, together, rtol=1e-9)
+
+
+def test_residual_change_shares_a_pass_and_says_what_it_did(train):
+    lm = load_model(tiny_pair("llama"))
+    concept = a_concept(lm)
+    scorers = [ResidualChange(lm, concept), ResidualChange(lm, concept, form="within_token", method="within")]
+    results = score_together([*scorers, ActivationGradient(lm, concept)], train, progress=False)
+    for scorer in scorers:
+        card = results[scorer.method].card
+        assert card.settings["form"] == scorer.form and scorer.form in card.notes[0] and card.layer == 1
+        np.testing.assert_allclose(
+            results[scorer.method].scores, scorer.score(train, progress=False).scores, rtol=1e-5, atol=1e-9
+        )
+    assert not np.allclose(results["Residual Change"].scores, results["within"].scores)
+    with pytest.raises(ScorerError, match="'written'.*'across_tokens', 'within_token'"):
+        ResidualChange(lm, concept, form="written")
 
 
 # --- TracIn ---
