@@ -52,8 +52,9 @@ PUBLIC = {
     "influence.scorers": "ScorerError Scorer equal_as_first query_card score_together VectorFilter "
         "ActivationGradient ProjectionDifference dataset_projection_difference Influence ConceptInfluence "
         "InfluenceFunction GradDot",
-    "influence.neighbours": "CosineReadout GradCos CheckpointScorer TracIn AdamMoments walsh_hadamard Sketch "
-        "LessReadout LESS exact_rows estimated_recall Cascade",
+    "influence.neighbours": "RESIDUAL_FORMS CosineReadout GradCos ResidualChangeReadout ResidualChange "
+        "CheckpointScorer TracIn AdamMoments walsh_hadamard Sketch LessReadout LESS exact_rows "
+        "estimated_recall Cascade",
     "influence.baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
     "influence.atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
     "influence.planning": "PlanError Plan plan",
