@@ -1442,3 +1442,27 @@ def test_bad_arguments_are_our_errors(lm, data, tmp_path, options):
     subsets = {"all": arguments.pop("data")}
     with pytest.raises(ConceptTDAError):
         list(finetune_many(subsets=subsets, **arguments))
+
+
+def test_adapters_that_no_gradient_reaches_are_named(data, tmp_path):
+    model, tokenizer = tiny_pair("llama")
+    mlp = model.model.layers[0].mlp
+
+    def fused(x):  # reads the weights, as a fused kernel does, and calls no layer
+        gate, up, down = (getattr(part, "base_layer", part).weight for part in parts())
+        return (mlp.act_fn(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def parts():
+        return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    mlp.forward = fused
+    with pytest.warns(UserWarning, match=r"3 adapters received no gradient.*layers\.0\.mlp\.gate_proj"):
+        finetune(LanguageModel(model, tokenizer, "fused"), data, tmp_path / "ft", **FAST)
+    names = training_record(tmp_path / "ft")["untrained"]
+    assert sorted(name.split("layers.")[1] for name in names) == [
+        "0.mlp.down_proj",
+        "0.mlp.gate_proj",
+        "0.mlp.up_proj",
+    ]
+    finetune(LanguageModel(*tiny_pair("llama"), "sound"), data, tmp_path / "sound", **FAST)
+    assert training_record(tmp_path / "sound")["untrained"] == []

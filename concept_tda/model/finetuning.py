@@ -657,6 +657,22 @@ def _about(
         "coverage": {"share": round(adapted.share, 4), "uncovered": adapted.uncovered},
         "chat_template": lm.chat_template, "micro_batch_size": settings["micro_batch_size"]}
 
+# %% ../../nbs/20_model/05_finetuning.ipynb #untrained
+def _untrained(model: nn.Module) -> list[str]:
+    "Names of the adapted layers whose adapter has never received a gradient."
+    factors = [(name, weight) for name, weight in model.named_parameters() if ".lora_B." in name]
+    return [name.split(".lora_B.")[0] for name, weight in factors if not weight.any()]
+
+def _say_untrained(names: list[str]) -> None:
+    "Warn where adapters were not trained."
+    if not names: return
+    more = f" and {len(names) - 3} more" if names[3:] else ""
+    warnings.warn(
+        f"{len(names)} adapters received no gradient and are still zero: {', '.join(names[:3])}{more}. "
+        "Their layers are never called in a forward pass (a fused kernel reads the weight), or no token "
+        "was routed to them",
+        stacklevel=2)
+
 # %% ../../nbs/20_model/05_finetuning.ipynb #into
 def _train_into(
     place: Path, lm: LanguageModel, tokenized: TokenizedConversations, settings: dict[str, Any],
@@ -668,6 +684,8 @@ def _train_into(
     peft_model = _adapted(lm, settings["rank"], settings["alpha"], settings["rslora"])
     adapted = LanguageModel(peft_model, lm.tokenizer, lm.name)
     steps = _train(adapted, tokenized, settings, keeper, progress, description)
+    untrained = _untrained(adapted.model)
+    _say_untrained(untrained)
     if base is not None:
         _save_adapter(adapted.model, base, place)
     else:
@@ -678,7 +696,7 @@ def _train_into(
                     "folder": f"{_CHECKPOINTS}/step-{step:06d}"}
                    for step in keeper.checkpoint_steps(len(steps))]
     record = about | {"seconds": seconds, "tokens_per_second": tokenized.n_tokens*settings["epochs"]/seconds,
-                      "checkpoints": checkpoints, "steps": steps}
+                      "checkpoints": checkpoints, "steps": steps, "untrained": untrained}
     with atomic_file(place/_RECORD) as part:
         part.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
