@@ -43,6 +43,7 @@ _VIEWS.update({
         "results.attribution.Attribution": "html.show_attribution",
         "results.attribution.Attribution.report": "report.write_report",
         "results.attribution.Attribution.inspect": "browser.ExampleBrowser",
+        "groups.groups.GroupScores.inspect": "kinds.KindBrowser",
         "results.comparison.Comparison": "html.show_comparison",
         "influence.planning.Plan": "html.show_plan",
         "influence.doctor.Diagnosis": "html.show_diagnosis",

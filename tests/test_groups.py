@@ -215,3 +215,30 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(GroupError, match=words):
             call()
+
+
+def test_bars_are_the_table_and_its_parts():
+    data = conversations(8, kind=["a", "b"] * 4)
+    scores = np.array([3.0, -1, 2, 0, 1, -4, 0, 5])
+    groups = by_hand(data, {"cost in $": [0, 1, 2], "$x$": [5, 6], "third": [3, 4], "fourth": [1, 7]})
+    found = score_groups(groups, attribution(data, scores), labels="kind", deals=10)
+    assert list(found.ordered("mean")["group"]) == ["fourth", "cost in $", "third", "$x$"]
+    for by in ("sum", "mean"):
+        table = found.ordered(by)
+        parts = found.parts(table, by)
+        assert list(parts.columns) == ["a", "b"]
+        np.testing.assert_allclose(parts.sum(axis=1), table[by])
+    assert list(found.parts(found.table, "z").columns) == ["z"]
+    ax = found.plot(n=1).axes[0]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == [r"cost in \$  (3)", r"\$x\$  (2)"]
+    assert "2 more" in [text.get_text() for text in ax.texts]
+    widths = sorted(bar.get_width() for bar in ax.patches)
+    np.testing.assert_allclose(widths, sorted([5, -1, 0, -4]))
+    found.plot(n=1).savefig("/dev/null", format="png")  # no formula is read into a name
+    assert len(found.plot("share").axes[0].get_yticks()) == 4
+    for call, words in (
+        (lambda: found.plot("size"), "by='size': groups are put in order by 'sum'"),
+        (lambda: found.plot(n=0), "n=0: draw at least 1"),
+    ):
+        with pytest.raises(GroupError, match=words):
+            call()
