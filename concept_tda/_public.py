@@ -59,8 +59,9 @@ PUBLIC = {
     "influence.atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
     "influence.planning": "PlanError Plan plan",
     "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
-    "groups.groups": "GroupError Groups column_groups family_groups cluster_groups GroupScores score_groups "
-        "union_rows drop_groups coverage_curve compare_groups random_groups",
+    "groups.groups": "GROUP_ORDERS LABEL_COLOURS GroupError Groups column_groups family_groups "
+        "cluster_groups GroupScores score_groups union_rows drop_groups coverage_curve compare_groups "
+        "random_groups",
     "groups.sae": "SAEError SparseAutoencoder load_sae check_sae read_tokens train_sae SAEQuality "
         "sae_quality mean_activation spliced random_sae recurrence",
     "groups.features": "FeatureError Features read_features load_features feature_groups feature_concept "
@@ -93,6 +94,7 @@ PUBLIC = {
     "views.explorer": "concept_reading ConceptView ConceptExplorer",
     "views.report": "write_report",
     "views.chats": "show_conversation show_conversations show_tokens",
+    "views.kinds": "chosen_groups bar_svg KindBrowser",
     "demo": "last_state run_notebook",
     "cli": "",
 }
