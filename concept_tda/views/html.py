@@ -387,7 +387,9 @@ def end_titles(
     card: QueryCard, # Of the result
 ) -> tuple[str, str]:
     "What can be said of the highest and of the lowest scores."
-    return END_TITLES.get(card.zero, ("Highest scores", "Lowest scores"))
+    plain = "Highest scores", "Lowest scores"
+    if card.sign: return plain  # the method has words of its own, they stand above
+    return END_TITLES.get(card.zero, plain)
 
 # %% ../../nbs/90_views/00_html.ipynb #ends-code-ends
 def _ends(result: Attribution, n: int) -> dict[str, Attribution]:
