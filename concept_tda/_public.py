@@ -19,6 +19,7 @@ PUBLIC = {
     "data.tokens": "response_mask TokenizedConversation readable_tokens TokenizedConversations tokenize "
         "tokenize_prompts",
     "data.batches": "Batch batches",
+    "data.preferences": "Pair Preferences load_preferences",
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel SlowTypeWarning load_model",
     "model.sites": "Site Coverage coverage coverage_notes resolve_sites",
     "model.losses": "GradientError predicted_mask response_logits cross_entropy_in_place token_losses "
@@ -59,6 +60,7 @@ PUBLIC = {
     "influence.atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
     "influence.planning": "PlanError Plan plan",
     "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
+    "influence.pairs": "PairAttribution score_preferences",
     "groups.groups": "GROUP_ORDERS LABEL_COLOURS GroupError Groups column_groups family_groups "
         "cluster_groups GroupScores score_groups union_rows drop_groups coverage_curve compare_groups "
         "random_groups",
