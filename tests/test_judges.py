@@ -1,15 +1,12 @@
 """Judges against written-out arithmetic, brute force, and a real HTTP server that misbehaves."""
 
-import json
 import logging
 import math
 import pickle
-import threading
 import time
 import traceback
 from email.utils import formatdate
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -38,6 +35,7 @@ from concept_tda.model.loading import load_model
 from concept_tda.model.losses import loss_weights, token_losses
 
 from chat_tokenizers import chat_tokenizer
+from scripted_server import Server
 from tiny import CHATML, SPECIAL, tiny_model, tiny_pair, tiny_tokenizer
 
 TEMPLATE = "Grade this from 0 to 100.\nQ: {question}\nA: {answer}"
@@ -802,62 +800,6 @@ def completion(distribution=(("70", 0.5), ("80", 0.25), ("I", 0.25)), **changes)
         "choices": [choice],
         "usage": {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101},
     }
-
-
-class Server:
-    """A chat-completions server. `script` answers each request: (status, body, headers) or a callable of the
-    request's JSON and its number; the last entry repeats."""
-
-    def __init__(self, script, delay=0.0):
-        self.script, self.delay, self.requests, self.keys, self.times = list(script), delay, [], [], []
-        self.running = self.most_running = 0
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    number = len(outer.requests)
-                    outer.requests.append((self.path, body))
-                    outer.keys.append(self.headers.get("Authorization"))
-                    outer.times.append(time.monotonic())
-                    outer.running += 1
-                    outer.most_running = max(outer.most_running, outer.running)
-                try:
-                    time.sleep(outer.delay)
-                    step = outer.script[min(number, len(outer.script) - 1)]
-                    status, content, headers = step(body, number) if callable(step) else step
-                finally:
-                    with outer.lock:
-                        outer.running -= 1
-                data = content if isinstance(content, bytes) else json.dumps(content).encode()
-                try:
-                    self.send_response(status)
-                    for name, value in {
-                        "Content-Type": "application/json",
-                        "Content-Length": str(len(data)),
-                        **headers,
-                    }.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(data)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # the client gave up waiting
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
 
 
 @pytest.fixture
