@@ -38,6 +38,7 @@ from concept_tda.influence.scorers import (
 )
 from concept_tda.model.loading import LanguageModel, load_model
 from concept_tda.model.sites import resolve_sites
+from concept_tda.model.tracing import pooled_activations
 from concept_tda.results.attribution import Attribution, load_attribution
 
 from tiny import tiny_model, tiny_pair, tiny_tokenizer
@@ -251,6 +252,46 @@ def test_residual_change_has_the_sign_it_promises(form, train):
         lm, tensor_concept(-concept.direction, 1, lm=lm, name="its opposite"), form=form
     ).score(train, progress=False)
     np.testing.assert_allclose(opposite.scores, -result.scores, rtol=1e-9)
+
+
+def moved_by_training(lm, concept, train, rate=1e-4):
+    "Change of each example's own activation along the concept, per unit of an SGD step on all weights."
+    weights = [weight.requires_grad_(True) for weight in lm.model.parameters()]
+    originals, changes = [weight.detach().clone() for weight in weights], []
+
+    def along(row):
+        acts = pooled_activations(lm, train[[row]], concept.layer, progress=False)[concept.layer][0]
+        return (acts.double() @ concept.direction.double()).item()
+
+    for row, z in enumerate(lm.tokenize(train)):
+        gradients = torch.autograd.grad(plain_loss(lm.model, z), weights, allow_unused=True)
+        with torch.no_grad():
+            before = along(row)
+            for weight, gradient in zip(weights, gradients):
+                if gradient is not None:
+                    weight -= rate * gradient
+            changes.append((along(row) - before) / rate)
+            for weight, original in zip(weights, originals):
+                weight.copy_(original)
+    return np.array(changes)
+
+
+def test_real_training_agrees_with_the_sign_across_tokens(train):
+    """The layer as one linear map is a rough picture of a network: the sign is right more often than not, and
+    no more is claimed. Within tokens not even that holds, and the card says so."""
+    agreed = {form: [] for form in RESIDUAL_FORMS}
+    for family in ("llama", "qwen2", "gpt2"):
+        for seed in range(3):
+            lm = load_model(tiny_pair(family, dtype=torch.float64, n_layers=3))
+            vector = torch.randn(lm.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            concept = tensor_concept(vector, 1, lm=lm, name="a direction")
+            results = {f: ResidualChange(lm, concept, form=f).score(train, progress=False) for f in agreed}
+            moved = moved_by_training(lm, concept, train)
+            for form, result in results.items():
+                agreed[form].append((np.sign(result.scores) == np.sign(moved)).mean())
+    assert np.mean(agreed["across_tokens"]) > 0.7 > 0.6 > np.mean(agreed["within_token"])
+    assert "hardly more often than chance" in results["within_token"].reading
+    assert results["across_tokens"].reading.startswith("Above zero, training more on the example raises")
 
 
 def test_residual_change_does_not_see_its_batch_mates(train):

@@ -348,6 +348,7 @@ def test_every_method_is_scored_as_a_difference_and_swapping_turns_the_sign(pair
         VectorFilter(lm, concept),
         ActivationGradient(lm, concept),
         ResidualChange(lm, concept),
+        ResidualChange(lm, concept, form="within_token", method="within"),
         ProjectionDifference(lm, concept, max_new_tokens=4, progress=False, empty="mean"),
         GradDot(lm, queries),
         GradCos(lm, queries),
@@ -369,7 +370,8 @@ def test_every_method_is_scored_as_a_difference_and_swapping_turns_the_sign(pair
         np.testing.assert_allclose(again.scores, result.scores * [1, -1, 1, -1, 1], rtol=1e-5, atol=1e-9)
         assert again.card.data_fingerprint != result.card.data_fingerprint
     assert results[0].centre == 0 and "shows more" in results[0].reading and results[0].card.mean is None
-    assert "learning to prefer" in results[4].reading and results[6].card.zero == "none"
+    assert "learning to prefer" in results[5].reading and results[7].card.zero == "none"
+    assert results[3].reading.startswith("Chosen minus rejected: above zero, a step that may only")
     assert "Highest scores" in results[0]._repr_html_()
     assert len(compare(results).spearman) == len(scorers)
 

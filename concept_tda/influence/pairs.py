@@ -90,9 +90,10 @@ _DIFFERENCES = {
 def _pair_card(card: QueryCard, pairs: Preferences) -> QueryCard:
     "The card of the difference, out of the card of both sides."
     note = _DIFFERENCES.get(card.zero, "score of the chosen answer minus that of the rejected one")
+    sign = f"chosen minus rejected: {card.sign}" if card.sign else _PAIR_SIGNS.get(card.zero)
     return replace(
         card, data=pairs.name, data_fingerprint=pairs.fingerprint, mean=None,
-        zero="gradient" if card.zero == "projection" else card.zero, sign=_PAIR_SIGNS.get(card.zero),
+        zero="gradient" if card.zero == "projection" else card.zero, sign=sign,
         settings=card.settings | {"pairs": len(pairs), "difference": " minus ".join(pairs.columns)},
         notes=[note, *card.notes])
 
