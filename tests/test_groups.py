@@ -19,6 +19,7 @@ from concept_tda.groups.groups import (
     score_groups,
     union_rows,
 )
+from concept_tda.groups.maps import map_places, training_map
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 
@@ -242,3 +243,30 @@ def test_bars_are_the_table_and_its_parts():
     ):
         with pytest.raises(GroupError, match=words):
             call()
+
+
+def test_a_map_keeps_the_two_widest_directions_and_every_point():
+    random = np.random.default_rng(5)
+    vectors = random.normal(size=(12, 4)) * [9.0, 0.1, 3, 0.1]
+    places, carried = map_places(vectors)
+    centred = vectors - vectors.mean(0)
+    left, lengths, _ = np.linalg.svd(centred, full_matrices=False)
+    np.testing.assert_allclose(np.abs(places), np.abs(left * lengths)[:, :2])
+    total = (centred**2).sum()
+    np.testing.assert_allclose(carried, (places**2).sum(0) / total)
+    np.testing.assert_allclose(map_places(csr_matrix(vectors))[0], places, atol=1e-9)
+    data = conversations(12)
+    figure = training_map(vectors, attribution(data, np.arange(12.0)))
+    np.testing.assert_allclose(np.sort(figure.axes[0].collections[0].get_offsets(), 0), np.sort(places, 0))
+    groups = by_hand(data, {"a": [0, 1, 2, 3], "b": [3, 4], "c": [9]})
+    drawn = training_map(vectors, groups, most=2).axes[0].collections
+    assert [len(points.get_offsets()) for points in drawn] == [7, 4, 1]  # 3 is in both and drawn once
+    for wrong, words in (
+        (lambda: training_map(vectors[:11], groups), "11 rows, the colours are of 12"),
+        (lambda: training_map(vectors, groups, most=9), "most=9: from 1 to 8"),
+        (lambda: map_places(np.ones((5, 3))), "all vectors are the same"),
+        (lambda: map_places(np.ones((5, 1))), r"shape \[5, 1\]"),
+        (lambda: map_places(np.diag([1, np.inf, 1])), "first is row 1"),
+    ):
+        with pytest.raises(GroupError, match=words):
+            wrong()
