@@ -71,6 +71,7 @@ PUBLIC = {
     "groups.reading": "ReadingError distinguishing_words logit_lens nearest_features",
     "groups.discovery": "DiscoveryError Movement movement Discovery discover effect_groups movement_check",
     "groups.labels": "LabelError held_out detection_score Reader Labels label_groups ranking_ends",
+    "groups.maps": "map_places training_map",
     "evidence.retraining": "TRAINING PLAN_FORMAT Judges ExperimentError full_recipe Maker tokenized_whole "
         "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
         "relative_paths judges_by_name Experiment",
