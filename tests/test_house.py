@@ -175,6 +175,20 @@ def test_no_private_name_leaves_its_room():
     held("private names", {room: places for room, places in found.items() if places})
 
 
+def test_docstrings_are_one_string():
+    """A docstring broken into two literals loses its second half without a word."""
+    cut = []
+    for module in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or len(node.body) < 2:
+                continue
+            first = [part.value for part in node.body[:2] if isinstance(part, ast.Expr)]
+            texts = [part for part in first if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            if len(texts) == 2:
+                cut.append(f"{module.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not cut, cut
+
+
 def test_notebooks_keep_no_state_of_widgets_that_nothing_shows():
     found = {}
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):

@@ -175,8 +175,8 @@ def _collect(
     token_budget: int,
     bar: tqdm,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    "Row numbers [n] and, for each collector, finished values [n, columns], from one pass over some of the "
-    "data."
+    """Row numbers [n] and, for each collector, finished values [n, columns], from one pass over some of the
+    data."""
     check_sites(lm, sites, data)
     order, found = [], [[] for _ in collectors]
     for batch in batches(data, token_budget=token_budget, rows=rows):
@@ -331,8 +331,8 @@ class _ExactRows(_Collector):
 # %% ../../nbs/50_influence/08_atlas.ipynb #0015
 @dataclass
 class _Sketch:
-    "`left`ᵀ G `right` for gradients, `query_left`ᵀ Q `query_right` for queries; inner products about the "
-    "same."
+    """`left`ᵀ G `right` for gradients, `query_left`ᵀ Q `query_right` for queries; inner products about the
+    same."""
     left: torch.Tensor         # [out, r_out]
     right: torch.Tensor        # [in, r_in]
     query_left: torch.Tensor   # [out, r_out]
@@ -493,8 +493,8 @@ def _learn_bases(
     bar: tqdm,
     probes: int = 32,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    "Orthonormal {site: (U_out [out, r], U_in [in, r])} of the largest second moments of some directions' "
-    "queries."
+    """Orthonormal {site: (U_out [out, r], U_in [in, r])} of the largest second moments of some directions'
+    queries."""
     moments, generator = {}, torch.Generator().manual_seed(seed)
     def receive(site: Site, chosen: slice, x_ti: torch.Tensor, delta_kto: torch.Tensor) -> None:
         queries_koi = _balanced_queries(asked.frames[site.name], x_ti, delta_kto)
@@ -758,8 +758,8 @@ def _blocks(data: TokenizedConversations, token_budget: int) -> list[list[int]]:
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #packed-code
 def _packed(values: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-    "Values in the stored precision. Half precision is relative to the largest number of its row, which is "
-    "kept."
+    """Values in the stored precision. Half precision is relative to the largest number of its row, which is
+    kept."""
     if dtype != "float16": return {"values": values.astype(dtype)}
     scales = np.maximum(abs(values).max(1, keepdims=True), np.finfo(np.float32).tiny)
     return {"values": (values/scales).astype(np.float16), "scales": scales[:, 0].astype(np.float32)}
@@ -825,8 +825,8 @@ def _second_opinion(build: _Build, prepare: Callable[[], _Collector], sample_row
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #files-code
 def _write_files(build: _Build, sampled: bool) -> tuple[np.ndarray, list[str]]:
-    "The matrices and conversations out of the finished blocks; returns the mapped rows and names of other "
-    "files."
+    """The matrices and conversations out of the finished blocks; returns the mapped rows and names of other
+    files."""
     folder, store, n = build.folder, build.store, len(build.data)
     names = sorted(store.names() - {"sample"})
     def parts(what: str) -> Iterable:
@@ -920,8 +920,8 @@ class _Atlas(_Stored):
         cls,
         folder: str | Path, # As given to `build_atlas`
     ) -> Self:
-        "Open an atlas. Raises `AtlasError` where it is absent, unfinished, truncated, changed or "
-        "something else."
+        """Open an atlas. Raises `AtlasError` where it is absent, unfinished, truncated, changed or
+        something else."""
         return cls(folder)
 
     @property
@@ -979,8 +979,8 @@ class _Sampled(_Product):
         self,
         direction: Any, # [d]
     ) -> float | None: # Spearman; None where nothing was sampled (an exact atlas agrees with itself)
-        "How well the atlas ranks its sampled examples along this direction, compared with their exact "
-        "scores."
+        """How well the atlas ranks its sampled examples along this direction, compared with their exact
+        scores."""
         if not len(self.sample): return None
         column = _unit_rows(direction, self.width).T
         exact, own = (_product(rows, column)[:, 0] for rows in (self.sample, self.rows[self.sample_rows]))
@@ -1342,8 +1342,8 @@ class _Fisher(_Loaded):
 class _Described(_Fisher):
     "An index that knows how far it can be trusted."
     def _query_reliability(self, scores: np.ndarray, second: np.ndarray) -> float | None:
-        "Rank correlation of a query's scores with those by the second sketch; None where nothing was "
-        "sampled."
+        """Rank correlation of a query's scores with those by the second sketch; None where nothing was
+        sampled."""
         if not len(self.sample): return None
         return spearman(-_product(self.sample, second[:, None])[:, 0], scores[self.sample_rows])
 
@@ -1419,8 +1419,8 @@ def _index_card(build: _Build, sites: Any, settings: dict) -> QueryCard:
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #index-build-code
 def _index_from(build: _Build, card: QueryCard, pair: list[dict], sample_rows: np.ndarray) -> GradientIndex:
-    "Fill the rows of an index by the first sketch, those of the sample by the second too, and write the "
-    "files."
+    """Fill the rows of an index by the first sketch, those of the sample by the second too, and write the
+    files."""
     with build.lm.undisturbed():
         readers = _readers(build.lm, build.sites, build.data)
     def by(sketches: dict[str, _Sketch]) -> Callable[[], _SketchRows]:
