@@ -318,7 +318,7 @@ def _fit(trainer: Any, rounds: _Rounds, done: int, tokens: int, folder: Path, ke
             trainer.n_training_steps += 1
             bar.update(len(acts_Rd))
             if trainer.n_training_samples >= tokens: return
-        bar.set_postfix(loss=f"{float(step.loss):.3g}", dead=f"{trainer.dead_neurons.float().mean():.0%}")
+        bar.set_postfix(loss=f"{step.loss.item():.3g}", dead=f"{trainer.dead_neurons.float().mean():.0%}")
         _write_checkpoint(trainer, folder, key, number + 1)
 
 # %% ../../nbs/60_groups/01_sae.ipynb #checkpoint
