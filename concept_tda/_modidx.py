@@ -2096,6 +2096,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'concept_tda/groups/sae.py'),
                                         'concept_tda.groups.sae._checkpoint_of': ( '60_groups/sae.html#_checkpoint_of',
                                                                                    'concept_tda/groups/sae.py'),
+                                        'concept_tda.groups.sae._differing': ('60_groups/sae.html#_differing', 'concept_tda/groups/sae.py'),
                                         'concept_tda.groups.sae._finished': ('60_groups/sae.html#_finished', 'concept_tda/groups/sae.py'),
                                         'concept_tda.groups.sae._fit': ('60_groups/sae.html#_fit', 'concept_tda/groups/sae.py'),
                                         'concept_tda.groups.sae._folder': ('60_groups/sae.html#_folder', 'concept_tda/groups/sae.py'),

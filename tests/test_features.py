@@ -156,6 +156,9 @@ def test_bad_input_is_named(lm, sae, train, features, tmp_path):
     read_features(lm, sae, train, broken, progress=False)
     about = json.loads((broken / "about.json").read_text())
     (broken / "about.json").write_text(json.dumps(about | {"format": "concept_tda features 0"}))
+    damaged = tmp_path / "damaged"
+    read_features(lm, sae, train, damaged, progress=False)
+    (damaged / "about.json").write_text("{half")
     never = int(np.flatnonzero(np.asarray(features.max.sum(0)).ravel() == 0)[:1].sum())
     calls = [
         (
@@ -166,6 +169,7 @@ def test_bad_input_is_named(lm, sae, train, features, tmp_path):
         (FeatureError, lambda: load_features(features.folder, train[:5]), "25 examples.*5"),
         (FeatureError, lambda: load_features(tmp_path / "none", train), "no finished features"),
         (FeatureError, lambda: load_features(broken, train), "this version reads"),
+        (FeatureError, lambda: load_features(damaged, train), "damaged"),
         (
             FeatureError,
             lambda: read_features(lm, silent, train, tmp_path / "s", progress=False),

@@ -166,6 +166,9 @@ def test_bad_input_is_named(sae, lm, train, tmp_path):
     sae.sae.save_model(silent)
     (silent / "cfg.json").write_text(json.dumps(config))
     assert load_sae(silent, layer=2).layer == 2
+    halved = tmp_path / "halved"
+    halved.mkdir()
+    (halved / "concept_tda.json").write_text("{half")
     for call, words in (
         (lambda: check_sae(sae, wide), "width 16.*have 32"),
         (lambda: sae_quality(wide, sae, train), "width 16"),
@@ -183,6 +186,7 @@ def test_bad_input_is_named(sae, lm, train, tmp_path):
             "step of",
         ),
         (lambda: train_sae(lm, train, 1, moved, **SETTINGS), "holds an SAE already"),
+        (lambda: train_sae(lm, train, 1, halved, **SETTINGS), "concept_tda.json is damaged"),
     ):
         with pytest.raises(SAEError, match=words):
             call()

@@ -204,11 +204,15 @@ def load_features(
     if not (folder/"about.json").exists():
         raise FeatureError(f"{folder} holds no finished features: make them with read_features(lm, sae, "
                            "data, folder)")
-    about = json.loads((folder/"about.json").read_text(encoding="utf-8"))
+    try:
+        about = json.loads((folder/"about.json").read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise FeatureError(f"{folder/'about.json'} is damaged ({err}): delete the folder and read the "
+                           "features again") from err
     if about.get("format") != _FORMAT:
         raise FeatureError(f"{folder} holds {about.get('format')!r}, this version reads {_FORMAT!r}: make "
                            "it again")
-    different = [name for name in key or {} if about[name] != (key or {})[name]]
+    different = [name for name, wanted in (key or {}).items() if about.get(name) != wanted]
     if different:
         raise FeatureError(f"{folder} holds the features of something else ({', '.join(different)} "
                            "differ): choose another folder")

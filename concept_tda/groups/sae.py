@@ -256,14 +256,21 @@ def _check_training(
         if wrong: raise SAEError(message)
 
 # %% ../../nbs/60_groups/01_sae.ipynb #finished
+def _differing(record: Path, key: dict) -> list[str]:
+    "Names of the settings in which a run on disk differs from the one that is wanted."
+    try:
+        was = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise SAEError(f"{record} is damaged ({err}): delete the folder and train again") from err
+    return [name for name, wanted in key.items() if was.get(name) != wanted]
+
 def _finished(folder: Path, key: dict) -> SparseAutoencoder | None:
     "The SAE of a finished run with these settings; None where there is none yet."
     record = folder/"concept_tda.json"
     if not record.exists():
         if not (folder/"cfg.json").exists(): return None
         raise SAEError(f"{folder} holds an SAE already: choose another folder")
-    was = json.loads(record.read_text(encoding="utf-8"))
-    different = [name for name in key if was.get(name) != key[name]]
+    different = _differing(record, key)
     if not different: return load_sae(folder)
     raise SAEError(f"{folder} holds an SAE of another run ({', '.join(different)} differ): choose another "
                    "folder")
@@ -326,8 +333,7 @@ def _checkpoint_of(folder: Path, key: dict) -> Path | None:
     "Where an unfinished run with these settings stands; None where there is none."
     place = folder/"checkpoint"
     if not (place/"key.json").exists(): return None
-    was = json.loads((place/"key.json").read_text(encoding="utf-8"))
-    different = [name for name in key if was.get(name) != key[name]]
+    different = _differing(place/"key.json", key)
     if not different: return place
     raise SAEError(f"{folder} holds an unfinished run with other settings ({', '.join(different)} differ): "
                    "finish it with these, choose another folder, or delete this one")
