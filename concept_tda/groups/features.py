@@ -220,7 +220,7 @@ def load_features(
         raise FeatureError(f"{folder} holds the features of {about['data_name']!r} ({about['n_examples']} "
                            f"examples), not of {data.name!r} ({len(data)}): open it with the data it was "
                            "made of")
-    return Features(folder, data, about | {"sae": about["sae_name"]})
+    return Features(folder, data, about | {"sae": about["sae_name"], "sae_fingerprint": about["sae"]})
 
 # %% ../../nbs/60_groups/02_features.ipynb #groups
 def feature_groups(
