@@ -72,6 +72,7 @@ PUBLIC = {
     "groups.discovery": "DiscoveryError Movement movement Discovery discover effect_groups movement_check",
     "groups.labels": "LabelError held_out detection_score Reader Labels label_groups ranking_ends",
     "groups.maps": "map_places training_map",
+    "groups.latents": "LatentError rank_latents LatentQuery",
     "evidence.retraining": "TRAINING PLAN_FORMAT Judges ExperimentError full_recipe Maker tokenized_whole "
         "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
         "relative_paths judges_by_name Experiment",
