@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from concept_tda.data.conversations import load_conversations
-from concept_tda.groups.discovery import DiscoveryError, discover, effect_groups, movement, movement_check
+from concept_tda.groups.discovery import (
+    DiscoveryError,
+    discover,
+    effect_groups,
+    movement,
+    movement_check,
+    sparse_atoms,
+)
 from concept_tda.groups.groups import GroupError
 from concept_tda.groups.reading import ReadingError, distinguishing_words, logit_lens, nearest_features
 from concept_tda.groups.sae import SparseAutoencoder
@@ -126,6 +133,107 @@ def test_a_file_of_two_kinds_end_to_end(atlas, file):
     assert found.concept(1).layer == 1 and found.concept(1).pooling == atlas.card["pooling"]
 
 
+def planted_atoms(n=160, d=48, k=4, noise=0.6, push=2.0, seed=0):
+    """Rows that are sums of few of k directions, each used by a sixth of them, and a push that all share."""
+    random = np.random.default_rng(seed)
+    directions = random.normal(size=(k, d))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    used = random.random((n, k)) < 1 / 6
+    rows = (used * random.uniform(0.7, 1.3, (n, k))) @ directions
+    shared = push * random.normal(size=d) / np.sqrt(d)
+    return rows + noise / np.sqrt(d) * random.normal(size=(n, d)) + shared, directions, used
+
+
+@pytest.fixture(scope="module")
+def wide(queries, tmp_path_factory):
+    """An atlas of 160 examples of width 48, whose rows the tests replace."""
+    lm = load_model(tiny_pair("llama", width=48))
+    data = load_conversations([{"prompt": f"{i}?", "response": "so"} for i in range(160)])
+    folder = tmp_path_factory.mktemp("wide")
+    return build_atlas(lm, queries, data, 1, folder=folder, curvature="identity", progress=False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_atoms_are_recovered_with_their_examples(wide, seed):
+    rows, directions, used = planted_atoms(seed=seed)
+    found = sparse_atoms(with_rows(wide, rows), 8, draws=6)
+    cosines = directions @ found.directions.T  # [planted, atom]; signed: an atom pushes the way its users do
+    assert cosines.max(1).min() > 0.85 and len(set(cosines.argmax(1))) == 4
+    assert found.table["found"].to_numpy()[cosines.argmax(1)].all()
+    groups = found.groups()
+    from sklearn.metrics import roc_auc_score
+
+    for planted_one, atom in enumerate(cosines.argmax(1)):
+        assert roc_auc_score(used[:, planted_one], found.codes[:, atom]) > 0.9
+        assert groups.rows(f"atom {atom + 1}").tolist() == np.flatnonzero(found.codes[:, atom]).tolist()
+    assert found.table["coherence"].is_monotonic_decreasing
+
+
+def test_no_atom_is_found_in_rows_of_random_signs(wide):
+    """The same sizes, nothing in common; and the null is what makes it so, not a fixed threshold."""
+    hits = 0
+    for seed in range(6):
+        rows = planted_atoms(seed=seed)[0]
+        centred = rows - rows.mean(0)
+        flipped = centred * np.random.default_rng(seed).choice([-1.0, 1.0], size=rows.shape)
+        found = sparse_atoms(with_rows(wide, flipped), 8, draws=6, seed=seed)
+        assert found.table["coherence"].max() > 0.04  # chance alone is coherent
+        hits += found.table["found"].sum()
+    assert hits <= 2
+    with pytest.raises(DiscoveryError, match="none of 8 atoms was found"):
+        sparse_atoms(with_rows(wide, flipped), 8, draws=6, seed=5).groups()
+
+
+def test_coherence_is_the_mean_cosine_of_pairs_about_the_mean(wide):
+    rows, _, _ = planted_atoms()
+    found = sparse_atoms(with_rows(wide, rows), 4, top=7, draws=2)
+    about = rows - rows.mean(0)
+    for atom in range(4):
+        users = np.argsort(-found.codes[:, atom], kind="stable")[:7]
+        pairs = [
+            about[a] @ about[b] / np.linalg.norm(about[a]) / np.linalg.norm(about[b])
+            for a in users
+            for b in users
+            if a < b
+        ]
+        assert len(pairs) == 21 and abs(found.table["coherence"][atom] - np.mean(pairs)) < 1e-9
+
+
+def test_a_push_that_all_share_and_the_size_of_rows_change_no_atom(wide):
+    rows, _, _ = planted_atoms(push=0)
+    first = sparse_atoms(with_rows(wide, rows), 4, draws=2)
+    for same in (rows + 5, 100 * rows):
+        other = sparse_atoms(with_rows(wide, same), 4, draws=2)
+        np.testing.assert_allclose(other.directions, first.directions, atol=1e-6)
+        np.testing.assert_allclose(other.codes, first.codes, atol=1e-6)
+    turned = sparse_atoms(with_rows(wide, -rows), 4, draws=2)
+    assert (turned.directions @ first.directions.T).max() < 0.6  # an atom has a sign
+
+
+def test_twins_make_no_kind(wide):
+    """Four copies in noise: a perfect atom, of four examples."""
+    rows = np.random.default_rng(0).normal(size=(160, 48))
+    rows[:4] = 3 * rows[0]
+    strict, loose = (sparse_atoms(with_rows(wide, rows), 8, draws=6, least=least) for least in (300, 2))
+    assert strict.table["coherence"][0] == loose.table["coherence"][0]
+    assert loose.table["found"].any() and not strict.table["found"].any()
+
+
+def test_discovery_shows_its_atoms(wide):
+    rows = planted_atoms()[0]
+    found = discover(with_rows(wide, rows), 2, atoms=3, draws=3)
+    alone = sparse_atoms(with_rows(wide, rows), 3)
+    np.testing.assert_array_equal(found.atoms.directions, alone.directions)
+    assert f"{alone.table['found'].sum()} of 3 atoms found" in repr(found)
+    assert "atoms found" in found._repr_html_() and "directions found" in found._repr_html_()
+    assert "atoms" not in repr(discover(with_rows(wide, rows), 2, draws=3))
+    concept = found.atoms.concept(2)
+    assert concept.name == "atom 2" and concept.pooling == wide.card["pooling"]
+    np.testing.assert_allclose(concept.direction, found.atoms.directions[1], atol=1e-6)
+    with pytest.raises(DiscoveryError, match="atom 4: there are 1 to 3"):
+        found.atoms.concept(4)
+
+
 def test_the_measured_movement_is_the_difference_of_means(atlas, lm, file, queries):
     """A model whose layer is shifted by hand along the predicted movement has a cosine of 1."""
     model, tokenizer = tiny_pair("llama")
@@ -149,6 +257,11 @@ def test_bad_input_is_named(atlas):
         movement(with_rows(atlas, rows[:3] + 1))
     with pytest.raises(DiscoveryError, match="direction 9: there are 1 to 2"):
         discover(atlas, 2, draws=3).concept(9)
+    for wrong in ({"n": 21}, {"n": 0}, {"alpha": 0}, {"alpha": 1.5}, {"top": 1}, {"draws": 0}):
+        with pytest.raises(DiscoveryError, match="40 rows allow 1 to 20 atoms"):
+            sparse_atoms(atlas, **wrong)
+    with pytest.raises(DiscoveryError, match="all of them 0"):
+        sparse_atoms(with_rows(atlas, rows), 2)
     with pytest.raises(GroupError, match="n=99 clusters"):
         effect_groups(atlas, 99)
 
