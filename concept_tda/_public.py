@@ -25,7 +25,7 @@ PUBLIC = {
     "model.losses": "GradientError predicted_mask response_logits cross_entropy_in_place token_losses "
         "loss_weights",
     "model.tracing": "POOLINGS TracingError pooling_weights work_dtype progress_bar pooled_activations "
-        "token_activations left_padded as_prompts generate",
+        "layer_activations token_activations left_padded as_prompts generate",
     "model.answers": "answer_records with_record cached_generate",
     "model.finetuning": "RECIPES FinetuneError finetune training_record Retrained finetune_many "
         "training_checkpoints",
@@ -41,6 +41,10 @@ PUBLIC = {
         "FunctionJudge expected_score LocalJudge integer_probabilities JudgeUsage OpenAIJudge OpenAIReader",
     "concepts.personas": "PersonaError Trait traits load_trait persona_responses persona_concept "
         "SteeringError steer SteeringCheck steering_check",
+    "concepts.crosscoders": "TENSORS CrosscoderError source_number Crosscoder CrosscoderRecipe "
+        "CrosscoderLosses crosscoder_losses Normalisation measure_normalisation train_crosscoder "
+        "crosscoder_quality PairedActivations paired_activations load_paired_activations aligned_activations "
+        "difference_of_means differences difference_sae",
     "influence.gradients": "require_grad went_in by_example site_flows SiteGradients check_sites "
         "watch_layers Reached hidden_states",
     "influence.curvature": "CurvatureError Identity check_damping check_gradients check_moved check_labels "
