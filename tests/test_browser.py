@@ -53,6 +53,7 @@ const bytes = text => new DataView(Uint8Array.from(atob(text), c => c.charCodeAt
 const plain = value => value && value.bytes !== undefined ? bytes(value.bytes) : value;
 window.state = JSON.parse(atob('{state}'), (key, value) => plain(value));
 const listeners = {{}};
+let changes = {{}};
 const fire = (name, ...values) => (listeners[name] ?? []).forEach(call => call(...values));
 window.deliver = (message, buffers) => fire('msg:custom', message, buffers.map(bytes));
 window.assign = (name, value) => {{
@@ -64,6 +65,11 @@ const model = {{
   on: (name, call) => (listeners[name] ??= []).push(call),
   off: (name, call) => {{ listeners[name] = (listeners[name] ?? []).filter(one => one !== call); }},
   send: message => window.toPython(JSON.stringify(message)),
+  set: (name, value) => {{ window.state[name] = changes[name] = value; }},
+  save_changes: () => {{
+    window.toPython(JSON.stringify({{state: changes}}));
+    changes = {{}};
+  }},
 }};
 window.draw_again = () => {{
   window.close_view?.();
@@ -117,6 +123,12 @@ class StandIn:
         self.page.send("Runtime.evaluate", expression="0")
         while self.page.calls:
             _, payload = self.page.calls.popleft()
+            for name, value in json.loads(payload).get("state", {}).items():
+                self.known[name] = value  # the page knows what it said
+                setattr(self.widget, name, value)
+            if "state" in json.loads(payload):
+                self.share()
+                continue
             sent = []
             self.widget.send = lambda content, buffers=None: sent.append(
                 (content, [base64.b64encode(bytes(one)).decode() for one in buffers or []])

@@ -28,6 +28,9 @@ const KINDS = {
   length: Int32Array,
   row: Int32Array,
   facet: Int16Array,
+  class: Int16Array,
+  x: Float32Array,
+  y: Float32Array,
 };
 /** The text of a turn, out of its tokens where it has them.
  * @param {Turn} turn

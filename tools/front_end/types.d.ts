@@ -128,6 +128,8 @@ interface Answer {
 interface WidgetModel {
   get(name: string): any;
   send(message: object): void;
+  set(name: string, value: unknown): void;
+  save_changes(): void;
   on(name: string, call: (...values: any[]) => void): void;
   off(name: string, call: (...values: any[]) => void): void;
 }
@@ -161,4 +163,55 @@ interface Steered {
   strength: number;
   text: string;
   value: number | null;
+}
+
+/** One way to colour the points of a map. */
+interface MapColour {
+  name: string;
+  kind: "score" | "classes";
+  column: string; // of numbers, or of the number of each point's class, -1 where it has none
+  centre: number; // scores: neither orange nor blue
+  limit: number; // scores: the distance from the centre that gets the full colour
+  from: string; // scores: what the centre is, in words
+  values: string[]; // classes: their names, those with a colour first
+  colours: string[]; // classes: the colours of the first ones
+  members?: number[][]; // classes that overlap: the places of each
+}
+
+/** Names and sizes of a map, as `map_table` in Python writes them. */
+interface MapTable {
+  n: number;
+  n_total: number;
+  title: string;
+  subtitle: string;
+  axes: [string, string];
+  ids: string[];
+  colours: MapColour[];
+}
+
+type MapSource = Omit<Source, "table"> & {table: MapTable};
+
+/** How a stretch of the map changes what is selected. */
+type BrushMode = "replace" | "add" | "remove";
+
+/** The selection as Python has it. */
+interface SharedSelection {
+  get(): number[];
+  set(places: number[]): void;
+  onChange(call: () => void): void;
+  close(): void;
+}
+
+/** What the drawing of a map tells its view. */
+interface PlotCalls {
+  onSelect(places: number[], mode: BrushMode, how: string): void;
+  onHover(place: number | null): void;
+  onPoint(place: number): void;
+}
+
+/** What `write_report` in Python adds to a page's data for its map. */
+interface ReportMap {
+  table: MapTable;
+  columns: Record<string, (number | null)[]>;
+  places: number[]; // the place on the map of each example of the page
 }
