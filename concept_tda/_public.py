@@ -100,11 +100,12 @@ PUBLIC = {
         "Contents example_texts browser_table browser_columns rounded_columns token_turns written_turns "
         "example_to_read snippet search_terms hits within from_both_ends json_in_script",
     "views.review": "MARKS Review",
-    "views.browser": "embedded_contents embedded_browser script_hash OfflinePage ExampleBrowser",
+    "views.browser": "embedded_contents embedded_browser script_hash OfflinePage offline_page ExampleBrowser",
     "views.explorer": "concept_reading ConceptView ConceptExplorer",
-    "views.report": "write_report",
     "views.chats": "show_conversation show_conversations show_tokens",
     "views.kinds": "chosen_groups bar_svg KindBrowser",
+    "views.map": "MAP_SCRIPTS MapContents map_table map_columns report_map ExampleMap",
+    "views.report": "write_report",
     "demo": "last_state run_notebook",
     "cli": "",
 }
