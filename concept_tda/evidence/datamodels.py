@@ -102,7 +102,7 @@ class _Halves(Experiment):
     ):
         super().__init__(Retraining(lm, train, recipe), judges, folder, name, keep_models)
         results, seeds = aligned_scores(attributions, self._maker().conversations), checked_seeds(seeds)
-        subsets = _random_subsets(len(train), n_subsets, fraction)
+        subsets = _random_subsets(len(self._maker().conversations), n_subsets, fraction)
         entries: list[dict[str, Any]] = [dict(arm="base", draw=None, seed=None, rows=None, predicted={})]
         entries += [dict(arm="subset", draw=draw, seed=seed, rows=rows, predicted=_sums(results, rows))
                     for seed in seeds for draw, rows in enumerate(subsets)]
@@ -256,8 +256,9 @@ class _Counterfactuals(Experiment):
     ):
         super().__init__(Retraining(lm, train, recipe), judges, folder, name, keep_models)
         results, seeds = aligned_scores(attributions, self._maker().conversations), checked_seeds(seeds)
-        removals = list(_removals(results, len(train), fractions, n_random, seeds))
-        self.settle(_counterfactual_plan(results, len(train), removals, seeds), seeds=seeds,
+        n = len(self._maker().conversations)
+        removals = list(_removals(results, n, fractions, n_random, seeds))
+        self.settle(_counterfactual_plan(results, n, removals, seeds), seeds=seeds,
                     fractions=[float(fraction) for fraction in fractions], methods=list(results))
 
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #subsets

@@ -177,7 +177,8 @@ class _FilterPlan(_Arms):
         _check_arms(arms, self.all_arms, n_random, bool(grouped))
         results = aligned_scores(attributions, train) if attributions or not grouped else {}
         chosen = {name: subset_rows(name, subset, train) for name, subset in subsets.items()}
-        dropped = {float(fraction): self._dropped(len(train), fraction) for fraction in fractions}
+        n = len(self._maker().conversations)
+        dropped = {float(fraction): self._dropped(n, fraction) for fraction in fractions}
         unions = {fraction: {name: _union(name, found, count, train) for name, found in grouped.items()}
                   for fraction, count in dropped.items()}
         self.settle(self._entries(results, dropped, unions, arms, seeds, chosen, n_random),

@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..concepts.concept import Concept, random_directions
-from ..data.conversations import Conversations, load_conversations
+from ..data.conversations import Conversations
+from ..data.documents import as_examples
 from .figures import finished
 from concept_tda.evidence.retraining import (
     PLAN_FORMAT,
@@ -161,7 +162,8 @@ class _Compared(_Kinds):
         seed: int = 0,            # Of the baselines and the null
         **options: Any,           # Of `score_together`: `max_tokens`, `token_budget`
     ):
-        self.lm, self.train, self.folder, self.options = lm, load_conversations(train), Path(folder), options
+        self.lm, self.folder, self.options = lm, Path(folder), options
+        self.train = as_examples(train, lm.tokenizer)
         if self.folder.is_file():
             raise ExperimentError(
                 f"{folder} is a file; a run needs a folder. A packed file is read with from_folder")

@@ -26,6 +26,7 @@ import pandas as pd
 
 from ..concepts.judges import Evaluation, Judge, JudgeError
 from ..data.conversations import Conversations
+from ..data.documents import Documents
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import Sheet, Table, html_of
 from ..foundation.errors import ConceptTDAError, StorageError
@@ -110,6 +111,7 @@ def tokenized_whole(
     "Tokenise training data of which every example can be used. Raises `ExperimentError` otherwise."
     if not len(train): raise ExperimentError("the training data are empty")
     data = lm.tokenize(train, **options)
+    if isinstance(train, Documents): return data
     if len(data) != len(train):
         raise ExperimentError(
             f"{len(train) - len(data)} examples were dropped when tokenised: "

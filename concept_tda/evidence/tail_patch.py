@@ -158,7 +158,7 @@ class _Tails(Experiment):
         step = Step(lm, train, sites, learning_rate)
         super().__init__(step, judges, folder, name)
         results = aligned_scores(attributions, step.conversations)
-        entries = _plan(results, top, n_random, seed, len(train))
+        entries = _plan(results, top, n_random, seed, len(step.conversations))
         scores = _scores_of(results, entries)
         self.settle(entries, methods=list(results), learning_rate=learning_rate, sites=len(step.sites),
                     scores=scores)

@@ -478,7 +478,7 @@ def drop_groups(
                                        "be left")
     record = (f"minus {len(rows)} examples of the {len(taken)} highest groups by {order} of "
               f"{found.attribution.card.method} ({found.groups.kind})")
-    return Conversations(list(source.select(kept)), f"{source.name} {record}", source.layout)
+    return source.select(kept).renamed(f"{source.name} {record}")
 
 # %% ../../nbs/60_groups/00_groups.ipynb #curve
 def coverage_curve(

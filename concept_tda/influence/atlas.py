@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from ..concepts.concept import Concept, random_directions
 from ..data.batches import Batch, batches
 from ..data.conversations import Conversations
+from ..data.documents import examples_from_columns
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import Facts, html_of
 from ..foundation.errors import ConceptTDAError
@@ -651,7 +652,7 @@ class _Beside(_Opened):
             if not path.exists() or _file_checksum(path) != self.header["files"][path.name]:
                 raise AtlasError(f"{path} is absent or damaged: copy it again, or build again")
             columns, header = pq.read_table(path).to_pydict(), self.header
-            self._conversations = Conversations.from_columns(columns, header["name"], header["layout"])
+            self._conversations = examples_from_columns(columns, header["name"], header["layout"])
         return self._conversations
 
     @property

@@ -20,6 +20,7 @@ import torch
 
 from ..data.batches import batches
 from ..data.conversations import Conversation, Conversations, load_conversations
+from ..data.documents import Documents, Window, Windows
 from ..data.messages import ConversationError, listing
 from ..data.templates import TemplateProfile, chat_template_text, template_names
 from ..data.tokens import TokenizedConversations, readable_tokens, tokenize, tokenize_prompts
@@ -498,6 +499,9 @@ def _as_if_all_counted(conversation: Conversation) -> Conversations:
 def _masks(lm: LanguageModel, conversation: Conversation) -> tuple[list[int], np.ndarray, np.ndarray]:
     "Token ids of the whole chat; which tokens belong to an answer, and which to one that counts."
     flags = [one.get("train", True) for one in conversation.messages if one["role"] == "assistant"]
+    if isinstance(conversation, Window):
+        learned = np.arange(len(conversation.tokens)) > 0
+        return conversation.tokens.tolist(), learned, learned
     if not flags:
         prompt = tokenize_prompts(Conversations([conversation]), lm.tokenizer)[0].tolist()
         return prompt, np.zeros(len(prompt), bool), np.zeros(len(prompt), bool)
@@ -509,7 +513,7 @@ def _masks(lm: LanguageModel, conversation: Conversation) -> tuple[list[int], np
 
 # %% ../../nbs/50_influence/10_doctor.ipynb #mark-2
 def _marked(lm: LanguageModel, conversation: Conversation, max_tokens: int | None) -> MarkedExample | None:
-    "The chat token by token; None where the template makes no text of it."
+    "The example token by token; None where the template makes no text of it."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -539,7 +543,6 @@ def _model_checks(lm: LanguageModel, layer: int | None, sites: Any) -> Iterator[
     yield from _check_mode(lm)
     yield from _check_adapters(lm)
     yield from _check_sites(lm, sites, layer)
-    yield from _check_template(lm)
 
 # %% ../../nbs/50_influence/10_doctor.ipynb #data-checks
 def _data_checks(
@@ -554,7 +557,8 @@ def _data_checks(
         found += _check_machinery(lm, data)
         if ("loss", "error") not in [(check.name, check.severity) for check in found]:
             found += _check_flows(lm, data, layer, sites)
-    given = getattr(examples, "conversations", examples)
+    given = getattr(examples if data is None else data, "conversations", examples)
+    if isinstance(given, Documents): return found, None  # they could not be cut into windows
     shown = _marked(lm, _chosen(given, example), max_tokens) if len(given) or example is not None else None
     return found, shown
 
@@ -577,5 +581,7 @@ def doctor(
     if layer is not None:
         lm.check_layer(layer)
     checks = list(_model_checks(lm, layer, sites))
+    if not isinstance(getattr(examples, "conversations", examples), (Documents, Windows)):
+        checks += _check_template(lm)
     found, shown = _data_checks(lm, examples, example, max_tokens, layer, sites)
     return Diagnosis(sorted(checks + found, key=lambda check: SEVERITIES.index(check.severity)), shown)

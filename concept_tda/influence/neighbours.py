@@ -22,6 +22,7 @@ import torch
 from ..concepts.concept import Concept
 from ..data.batches import Batch, batches
 from ..data.conversations import Conversations
+from ..data.documents import Documents
 from ..data.tokens import TokenizedConversations
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 from .curvature import Identity
@@ -846,6 +847,8 @@ class Cascade(_TwoScorers):
     ) -> Attribution:
         "Pick, rank the picked exactly, estimate the recall."
         options: Any = dict(max_tokens=max_tokens, token_budget=token_budget, progress=progress)
+        if isinstance(examples, Documents):
+            examples = examples.windows(self.lm.tokenizer)
         cheap = self.cheap.score(examples, **options)
         split = _split(self, cheap.scores)
         if isinstance(getattr(self.exact, "curvature", None), str):

@@ -370,6 +370,11 @@ def _own_answers(
 ) -> _OwnAnswers:
     "The model's own answers to the prompts of `conversations`, each different prompt once."
     prompts = as_prompts(conversations)
+    unasked = [c.id for c, prompt in zip(conversations, prompts) if not prompt.messages]
+    if unasked:
+        raise ScorerError(
+            f"{len(unasked)} of {len(prompts)} examples have no question that the model could answer itself "
+            f"(windows of documents never have one): {', '.join(unasked[:10])}. Use VectorFilter")
     first = {id: row for row, id in reversed(list(enumerate(prompts.ids)))}
     different = prompts.select(sorted(first.values()))
     if answers is None:

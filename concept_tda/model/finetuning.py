@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.batches import Batch, batches
-from ..data.conversations import load_conversations
+from ..data.documents import as_examples
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError, StorageError
 from ..foundation.probes import bfloat16_ratio
@@ -774,10 +774,10 @@ class Retrained:
         return training_record(self.folder)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #003c
-def _subset(name: str, subset: Any, data: TokenizedConversations | None) -> Any:
+def _subset(lm: LanguageModel, name: str, subset: Any, data: TokenizedConversations | None) -> Any:
     "The conversations a subset stands for; from `data` in the order of `data`."
     if data is None:
-        chosen = subset if hasattr(subset, "conversations") else load_conversations(subset)
+        chosen = subset if hasattr(subset, "conversations") else as_examples(subset, lm.tokenizer)
         if not len(chosen): raise FinetuneError(f"the subset {name!r} is empty.")
         return chosen
     given = subset.ids if hasattr(subset, "ids") else list(subset)
@@ -841,7 +841,7 @@ def finetune_many(
     for given in (data, *subsets.values()):
         lm = _in_template(lm, every[0]["chat_template"], given)
     whole = None if data is None else lm.tokenize(data, max_tokens=every[0]["max_tokens"])
-    chosen = {name: _subset(name, subset, whole) for name, subset in subsets.items()}
+    chosen = {name: _subset(lm, name, subset, whole) for name, subset in subsets.items()}
     for subset in chosen.values():
         _check_length(len(subset), every[0])
     return _each_run(lm, chosen, Path(folder), every, progress)

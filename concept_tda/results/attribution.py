@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.conversations import Conversation, Conversations
+from ..data.documents import examples_from_columns
 from ..foundation.display import act, html_of, one_line
 from ..foundation.storage import atomic_file
 from .cards import QueryCard
@@ -423,9 +424,11 @@ class _ShownRows(_Sized):
         conversation, distance = self.conversations[i], self.distances[i]
         spreads = "" if np.isnan(distance) else f"{distance:+.2f}"
         plus = "" if self.centre is None else "+"
+        said = one_line(conversation.response, 60)
+        if conversation.prompt:
+            said = f"{one_line(question_text(conversation), 40)} → {said}"
         return (f"{self.ranks[i]:>6} {percent_text(self.percentiles[i]):>12} {spreads:>8} "
-                f"{self.scores[i]:>{plus}11.4g}  {one_line(question_text(conversation), 40)} → "
-                f"{one_line(conversation.response, 60)}")
+                f"{self.scores[i]:>{plus}11.4g}  {said}")
 
 # %% ../../nbs/30_results/02_attribution.ipynb #text
 class _Terminal(_ShownRows):
@@ -438,7 +441,8 @@ class _Terminal(_ShownRows):
         if len(self.queries) > 1:
             names = ", ".join(self.queries)
             return f"{headline}\n  {len(self.queries)} queries: {names}; choose one with .query(name)"
-        columns = f"{'rank':>6} {'higher than':>12} {'spreads':>8} {'score':>11}  question → answer"
+        texts = "question → answer" if any(c.prompt for c in self.conversations) else "text"
+        columns = f"{'rank':>6} {'higher than':>12} {'spreads':>8} {'score':>11}  {texts}"
         lines = [headline, columns, *map(self._text_row, self._shown_positions())]
         return "\n".join([*lines, f"{self.reading} {self.unit_words}".strip()])
 
@@ -501,7 +505,7 @@ class _Without(_Figure):
         tied = set(self.scores[gone]) & set(self.scores[~gone])
         kept, source = self.conversations.select(~gone), self.conversations
         name = f"{source.name} {record}{', ties at the cut by file order' if tied else ''}"
-        return Conversations(list(kept), name, source.layout)
+        return kept.renamed(name)
 
 # %% ../../nbs/30_results/02_attribution.ipynb #0063
 class _Filter(_Without):
@@ -781,7 +785,7 @@ def load_attribution(
     values.flags.writeable = False
     result = object.__new__(Attribution)
     result.__dict__ = dict(
-        conversations=Conversations.from_columns(column, header["name"], header["layout"]), card=card,
+        conversations=examples_from_columns(column, header["name"], header["layout"]), card=card,
         queries=header["queries"], values=values, rows=np.array(column["row"], dtype=np.int64),
         n_total=header["n_total"], _ranks=np.array(column["ranks"], dtype=np.int64),
         _percentiles=np.array(column["percentiles"], dtype=np.float64),

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..data.conversations import Conversation, Conversations
+from ..data.documents import Window
 from ..foundation.display import visible_text
 from ..foundation.errors import ConceptTDAError
 from ..results.attribution import Attribution, question_text
@@ -298,6 +299,8 @@ def written_turns(
     conversation: Conversation, # Any
 ) -> list[dict]:
     "The turns of a conversation as text."
+    if isinstance(conversation, Window):
+        return [dict(role="text", answer=True, text=visible_text(conversation.text))]
     return [dict(role=visible_text(message["role"]), answer=message["role"] == "assistant",
                  text=visible_text(message["content"])) for message in conversation.messages]
 
@@ -307,6 +310,8 @@ def _turns(result: Attribution, place: int, digits: int = 6) -> list[dict]:
     if result.token_scores is None or result.tokens is None or result.response_masks is None:
         return written_turns(result.conversations[place])
     scores = [float(f"{value:.{digits}g}") for value in result.token_scores[place]]
+    if isinstance(result.conversations[place], Window):  # its first token has no loss, and is text too
+        return token_turns(result.tokens[place], scores, np.ones(len(scores), bool), ("", "text"))
     return token_turns(result.tokens[place], scores, result.response_masks[place])
 
 # %% ../../nbs/90_views/01_contents.ipynb #as-words

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.conversations import Conversation
+from ..data.documents import Window
 from ..foundation.display import Facts, Sheet, one_line, safe_text
 from ..results.attribution import Attribution, question_text
 from ..results.cards import QueryCard
@@ -190,6 +191,7 @@ _Turn = tuple[str, bool, _Pieces]
 
 def _written_turns(conversation: Conversation) -> list[_Turn]:
     "Role, whether it is an answer, and text of each message."
+    if isinstance(conversation, Window): return [("text", True, _text_pieces(conversation.text))]
     return [(m["role"], m["role"] == "assistant", _text_pieces(m["content"])) for m in conversation.messages]
 
 # %% ../../nbs/90_views/00_html.ipynb #token-turns
@@ -214,6 +216,8 @@ def conversation_html(
     "A conversation turn by turn, prompt and response apart, tokens coloured by their scores; all escaped."
     if tokens is None or token_scores is None or response_mask is None:
         turns = _written_turns(conversation)
+    elif isinstance(conversation, Window):
+        turns = [("text", True, _token_pieces(tokens, token_scores, scale))]
     else:
         turns = _token_turns(_token_pieces(tokens, token_scores, scale), np.asarray(response_mask, bool))
     return "".join(

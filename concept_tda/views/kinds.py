@@ -270,7 +270,7 @@ class _Decided(_Opened):
         gone = np.array([self.said.get(row, ("", ""))[0] == "drop" for row in range(len(source))])
         if gone.all(): raise WidgetError(f"all {len(source)} examples are dropped: nothing would be left")
         name = f"{source.name} minus {share_text(int(gone.sum()), len(source))} dropped by hand"
-        return Conversations(list(source.select(~gone)), name, source.layout)
+        return source.select(~gone).renamed(name)
 
 # %% ../../nbs/90_views/07_kinds.ipynb #page
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
