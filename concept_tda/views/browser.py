@@ -177,7 +177,7 @@ class _Filtering(_Decided):
         if gone.all(): raise WidgetError(f"all {len(result)} examples are dropped: nothing would be left")
         source = result.conversations
         name = f"{source.name} minus {share_text(int(gone.sum()), len(result))} dropped by hand"
-        return Conversations(list(source.select(~gone)), name, source.layout)
+        return source.select(~gone).renamed(name)
 
 # %% ../../nbs/90_views/03_browser.ipynb #export-path
 def _export_paths(path: Path, overwrite: bool) -> tuple[Path, Path]:
