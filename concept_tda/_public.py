@@ -12,14 +12,18 @@ PUBLIC = {
         "read_message check_turns",
     "data.layouts": "LAYOUTS ACCEPTED ANSWERS TREE_ROLES REFUSED_COLUMNS WEIGHTS SYSTEM_COLUMNS Layout "
         "is_message_row chats_of_rows Chat read_chats",
-    "data.files": "COMPRESSIONS FORMATS Record plain table_records is_data_file bare_name read_file",
-    "data.conversations": "Conversation row_numbers Rows Conversations load_conversations bundled",
+    "data.files": "COMPRESSIONS FORMATS TEXT_FORMATS Record plain table_records is_data_file bare_name "
+        "read_file is_text_file read_text",
+    "data.conversations": "Conversation row_numbers Rows Conversations source_records load_conversations "
+        "bundled",
     "data.templates": "template_names chat_template_text as_given render TemplateProfile Rendered "
         "rendered_chats",
-    "data.tokens": "response_mask TokenizedConversation readable_tokens TokenizedConversations tokenize "
-        "tokenize_prompts",
+    "data.tokens": "response_mask encoded_texts TokenizedConversation readable_tokens TokenizedConversations "
+        "tokenize tokenize_prompts",
     "data.batches": "Batch batches",
     "data.preferences": "Pair Preferences load_preferences",
+    "data.documents": "DocumentError Document Piece Window Windows Documents load_documents as_examples "
+        "load_windows examples_from_columns token_windows number_tokenizer",
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel SlowTypeWarning load_model",
     "model.sites": "Site Coverage coverage coverage_notes resolve_sites",
     "model.losses": "GradientError predicted_mask response_logits cross_entropy_in_place token_losses "
