@@ -25,6 +25,7 @@ class Batch:
     input_ids: torch.Tensor       # Token ids [B, T]
     attention_mask: torch.Tensor  # 1 on tokens, 0 on padding [B, T], int64
     response_mask: torch.Tensor   # True on response tokens [B, T]
+    token_weights: torch.Tensor | None = None # What token losses are multiplied by [B, T]; None: 1
 
     def to(
         self,
@@ -32,7 +33,8 @@ class Batch:
     ) -> "Batch":
         "The same batch on another device."
         parts = (self.rows, self.input_ids, self.attention_mask, self.response_mask)
-        return Batch(*(part.to(device) for part in parts))
+        weights = None if self.token_weights is None else self.token_weights.to(device)
+        return Batch(*(part.to(device) for part in parts), token_weights=weights)
 
     @property
     def n_tokens(self) -> int:
@@ -52,7 +54,19 @@ def _batch(tokenized: TokenizedConversations, rows: list[int]) -> Batch:
     for b, row in enumerate(rows):
         item, T = tokenized[row], len(tokenized[row].input_ids)
         ids_BT[b, :T], attention_BT[b, :T], response_BT[b, :T] = item.input_ids, 1, item.response_mask
-    return Batch(torch.tensor(rows), ids_BT, attention_BT, response_BT)
+    return Batch(torch.tensor(rows), ids_BT, attention_BT, response_BT, _weights(tokenized, rows, shape))
+
+def _weights(
+    tokenized: TokenizedConversations, rows: list[int], shape: tuple[int, int],
+) -> torch.Tensor | None:
+    "Token weights [B, T] of the rows, 1 where an example has none; None where none has any."
+    given = {b: tokenized[row].token_weights for b, row in enumerate(rows)}
+    if all(weights_T is None for weights_T in given.values()): return None
+    weights_BT = torch.ones(shape, dtype=torch.float64)
+    for b, weights_T in given.items():
+        if weights_T is not None:
+            weights_BT[b, :len(weights_T)] = weights_T
+    return weights_BT
 
 # %% ../../nbs/10_data/06_batches.ipynb #groups
 def _groups(

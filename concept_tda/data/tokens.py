@@ -88,6 +88,7 @@ class TokenizedConversation:
     response_mask: torch.Tensor  # Boolean [T]: token belongs to an answer, its end-of-turn token included
     n_cut: int = 0               # Tokens cut off the end because the conversation was too long
     thoughts_left_out: int = 0   # Thoughts that the chat template does not show
+    token_weights: torch.Tensor | None = None # [T] what the loss of each token is multiplied by; None: 1
 
 # %% ../../nbs/10_data/05_tokens.ipynb #0041
 def _byte_alphabet() -> dict[str, int]:
@@ -164,9 +165,16 @@ class _Counted(_Items):
     @property
     def fingerprint(self) -> str:
         "16 hexadecimal digits over ids, tokens and masks."
-        return fingerprint([[item.id, item.input_ids, item.response_mask] for item in self._items])
+        parts = [[item.id, item.input_ids, item.response_mask] for item in self._items]
+        weights = [item.token_weights for item in self._items]
+        return fingerprint(parts) if weights.count(None) == len(weights) else fingerprint(parts, weights)
 
 # %% ../../nbs/10_data/05_tokens.ipynb #noted
+def _weighing_less(item: TokenizedConversation) -> int:
+    "Response tokens of an example whose loss has another weight than 1."
+    if item.token_weights is None: return 0
+    return int((item.token_weights[item.response_mask] != 1).sum())
+
 class _Noted(_Counted):
     "What was changed on the way, in words."
     @property
@@ -176,7 +184,9 @@ class _Noted(_Counted):
         counts = ((len(self.cut) - dropped, "cut"), (dropped, "dropped"))
         notes = [f"{n} {what}, longer than {self.max_tokens} tokens" for n, what in counts if n]
         thoughts = sum(item.thoughts_left_out for item in self._items)
-        return notes + ([f"{thoughts} thoughts left out by the chat template"] if thoughts else [])
+        notes += [f"{thoughts} thoughts left out by the chat template"] if thoughts else []
+        less = sum(_weighing_less(item) for item in self._items)
+        return notes + ([f"{less:,} response tokens do not weigh 1 in the loss"] if less else [])
 
     def __repr__(self) -> str:
         size = (f"TokenizedConversations {self.conversations.name!r}: {len(self)} {self.conversations.noun}, "

@@ -41,7 +41,7 @@ class ExperimentError(ConceptTDAError):
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #recipe
 _ALWAYS = ("rank", "alpha", "rslora", "learning_rate", "epochs", "batch_size", "max_tokens")
-_OURS = ("lm", "data", "folder", "seed", "merge", "progress", "checkpoints")
+_OURS = ("lm", "data", "folder", "seed", "merge", "progress", "checkpoints", "token_weights")
 
 def _settings(recipe: dict | str) -> dict[str, Any]:
     "The settings that a recipe stands for, not yet checked."

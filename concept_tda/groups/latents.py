@@ -6,7 +6,6 @@
 __all__ = ['LatentError', 'rank_latents', 'LatentQuery']
 
 # %% ../../nbs/60_groups/07_latents.ipynb #imports
-import time
 from typing import Any
 
 import numpy as np

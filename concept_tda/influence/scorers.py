@@ -129,14 +129,18 @@ def _common_model(scorers: list[Scorer], lm: LanguageModel | None) -> LanguageMo
     return lm
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #equal
+def _read_parts(data: TokenizedConversations) -> Iterable[tuple]:
+    "What the loss of each example depends on."
+    return ((item.input_ids, item.response_mask, item.token_weights) for item in data)
+
 def equal_as_first(
     data: TokenizedConversations, # N examples
     result: Pass,                 # Their scores [N, Q], straight from a pass
 ) -> Pass:                        # The same for different examples
     "Give examples with equal tokens and response mask the scores of the first of them, to the last digit."
-    first: dict[tuple[bytes, bytes], int] = {}
-    rows = [first.setdefault((item.input_ids.numpy().tobytes(), item.response_mask.numpy().tobytes()), row)
-            for row, item in enumerate(data)]
+    first: dict[tuple[bytes, ...], int] = {}
+    rows = [first.setdefault(tuple(part.numpy().tobytes() for part in parts if part is not None), row)
+            for row, parts in enumerate(_read_parts(data))]
     if len(first) == len(rows): return result
     tokens = [result.token_scores[row] for row in rows] if result.token_scores else result.token_scores
     return replace(result, scores=result.scores[rows], token_scores=tokens)

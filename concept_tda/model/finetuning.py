@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 
 from ..data.batches import Batch, batches
 from ..data.documents import as_examples
-from ..data.tokens import TokenizedConversations
+from ..data.masks import TokenMask
+from ..data.tokens import TokenizedConversation, TokenizedConversations
 from ..foundation.errors import ConceptTDAError, StorageError
 from ..foundation.probes import bfloat16_ratio
 from ..foundation.storage import atomic_file, code_version, fingerprint
@@ -54,12 +55,19 @@ def _example_losses(
     return (loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT.device)*losses_BT).sum(1)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #answers
+def _is_silent(one: TokenizedConversation) -> bool:
+    "Whether token weights have left nothing of a conversation's loss."
+    return one.token_weights is not None and not one.token_weights[one.response_mask].any()
+
 def _check_answers(tokenized: TokenizedConversations) -> None:
     "Refuse data without a single conversation, and conversations without a token to learn from."
     if not len(tokenized):
         raise FinetuneError(
             f"there is nothing to train on: {tokenized.conversations.name!r} holds no conversations.")
     empty = [one.id for one in tokenized if not one.response_mask[1:].any()]
+    if all(_is_silent(one) for one in tokenized):
+        raise FinetuneError("every response token of the data weighs 0, so there is nothing to learn: keep "
+                            "some in token_weights=")
     if empty:
         raise FinetuneError(
             f"{len(empty)} of {len(tokenized)} conversations have no response token to learn from (cut "
@@ -655,7 +663,16 @@ def _about(
         "seconds": None, "tokens_per_second": None,  # known afterwards
         "code": code_version(), "precision": precision,
         "coverage": {"share": round(adapted.share, 4), "uncovered": adapted.uncovered},
-        "chat_template": lm.chat_template, "micro_batch_size": settings["micro_batch_size"]}
+        "chat_template": lm.chat_template, "micro_batch_size": settings["micro_batch_size"],
+        **_weights_record(tokenized)}
+
+def _weights_record(tokenized: TokenizedConversations) -> dict[str, Any]:
+    "How many response tokens weigh nothing, or something else than 1; empty for data without weights."
+    given = [one.token_weights[one.response_mask] for one in tokenized if one.token_weights is not None]
+    if not given: return {}
+    weights = torch.cat(given)
+    return {"token_weights": {"response_tokens": tokenized.n_response_tokens,
+                              "zero": int((weights == 0).sum()), "sum": float(weights.sum())}}
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #untrained
 def _untrained(model: nn.Module) -> list[str]:
@@ -700,6 +717,14 @@ def _train_into(
     with atomic_file(place/_RECORD) as part:
         part.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
+# %% ../../nbs/20_model/05_finetuning.ipynb #weighted
+def _weighted(tokenized: TokenizedConversations, token_weights: Any) -> TokenizedConversations:
+    "The data with the token weights asked for, the data themselves where none are."
+    if token_weights is None: return tokenized
+    if isinstance(token_weights, TokenMask): return token_weights.apply(tokenized)
+    raise FinetuneError(f"token_weights is a TokenMask, not a {type(token_weights).__name__}: make one with "
+                        "result.token_mask(drop=0.1), or with token_mask(lm.tokenize(data), weights)")
+
 # %% ../../nbs/20_model/05_finetuning.ipynb #002c
 def finetune(
     lm: LanguageModel,           # Model to start from; stays exactly as it is
@@ -721,16 +746,17 @@ def finetune(
     chat_template: str | Path | None = None, # For base models: a named template, a file of Jinja, or its text
     seed: int = 0,               # Adapters' starting point and order of the data
     checkpoints: int = 0,        # Adapters kept at so many evenly spaced steps; see `training_checkpoints`
+    token_weights: TokenMask | None = None, # What each token's loss is multiplied by, of this very data
     merge: bool = True,          # Merge the adapter; False keeps it beside weights shared with `lm`
     progress: bool = True,       # Show a bar
 ) -> LanguageModel:              # The fine-tuned model; `load_model(folder)` opens it again
     """LoRA fine-tuning on the response tokens, loss as in METHODS §0. An interrupted call continues when
-    repeated. Raises `FinetuneError`, `StorageError`."""
+    repeated. Raises `FinetuneError`, `StorageError`, and `MaskError` for token weights of something else."""
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     _check_arguments(lm, folder)
     _check_settings(lm, merge, _way_back(lm), settings)
     lm = _in_template(lm, chat_template, data)
-    tokenized = lm.tokenize(data, max_tokens=max_tokens)
+    tokenized = _weighted(lm.tokenize(data, max_tokens=max_tokens), token_weights)
     key = _key(lm.fingerprint, tokenized, settings, lm)
     if not _finished(Path(folder), key):
         key = _used(key, _precision(lm, settings))
@@ -738,8 +764,9 @@ def finetune(
     return _open(lm, Path(folder), merge)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #defaults
+_NO_SETTINGS = ("merge", "progress", "token_weights")  # how it is shown; and what is part of the data
 _SETTINGS = {name: parameter.default for name, parameter in inspect.signature(finetune).parameters.items()
-             if parameter.kind is parameter.KEYWORD_ONLY and name not in ("merge", "progress")}
+             if parameter.kind is parameter.KEYWORD_ONLY and name not in _NO_SETTINGS}
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #002e
 def training_record(

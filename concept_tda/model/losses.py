@@ -93,4 +93,5 @@ def loss_weights(
 ) -> torch.Tensor:            # [B, T]
     "Weights that turn `token_losses` into one loss for each example: `(weights * losses).sum(1)`."
     predicted_BT = predicted_mask(batch).to(dtype)
-    return predicted_BT / predicted_BT.sum(1, keepdim=True) if reduction == "mean" else predicted_BT
+    weights_BT = predicted_BT / predicted_BT.sum(1, keepdim=True) if reduction == "mean" else predicted_BT
+    return weights_BT if batch.token_weights is None else weights_BT * batch.token_weights.to(weights_BT)

@@ -8,7 +8,7 @@ __all__ = ['FORMAT_VERSION', 'question_text', 'prompt_text', 'sentence', 'Attrib
 # %% ../../nbs/30_results/02_attribution.ipynb #0003
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..data.conversations import Conversation, Conversations
 from ..data.documents import examples_from_columns
+from ..data.masks import TokenMask, token_mark, tokenizer_record
 from ..foundation.display import act, html_of, one_line
 from ..foundation.storage import atomic_file
 from .cards import QueryCard
@@ -138,6 +139,11 @@ def _centres(card: QueryCard, n_queries: int) -> np.ndarray:
     return np.full(n_queries, 0. if card.zero == "gradient" else np.nan)
 
 # %% ../../nbs/30_results/02_attribution.ipynb #texts-and-masks
+def _tokenizer_of(conversations: Any, token_scores: Any) -> dict[str, str] | None:
+    "Whose tokens have scores; None where nobody says."
+    tokenizer = None if token_scores is None else getattr(conversations, "tokenizer", None)
+    return None if tokenizer is None else tokenizer_record(tokenizer)
+
 def _texts_and_masks(conversations, token_scores, tokens, masks) -> tuple[Any, Any]:
     "Tokens and masks of `TokenizedConversations`, where token scores need them and none were given."
     if token_scores is None or not hasattr(conversations, "conversations"): return tokens, masks
@@ -162,6 +168,7 @@ class _Scores:
         response_masks=None,                   # N arrays of booleans [T], True on response tokens
     ):
         tokens, response_masks = _texts_and_masks(conversations, token_scores, tokens, response_masks)
+        self.tokenizer = _tokenizer_of(conversations, token_scores)
         conversations = getattr(conversations, "conversations", conversations)
         if not isinstance(conversations, Conversations):
             raise AttributionError(f"conversations are Conversations, not a {type(conversations).__name__}: "
@@ -259,7 +266,7 @@ class _Copied(_Named):
 
     def without_token_scores(self) -> Self:
         "The same scores and texts, without what lies on single tokens."
-        return self._with(token_scores=None, tokens=None, response_masks=None)
+        return self._with(token_scores=None, tokens=None, response_masks=None, tokenizer=None)
 
 # %% ../../nbs/30_results/02_attribution.ipynb #004a
 class _Query(_Copied):
@@ -578,6 +585,87 @@ class _Correlated(_Judged):
         result = self.query(query)
         return spearman(result.scores, other.query().aligned(result).scores)
 
+# %% ../../nbs/30_results/02_attribution.ipynb #mask-cut
+def _token_weights(
+    scores_R: np.ndarray, drop: float | None, keep: float | None, count: int | None, threshold: float | None,
+    weight: float, lowest: bool,
+) -> np.ndarray:
+    "Weights [R] of all response tokens of a file: `weight` at one end of their scores, 1 elsewhere."
+    given = [drop, keep, count, threshold]
+    if sum(one is not None for one in given) != 1:
+        raise AttributionError("say which tokens in exactly one way: drop= or keep= (a share of the response "
+                               "tokens), count=, threshold=, or by= (a function of their scores)")
+    n = len(scores_R)
+    try:
+        if keep is not None:
+            count = n - checked_count(n, keep, None)
+        rows = cut_rows(scores_R, fraction=drop, count=count, threshold=threshold, lowest=lowest)
+    except AttributionError as err:
+        problem = str(err).replace("examples", "tokens")
+        raise AttributionError(f"a mask of {n} response tokens: {problem}") from None
+    weights_R = np.ones(n)
+    weights_R[rows] = weight
+    return weights_R
+
+# %% ../../nbs/30_results/02_attribution.ipynb #mask-own
+def _own_weights(by: Callable[[np.ndarray], Any], scores_R: np.ndarray) -> np.ndarray:
+    "Weights [R] that a function makes of the scores."
+    weights_R = np.asarray(by(scores_R.copy()), np.float64)
+    if weights_R.shape == scores_R.shape: return weights_R
+    raise AttributionError(f"by= gave numbers of shape {list(weights_R.shape)} for {len(scores_R)} response "
+                           "tokens: it must give one weight for each score")
+
+def _read_from(card: QueryCard) -> str:
+    "What the token scores of a method are contributions of."
+    engines = [note for note in card.notes if " engine (" in note]
+    if any(note.startswith(("forward", "difference")) for note in engines): return "losses of tokens"
+    if card.zero == "gradient": return "gradients at places"
+    return "activations at places" if card.zero == "projection" else "the method's own scores of tokens"
+
+# %% ../../nbs/30_results/02_attribution.ipynb #mask-as
+class _Masking(_Correlated):
+    "Weights of response tokens as a mask."
+    def _as_mask(self, counted: list[np.ndarray], weights_R: np.ndarray) -> TokenMask:
+        "A mask of these weights of the response tokens."
+        pieces = np.split(weights_R, np.cumsum([mask.sum() for mask in counted])[:-1])
+        weights = []
+        for mask, piece in zip(counted, pieces):
+            weights_T = mask.astype(np.float64)
+            weights_T[mask] = piece
+            weights.append(weights_T)
+        masks, card = self.response_masks or [], self.card
+        marks = [token_mark(tokens, mask) for tokens, mask in zip(self.tokens or [], masks)]
+        about = {"method": self.label, "behaviour": card.behaviour, "model": card.model,
+                 "by": _read_from(card)}
+        return TokenMask(self.ids, weights, counted, marks, self.tokenizer, self.conversations.name, about)
+
+# %% ../../nbs/30_results/02_attribution.ipynb #mask
+class _Masked(_Masking):
+    "Masks of tokens."
+    def token_mask(
+        self,
+        drop: float | None = None,      # Share of the file's response tokens that lose weight, such as 0.1
+        *,
+        keep: float | None = None,      # Or the share that keeps it
+        count: int | None = None,       # Or how many lose it
+        threshold: float | None = None, # Or: those that score above this (below it with `lowest`)
+        by: Callable[[np.ndarray], Any] | None = None, # Or all weights, a function of the scores [R]
+        weight: float = 0.0,            # What the chosen tokens weigh; 0 leaves them out
+        lowest: bool = False,           # Choose the lowest scores instead of the highest
+        query: str | None = None,       # Which query, where there are several
+    ) -> TokenMask:                     # For `finetune(…, token_weights=mask)`
+        """Leave out the response tokens with the HIGHEST scores, or weigh them less. Raises
+        `AttributionError` without token scores, `MaskError` for weights that are none."""
+        result = self.query(query).whole("mask")
+        if result.token_scores is None or result.response_masks is None or result.tokens is None:
+            raise AttributionError(f"{self.label} has no token scores, so there is nothing to mask by: score "
+                                   "again with tokens=True, or drop whole examples with .drop()")
+        counted = [mask & (np.arange(len(mask)) > 0) for mask in result.response_masks]
+        scores_R = np.concatenate([one[mask] for one, mask in zip(result.token_scores, counted)])
+        weights_R = _token_weights(scores_R, drop, keep, count, threshold, weight, lowest) if by is None \
+            else _own_weights(by, scores_R)
+        return result._as_mask(counted, weights_R)
+
 # %% ../../nbs/30_results/02_attribution.ipynb #0071
 FORMAT_VERSION = 1
 
@@ -586,7 +674,7 @@ def _numbers(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
 
 # %% ../../nbs/30_results/02_attribution.ipynb #content
-class _Columned(_Correlated):
+class _Columned(_Masked):
     "The columns of a file."
     def _file_columns(self) -> dict[str, list[Any]]:
         "A row for each example, in plain values."
@@ -610,6 +698,8 @@ class _Content(_Columned):
             format_version=FORMAT_VERSION, card=self.card.to_dict(), queries=self.queries,
             n_total=self.n_total, name=self.conversations.name, layout=self.conversations.layout,
             centres=_numbers(self._centres), spreads=_numbers(self._spreads))
+        if self.tokenizer is not None:
+            header["tokenizer"] = self.tokenizer
         return self._file_columns(), json.loads(json.dumps(header, default=str))
 
     def __eq__(self, other: object) -> bool:
@@ -787,7 +877,8 @@ def load_attribution(
     result.__dict__ = dict(
         conversations=examples_from_columns(column, header["name"], header["layout"]), card=card,
         queries=header["queries"], values=values, rows=np.array(column["row"], dtype=np.int64),
-        n_total=header["n_total"], _ranks=np.array(column["ranks"], dtype=np.int64),
+        tokenizer=header.get("tokenizer"), n_total=header["n_total"],
+        _ranks=np.array(column["ranks"], dtype=np.int64),
         _percentiles=np.array(column["percentiles"], dtype=np.float64),
         **_token_fields(column, len(header["queries"])), **_scale_fields(header, card, values))
     return result
