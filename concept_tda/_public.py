@@ -24,6 +24,7 @@ PUBLIC = {
     "data.preferences": "Pair Preferences load_preferences",
     "data.documents": "DocumentError Document Piece Window Windows Documents load_documents as_examples "
         "load_windows examples_from_columns token_windows number_tokenizer",
+    "data.masks": "MaskError tokenizer_record token_mark TokenMask token_mask",
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel SlowTypeWarning load_model",
     "model.sites": "Site Coverage coverage coverage_notes resolve_sites",
     "model.losses": "GradientError predicted_mask response_logits cross_entropy_in_place token_losses "
