@@ -1,6 +1,7 @@
 """The map of a training set: what a drag, a key or a name in the legend selects, and what becomes of it."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -10,13 +11,14 @@ from scipy.sparse import csr_matrix
 from test_browser import XSS, StandIn, chats, harmless, press_at, several
 
 from concept_tda.data.conversations import ConversationError
-from concept_tda.groups.groups import GroupError, Groups
+from concept_tda.groups.groups import GroupError, Groups, score_groups
 from concept_tda.groups.maps import map_places
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 from concept_tda.views.browser import ExampleBrowser
 from concept_tda.views.contents import WidgetError, front_end
 from concept_tda.views.map import ExampleMap, MapContents, map_columns, map_table
+from concept_tda.views.report import write_report
 
 from chromium import Chromium, needs_browser
 
@@ -327,7 +329,7 @@ def test_an_error_of_the_kernel_is_shown(live):
 
 # pages --------------------------------------------------------------------------------------------
 
-CLIPPED = """[...document.querySelectorAll('.ctda-view *')].filter(node => {
+CLIPPED = """[...document.querySelectorAll('.ctda-view.map *, #kinds *')].filter(node => {
   const box = node.getBoundingClientRect(), style = getComputedStyle(node);
   if (!box.width || node.closest('.wide') || node.parentElement.closest('.one')) return false;
   if (box.right > window.innerWidth + 1 || box.left < -1) return true;
@@ -548,3 +550,84 @@ def test_the_scripts_parse_no_markup_and_ask_for_nothing():
     ):
         assert sink not in script, sink
     assert "http" not in script and "url(" not in front_end("map.css")
+
+
+# in the report ------------------------------------------------------------------------------------
+
+
+def report_parts(texts=None):
+    results = several(texts=texts)
+    data = results[0].conversations
+    found = score_groups(grouped(data), results[0], labels="bad", deals=20)
+    return results, found
+
+
+def test_sections_of_the_report_are_there_only_when_given(tmp_path):
+    results, found = report_parts()
+    plain = write_report(results, tmp_path / "plain.html").read_text()
+    assert 'id="kinds"' not in plain and 'id="map"' not in plain and "mapplot" not in plain
+    assert "#where" not in plain
+    bars = write_report(results, tmp_path / "bars.html", groups=[found, found]).read_text()
+    assert bars.count("class='kind'") == 2 * len(SETS) and 'id="map"' not in bars
+    assert "groups, from both ends" not in bars
+    many = {f"group {row}": [row, (row + 1) % N] for row in range(N)}
+    cut = score_groups(grouped(results[0].conversations, many), results[0], deals=20)
+    bars = write_report(results, tmp_path / "bars.html", groups=cut).read_text()
+    assert "20 of 40 groups, from both ends" in bars and bars.count("class='kind'") == 20
+    mapped = write_report(results, tmp_path / "map.html", map=VECTORS).read_text()
+    assert 'id="map"' in mapped and 'id="kinds"' not in mapped
+    embedded = json.loads(re.findall(r'id="data">(.*?)</script>', mapped, flags=re.S)[0])["map"]
+    assert embedded["places"] == list(range(N)) and embedded["table"]["ids"] == results[0].ids
+
+
+def test_groups_or_a_map_of_other_examples_leave_no_report(tmp_path):
+    results, found = report_parts()
+    other = [Attribution(chats([f"other {i}" for i in range(N)]), results[0].scores, results[0].card)]
+    for options, words in (
+        ({"groups": found}, "groups= is of 'train'"),
+        ({"groups": "topic"}, "groups= holds a str"),
+        ({"map": ExampleMap(VECTORS, results[0])}, "map= is of 'train'"),
+        ({"map": VECTORS[:5]}, "vectors have 5 rows"),
+    ):
+        with pytest.raises(WidgetError, match=words):
+            write_report(other, tmp_path / "report.html", **options)
+    with pytest.raises(WidgetError, match="another order"):
+        write_report(results, tmp_path / "report.html", map=ExampleMap(VECTORS, results[0].top(5)))
+    assert not (tmp_path / "report.html").exists()
+
+
+@needs_browser
+@pytest.mark.parametrize("width, dark", [(390, False), (768, True), (1280, False)])
+def test_kinds_and_map_of_a_report_work_without_a_kernel(chromium, tmp_path, width, dark):
+    results, found = report_parts()
+    path = write_report(
+        results, tmp_path / "report.html", labels="bad", groups=found, map=VECTORS, rows=10, examples=2
+    )
+    page = chromium.open(path.as_uri(), width=width, height=900, dark=dark)
+    page.wait("document.querySelector('#map .mapplot canvas')?.width > 100")
+    page.wait("document.querySelector('#browser .reading .turn')")
+    assert page.value("document.querySelector('#kinds .example').checkVisibility()") is False
+    page.click("#kinds summary.kind")
+    assert page.value("document.querySelectorAll('#kinds [open] .example').length") == 3
+    highest = found.attribution.select(found.groups.rows(str(found.ordered("sum")["group"].iloc[0]))).top(1)
+    assert highest.conversations[0].response.split()[1] in page.value(
+        "document.querySelector('#kinds [open] .example').textContent"
+    )
+    page.value("document.querySelector('.mapplot').scrollIntoView({block: 'center'})")
+    x, y, w, h = page.box(".mapplot canvas")
+    page.drag(x + 1, y + 1, x + w - 1, y + h - 1)
+    ids = page.value("document.querySelector('#map .ids textarea').value").split("\n")
+    assert ids == [results[0].ids[row] for row in np.argsort(-results[0].scores, kind="stable")]
+    top = int(np.argmax(results[0].scores))
+    page.wait("document.querySelector('#map .picked .words').textContent")
+    page.value("document.querySelector('#map .picked button').click()")
+    page.wait("document.querySelector('#map .map-reading .turn')")
+    assert f"answer {top} " in page.value("document.querySelector('#map .map-reading').textContent")
+    inside = set(json.loads(page.value("document.getElementById('data').textContent"))["map"]["places"])
+    listed = np.argsort(-results[0].scores, kind="stable")[:12]
+    words = page.value("[...document.querySelectorAll('#map .words')].map(w => w.textContent)")
+    assert [w == "(its text is not in this page)" for w in words] == [row not in inside for row in listed]
+    assert "(its text is not in this page)" in words
+    assert page.value(CLIPPED) == [] and page.value("document.documentElement.scrollWidth") <= width
+    assert page.errors == [] and page.requests == [path.as_uri()]
+    page.close()

@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from ..foundation.display import visible_text
 from ..foundation.storage import atomic_file, code_version
+from ..groups.groups import GroupScores
 from ..results.attribution import Attribution, question_text, sentence
 from ..results.comparison import Comparison, compare
 from ..results.duplicates import near_duplicates
@@ -27,6 +28,7 @@ from .browser import script_hash
 from concept_tda.views.contents import (
     BROWSER_SCRIPTS,
     Contents,
+    WidgetError,
     browser_columns,
     browser_table,
     example_texts,
@@ -49,9 +51,11 @@ from concept_tda.views.html import (
     legend_html,
     table_html,
 )
+from .kinds import chosen_groups, kinds_html
+from .map import MAP_SCRIPTS, ExampleMap, MapContents, report_map
 
 # %% ../../nbs/90_views/09_report.ipynb #0005
-_PARTS = ("page", "reading", "methods", "examples", "method", "again")
+_PARTS = ("page", "reading", "methods", "kinds", "map", "examples", "method", "again")
 
 def _template() -> Template:
     "The page, with its parts where it includes them."
@@ -61,10 +65,12 @@ def _template() -> Template:
     return environment.get_template("page")
 
 # %% ../../nbs/90_views/09_report.ipynb #000f
-def _look_and_script() -> dict:
+def _look_and_script(mapped: bool = False) -> dict:
     "Style, script, and the hash by which the page's policy knows it."
-    script = front_end(*BROWSER_SCRIPTS, "report.js")
-    style = f"{VIEW_STYLE}<style>{front_end('views.css', 'report.css')}</style>"
+    for_map = (*MAP_SCRIPTS, "report_map.js") if mapped else ()
+    styles = ("views.css", *(["map.css"] if mapped else []), "kinds.css", "report.css")
+    script = front_end(*BROWSER_SCRIPTS, *for_map, "report.js")
+    style = f"{VIEW_STYLE}<style>{front_end(*styles)}</style>"
     return dict(style=Markup(style), script=Markup(script), script_hash=script_hash(script))
 
 # %% ../../nbs/90_views/09_report.ipynb #0011
@@ -141,6 +147,42 @@ def _versions() -> str:
             continue
     return ", ".join([f"concept_tda {code_version()}", f"Python {platform.python_version()}", *packages])
 
+# %% ../../nbs/90_views/09_report.ipynb #kinds
+def _same_file(given: Attribution, result: Attribution, what: str) -> None:
+    "Refuse groups or a map of other examples than those of the report."
+    if given.ids == result.ids: return
+    raise WidgetError(f"{what}= is of {given.conversations.name!r} ({len(given):,} examples), the report of "
+                      f"{result.conversations.name!r} ({len(result):,}), and these are other examples or in "
+                      "another order: make both of the same file")
+
+def _kind_parts(groups: Any, result: Attribution, bars: int = 20, examples: int = 3) -> list[dict]:
+    "What the template of the kinds needs."
+    several = [] if groups is None else list(groups) if isinstance(groups, (list, tuple)) else [groups]
+    parts, most = [], int(np.clip(2.5e5/(2*bars*examples*max(1, len(several))), 200, 2_000))
+    for found in several:
+        if not isinstance(found, GroupScores):
+            raise WidgetError(f"groups= holds a {type(found).__name__}: pass what score_groups returned, or "
+                              "a list of such")
+        _same_file(found.attribution, result, "groups")
+        table, fitting = chosen_groups(found, n=bars)
+        cut = f"{len(table)} of {fitting:,} groups, from both ends." if len(table) < fitting else ""
+        bars_html = kinds_html(found, table, examples=examples, most=most)
+        title = f"{found.attribution.label} by {found.groups.kind}"
+        parts.append(dict(title=title, cut=cut, bars=Markup(bars_html)))
+    return parts
+
+# %% ../../nbs/90_views/09_report.ipynb #map
+def _map_contents(
+    given: Any, result: Attribution, groups: Any, labels: Any, positive: Any,
+) -> MapContents | None:
+    "The map of the report."
+    if given is None: return None
+    if isinstance(given, ExampleMap):
+        _same_file(given.result, result, "map")
+        return given.contents
+    first = groups[0] if isinstance(groups, (list, tuple)) and groups else groups
+    return MapContents(given, result, first or None, labels, positive)
+
 # %% ../../nbs/90_views/09_report.ipynb #near-the-ends
 _MOST_BYTES = 2_900_000
 
@@ -176,14 +218,13 @@ def _page_table(contents: Contents, names: list[str], n_shown: int, coloured: bo
     return table
 
 # %% ../../nbs/90_views/09_report.ipynb #0016-table
-def _fitted(table: dict, columns: dict, groups: list, part: Attribution, room: int) -> str:
+def _fitted(table: dict, more: dict, part: Attribution, room: int) -> str:
     "JSON of at most about `room` bytes; texts give way."
-    most, data = float(room - len(json.dumps([table, columns, groups]))), ""
+    most, data = float(room - len(json.dumps([table, more]))), ""
     for _ in range(4):
         examples, note = _texts(part, most)
         reading = f"{table['reading']} {note}".strip()
-        data = json_in_script(dict(table=table | dict(reading=reading), columns=columns, groups=groups,
-                                   examples=examples))
+        data = json_in_script(dict(table=table | dict(reading=reading), examples=examples, **more))
         size = len(data.encode("utf-8", "backslashreplace"))
         if size <= room: break
         most = .97*most*room/size
@@ -191,7 +232,8 @@ def _fitted(table: dict, columns: dict, groups: list, part: Attribution, room: i
 
 # %% ../../nbs/90_views/09_report.ipynb #0016
 def _browser_data(
-    results: dict[str, Attribution], labels: Any, positive: Any, at_most: int, room: int,
+    results: dict[str, Attribution], labels: Any, positive: Any, at_most: int, mapped: MapContents | None,
+    room: int,
 ) -> tuple[str, str | None, int]:
     "The browser's data as JSON; the method whose token scores it shows, or None; how many examples it holds."
     with_tokens = (name for name, one in results.items() if one.token_scores is not None)
@@ -202,9 +244,11 @@ def _browser_data(
     places = _near_the_ends(contents.methods.values(), at_most)
     part = contents.result.select(places)
     table = _page_table(contents, names, len(places), coloured is not None)
-    columns = rounded_columns(browser_columns(contents), places)
-    groups = near_duplicates(example_texts(part.conversations)).tolist()
-    return _fitted(table, columns, groups, part, room), coloured, len(places)
+    more: dict[str, Any] = dict(columns=rounded_columns(browser_columns(contents), places),
+                                groups=near_duplicates(example_texts(part.conversations)).tolist())
+    if mapped is not None:
+        more["map"] = report_map(mapped, places.tolist())
+    return _fitted(table, more, part, room), coloured, len(places)
 
 # %% ../../nbs/90_views/09_report.ipynb #comparison-values
 def _comparison_values(comparison: Comparison, labels: np.ndarray | None) -> dict:
@@ -240,7 +284,7 @@ def _page_values(comparison: Comparison, title: str | None, labels: np.ndarray |
         signs=_signs(results), gradient=any(r.card.zero == "gradient" for r in results.values()),
         methods=[_method_part(name, number, comparison, labels, n, most)
                  for number, name in enumerate(results, 1)],
-        versions=_versions(), **_comparison_values(comparison, labels), **_look_and_script())
+        versions=_versions(), **_comparison_values(comparison, labels))
 
 # %% ../../nbs/90_views/09_report.ipynb #0018
 def _page(values: dict, browser_data: Callable[[int], tuple[str, str | None, int]]) -> bytes:
@@ -271,16 +315,22 @@ def write_report(
     comparison: Comparison | None = None, # The table to show, where it was made already
     examples: int = 10,       # Examples drawn at each end of each method
     rows: int = 1_000,        # At most this many examples in the list, those at the ends of the rankings
+    groups: Any = None,       # What `score_groups` returned, or a list of such: adds the kinds of example
+    map: Any = None,          # Vectors [N, d], an atlas, `Features` or an `ExampleMap`: adds the map
 ) -> Path:
     """Write one self-contained HTML file of less than 3 MB.
-    Raises `AttributionError` for results on different examples, `StorageError` where it can't be written."""
+    Raises `AttributionError` for results on different examples, `WidgetError` for groups or a map of other
+    ones, `StorageError` where it can't be written."""
     if isinstance(attributions, Comparison):
         attributions, comparison = attributions.attributions, attributions
     comparison = comparison or compare(attributions, labels=labels, positive=positive)
     results = comparison.attributions
     chosen = labels if labels is None or isinstance(labels, str) else np.asarray(labels, bool)
-    values = _page_values(comparison, title, _found_labels(results, labels, positive), examples)
-    page = _page(values, lambda room: _browser_data(results, chosen, positive, rows, room))
+    first, marked = next(iter(results.values())), _found_labels(results, labels, positive)
+    mapped = _map_contents(map, first, groups, chosen, positive)
+    values = _page_values(comparison, title, marked, examples) | _look_and_script(mapped is not None)
+    values |= dict(kinds=_kind_parts(groups, first), mapped=mapped is not None)
+    page = _page(values, lambda room: _browser_data(results, chosen, positive, rows, mapped, room))
     with atomic_file(path) as part:
         part.write_bytes(page)
     return Path(path)
