@@ -108,7 +108,7 @@ PUBLIC = {
     "views.browser": "embedded_contents embedded_browser script_hash OfflinePage offline_page ExampleBrowser",
     "views.explorer": "concept_reading ConceptView ConceptExplorer",
     "views.chats": "show_conversation show_conversations show_tokens",
-    "views.kinds": "chosen_groups bar_svg KindBrowser",
+    "views.kinds": "chosen_groups bar_svg kinds_html KindBrowser",
     "views.map": "MAP_SCRIPTS MapContents map_table map_columns report_map ExampleMap",
     "views.report": "write_report",
     "demo": "last_state run_notebook",
