@@ -7,11 +7,10 @@ PUBLIC = {
     "foundation.probes": "ProbeError bfloat16_ratio",
     "foundation.display": "visible_text safe_text one_line DisplayError register_view html_of act Table "
         "Sheet Facts",
-    "foundation.patching": "patch",
-    "data.messages": "PASSED_ON REFUSED ROLES ConversationError shortened listing kind_of says_nothing Turn "
+    "data.messages": "PASSED_ON REFUSED ConversationError shortened listing kind_of says_nothing Turn "
         "read_message check_turns",
-    "data.layouts": "LAYOUTS ACCEPTED ANSWERS TREE_ROLES REFUSED_COLUMNS WEIGHTS SYSTEM_COLUMNS Layout "
-        "is_message_row chats_of_rows Chat read_chats",
+    "data.layouts": "LAYOUTS ANSWERS REFUSED_COLUMNS SYSTEM_COLUMNS Layout is_message_row chats_of_rows Chat "
+        "read_chats",
     "data.files": "COMPRESSIONS FORMATS TEXT_FORMATS Record plain table_records is_data_file bare_name "
         "read_file is_text_file read_text",
     "data.conversations": "Conversation row_numbers Rows Conversations source_records load_conversations "
@@ -74,7 +73,7 @@ PUBLIC = {
         "cluster_groups GroupScores score_groups union_rows drop_groups coverage_curve compare_groups "
         "random_groups",
     "groups.sae": "SAEError SparseAutoencoder load_sae check_sae read_tokens train_sae SAEQuality "
-        "sae_quality mean_activation spliced random_sae recurrence",
+        "sae_quality spliced random_sae recurrence",
     "groups.features": "FeatureError Features read_features load_features feature_groups feature_concept "
         "top_contexts",
     "groups.reading": "ReadingError distinguishing_words logit_lens nearest_features",
@@ -96,16 +95,15 @@ PUBLIC = {
     "evidence.tail_patch": "Step TailPatch",
     "evidence.method_comparison": "Scorers baseline_scorers scorer_key MethodComparison",
     "evidence.pareto": "ParetoCurve",
-    "views.html": "LEVELS ORANGE BLUE GREY VIEW_STYLE END_TITLES page_part colour_limit ColourScale "
-        "colour_scale legend_html conversation_html card_html histogram_svg table_html sheet_html facts_html "
-        "example_html examples_html end_titles attribution_html marked_html diagnosis_html plan_html "
-        "comparison_html show_card show_sheet show_facts show_attribution show_comparison show_plan "
-        "show_diagnosis show_marked",
-    "views.contents": "BROWSER_SCRIPTS Facet WidgetError front_end percentiles_for_length null_z short_name "
+    "views.html": "ORANGE BLUE VIEW_STYLE page_part colour_limit ColourScale colour_scale legend_html "
+        "conversation_html card_html histogram_svg table_html sheet_html facts_html example_html "
+        "examples_html end_titles attribution_html marked_html show_card show_sheet show_facts "
+        "show_attribution show_comparison show_plan show_diagnosis show_marked",
+    "views.contents": "BROWSER_SCRIPTS WidgetError front_end percentiles_for_length null_z short_name "
         "Contents example_texts browser_table browser_columns rounded_columns token_turns written_turns "
         "example_to_read snippet search_terms hits within from_both_ends json_in_script",
     "views.review": "MARKS Review",
-    "views.browser": "embedded_contents embedded_browser script_hash OfflinePage offline_page ExampleBrowser",
+    "views.browser": "embedded_browser script_hash OfflinePage offline_page ExampleBrowser",
     "views.explorer": "concept_reading ConceptView ConceptExplorer",
     "views.chats": "show_conversation show_conversations show_tokens",
     "views.kinds": "chosen_groups bar_svg kinds_html KindBrowser",

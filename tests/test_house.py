@@ -5,6 +5,7 @@ breaks a rule and is not listed fails here, and so does one that is listed and k
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -14,7 +15,7 @@ import pytest
 import widget_state
 
 from house_figure import below, read_house, telling
-from house_style import LIMITS, ROOT, figures, measure, rooms_of_the_house
+from house_style import LIMITS, ROOT, figures, measure, public, rooms_of_the_house, unshown
 from public_names import name_of, rooms
 
 PACKAGE = ROOT / "concept_tda"
@@ -27,6 +28,7 @@ NOT_YET: dict[str, dict[str, str]] = {
     "lint of modules": {},
     "types": {},
     "private names": {},
+    "examples": {},
 }
 
 
@@ -127,6 +129,30 @@ def test_the_measure_finds_what_it_should(tmp_path):
     ]
 
 
+def test_every_public_name_has_an_example_in_its_room():
+    """Used in a cell that is not exported and has visible output or a check: what a reader can copy."""
+    found = {notebook_of(path): unshown(path, public(path)) for path in rooms_of_the_house()}
+    assert sum(len(public(path)) for path in rooms_of_the_house()) > 400
+    held("examples", {room: names for room, names in found.items() if names})
+
+
+def test_an_example_is_a_use_with_output_or_a_check(tmp_path):
+    """Neither an import, an assignment, a mere call nor the room's own code counts."""
+    output = [{"output_type": "execute_result", "data": {"text/plain": "2"}}]
+    cells = [
+        {"cell_type": "markdown", "source": "`told`"},
+        {"cell_type": "code", "source": "#| export\ndef f(): return exported", "outputs": output},
+        {"cell_type": "code", "source": "from room import imported\nassigned = 1", "outputs": output},
+        {"cell_type": "code", "source": "silent()", "outputs": []},
+        {"cell_type": "code", "source": "seen.attribute", "outputs": output},
+        {"cell_type": "code", "source": "%time 1\nassert checked() == 2", "outputs": []},
+    ]
+    path = tmp_path / "room.ipynb"
+    path.write_text(json.dumps({"cells": cells}))
+    names = ["told", "exported", "imported", "assigned", "silent", "attribute", "seen", "checked"]
+    assert unshown(path, names) == names[:-2]
+
+
 def test_types():
     """basedpyright in basic mode, as pyproject.toml says, on the whole package."""
     done = tool("basedpyright", "--outputjson", "--pythonpath", sys.executable)
@@ -139,6 +165,21 @@ def test_types():
         place = f"line {one['range']['start']['line'] + 1}: {one['message'].splitlines()[0]}"
         broken[name_of(Path(one["file"]), PACKAGE)].append(place)
     held("types", broken)
+
+
+FRONT_END = ROOT / "tools" / "front_end"
+NPM = shutil.which("npm")
+
+
+@pytest.mark.skipif(
+    not NPM or not (FRONT_END / "node_modules").exists(),
+    reason="needs npm and tools/front_end/node_modules: `cd tools/front_end && npm install`",
+)
+def test_scripts_and_styles_of_the_views_are_formatted_and_typed():
+    """prettier and the type checker of TypeScript on concept_tda/static, as tools/front_end says."""
+    done = subprocess.run([str(NPM), "run", "check"], capture_output=True, text=True, cwd=FRONT_END)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All matched files use Prettier code style!" in done.stdout
 
 
 def test_the_picture_shows_the_house_that_stands():

@@ -3,7 +3,7 @@
     python tools/house_style.py                        # a row for each room, and the whole house
     python tools/house_style.py nbs/10_data/*.ipynb    # these rooms, with every place that breaks a rule
 
-The rules (`LIMITS`) are held by tests/test_house.py."""
+The rules (`LIMITS`, and an example for every public name) are held by tests/test_house.py."""
 
 import ast
 import json
@@ -12,6 +12,8 @@ import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from public_names import NOT_FLAT, PACKAGE, names_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"line": 110, "median": 12, "p90": 28, "longest": 60, "words_per_line": 3.5}
@@ -26,6 +28,7 @@ class Room:
     cells: list[int] = field(default_factory=list)  # lines of each exported cell, imports left out
     words: int = 0  # of prose
     places: list[str] = field(default_factory=list)  # what breaks a rule, and where
+    unshown: list[str] = field(default_factory=list)  # public names without an example
 
     @property
     def lines(self) -> int:
@@ -91,6 +94,38 @@ def measure(path: Path) -> Room:
     return room
 
 
+def public(path: Path) -> list[str]:
+    """The public names of the room that a notebook exports, as its module says them; of the command line
+    none, whose examples are lines of a terminal."""
+    found = re.search(r"#\| ?default_exp ([\w.]+)", path.read_text(encoding="utf-8"))
+    if not found or found[1] in NOT_FLAT:
+        return []
+    return names_of(PACKAGE / f"{found[1].replace('.', '/')}.py")
+
+
+def shown(cells: list[dict]) -> set[str]:
+    """Names that some example uses: code that is not exported, and has visible output or a check."""
+    names = set()
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or re.search(r"^#\| ?exporti?\b", source, flags=re.MULTILINE):
+            continue
+        tree = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE))
+        checked = any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+        if not checked and not cell.get("outputs"):
+            continue
+        loaded = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+        names |= {node.id for node in loaded if isinstance(node.ctx, ast.Load)}
+    return names
+
+
+def unshown(path: Path, names: list[str]) -> list[str]:
+    """Those of the names that no example in the notebook uses."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    used = shown(cells)
+    return [name for name in names if name not in used]
+
+
 def figures(rooms: list[Room]) -> dict[str, float]:
     """Median, 90th percentile and maximum of the exported cells; words of prose for each exported line."""
     cells = sorted(length for room in rooms for length in room.cells) or [0]
@@ -102,6 +137,7 @@ def figures(rooms: list[Room]) -> dict[str, float]:
         "longest": cells[-1],
         "words_per_line": sum(room.words for room in rooms) / lines,
         "broken": sum(len(room.places) for room in rooms),
+        "unshown": sum(len(room.unshown) for room in rooms),
     }
 
 
@@ -116,11 +152,13 @@ def rooms_of_the_house() -> list[Path]:
 
 def main(names: list[str]) -> None:
     """Print the table."""
-    rooms = [measure(Path(name).resolve()) for name in names] or [
-        measure(path) for path in rooms_of_the_house()
-    ]
+    paths = [Path(name).resolve() for name in names] or rooms_of_the_house()
+    rooms = [measure(path) for path in paths]
+    for room in rooms:
+        room.unshown = unshown(room.path, public(room.path))
     print(
-        f"{'room':36} {'cells':>5} {'median':>6} {'p90':>4} {'longest':>7} {'words/line':>10} {'broken':>6}"
+        f"{'room':36} {'cells':>5} {'median':>6} {'p90':>4} {'longest':>7} {'words/line':>10} {'broken':>6} "
+        f"{'unshown':>7}"
     )
     for label, group in [(str(room.path.relative_to(ROOT / "nbs")), [room]) for room in rooms] + [
         ("all", rooms)
@@ -128,11 +166,11 @@ def main(names: list[str]) -> None:
         f = figures(group)
         print(
             f"{label:36} {f['cells']:5} {f['median']:6.0f} {f['p90']:4} {f['longest']:7} "
-            f"{f['words_per_line']:10.1f} {f['broken']:6}"
+            f"{f['words_per_line']:10.1f} {f['broken']:6} {f['unshown']:7}"
         )
     if names:
         for room in rooms:
-            print(*room.places, sep="\n")
+            print(*room.places, *(f"{name}: no example" for name in room.unshown), sep="\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAEError', 'SparseAutoencoder', 'load_sae', 'check_sae', 'read_tokens', 'train_sae', 'SAEQuality', 'sae_quality',
-           'mean_activation', 'spliced', 'random_sae', 'recurrence']
+           'spliced', 'random_sae', 'recurrence']
 
 # %% ../../nbs/60_groups/01_sae.ipynb #imports
 import json
@@ -399,7 +399,7 @@ def sae_quality(
     fired_F, sums = torch.zeros(sae.n_features, dtype=torch.bool), defaultdict(float)
     with lm.undisturbed(), torch.no_grad(), progress_bar(texts.n_tokens, progress, "quality of the "
                                                                                    "SAE") as bar:
-        mean_d = mean_activation(lm, texts, sae.layer, token_budget)
+        mean_d = _mean_activation(lm, texts, sae.layer, token_budget)
         for batch in batches(texts, token_budget=token_budget):
             _look(lm, sae, batch.to(lm.device), mean_d, fired_F, sums)
             bar.update(batch.n_tokens)
@@ -410,7 +410,7 @@ def sae_quality(
         loss_of_mean=(sums["loss of mean"] - loss)/n, tokens=int(sums["tokens"]))
 
 # %% ../../nbs/60_groups/01_sae.ipynb #quality-parts
-def mean_activation(
+def _mean_activation(
     lm: LanguageModel,           # The model
     texts: TokenizedConversations, # What it reads
     layer: int,                  # Where

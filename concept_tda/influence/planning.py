@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -21,7 +21,6 @@ from ..data.messages import listing
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import html_of
 from ..foundation.errors import ConceptTDAError
-from ..foundation.patching import patch
 from ..foundation.probes import ProbeError, bfloat16_ratio
 from .curvature import FactorStatistics, batch_labels, labelled_pass
 from .engine import Stopwatch, direction_readout, peak_memory, run_batch
@@ -35,8 +34,8 @@ class PlanError(ConceptTDAError):
     "A job that does not fit or cannot run; the message says which setting or example is in the way."
 
 @dataclass
-class Plan:
-    "What scoring a data set will cost, estimated from a probe of two batches."
+class _Estimate:
+    "The numbers of a plan."
     methods: list[str]         # Names of the scorers
     examples: int              # Number of examples
     tokens: int                # Number of tokens, padding excluded
@@ -58,16 +57,6 @@ class Plan:
         "Whether the memory is enough."
         return self.peak_memory <= self.available_memory
 
-    def facts(self) -> dict[str, str]:
-        "What it says, as {what: words}."
-        return _facts(self)
-
-    def __repr__(self) -> str:
-        return "\n".join(f"{name:8} {words}" for name, words in self.facts().items())
-
-    def _repr_html_(self) -> str:
-        return html_of(self)
-
 # %% ../../nbs/50_influence/09_planning.ipynb #plan-facts
 def _clock(seconds: float) -> str:
     "Seconds in the unit one would say them in."
@@ -79,7 +68,7 @@ def _gibibytes(n_bytes: float) -> str:
     return f"{n_bytes/2**30:.1f}"
 
 # %% ../../nbs/50_influence/09_planning.ipynb #words
-def _precision_words(plan: Plan) -> str:
+def _precision_words(plan: _Estimate) -> str:
     "What bfloat16 costs on this machine, and the way out where it is the slower type."
     ratio = plan.slowdown or 0.
     words = f"bfloat16, in which a product takes {ratio:.2g} times as long as in float32 here (measured)"
@@ -88,30 +77,39 @@ def _precision_words(plan: Plan) -> str:
             f"{_clock((plan.seconds + plan.fit_seconds)/ratio)} instead of "
             f"{_clock(plan.seconds + plan.fit_seconds)}")
 
-# %% ../../nbs/50_influence/09_planning.ipynb #plan-methods
-@patch
-def check(self: Plan) -> Plan:
-    "Raise `PlanError`, naming the settings that would help, if the job does not fit."
-    if self.fits: return self
-    raise PlanError(
-        f"this job needs about {_gibibytes(self.peak_memory)} GiB, the machine has "
-        f"{_gibibytes(self.available_memory)} GiB: {'; or '.join(self.advice)}")
-
 # %% ../../nbs/50_influence/09_planning.ipynb #plan-words
-def _facts(plan: Plan) -> dict[str, str]:
-    "What a plan says, as {what: words}."
-    fitting = f", {_clock(plan.fit_seconds)} fitting curvature" if plan.fit_seconds else ""
-    memory = f"{_gibibytes(plan.peak_memory)} of {_gibibytes(plan.available_memory)} GiB"
-    every = {
-        "methods": ", ".join(plan.methods),
-        "data": f"{plan.examples:,} examples, {plan.tokens:,} tokens",
-        "time": f"{_clock(plan.seconds)} scoring ({plan.tokens_per_second:,.0f} tokens/s){fitting}",
-        "memory": f"{memory}: {'fits' if plan.fits else 'does not fit'}",
-        "disk": f"{plan.disk/2**20:.1f} MiB while it runs",
-        "type": "" if plan.slowdown is None else _precision_words(plan),
-        "advice": "; ".join(plan.advice),
-    }
-    return {name: words for name, words in every.items() if words}
+class _Worded(_Estimate):
+    "What the numbers say."
+    def facts(self) -> dict[str, str]:
+        "What it says, as {what: words}."
+        fitting = f", {_clock(self.fit_seconds)} fitting curvature" if self.fit_seconds else ""
+        memory = f"{_gibibytes(self.peak_memory)} of {_gibibytes(self.available_memory)} GiB"
+        every = {
+            "methods": ", ".join(self.methods),
+            "data": f"{self.examples:,} examples, {self.tokens:,} tokens",
+            "time": f"{_clock(self.seconds)} scoring ({self.tokens_per_second:,.0f} tokens/s){fitting}",
+            "memory": f"{memory}: {'fits' if self.fits else 'does not fit'}",
+            "disk": f"{self.disk/2**20:.1f} MiB while it runs",
+            "type": "" if self.slowdown is None else _precision_words(self),
+            "advice": "; ".join(self.advice),
+        }
+        return {name: words for name, words in every.items() if words}
+
+# %% ../../nbs/50_influence/09_planning.ipynb #plan-methods
+class Plan(_Worded):
+    "What scoring a data set will cost, estimated from a probe of two batches."
+    def check(self) -> Self:
+        "Raise `PlanError`, naming the settings that would help, if the job does not fit."
+        if self.fits: return self
+        raise PlanError(
+            f"this job needs about {_gibibytes(self.peak_memory)} GiB, the machine has "
+            f"{_gibibytes(self.available_memory)} GiB: {'; or '.join(self.advice)}")
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:8} {words}" for name, words in self.facts().items())
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
 # %% ../../nbs/50_influence/09_planning.ipynb #errors
 def _reason(err: Exception) -> str:
