@@ -5,6 +5,7 @@ breaks a rule and is not listed fails here, and so does one that is listed and k
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -187,6 +188,17 @@ def test_the_picture_shows_the_house_that_stands():
         [sys.executable, ROOT / "tools" / "house_figure.py", "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_room_is_in_the_tables_that_list_them():
+    """CONTRIBUTING says what each owns; the first page, and so the README, leads to each."""
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    owned = re.findall(r"^\| `([\w.]+)` \|", table, flags=re.MULTILINE)
+    assert owned == [name_of(module, PACKAGE) for module in rooms(PACKAGE)]
+    page = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))
+    text = "".join("".join(cell["source"]) for cell in page["cells"])
+    links = {f"{notebook_of(path)}.ipynb" for path in rooms_of_the_house()}
+    assert links <= set(re.findall(r"\]\(([^)]+)\)", text)), "a room has no link on nbs/index.ipynb"
 
 
 def test_the_drawn_imports_imply_all_others():

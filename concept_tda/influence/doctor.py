@@ -36,7 +36,7 @@ from ..model.sites import Site, coverage, resolve_sites
 SEVERITIES = ("error", "warning", "note", "ok")  # worst first; the last one is no finding
 
 class DoctorError(ConceptTDAError):
-    "What `doctor` was given is no model, or no example of the data."
+    "What `doctor` was given is no model, or one that fails on a single example."
 
 @dataclass
 class Check:
