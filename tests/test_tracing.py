@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from concept_tda.data.batches import Batch
+from concept_tda.data.batches import Batch, batches
 from concept_tda.data.conversations import ConversationError, Conversations, load_conversations
 from concept_tda.model import tracing
 from concept_tda.model.loading import LayerError, ModelError, load_model
@@ -25,6 +25,7 @@ from concept_tda.model.tracing import (
     POOLINGS,
     TracingError,
     generate,
+    layer_activations,
     pooled_activations,
     pooling_weights,
     token_activations,
@@ -284,6 +285,23 @@ def test_streams(monkeypatch):
     before = footprint(lm)
     next(iterator)
     assert len(shapes) == 1 and footprint(lm) == before  # between two conversations the model is the caller's
+
+
+def test_several_layers_of_one_batch():
+    """Each layer as `token_activations` has it, in any order, and the model is the caller's again."""
+    lm = make("llama")
+    batch, before = next(batches(lm.tokenize(CHATS))), footprint(lm)
+    found = layer_activations(lm, batch, [2, 0, 1])
+    assert sorted(found) == [0, 1, 2] and footprint(lm) == before
+    for layer, acts_BTD in found.items():
+        assert acts_BTD.shape == (*batch.input_ids.shape, lm.width) and not acts_BTD.requires_grad
+        alone = dict(token_activations(lm, CHATS, layer))
+        for row, acts_TD in zip(batch.rows.tolist(), acts_BTD):
+            torch.testing.assert_close(acts_TD[: len(alone[row])], alone[row], atol=1e-6, rtol=1e-5)
+    with pytest.raises(TracingError, match="layers is empty"):
+        layer_activations(lm, batch, [])
+    with pytest.raises(LayerError):
+        layer_activations(lm, batch, [1, lm.n_layers + 1])
 
 
 def test_folder(tmp_path):

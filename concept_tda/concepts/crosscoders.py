@@ -834,10 +834,9 @@ class PairedActivations(_Blocks):
                 if skip >= size:
                     skip -= size
                     continue
-                acts_NSD = torch.cat([self.read(number)["acts"] for number in group])
-                order = np.random.default_rng([self.seed, epoch, group[0]]).permutation(size)
-                yield acts_NSD[torch.from_numpy(order[skip:])]
+                order = np.random.default_rng([self.seed, epoch, group[0]]).permutation(size)[skip:]
                 skip = 0
+                yield torch.cat([self.read(number)["acts"] for number in group])[torch.from_numpy(order)]
 
     @cached_property
     def normalisation(self) -> Normalisation | None:

@@ -1,0 +1,293 @@
+"""What crosscoders cost: reading two models, learning, and memory, beside the nearest other way to the same.
+
+    python benchmarks/crosscoders.py --work build/crosscoders                      # everything, half an hour
+    python benchmarks/crosscoders.py --work build/crosscoders --sections training
+
+* `harvest`: seconds for a million tokens of two models at one layer, written to disk, and the ratio to the
+  same layer of the same models read into one vector a conversation, the least that the models cost.
+* `training`: seconds for a million tokens of a crosscoder (BatchTopK and L1) and a Diff-SAE, and the ratio to
+  SAELens' trainer on the concatenated activations with as many latents, which does the same arithmetic.
+* `memory`: peak of each in a process of its own, GiB, without what library and activations need anyway.
+* `quality`: FVU, L0 and dead share on tokens that were not trained on, after --tokens tokens. Few: it says
+  that the run learns, not how good a crosscoder can be.
+
+Seconds are those of CPU time with one thread, since the machines this runs on are shared; wall-clock seconds
+stand beside them. They are measured on few tokens and scaled up; all of it grows with the number of tokens. A
+machine that clocks down under load would make them wrong. Competitors take turns, all repetitions are kept.
+
+Each section is written to its own key of benchmarks/results/crosscoders.json as soon as it is there, and what
+other studies wrote to that file stays. A new study is a function in SECTIONS; its key becomes a choice."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+import concept_tda as ct
+from concept_tda.concepts.crosscoders import (
+    CrosscoderRecipe,
+    crosscoder_quality,
+    difference_sae,
+    differences,
+    load_paired_activations,
+    paired_activations,
+    train_crosscoder,
+)
+from concept_tda.foundation.storage import code_version
+from concept_tda.model.tracing import pooled_activations
+
+OUT = Path(__file__).parent / "results" / "crosscoders.json"
+
+
+def resident(field):
+    """Resident memory (VmRSS) or its peak (VmHWM) of this process in GiB; Linux only."""
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) / 2**20
+
+
+def take_turns(rounds, **competitors):
+    """CPU and wall-clock seconds of every competitor in every round, after one warm-up of each."""
+    seconds = {name: {"cpu": [], "wall": []} for name in competitors}
+    for turn in range(rounds + 1):
+        for name, run in competitors.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            run()
+            if turn:
+                seconds[name]["cpu"].append(time.process_time() - cpu)
+                seconds[name]["wall"].append(time.perf_counter() - wall)
+            print(
+                f"    {name:28} {'warm-up' if not turn else round(seconds[name]['cpu'][-1], 2)}", flush=True
+            )
+    return seconds
+
+
+def per_million(seconds, tokens):
+    """Medians for a million tokens, and every repetition as it was."""
+    scale = 1e6 / tokens
+    return {
+        name: {
+            "seconds_per_million": round(statistics.median(found["cpu"]) * scale, 1),
+            "wall_per_million": round(statistics.median(found["wall"]) * scale, 1),
+            "repetitions": {kind: [round(one, 3) for one in values] for kind, values in found.items()},
+        }
+        for name, found in seconds.items()
+    }
+
+
+def ratio(seconds, slow, fast):
+    """Median over rounds of how many times the fast one fits into the slow one."""
+    return round(statistics.median(a / b for a, b in zip(seconds[slow]["cpu"], seconds[fast]["cpu"])), 3)
+
+
+def models_of(args):
+    """A model and its fine-tune, which is made once where none is given."""
+    base = ct.load_model(args.model)
+    tuned = args.tuned or args.work / "tuned"
+    if not tuned.exists():
+        ct.finetune(base, ct.bundled(args.data)[: args.tuned_on], tuned, epochs=1)
+    return {"base": base, "tuned": ct.load_model(tuned)}
+
+
+def pairs_of(args):
+    """The activations to learn from and to be measured on, harvested once."""
+    folders = [args.work / f"pairs-{args.layer}-{part}" for part in ("train", "heldout")]
+    if not all((folder / "about.json").exists() for folder in folders):
+        models = models_of(args)
+        for folder, part in zip(folders, ("train", "heldout")):
+            paired_activations(models, ct.bundled(args.data, part), args.layer, folder)
+    return [load_paired_activations(folder) for folder in folders]
+
+
+def recipe_of(args, tokens, kind="batchtopk"):
+    """The recipe that all of them share."""
+    return CrosscoderRecipe(args.latents, args.k, kind, tokens=tokens, batch=args.batch)
+
+
+def harvest_section(args):
+    """Two models at one layer onto disk, beside one vector a conversation of the same models."""
+    models, data = models_of(args), ct.bundled(args.data)[: args.examples]
+    counter = iter(range(10**6))
+
+    def harvest():
+        folder = args.work / f"timed-{os.getpid()}-{next(counter)}"
+        paired_activations(models, data, args.layer, folder, progress=False)
+
+    def vectors():
+        for lm in models.values():
+            pooled_activations(lm, data, args.layer, progress=False)
+
+    tokens = int((models["base"].tokenize(data).lengths - 1).sum())
+    seconds = take_turns(args.rounds, harvest=harvest, vectors=vectors)
+    return {
+        "tokens": tokens,
+        "layer": args.layer,
+        **per_million(seconds, tokens),
+        "ratio_to_vectors": ratio(seconds, "harvest", "vectors"),
+        "models": {name: lm.fingerprint for name, lm in models.items()},
+        "data": data.fingerprint,
+    }
+
+
+def saelens_trainer(args, width):
+    """SAELens' BatchTopK trainer on rows of this width."""
+    import sae_lens
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    sae = sae_lens.BatchTopKTrainingSAE(
+        sae_lens.BatchTopKTrainingSAEConfig(d_in=width, d_sae=args.latents, k=args.k, device="cpu")
+    )
+    config = SAETrainerConfig(
+        total_training_samples=10**9,
+        train_batch_size_samples=args.batch,
+        device="cpu",
+        lr=1e-3,
+        lr_end=1e-4,
+        lr_warm_up_steps=1,
+        dead_feature_window=10,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    return SAETrainer(config, sae, iter(()))
+
+
+def competitors_of(args, steps):
+    """What can learn from the harvested rows, as functions of no argument that each take so many steps."""
+    tokens = steps * args.batch
+    rows_NSD = next(iter(pairs_of(args)[0].batches()))[:tokens]
+    tokens = len(rows_NSD) // args.batch * args.batch
+    parts = list(rows_NSD[:tokens].split(args.batch))
+
+    def saelens():
+        trainer = saelens_trainer(args, parts[0][0].numel())
+        for part in parts:
+            trainer.step(part.flatten(1))
+            trainer.n_training_steps += 1
+
+    return tokens, {
+        "batchtopk": lambda: train_crosscoder(parts, recipe_of(args, tokens), progress=False),
+        "l1": lambda: train_crosscoder(parts, recipe_of(args, tokens, "l1"), progress=False),
+        "diff_sae": lambda: difference_sae(parts, recipe_of(args, tokens), progress=False),
+        "saelens": saelens,
+    }
+
+
+def training_section(args):
+    """A few steps of each, in turns."""
+    tokens, competitors = competitors_of(args, args.steps)
+    seconds = take_turns(args.rounds, **competitors)
+    return {
+        "tokens": tokens,
+        "latents": args.latents,
+        **per_million(seconds, tokens),
+        **{f"ratio_{name}_to_saelens": ratio(seconds, name, "saelens") for name in competitors},
+    }
+
+
+def memory_section(args):
+    """Peak that a few steps add to a process that has the library and the rows, GiB."""
+    peaks = {}
+    for name in ("batchtopk", "l1", "diff_sae", "saelens"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks[name] = round(float(done.stdout.split()[-1]), 3)
+    weights = (
+        2
+        * args.latents
+        * 2
+        * load_paired_activations(args.work / f"pairs-{args.layer}-train").read(0)["acts"].shape[2]
+    )
+    return {"gib": peaks, "weights_gib": round(4 * weights / 2**30, 3), "batch": args.batch}
+
+
+def peak_of(args):
+    """Print the peak that one competitor adds."""
+    _, competitors = competitors_of(args, 3)
+    if args.peak_of == "saelens":
+        saelens_trainer(args, 8)  # the import is not part of what is measured
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident("VmRSS")
+    competitors[args.peak_of]()
+    print(resident("VmHWM") - before)
+
+
+def quality_section(args):
+    """What a run of --tokens tokens reaches on tokens it has not seen; runs are kept in the work folder."""
+    train, heldout = pairs_of(args)
+    result = {"tokens": args.tokens, "latents": args.latents, "k": args.k, "data": train.fingerprint}
+    for name in ("batchtopk", "l1", "diff_sae"):
+        recipe = recipe_of(args, args.tokens, "l1" if name == "l1" else "batchtopk")
+        learn = difference_sae if name == "diff_sae" else train_crosscoder
+        found = learn(train, recipe, folder=args.work / f"{name}-{args.tokens}")
+        parts = differences(heldout) if name == "diff_sae" else heldout
+        table = crosscoder_quality(found, parts)
+        result[name] = {
+            "fvu": {source: round(float(fvu), 4) for source, fvu in table.fvu.items()},
+            "l0": round(float(table.l0.iloc[0]), 2),
+            "dead": round(float(table.dead.iloc[0]), 4),
+        }
+    return result
+
+
+SECTIONS = {
+    "harvest": harvest_section,
+    "training": training_section,
+    "memory": memory_section,
+    "quality": quality_section,
+}
+
+
+def machine():
+    """Where this ran."""
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "concept_tda": code_version(),
+        "load_average": [round(one, 2) for one in os.getloadavg()],
+    }
+
+
+def main():
+    """Run the sections that were asked for; each is written as soon as it is there."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, activations and runs")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--tuned", type=Path, help="a fine-tune of the model; made where none is given")
+    parser.add_argument("--tuned-on", type=int, default=40, help="examples of the data it is made on")
+    parser.add_argument("--data", default="sycophancy")
+    parser.add_argument("--layer", type=int, default=20)
+    parser.add_argument("--latents", type=int, default=4608)
+    parser.add_argument("--k", type=float, default=32)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=100_000, help="of the runs whose quality is measured")
+    parser.add_argument("--examples", type=int, default=24, help="conversations of the timed harvest")
+    parser.add_argument("--steps", type=int, default=8, help="of the timed runs")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak_of:
+        peak_of(args)
+        return
+    for name in args.sections:
+        section = SECTIONS[name](args) | {"machine": machine()}
+        result = json.loads(args.out.read_text()) if args.out.exists() else {}
+        args.out.write_text(json.dumps(result | {name: section}, indent=1) + "\n")
+        print(json.dumps({name: section}, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
