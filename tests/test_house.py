@@ -130,11 +130,10 @@ def test_the_measure_finds_what_it_should(tmp_path):
     ]
 
 
-def test_every_public_name_has_an_example_in_its_room():
+def test_every_public_name_has_an_example_in_its_room(house):
     """Used in a cell that is not exported and has visible output or a check: what a reader can copy."""
-    found = {notebook_of(path): unshown(path, public(path)) for path in rooms_of_the_house()}
-    assert sum(len(public(path)) for path in rooms_of_the_house()) > 400
-    held("examples", {room: names for room, names in found.items() if names})
+    assert sum(len(public(room.path)) for room in house) > 400
+    held("examples", {notebook_of(room.path): room.unshown for room in house if room.unshown})
 
 
 def test_an_example_is_a_use_with_output_or_a_check(tmp_path):

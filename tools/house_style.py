@@ -68,8 +68,8 @@ def header_end(node: ast.AST) -> int:
 
 
 def measure(path: Path) -> Room:
-    """One notebook: exported cells, prose, and what breaks a rule of a line."""
-    room = Room(path)
+    """One notebook: exported cells, prose, what breaks a rule of a line, and names without an example."""
+    room = Room(path, unshown=unshown(path, public(path)))
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
@@ -154,8 +154,6 @@ def main(names: list[str]) -> None:
     """Print the table."""
     paths = [Path(name).resolve() for name in names] or rooms_of_the_house()
     rooms = [measure(path) for path in paths]
-    for room in rooms:
-        room.unshown = unshown(room.path, public(room.path))
     print(
         f"{'room':36} {'cells':>5} {'median':>6} {'p90':>4} {'longest':>7} {'words/line':>10} {'broken':>6} "
         f"{'unshown':>7}"
