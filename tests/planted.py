@@ -56,3 +56,22 @@ def found(world, crosscoder):
         for one in (world.directions_FSD, crosscoder.decoder_FSD)
     ]
     return (kept[0] @ kept[1].T).max(1)
+
+
+def exact_crosscoder(world):
+    """The crosscoder of the truth: decoders are the planted directions, encoders undo them."""
+    from concept_tda.concepts.crosscoders import Crosscoder
+
+    decoder_FSD = world.directions_FSD.clone()
+    latents, sources, width = decoder_FSD.shape
+    encoder_SDF = torch.linalg.pinv(decoder_FSD.flatten(1)).unflatten(0, (sources, width))
+    return Crosscoder(
+        ("base:1", "tuned:1"),
+        encoder_SDF,
+        decoder_FSD,
+        torch.zeros(latents),
+        torch.zeros(sources, width),
+        world.mean_SD,
+        world.scale_S,
+        threshold=0.3,
+    )
