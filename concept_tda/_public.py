@@ -49,6 +49,10 @@ PUBLIC = {
         "CrosscoderLosses crosscoder_losses Normalisation measure_normalisation train_crosscoder "
         "crosscoder_quality PairedActivations paired_activations load_paired_activations aligned_activations "
         "difference_of_means differences difference_sae",
+    "concepts.diffing": "RANKINGS DiffingError LatentSide PairedLatents pair_codes read_pair latent_scaling "
+        "RankingClaim decoder_turn norm_difference DifferenceLatents read_difference StagedLatents "
+        "noise_contour LatentRanking novel_latents exclusive_share",
+    "concepts.stages": "PLANS STAGES StagesError StagePlan Stages",
     "influence.gradients": "require_grad went_in by_example site_flows SiteGradients check_sites "
         "watch_layers Reached hidden_states",
     "influence.curvature": "CurvatureError Identity check_damping check_gradients check_moved check_labels "
@@ -82,6 +86,7 @@ PUBLIC = {
     "groups.labels": "LabelError held_out detection_score Reader Labels label_groups ranking_ends",
     "groups.maps": "map_places training_map",
     "groups.latents": "LatentError rank_latents LatentQuery",
+    "groups.origins": "AGGREGATES OriginError latent_origins Origins",
     "evidence.retraining": "TRAINING PLAN_FORMAT Judges ExperimentError full_recipe Maker tokenized_whole "
         "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
         "relative_paths judges_by_name Experiment",
