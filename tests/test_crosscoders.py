@@ -247,6 +247,16 @@ def test_normalisation_is_exact():
     assert normal.mean(0).abs().max() < 1e-9
 
 
+def test_a_normalisation_can_be_given_and_is_noticed(tmp_path):
+    rows, small = Planted().draw(500), replace(QUICK, tokens=128)
+    given = measure_normalisation([Planted().draw(500, seed=7)], ("a", "b"))
+    crosscoder = train_crosscoder([rows], small, normalisation=given, folder=tmp_path, progress=False)
+    torch.testing.assert_close(crosscoder.scale_S.double(), given.scale_S)
+    torch.testing.assert_close(crosscoder.mean_SD.double(), given.mean_SD)
+    with pytest.raises(CrosscoderError, match=r"\(normalisation differ\)"):
+        train_crosscoder([rows], small, folder=tmp_path, progress=False)
+
+
 def test_units_of_the_activations_do_not_matter():
     """Another unit or offset for one model: the same codes, up to rounding."""
     rows = Planted().draw(3000)
@@ -325,6 +335,18 @@ def test_k_is_annealed_and_the_threshold_gives_the_l0_that_was_asked_for():
     assert (history.k[history.step > 0.2 * 1000] == 2).all()
     codes = crosscoder.encode(world.draw(4000))
     assert abs((codes > 0).sum(1).float().mean() - 2) < 0.25
+
+
+def test_decoders_of_length_one_change_nothing():
+    """What is folded in at the end leaves scores and reconstructions as they were."""
+    c, x = drawn(), batch(50)
+    whole = room._Kept(replace(c, bias_F=c.bias_F.clone()), CrosscoderRecipe(latents=12, k=2), True)
+    whole.bars = [1.0, 2.0]
+    folded = whole.finished({})
+    torch.testing.assert_close(folded.lengths(), torch.ones(12).double())
+    torch.testing.assert_close(folded.encode(x), c.encode(x) * c.lengths())
+    torch.testing.assert_close(folded.decode(folded.encode(x)), c.decode(c.encode(x)))
+    assert c.encode(x).any() and folded.threshold == c.threshold
 
 
 def test_short_runs_have_a_threshold_and_a_schedule():
@@ -477,6 +499,9 @@ def test_every_pass_shuffles_all_tokens_anew_and_any_row_can_be_jumped_to(models
     torch.testing.assert_close(as_set(first), as_set(ordered))
     torch.testing.assert_close(as_set(second), as_set(ordered))
     assert not torch.equal(first, ordered) and not torch.equal(first, second)
+    single = paired_activations(models, chats, **(HARVEST | {"block_tokens": 10**6}))
+    passes = single.batches()
+    assert not torch.equal(next(passes), next(passes)), "every pass in the same order"
     for skip in (1, 699, 701, pairs.n_tokens - 1, pairs.n_tokens, pairs.n_tokens + 5):
         jumped = next(pairs.batches(skip))
         torch.testing.assert_close(jumped, rows[skip : skip + len(jumped)])
@@ -619,6 +644,12 @@ def test_bad_settings_and_activations_are_named(tmp_path):
         (lambda: train_crosscoder([rows], replace(small, latents=30), start=other), "start has 24 latents"),
         (lambda: train_crosscoder([rows[:, :1]], small, start=other), "start reads 2 sources"),
         (lambda: train_crosscoder([rows[:, :, :9]], small, start=other), "start reads 2 sources of width 16"),
+        (
+            lambda: train_crosscoder(
+                [rows], small, start=other, normalisation=measure_normalisation([rows], ("a", "b"))
+            ),
+            "leave normalisation= out",
+        ),
         (lambda: other.encode(rows[:, :, :9]), "9 wide, 16 is expected"),
         (lambda: other.encode(hole), "not finite"),
         (lambda: other.decoder("tuned:2"), "there are 0, 1"),

@@ -600,7 +600,7 @@ def train_crosscoder(
     start: Crosscoder | None = None,   # Go on from this one; it stays as it is
     folder: str | Path | None = None,  # Gets the crosscoder; an unfinished run found there goes on
     sources: Sequence[str] | None = None, # Their names; those of `batches` or `start` by default
-    normalisation: Normalisation | None = None, # That of `batches` or of its first rows by default
+    normalisation: Normalisation | None = None, # That of `start`, `batches` or first rows by default
     provenance: dict | None = None,    # What else to remember: models, layers, data
     device: str = "cpu",               # Where to compute
     checkpoint_every: float = .05,     # Share of the run
@@ -617,17 +617,20 @@ def train_crosscoder(
     _check_start(recipe, stream, start)
     if start is not None and names is None:
         stream.sources = start.sources
-    normal, data = _normal(batches, stream, first_NSD, start, normalisation)
-    key = asdict(recipe) | {"sources": list(stream.sources), "data": data, "normalised_on": normal.tokens,
-                            "start": start.fingerprint if start else None}
+    key = asdict(recipe) | {
+        "sources": list(stream.sources), "start": start.fingerprint if start else None,
+        "data": getattr(batches, "fingerprint", None) or fingerprint("first rows", first_NSD),
+        "normalisation": fingerprint(*normalisation) if normalisation else None}
     place = Path(folder) if folder is not None else None
     if place is not None and (done := _finished(place, key, device)) is not None: return done
+    normal = _normal(batches, stream, first_NSD, start, normalisation)
     run = _begin(stream, recipe, normal, start, device)
     if place is not None and (place/"checkpoint.pt").exists():
         run.restore(place/"checkpoint.pt", key)
         stream = _resumed(batches, stream, run.step*recipe.batch)
     _train(run, stream, place, key, checkpoint_every, progress)
-    about = getattr(batches, "about", {}) | (provenance or {}) | key | {"version": code_version()}
+    about = getattr(batches, "about", {}) | (provenance or {}) | key
+    about |= {"normalised_on": normal.tokens, "version": code_version()}
     return _keep(run.finished(about), place)
 
 # %% ../../nbs/40_concepts/03_crosscoders.ipynb #go-parts
@@ -646,12 +649,14 @@ def _check_start(recipe: CrosscoderRecipe, stream: _Stream, start: Crosscoder | 
 def _normal(
     batches: Any, stream: _Stream, first_NSD: torch.Tensor, start: Crosscoder | None,
     normalisation: Normalisation | None,
-) -> tuple[Normalisation, str]:
-    "The normalisation of a run, and the fingerprint of its data."
-    known = normalisation or getattr(batches, "normalisation", None)
-    data = getattr(batches, "fingerprint", None) or fingerprint("first rows", first_NSD)
-    if start is not None: return Normalisation(start.mean_SD, start.scale_S, 0), data
-    return known or measure_normalisation(first_NSD.split(4096), stream.sources), data
+) -> Normalisation:
+    "What was given, or that of `start`, of the whole harvest, or of the first rows."
+    if start is not None and normalisation is not None:
+        raise CrosscoderError("start brings the normalisation its latents live in: leave normalisation= out")
+    if start is not None: return Normalisation(start.mean_SD, start.scale_S, 0)
+    if normalisation is not None: return normalisation
+    known = getattr(batches, "normalisation", None)
+    return known or measure_normalisation(first_NSD.split(4096), stream.sources)
 
 # %% ../../nbs/40_concepts/03_crosscoders.ipynb #begin
 def _begin(
