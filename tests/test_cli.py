@@ -20,10 +20,12 @@ import concept_tda.influence.engine as directional
 from concept_tda.cli import _NEEDS, app
 from concept_tda.concepts.concept import contrastive_concept, tensor_concept
 from concept_tda.data.conversations import load_conversations
+from concept_tda.data.preferences import load_preferences
 from concept_tda.data.templates import chat_template_text, template_names
 from concept_tda.demo import last_state
-from concept_tda.influence import baselines, scorers
+from concept_tda.influence import baselines, neighbours, scorers
 from concept_tda.influence.curvature import EKFAC
+from concept_tda.influence.pairs import load_pair_attribution, score_preferences
 from concept_tda.model.loading import load_model
 from concept_tda.results.attribution import load_attribution
 
@@ -153,6 +155,7 @@ def test_every_method_gives_the_scores_of_the_library(place, scored):
         "graddot": scorers.GradDot(lm, queries),
         "loss": baselines.MeanLoss(lm),
         "repsim": baselines.RepSim(lm, queries, 1),
+        "residual-change": neighbours.ResidualChange(lm, concept),
     }
     direct = {
         "random": baselines.RandomScore(),
@@ -577,7 +580,7 @@ def test_help_is_quick_and_has_an_example_for_each_command():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
-    commands = ("score", "show", "filter", "report", "demo")
+    commands = ("score", "show", "filter", "swap", "groups", "discover", "report", "demo")
     overview = ok("--help").stdout
     for command in commands:
         assert command in overview
@@ -586,6 +589,100 @@ def test_help_is_quick_and_has_an_example_for_each_command():
     text = " ".join(ok("score", "--help").stdout.replace("│", " ").split())
     for method in _NEEDS:
         assert method in text
+
+
+# ---- preference pairs
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    """Pairs with odd spacing and Windows line ends, under columns of other names."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    lines = [
+        f'{{"prompt": "Is {i} good?",  "better": "yes, {so}{i}", "worse":"no, not {i}", "n": {i}}}'
+        for i, so in enumerate(["", "so ", "so so "] * 3)
+    ]
+    path.write_bytes("\r\n".join(lines).encode())
+    return path
+
+
+COLUMNS = ("--preferences", "--chosen", "better", "--rejected", "worse")
+
+
+def score_pairs(place, pairs_file, out, *more):
+    concept = ("--concept", place / "flattery.safetensors")
+    return ok("score", place / "model", pairs_file, *COLUMNS, *concept, "--out", out, *more)
+
+
+@pytest.mark.parametrize("form", ["across_tokens", "within_token"])
+def test_pairs_are_scored_as_the_library_scores_them(place, pairs_file, here, form):
+    methods = ("--methods", "residual-change,concept-influence,length", "--form", form)
+    score_pairs(place, pairs_file, "scores", *methods, "--queries", place / "answers.jsonl")
+    lm, pairs = load_model(place / "model"), load_preferences(pairs_file, chosen="better", rejected="worse")
+    from concept_tda.concepts.concept import Concept
+
+    concept, queries = (
+        Concept.load(place / "flattery.safetensors"),
+        load_conversations(place / "answers.jsonl"),
+    )
+    both = load_conversations([dict_of(one) for one in (*pairs.chosen, *pairs.rejected)])
+    curvature = EKFAC.fit(lm, both, "attention", layer=1, damping=0.1, cache=False, progress=False)
+    for name, scorer in {
+        "residual-change": neighbours.ResidualChange(lm, concept, form=form),
+        "concept-influence": scorers.ConceptInfluence(lm, concept, queries, curvature=curvature),
+        "length": baselines.ResponseLength(),
+    }.items():
+        saved = load_pair_attribution(Path("scores") / f"{name}.parquet")
+        expected = score_preferences(scorer, pairs, progress=False, lm=lm).scores
+        np.testing.assert_allclose(saved.scores, expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())
+        assert saved.pairs.ids == pairs.ids
+    assert load_attribution("scores/residual-change.parquet").card.settings["form"] == form
+
+
+def dict_of(conversation):
+    return {"messages": [dict(message) for message in conversation.messages]}
+
+
+def test_swapped_and_dropped_pairs_are_those_of_the_library_byte_for_byte(place, pairs_file, here):
+    score_pairs(place, pairs_file, "scores.parquet", "--methods", "vector-filter")
+    result = load_pair_attribution("scores.parquet")
+    for option, kept in (("--count", dict(count=3)), ("--fraction", dict(fraction=0.4))):
+        ok("swap", "scores.parquet", option, *kept.values(), "--out", "swapped.jsonl", "--overwrite")
+        expected = result.swap(**kept).to_json(here / "expected.jsonl").read_bytes()
+        assert Path("swapped.jsonl").read_bytes() == expected
+    before = pairs_file.read_bytes().split(b"\r\n")
+    after = Path("swapped.jsonl").read_bytes().split(b"\r\n")
+    changed = [row for row in range(9) if before[row] != after[row]]
+    assert sorted(changed) == sorted(result.top(4).rows.tolist())
+    for row in changed:
+        old, new = json.loads(before[row]), json.loads(after[row])
+        assert (old["better"], old["worse"]) == (new["worse"], new["better"]) and old["n"] == new["n"]
+    ok("swap", "scores.parquet", "--count", 2, "--lowest", "--out", "lowest.jsonl")
+    lowest = Path("lowest.jsonl").read_bytes().split(b"\r\n")
+    turned = [row for row in range(9) if before[row] != lowest[row]]
+    assert sorted(turned) == sorted(result.bottom(2).rows.tolist())
+    ok("filter", "scores.parquet", "--drop-count", 3, "--out", "kept.jsonl")
+    top = result.top(3).rows
+    assert Path("kept.jsonl").read_bytes() == b"\r\n".join(
+        one for i, one in enumerate(before) if i not in top
+    )
+
+
+def test_mistakes_with_pairs(place, scored, pairs_file, here):
+    model, concept = place / "model", ("--concept", place / "flattery.safetensors")
+    assert "'chosen'" in refused(1, "score", model, pairs_file, "--preferences", *concept)
+    assert "leave --tokens out" in refused(2, "score", model, pairs_file, *COLUMNS, *concept, "--tokens")
+    assert "say --preferences too" in refused(2, "score", model, pairs_file, "--chosen", "better", *concept)
+    assert "neither across_tokens" in refused(2, "score", model, pairs_file, *concept, "--form", "both")
+    single = scored[0] / "vector-filter.parquet"
+    assert "not of preference pairs" in refused(1, "swap", single, "--count", 2)
+    assert "--fraction, --count or --threshold" in refused(2, "swap", single)
+    score_pairs(place, pairs_file, "scores.parquet", "--methods", "length")
+    assert "is never replaced" in refused(
+        1, "swap", "scores.parquet", "--count", 2, "--out", "scores.parquet"
+    )
+    assert "1.5" in refused(1, "swap", "scores.parquet", "--fraction", 1.5)
+    assert not Path("swapped.jsonl").exists()
 
 
 # ---- demo

@@ -15,7 +15,7 @@ from concept_tda.data.preferences import Preferences, load_preferences
 from concept_tda.influence.baselines import BM25, RandomScore, ResponseLength
 from concept_tda.influence.curvature import EKFAC
 from concept_tda.influence.neighbours import Cascade, GradCos, ResidualChange
-from concept_tda.influence.pairs import PairAttribution, score_preferences
+from concept_tda.influence.pairs import PairAttribution, load_pair_attribution, score_preferences
 from concept_tda.influence.queries import ConceptQuery, LossQuery
 from concept_tda.influence.scorers import (
     ActivationGradient,
@@ -409,6 +409,32 @@ def test_drop_keep_and_swap_write_the_records_of_the_file(tmp_path, queries):
     assert saved.card == result.card and saved.centre == 0
     assert saved.drop(count=2).to_json(out).read_bytes() == dropped.to_json(tmp_path / "b").read_bytes()
     assert read.swap(saved.top(2).rows).ids == swapped.ids
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_a_saved_result_opens_with_its_pairs_in_every_layout(layout, tmp_path):
+    rows = [LAYOUTS[layout] | {"n": i} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row, indent=None) + "\n" for row in rows))
+    for source in (tmp_path / "pairs.jsonl", rows):
+        pairs = load_preferences(source)
+        card = score_preferences(
+            ResponseLength(), pairs, progress=False, lm=load_model(tiny_pair("llama"))
+        ).card
+        result = PairAttribution(pairs, [3.0, 1.0, 4.0, 2.0], card)
+        opened = PairAttribution.load(result.save(tmp_path / "scores.parquet"))
+        assert opened.pairs.ids == pairs.ids and (opened.scores == result.scores).all()
+        ours = result.swap(count=2).to_json(tmp_path / "ours.jsonl").read_bytes()
+        assert opened.swap(count=2).to_json(tmp_path / "opened.jsonl").read_bytes() == ours
+
+
+def test_a_result_without_pairs_is_not_opened_as_pairs(pairs, tmp_path):
+    lm = load_model(tiny_pair("llama"))
+    single = GradDot(lm, pairs.chosen[:2]).score(pairs.chosen, progress=False)
+    with pytest.raises(ScorerError, match="scores of single answers"):
+        load_pair_attribution(single.save(tmp_path / "single.parquet"))
+    result = score_preferences(ResponseLength(), pairs, progress=False, lm=lm)
+    with pytest.raises(AttributionError, match="this is a part"):
+        load_pair_attribution(result.top(2).save(tmp_path / "part.parquet"))
 
 
 def test_ties_are_told(pairs):
