@@ -72,7 +72,7 @@ PUBLIC = {
     "influence.atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
     "influence.planning": "PlanError Plan plan",
     "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
-    "influence.pairs": "PairAttribution score_preferences",
+    "influence.pairs": "PairAttribution score_preferences is_of_pairs load_pair_attribution",
     "groups.groups": "GROUP_ORDERS LABEL_COLOURS GroupError Groups column_groups family_groups "
         "cluster_groups GroupScores score_groups union_rows drop_groups coverage_curve compare_groups "
         "random_groups",
