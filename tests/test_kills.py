@@ -1,5 +1,5 @@
-"""kill -9 at random moments: fitting, scoring and indexing continue and end with the numbers of an
-uninterrupted run."""
+"""kill -9 at random moments: fitting, scoring, indexing, harvesting activations and training a crosscoder
+continue and end with the numbers of an uninterrupted run."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from tiny import tiny_pair
 
-KILLS = 7  # of each kind, 21 in all
+KILLS = 7  # of each kind, 28 in all
 
 
 def _setting():
@@ -74,6 +74,25 @@ def _index(out):
     np.savez(out, rows=np.array(index.rows))
 
 
+def _crosscoder(out):
+    from concept_tda.concepts.crosscoders import (
+        TENSORS,
+        CrosscoderRecipe,
+        paired_activations,
+        train_crosscoder,
+    )
+    from concept_tda.model.loading import load_model
+
+    lm, train = _setting()
+    models = {"base": lm, "tuned": load_model(tiny_pair("llama", n_layers=4, width=32, seed=1))}
+    folder = Path(out).with_suffix("")
+    pairs = paired_activations(models, train, 2, folder / "pairs", block_tokens=300, progress=False)
+    recipe = CrosscoderRecipe(latents=128, k=4, tokens=60_000, batch=200)
+    found = train_crosscoder(pairs, recipe, folder=folder / "run", checkpoint_every=0.01, progress=False)
+    assert not (folder / "run" / "checkpoint.pt").exists()
+    np.savez(out, threshold=found.threshold, **{name: getattr(found, name).numpy() for name in TENSORS})
+
+
 def _start(job, out, cache):
     os.environ["CONCEPT_TDA_CACHE"] = str(cache)
     globals()[job](str(out))
@@ -88,6 +107,7 @@ def _children():
             "tiny",
             "concept_tda.influence.atlas",
             "concept_tda.influence.baselines",
+            "concept_tda.concepts.crosscoders",
             "transformers.models.llama.modeling_llama",
             "peft",
         ]
@@ -95,7 +115,7 @@ def _children():
     return context
 
 
-@pytest.mark.parametrize("job", ["_fit", "_score", "_index"])
+@pytest.mark.parametrize("job", ["_fit", "_score", "_index", "_crosscoder"])
 def test_a_killed_job_ends_with_the_same_numbers(job, tmp_path):
     children = _children()
 

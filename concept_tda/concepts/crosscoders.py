@@ -705,11 +705,17 @@ def _finished(place: Path, key: dict, device: str) -> Crosscoder | None:
     _check_key(place, "a crosscoder", found.provenance, key)
     return found
 
+def _sweep(folder: Path) -> None:
+    "Remove what a kill left half written."
+    for part in folder.glob(".*.part*"):
+        part.unlink(missing_ok=True)
+
 def _keep(crosscoder: Crosscoder, place: Path | None) -> Crosscoder:
     "The finished crosscoder, on disk where a folder was given; its checkpoint goes."
     if place is not None:
         crosscoder.save(place)
         (place/"checkpoint.pt").unlink(missing_ok=True)
+        _sweep(place)
     return crosscoder
 
 # %% ../../nbs/40_concepts/03_crosscoders.ipynb #quality
@@ -944,6 +950,8 @@ def _harvest(blocks: PairedActivations, folder: Path, token_budget: int, progres
                 if f"{number:06d}" not in store.names():
                     store.write(f"{number:06d}", {k: v.numpy() for k, v in blocks.read(number).items()})
                 bar.update(tokens)
+        _sweep(store.folder)
+        _sweep(folder)
         about = {"format": _HARVEST, "store": key, "sources": blocks.sources, "counts": blocks.counts,
                  "seed": blocks.seed, "about": blocks.about}
         with atomic_file(folder/"about.json") as part:
