@@ -368,6 +368,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'concept_tda/concepts/crosscoders.py'),
                                                   'concept_tda.concepts.crosscoders._store_of': ( '40_concepts/crosscoders.html#_store_of',
                                                                                                   'concept_tda/concepts/crosscoders.py'),
+                                                  'concept_tda.concepts.crosscoders._sweep': ( '40_concepts/crosscoders.html#_sweep',
+                                                                                               'concept_tda/concepts/crosscoders.py'),
                                                   'concept_tda.concepts.crosscoders._train': ( '40_concepts/crosscoders.html#_train',
                                                                                                'concept_tda/concepts/crosscoders.py'),
                                                   'concept_tda.concepts.crosscoders._two': ( '40_concepts/crosscoders.html#_two',
