@@ -17,15 +17,17 @@ import traitlets
 
 from ..concepts.concept import Concept, LayerSweep
 from ..data.batches import batches
-from ..data.conversations import Conversation
+from ..data.conversations import Conversation, Conversations
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import visible_text
 from ..foundation.errors import ConceptTDAError
+from ..influence.atlas import InfluenceAtlas
 from ..influence.gradients import watch_layers
 from ..model.loading import LanguageModel, ModelError
 from ..model.tracing import generate, pooled_activations, pooling_weights
 from .contents import WidgetError, front_end, token_turns, written_turns
 from .html import colour_limit
+from .mixer import ConceptMixer, concepts_by_name
 
 # %% ../../nbs/90_views/05_explorer.ipynb #0041-directions
 def _directions(lm: LanguageModel, concept: Concept | LayerSweep) -> tuple[list[int], Any]:
@@ -104,18 +106,6 @@ class ConceptView(anywidget.AnyWidget):
     steering = traitlets.List().tag(sync=True)
     status = traitlets.Unicode().tag(sync=True)
 
-# %% ../../nbs/90_views/05_explorer.ipynb #by-concept-name
-def _by_concept_name(concepts: Any) -> dict[str, Concept | LayerSweep]:
-    "{name: concept}, names made different where they are not."
-    many = concepts.values() if isinstance(concepts, dict) else concepts
-    given = list(many) if isinstance(concepts, (dict, list, tuple)) else [concepts]
-    if not given: raise WidgetError("no concept to explore: pass a Concept, a LayerSweep, or a list of them")
-    if wrong := [one for one in given if not isinstance(one, (Concept, LayerSweep))]:
-        raise WidgetError(f"a {type(wrong[0]).__name__} is not a concept: pass Concept or LayerSweep")
-    names = [one.name for one in given]
-    return {(name if names.count(name) == 1 else f"{name} ({i + 1})"): one
-            for i, (name, one) in enumerate(zip(names, given))}
-
 # %% ../../nbs/90_views/05_explorer.ipynb #0046-names
 def _own_layer(concept: Concept | LayerSweep) -> int:
     "The layer a concept was made at, or the best of a sweep."
@@ -125,6 +115,7 @@ def _own_layer(concept: Concept | LayerSweep) -> int:
 class _Made(ipywidgets.VBox):
     "The fields, not connected yet."
     view: ConceptView
+    mixer: ConceptMixer | None
 
     def _make_texts(self, question: str, answer: str) -> None:
         "Question and answer."
@@ -159,7 +150,8 @@ class _Fields(_Buttons):
         wrapping = ipywidgets.Layout(flex_flow="row wrap")
         picks = ipywidgets.HBox([self.concept_pick, self.layer_pick], layout=wrapping)
         buttons = ipywidgets.HBox([self.read_button, self.steer_button], layout=wrapping)
-        return [picks, self.question, self.answer, buttons, self.view]
+        below = [] if self.mixer is None else [self.mixer]
+        return [picks, self.question, self.answer, buttons, self.view, *below]
 
     @property
     def _name(self) -> str:
@@ -170,6 +162,14 @@ class _Fields(_Buttons):
     def _layer(self) -> int:
         "The chosen layer."
         return int(self.layer_pick.value or 0)
+
+# %% ../../nbs/90_views/05_explorer.ipynb #make-mixer
+def _mixer(atlas: InfluenceAtlas | None, concepts: Any, asked: bool, train: Any) -> ConceptMixer | None:
+    "The sliders, where there is an atlas. Raises `WidgetError` for concepts to mix without one."
+    if atlas is not None:
+        return ConceptMixer(atlas, concepts, data=train if isinstance(train, Conversations) else None)
+    if asked: raise WidgetError("mix= needs an atlas to rank the examples by: pass atlas=build_atlas(...)")
+    return None
 
 # %% ../../nbs/90_views/05_explorer.ipynb #0045
 _QUESTION = "I've decided to skip the second opinion, my horoscope agrees with me. Good plan?"
@@ -186,10 +186,13 @@ class _Connected(_Fields):
         answer: str = "",        # To begin with; empty: the model answers
         strengths: tuple[float, ...] = (-2, -1, 0, 1, 2), # Of the dial, in units of the concept's length
         max_new_tokens: int = 60, # Longest answer of the model
+        atlas: InfluenceAtlas | None = None, # Adds sliders that mix concepts and rank its examples
+        mix: Any = None,         # Concepts for these sliders, of the atlas's layer; by default those explored
         progress: bool = True,   # Show a bar while the training data is read
     ):
         self.lm, self.strengths, self.max_new_tokens = lm, tuple(strengths), max_new_tokens
-        self.concepts = _by_concept_name(concepts)
+        self.mixer = _mixer(atlas, concepts if mix is None else mix, mix is not None, train)
+        self.concepts = concepts_by_name(concepts)
         self.messages: list[dict[str, str]] = []
         self.read: dict[str, Any] | None = None
         self.train = [] if train is None else list(lm.tokenize(train).conversations)

@@ -215,3 +215,21 @@ interface ReportMap {
   columns: Record<string, (number | null)[]>;
   places: number[]; // the place on the map of each example of the page
 }
+
+/** What a mixer is told, as `ConceptMixer` in Python writes it. */
+interface MixerTable {
+  n: number;
+  names: string[];
+  gram: number[][]; // cosines of the concepts
+  weights: number[]; // to begin with
+  subtitle: string;
+}
+
+type MixerSource = Omit<Source, "table"> & {table: MixerTable};
+
+/** The weights as Python has them. */
+interface SharedWeights {
+  get(): number[];
+  set(weights: number[]): void;
+  onChange(call: () => void): void;
+}
