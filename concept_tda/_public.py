@@ -109,6 +109,7 @@ PUBLIC = {
         "example_to_read snippet search_terms hits within from_both_ends json_in_script",
     "views.review": "MARKS Review",
     "views.browser": "embedded_browser script_hash OfflinePage offline_page ExampleBrowser",
+    "views.mixer": "concepts_by_name mixed_concept ConceptMixer",
     "views.explorer": "concept_reading ConceptView ConceptExplorer",
     "views.chats": "show_conversation show_conversations show_tokens",
     "views.kinds": "chosen_groups bar_svg kinds_html KindBrowser",
