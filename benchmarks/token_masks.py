@@ -4,11 +4,11 @@
     python benchmarks/token_masks.py --work build/token_masks --most 1   # one more of them, then stop
 
 SmolLM2-135M-Instruct is fine-tuned on as many sycophantic as honest answers, again and again without a
-quarter of the response tokens: those of the whole examples with the highest scores, the tokens with the highest
-scores wherever they stand, and as many drawn at random in either way. Scores are influence on a margin
-(log-probability of sycophantic minus honest held-out answers), without curvature, taken apart by the losses
-of tokens (the difference engine). Judged on other questions: the same margin, and the margin of right over
-wrong answers to small tasks. What would make the numbers wrong: reading one seed, or comparing arms that
+quarter of the response tokens: those of the whole examples with the highest scores, the tokens with the
+highest scores wherever they stand, and as many drawn at random in either way. Scores are influence on a
+margin (log-probability of sycophantic minus honest held-out answers), without curvature, taken apart by the
+losses of tokens (the difference engine). Judged on other questions: the same margin, and the margin of right
+over wrong answers to small tasks. What would make the numbers wrong: reading one seed, or comparing arms that
 lost different numbers of tokens. Runs go seed by seed, and the file is whole after each."""
 
 import argparse

@@ -187,6 +187,16 @@ def _name(cases: list[_Case], reader: Reader, progress: bool) -> None:
     for case, reply in zip(cases, _answers(reader, prompts, 60, progress)):
         case.label, case.reason = _proposal(reply)
 
+def _take_given(cases: list[_Case], given: dict[str, str], groups: Groups) -> set[str]:
+    "Put names from elsewhere in; which groups have one. Raises `LabelError` for groups there are not."
+    if strange := [group for group in given if group not in groups.names]:
+        raise LabelError(f"given= names {len(strange)} groups there are not, the first {strange[0]!r}; there "
+                         f"are {', '.join(groups.names[:5])}")
+    for case in cases:
+        if case.group in given:
+            case.label = one_line(visible_text(given[case.group]), _LONGEST_LABEL)
+    return {case.group for case in cases if case.group in given}
+
 def _answers(reader: Reader, prompts: list[str], max_tokens: int, progress: bool) -> list[str | None]:
     "The reader's answers. Raises `LabelError` where it does not give one each."
     if not prompts: return []
@@ -275,6 +285,7 @@ def label_groups(
     asked: int = 20,               # Examples of the group, and as many others, that test it, where there are
     characters: int = 1500,        # Longer texts lose their middle; how many do is in `settings`
     alpha: float = .05,            # A label passes where p times the number of groups is below
+    given: dict[str, str] | None = None, # {group: a name from elsewhere}: tested as it is, not asked for
     progress: bool = True,         # Show a progress bar
 ) -> Labels:                       # A row for each group, in their order
     """Name groups, and test each name on examples that did not make it. Raises `LabelError` for settings
@@ -288,10 +299,12 @@ def label_groups(
             case.fail("nobody was asked: give a reader=")
     else:
         possible = [case for case in cases if _is_possible(case, len(groups), alpha)]
-        _name(possible, reader, progress)
+        named = _take_given(possible, given or {}, groups)
+        _name([case for case in possible if case.group not in named], reader, progress)
         _test(possible, reader, len(groups), alpha, progress)
     cut = sum(len(text) > characters for text in whole)
     settings = dict(shown=shown, asked=asked, characters=characters, alpha=alpha, texts_cut=cut)
+    settings |= {"given": sorted(given)} if given else {}
     table = pd.DataFrame([_row(case, len(groups)) for case in cases])
     table["label"] = pd.Series([case.label for case in cases], dtype=object)  # None stays None
     return Labels(groups, table, None if reader is None else reader.name, settings)
