@@ -87,6 +87,7 @@ PUBLIC = {
     "groups.maps": "map_places training_map",
     "groups.latents": "LatentError rank_latents LatentQuery",
     "groups.origins": "AGGREGATES OriginError latent_origins Origins",
+    "groups.neuronpedia": "NeuronpediaError read_neuronpedia beside_neuronpedia",
     "evidence.retraining": "TRAINING PLAN_FORMAT Judges ExperimentError full_recipe Maker tokenized_whole "
         "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
         "relative_paths judges_by_name Experiment",
