@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -97,17 +98,23 @@ def models_of(args):
 
 def pairs_of(args):
     """The activations to learn from and to be measured on, harvested once."""
-    folders = [args.work / f"pairs-{args.layer}-{part}" for part in ("train", "heldout")]
-    if not all((folder / "about.json").exists() for folder in folders):
+    sizes = {"train": args.learn_from, "heldout": args.measure_on}
+    folders = {part: args.work / f"pairs-{args.layer}-{part}-{size or 'all'}" for part, size in sizes.items()}
+    if not all((folder / "about.json").exists() for folder in folders.values()):
         models = models_of(args)
-        for folder, part in zip(folders, ("train", "heldout")):
-            paired_activations(models, ct.bundled(args.data, part), args.layer, folder)
-    return [load_paired_activations(folder) for folder in folders]
+        for part, folder in folders.items():
+            paired_activations(models, ct.bundled(args.data, part)[: sizes[part]], args.layer, folder)
+    return [load_paired_activations(folder) for folder in folders.values()]
 
 
 def recipe_of(args, tokens, kind="batchtopk"):
     """The recipe that all of them share."""
     return CrosscoderRecipe(args.latents, args.k, kind, tokens=tokens, batch=args.batch)
+
+
+def timed_recipe(args, tokens, kind="batchtopk"):
+    """The same with nothing dead: in a few steps SAELens counts none as dead, so neither side has AuxK."""
+    return replace(recipe_of(args, tokens, kind), dead_after=1.0)
 
 
 def harvest_section(args):
@@ -171,9 +178,9 @@ def competitors_of(args, steps):
             trainer.n_training_steps += 1
 
     return tokens, {
-        "batchtopk": lambda: train_crosscoder(parts, recipe_of(args, tokens), progress=False),
-        "l1": lambda: train_crosscoder(parts, recipe_of(args, tokens, "l1"), progress=False),
-        "diff_sae": lambda: difference_sae(parts, recipe_of(args, tokens), progress=False),
+        "batchtopk": lambda: train_crosscoder(parts, timed_recipe(args, tokens), progress=False),
+        "l1": lambda: train_crosscoder(parts, timed_recipe(args, tokens, "l1"), progress=False),
+        "diff_sae": lambda: difference_sae(parts, timed_recipe(args, tokens), progress=False),
         "saelens": saelens,
     }
 
@@ -186,7 +193,11 @@ def training_section(args):
         "tokens": tokens,
         "latents": args.latents,
         **per_million(seconds, tokens),
-        **{f"ratio_{name}_to_saelens": ratio(seconds, name, "saelens") for name in competitors},
+        **{
+            f"ratio_{name}_to_saelens": ratio(seconds, name, "saelens")
+            for name in competitors
+            if name != "saelens"
+        },
     }
 
 
@@ -197,12 +208,8 @@ def memory_section(args):
         command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks[name] = round(float(done.stdout.split()[-1]), 3)
-    weights = (
-        2
-        * args.latents
-        * 2
-        * load_paired_activations(args.work / f"pairs-{args.layer}-train").read(0)["acts"].shape[2]
-    )
+    width = pairs_of(args)[0].read(0)["acts"].shape[2]
+    weights = 4 * args.latents * width  # encoder and decoder of two sources
     return {"gib": peaks, "weights_gib": round(4 * weights / 2**30, 3), "batch": args.batch}
 
 
@@ -220,7 +227,14 @@ def peak_of(args):
 def quality_section(args):
     """What a run of --tokens tokens reaches on tokens it has not seen; runs are kept in the work folder."""
     train, heldout = pairs_of(args)
-    result = {"tokens": args.tokens, "latents": args.latents, "k": args.k, "data": train.fingerprint}
+    result = {
+        "different_tokens": train.n_tokens,
+        "heldout_tokens": heldout.n_tokens,
+        "tokens": args.tokens,
+        "latents": args.latents,
+        "k": args.k,
+        "data": train.fingerprint,
+    }
     for name in ("batchtopk", "l1", "diff_sae"):
         recipe = recipe_of(args, args.tokens, "l1" if name == "l1" else "batchtopk")
         learn = difference_sae if name == "diff_sae" else train_crosscoder
@@ -275,6 +289,8 @@ def main():
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=100_000, help="of the runs whose quality is measured")
     parser.add_argument("--examples", type=int, default=24, help="conversations of the timed harvest")
+    parser.add_argument("--learn-from", type=int, help="conversations that are learnt from; all by default")
+    parser.add_argument("--measure-on", type=int, help="held-out conversations; all by default")
     parser.add_argument("--steps", type=int, default=8, help="of the timed runs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
