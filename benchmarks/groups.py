@@ -12,11 +12,14 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
+from sklearn.metrics import roc_auc_score
 
 import concept_tda as ct
-from concept_tda.groups.discovery import discover, movement_check
+from concept_tda.groups.discovery import discover, movement_check, sparse_atoms
 from concept_tda.groups.sae import random_sae, sae_quality, train_sae
+from concept_tda.influence.atlas import InfluenceAtlas
 
 SECTIONS = ("sae", "features", "discovery")
 OUT = Path(__file__).parent / "results" / "groups.json"
@@ -61,22 +64,68 @@ def features_section(lm, args) -> dict:
 
 
 def discovery_section(lm, args) -> dict:
-    """Predicted movement against the measured one, and the directions found."""
+    """Predicted movement against the measured one, directions and atoms, for --data; other sets stay."""
     train, queries = ct.bundled(args.data), ct.bundled(args.data, "heldout")[: args.queries]
-    tuned = args.tuned or ct.finetune(lm, train, args.work / "tuned") and args.work / "tuned"
     start = time.perf_counter()
-    atlas = ct.build_atlas(
-        lm, queries, train, args.layer, folder=args.work / "atlas", rank=args.rank, curvature="identity"
-    )
+    if args.atlas:
+        atlas = InfluenceAtlas.load(args.atlas)
+    else:
+        folder = args.work / f"atlas-{args.data}"
+        atlas = ct.build_atlas(
+            lm, queries, train, args.layer, folder=folder, rank=args.rank, curvature="identity"
+        )
     found = discover(atlas, 6)
-    checked = movement_check(atlas, lm, ct.load_model(tuned), queries)
-    return {
-        args.data: {name: round(float(value), 4) for name, value in checked.items()},
-        "seconds": round(time.perf_counter() - start, 1),
+    seconds, start = time.perf_counter() - start, time.perf_counter()
+    if args.atlas:
+        seconds += sum(value for name, value in atlas.cost.items() if name.endswith("seconds"))
+    atoms = sparse_atoms(atlas, args.atoms)
+    figures = {
+        "queries": atlas.card["settings"]["query_examples"],
+        "atlas": atlas.card["settings"]["mode"],
+        "seconds": round(seconds, 1),
         "directions": found.table.round(4).to_dict("records"),
         "agreement": round(found.movement.agreement, 4),
         "agreement_null_95": round(found.movement.null_95, 4),
+        "atoms": {
+            "n": len(atoms.table),
+            "found": int(atoms.table["found"].sum()),
+            "null_95": round(float(atoms.table["null_95"][0]), 4),
+            "coherence": atoms.table["coherence"].round(4).tolist(),
+            "examples": atoms.table["examples"].tolist(),
+            "seconds": round(time.perf_counter() - start, 1),
+        },
+        "separation": separation(atlas, found, atoms, train),
     }
+    known = json.loads(OUT.read_text()).get("discovery", {}) if OUT.exists() else {}
+    if args.truth:
+        tuned = args.tuned or args.work / f"tuned-{args.data}"
+        if not args.tuned:
+            ct.finetune(lm, train, tuned)
+        checked = movement_check(atlas, lm, ct.load_model(tuned), queries)
+        figures = {name: round(float(value), 4) for name, value in checked.items()} | figures
+    return known | {args.data: known.get(args.data, {}) | figures}
+
+
+def separation(atlas, found, atoms, train) -> dict:
+    """How well the best line of each list tells the two labels that differ in behaviour apart (AUC), beside
+    the best of as many random directions (median of 50 draws)."""
+    labels = np.array(train.metadata["label"])
+    wanted = np.isin(labels, ["sycophantic", "honest", "careless", "careful"])
+    bad = np.isin(labels, ["sycophantic", "careless"])[wanted]
+    rows_Nd = np.asarray(atlas.rows, np.float64)[wanted]
+    random = np.random.default_rng(0)
+
+    def best(directions_Kd) -> float:
+        aucs = [roc_auc_score(bad, scores) for scores in (rows_Nd @ directions_Kd.T).T]
+        return max(max(auc, 1 - auc) for auc in aucs)
+
+    draws = [best(random.normal(size=(len(found.directions), rows_Nd.shape[1]))) for _ in range(50)]
+    figures = {
+        "directions": best(found.directions),
+        "atoms": best(atoms.directions[: len(found.directions)]),
+        "random": np.median(draws),
+    }
+    return {name: round(float(value), 4) for name, value in figures.items()}
 
 
 def main():
@@ -94,6 +143,9 @@ def main():
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--queries", type=int, default=4)
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--atoms", type=int, default=32, help="atoms of the dictionary of atlas rows")
+    parser.add_argument("--atlas", type=Path, help="an atlas built before; made where none is given")
+    parser.add_argument("--no-truth", dest="truth", action="store_false", help="without the fine-tune")
     parser.add_argument("--tuned", type=Path, help="a fine-tune on the data; made where none is given")
     args = parser.parse_args()
     lm = ct.load_model(args.model)

@@ -519,11 +519,17 @@ def test_groups_are_those_of_the_library(place, scored, here):
 
 
 def test_discover_reads_an_atlas_and_refuses_everything_else(place, here):
-    from concept_tda.influence.atlas import build_atlas
+    from concept_tda.groups.discovery import discover
+    from concept_tda.influence.atlas import InfluenceAtlas, build_atlas
 
     lm, data = load_model(place / "model"), load_conversations(place / "train.jsonl")
     build_atlas(lm, data[:2], data, 1, folder="atlas", curvature="identity", progress=False)
     assert "directions found in 14 rows" in ok("discover", "atlas", "-n", 3).stdout
+    with_atoms = ok("discover", "atlas", "-n", 3, "--atoms", 4).stdout
+    found = discover(InfluenceAtlas.load("atlas"), 3, atoms=4)
+    assert repr(found) in with_atoms
+    assert with_atoms.count("\natom ") == found.atoms.table["found"].sum()
+    assert "14 rows allow 1 to 7 atoms" in refused(1, "discover", "atlas", "--atoms", 8)
     assert "nowhere" in refused(1, "discover", "nowhere")
     assert "atlas" in refused(1, "discover", place)
 
