@@ -2432,6 +2432,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'concept_tda/groups/discovery.py'),
                                               'concept_tda.groups.discovery._Numbered': ( '60_groups/discovery.html#_numbered',
                                                                                           'concept_tda/groups/discovery.py'),
+                                              'concept_tda.groups.discovery._Numbered._shown': ( '60_groups/discovery.html#_numbered._shown',
+                                                                                                 'concept_tda/groups/discovery.py'),
                                               'concept_tda.groups.discovery._Numbered.concept': ( '60_groups/discovery.html#_numbered.concept',
                                                                                                   'concept_tda/groups/discovery.py'),
                                               'concept_tda.groups.discovery._Numbered.scores': ( '60_groups/discovery.html#_numbered.scores',

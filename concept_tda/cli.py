@@ -626,6 +626,7 @@ def discover(
     atlas: Annotated[Path, typer.Argument(
         help="A folder written by build_atlas.", metavar="ATLAS", show_default=False)],
     n: Annotated[int, typer.Option("--n", "-n", help="Directions to look at.", min=1)] = 8,
+    atoms: Annotated[int, typer.Option(help="Also a sparse dictionary of so many atoms.", min=0)] = 0,
     examples: Annotated[int, typer.Option(help="Examples at each end of a direction found.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Of the draws behind the null.")] = 0,
     debug: _Debug = False,
@@ -634,11 +635,13 @@ def discover(
     with _plain_errors(debug):
         from concept_tda.groups import discovery
         from concept_tda.influence.atlas import InfluenceAtlas
-        found = discovery.discover(InfluenceAtlas.load(atlas), n, seed=seed)
+        found = discovery.discover(InfluenceAtlas.load(atlas), n, atoms=atoms, seed=seed)
         typer.echo(repr(found))
-        for number in found.table.loc[found.table["found"], "direction"]:
-            typer.echo(f"\ndirection {number}")
-            _print_ends(found.scores(int(number)), examples, bottom=True, note=False)
+        for lines in filter(None, (found, found.atoms)):
+            what = lines.table.columns[0]
+            for number in lines.table.loc[lines.table["found"], what]:
+                typer.echo(f"\n{what} {number}")
+                _print_ends(lines.scores(int(number)), examples, bottom=lines is found, note=False)
 
 # %% ../nbs/99_cli.ipynb #002e
 def _typed(text: str) -> object:

@@ -225,7 +225,8 @@ def test_discovery_shows_its_atoms(wide):
     alone = sparse_atoms(with_rows(wide, rows), 3)
     np.testing.assert_array_equal(found.atoms.directions, alone.directions)
     assert f"{alone.table['found'].sum()} of 3 atoms found" in repr(found)
-    assert "atoms found" in found._repr_html_() and "directions found" in found._repr_html_()
+    shown = found._repr_html_()
+    assert "atoms found" in shown and "directions found" in shown and ">yes<" in shown
     assert "atoms" not in repr(discover(with_rows(wide, rows), 2, draws=3))
     concept = found.atoms.concept(2)
     assert concept.name == "atom 2" and concept.pooling == wide.card["pooling"]

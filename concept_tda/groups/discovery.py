@@ -117,6 +117,13 @@ class _Numbered:
         "Every example's push along it."
         return self.atlas.score(self.concept(number))
 
+    def _shown(self) -> Table:
+        "The table as a page shows it, under its title."
+        number = self.table.columns[0]
+        frame = self.table.assign(found=np.where(self.table["found"], "yes", "no")).set_index(number)
+        title = f"{self.table['found'].sum()} of {len(self.table)} {number}s found"
+        return Table(frame, title, {"examples": "{:.0f}"})
+
 # %% ../../nbs/60_groups/04_discovery.ipynb #dictionary
 def _units(rows_Nd: np.ndarray) -> np.ndarray:
     "Rows about their mean, each of length one (a row that is the mean stays 0)."
@@ -181,8 +188,7 @@ class Atoms(_Numbered):
                 f"{self.table.to_string(index=False)}")
 
     def _repr_html_(self) -> str:
-        title, table = repr(self).split("\n")[0], self.table.set_index("atom")
-        return Sheet(title=title, tables=(Table(table),))._repr_html_()
+        return Sheet(title=repr(self).split("\n")[0], tables=(self._shown(),))._repr_html_()
 
 # %% ../../nbs/60_groups/04_discovery.ipynb #atoms-run
 def sparse_atoms(
@@ -226,10 +232,8 @@ class Discovery(_Numbered):
                 + (f"\n{self.atoms!r}" if self.atoms else ""))
 
     def _repr_html_(self) -> str:
-        title, tables = repr(self).split("\n")[0], [Table(self.table.set_index("direction"))]
-        if self.atoms:
-            tables.append(Table(self.atoms.table.set_index("atom"), repr(self.atoms).split("\n")[0]))
-        return Sheet(title=title, tables=tuple(tables))._repr_html_()
+        tables = [lines._shown() for lines in (self, self.atoms) if lines]
+        return Sheet(title=repr(self).split("\n")[0], tables=tuple(tables))._repr_html_()
 
 # %% ../../nbs/60_groups/04_discovery.ipynb #discover-run
 def discover(
