@@ -282,8 +282,9 @@ def tokenize(
     template does not show."""
     if isinstance(conversations, TokenizedConversations): return conversations
     _check_options(max_tokens, overlong)
+    if not hasattr(conversations, "tokenized"):
+        conversations = load_conversations(conversations)
     if hasattr(conversations, "tokenized"): return conversations.tokenized(tokenizer, max_tokens)
-    conversations = load_conversations(conversations)
     _check_answers(conversations)
     chats = rendered_chats(conversations, tokenizer)
     items = _items_of(conversations, chats, tokenizer, max_tokens or 10**18)
