@@ -19,7 +19,7 @@ PUBLIC = {
         "rendered_chats",
     "data.tokens": "response_mask encoded_texts TokenizedConversation readable_tokens TokenizedConversations "
         "tokenize tokenize_prompts",
-    "data.batches": "Batch batches",
+    "data.batches": "Batch batch_of batches",
     "data.preferences": "Pair Preferences load_preferences",
     "data.documents": "DocumentError Document Piece Window Windows Documents load_documents as_examples "
         "load_windows examples_from_columns token_windows number_tokenizer",
@@ -31,8 +31,9 @@ PUBLIC = {
     "model.tracing": "POOLINGS TracingError pooling_weights work_dtype progress_bar pooled_activations "
         "layer_activations token_activations left_padded as_prompts generate",
     "model.answers": "answer_records with_record cached_generate",
-    "model.finetuning": "RECIPES FinetuneError finetune training_record Retrained finetune_many "
-        "training_checkpoints",
+    "model.finetuning": "RECIPES FinetuneError example_losses own_randomness finetune training_record "
+        "Retrained finetune_many training_checkpoints",
+    "model.training": "TrainingError TrainingRecipe StepPlan TrainingRun train replay load_run",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics",
     "results.cards": "ZERO Cost QueryCard",
