@@ -9,19 +9,27 @@ random one."""
 
 import argparse
 import json
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
+import torch
+from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 
 import concept_tda as ct
+from concept_tda.concepts.judges import OpenAIReader
 from concept_tda.groups.discovery import discover, movement_check, sparse_atoms
-from concept_tda.groups.sae import random_sae, sae_quality, train_sae
+from concept_tda.groups.groups import Groups
+from concept_tda.groups.labels import label_groups
+from concept_tda.groups.sae import SparseAutoencoder, random_sae, sae_quality, train_sae
 from concept_tda.influence.atlas import InfluenceAtlas
+from concept_tda.influence.engine import peak_memory
 
-SECTIONS = ("sae", "features", "discovery")
+SECTIONS = ("sae", "features", "memory", "labels", "discovery")
 OUT = Path(__file__).parent / "results" / "groups.json"
 
 
@@ -54,13 +62,97 @@ def features_section(lm, args) -> dict:
     start = time.perf_counter()
     ct.read_features(lm, sae, train, args.work / f"features-{time.time_ns()}")
     seconds = time.perf_counter() - start
-    peak = psutil.Process().memory_info().rss / 2**30
     return {
         "examples": len(train),
         "seconds": round(seconds * 10_000 / len(train), 1),
         "extrapolated_from_seconds": round(seconds, 1),
-        "memory_gb": round(peak, 2),
     }
+
+
+class RandomCode(torch.nn.Module):
+    """As much work and memory as a top-k autoencoder of this size, without having learnt anything."""
+
+    def __init__(self, width, n_features, k):
+        super().__init__()
+        self.W_enc = torch.nn.Parameter(torch.randn(width, n_features))
+        self.W_dec, self.k = torch.nn.Parameter(torch.randn(n_features, width)), k
+
+    def encode(self, acts):
+        """The k largest of each token, the others 0."""
+        codes = acts @ self.W_enc
+        values, places = codes.topk(self.k, dim=-1)
+        return torch.zeros_like(codes).scatter(-1, places, values.relu())
+
+
+def own_peak(model, examples, args) -> dict:
+    """Features of so many examples in this very process: its peak, and what it had used before."""
+    if model == "tiny":
+        sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+        from tiny import tiny_pair
+
+        lm, layer = ct.load_model(tiny_pair("llama")), 1
+        rows = [{"prompt": f"Is {i} so?", "response": f"it is the sea {i}"} for i in range(examples)]
+        train, code = ct.load_conversations(rows), RandomCode(lm.width, 1024, args.k)
+    else:
+        lm, layer, train = ct.load_model(model), args.layer, ct.bundled(args.data)[:examples]
+        code = RandomCode(lm.width, args.features, args.k)
+    before, start = peak_memory(lm.device), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found = ct.read_features(lm, SparseAutoencoder(code, layer, "random"), train, folder, progress=False)
+        stored = found.max.nnz
+    return {
+        "examples": len(train),
+        "peak_gb": round(peak_memory(lm.device) / 2**30, 3),
+        "before_gb": round(before / 2**30, 3),
+        "stored_numbers": int(stored),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def memory_section(lm, args) -> dict:
+    """Peak memory of features, each measured in a process of its own: a tiny model and the real one."""
+    found = {}
+    for model, examples in (("tiny", 500), ("tiny", 2_000), ("tiny", 10_000), (args.model, 240)):
+        call = [sys.executable, __file__, "--work", str(args.work), "--peak", model, str(examples)]
+        options = ["--layer", str(args.layer), "--features", str(args.features), "--k", str(args.k)]
+        done = subprocess.run([*call, *options], check=True, capture_output=True, text=True)
+        found.setdefault(model, []).append(json.loads(done.stdout.splitlines()[-1]))
+    return {"peak_gb": found[args.model][0]["peak_gb"], "processes": found}
+
+
+def labels_section(lm, args) -> dict:
+    """Seconds for labels of many groups by a scripted endpoint that takes 50 ms for each answer."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from scripted_server import Server
+
+    def answer(body, number):
+        said = f"name {number}" if body["messages"][0]["content"].startswith("Two numbered") else "0000"
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
+        return 200, {"id": "x", "object": "chat.completion", "choices": [choice], "usage": {}}, {}
+
+    random, train = np.random.default_rng(0), ct.bundled(args.data)
+    found = {"examples": len(train), "groups": 6, "endpoint_ms": 50}
+    members = csr_matrix(random.random((len(train), found["groups"])) < 0.2)
+    groups = Groups(train, [str(i) for i in range(found["groups"])], members, "drawn")
+    many = csr_matrix(random.random((len(train), 2_000)) < 0.2)
+    start = time.perf_counter()
+    label_groups(Groups(train, [str(i) for i in range(2_000)], many, "drawn"), None)
+    found["local_seconds_for_2000_groups"] = round(time.perf_counter() - start, 1)
+    for concurrency in (1, 8, 32):
+        server = Server([answer], delay=found["endpoint_ms"] / 1000)
+        with tempfile.TemporaryDirectory() as folder:
+            options = dict(base_url=server.url, api_key="none", folder=folder, concurrency=concurrency)
+            start = time.perf_counter()
+            label_groups(groups, OpenAIReader("scripted", **options), progress=False)
+        seconds = time.perf_counter() - start
+        found["requests"], asked = len(server.requests), len(server.requests) / seconds
+        found[f"concurrency_{concurrency}"] = {
+            "seconds": round(seconds, 1),
+            "requests_a_second": round(asked, 1),
+            "most_at_a_time": server.most_running,
+        }
+        server.close()
+    return found
 
 
 def discovery_section(lm, args) -> dict:
@@ -147,12 +239,26 @@ def main():
     parser.add_argument("--atlas", type=Path, help="an atlas built before; made where none is given")
     parser.add_argument("--no-truth", dest="truth", action="store_false", help="without the fine-tune")
     parser.add_argument("--tuned", type=Path, help="a fine-tune on the data; made where none is given")
+    parser.add_argument("--peak", nargs=2, help="model and examples: only measure this process, and print")
     args = parser.parse_args()
-    lm = ct.load_model(args.model)
+    if args.peak:
+        print(json.dumps(own_peak(args.peak[0], int(args.peak[1]), args)))
+        return
+    lm = None if set(args.sections) <= {"memory", "labels"} else ct.load_model(args.model)
     result = json.loads(OUT.read_text()) if OUT.exists() else {}
     for name in args.sections:
-        section = {"sae": sae_section, "features": features_section, "discovery": discovery_section}[name]
-        result["features_10k" if name == "features" else name] = section(lm, args)
+        section = {
+            "sae": sae_section,
+            "features": features_section,
+            "memory": memory_section,
+            "labels": labels_section,
+            "discovery": discovery_section,
+        }[name]
+        found = section(lm, args)
+        if name in ("features", "memory"):  # two sections, one entry
+            result["features_10k"] = result.get("features_10k", {}) | found
+        else:
+            result[name] = found
         OUT.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result, indent=1))
 

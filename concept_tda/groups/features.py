@@ -150,15 +150,14 @@ def _fill(
     token_budget: int, progress: bool,
 ) -> list[str]:
     "Every block that is not there yet; their names in order."
-    plan = {f"{batch.rows.min():08d}-{len(batch.rows)}": batch
-            for batch in batches(texts, token_budget=token_budget)}
-    done = store.names()
+    done, names = store.names(), []
     with lm.undisturbed(), torch.no_grad(), progress_bar(texts.n_tokens, progress, "features") as bar:
-        for name, batch in plan.items():
-            if name not in done:
-                store.write(name, _read_batch(lm, sae, batch.to(lm.device)))
+        for batch in batches(texts, token_budget=token_budget):
+            names.append(f"{batch.rows.min():08d}-{len(batch.rows)}")
+            if names[-1] not in done:
+                store.write(names[-1], _read_batch(lm, sae, batch.to(lm.device)))
             bar.update(batch.n_tokens)
-    return list(plan)
+    return names
 
 # %% ../../nbs/60_groups/02_features.ipynb #assemble
 def _assemble(folder: Path, store: BlockStore, names: list[str], about: dict) -> None:

@@ -9,19 +9,20 @@ __all__ = ['LabelError', 'held_out', 'detection_score', 'Reader', 'Labels', 'lab
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import comb, nan
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 
 from ..foundation.display import Sheet, Table, one_line, visible_text
 from ..foundation.errors import ConceptTDAError
 from ..foundation.storage import fingerprint
 from .groups import Groups
-from .reading import ReadingError, distinguishing_words
+from .reading import ReadingError, WordCounts, count_words
 from ..results.attribution import Attribution
 
 # %% ../../nbs/60_groups/05_labels.ipynb #split
@@ -107,11 +108,21 @@ def detection_score(
     return float(accuracy), float(min(1.0, p))
 
 # %% ../../nbs/60_groups/05_labels.ipynb #words
-def _words(texts: Sequence[str], members: np.ndarray, n: int = 6) -> str:
-    "The words of a group, or else the beginning of one of its texts; never blank."
+def _counted(texts: Sequence[str]) -> list[WordCounts]:
+    "The words of all examples, those that occur twice first."
+    found = []
     for least in (2, 1):
+        with suppress(ReadingError):
+            found.append(count_words(texts, least))
+    return found
+
+def _words(
+    texts: Sequence[str], members: np.ndarray, n: int = 6, counted: list[WordCounts] | None = None,
+) -> str:
+    "The words of a group, or else the beginning of one of its texts; never blank."
+    for counts in _counted(texts) if counted is None else counted:
         try:
-            table = distinguishing_words(texts, members.tolist(), n, least=least)
+            table = counts.distinguishing(members.tolist(), n)
         except ReadingError:
             continue
         best = table[table["z"] > 0].head(n)
@@ -153,19 +164,28 @@ class _Case:
         self.label, self.reason = None, reason
 
 # %% ../../nbs/60_groups/05_labels.ipynb #draw
-def _draw(texts: Sequence[str], chosen: np.ndarray, count: int) -> list[str]:
-    "Up to `count` different ones of the chosen texts, in the order of a hash."
-    different = {text for text, mark in zip(texts, chosen) if mark}
-    return sorted(different, key=lambda text: (fingerprint("drawn", text), text))[:count]
+def _hash_order(texts: Sequence[str]) -> np.ndarray:
+    "Rows [N] in the order of a hash of their texts; equal texts lie side by side."
+    return np.array(sorted(range(len(texts)), key=lambda row: (fingerprint("drawn", texts[row]), texts[row])))
+
+def _draw(texts: Sequence[str], order: np.ndarray, chosen: np.ndarray, count: int) -> list[str]:
+    "Up to `count` different ones of the chosen texts, in that order."
+    drawn: list[str] = []
+    for row in map(int, order[chosen[order]]):
+        if len(drawn) == count: break
+        if not drawn or drawn[-1] != texts[row]:
+            drawn.append(texts[row])
+    return drawn
 
 def _cases(groups: Groups, texts: list[str], kept_back: np.ndarray, shown: int, asked: int) -> list[_Case]:
     "Every group with its texts and its words."
-    cases = []
+    cases, order, counted, members = [], _hash_order(texts), _counted(texts), csc_matrix(groups.members)
     for column, name in enumerate(groups.names):
-        inside = groups.members[:, column].toarray().ravel()
+        inside = members[:, column].toarray().ravel().astype(bool)
         sets = [(inside & ~kept_back, shown), (~inside & ~kept_back, shown),
                 (inside & kept_back, asked), (~inside & kept_back, asked)]
-        cases.append(_Case(name, *(_draw(texts, *one) for one in sets), words=_words(texts, inside)))
+        cases.append(_Case(name, *(_draw(texts, order, *one) for one in sets),
+                           words=_words(texts, inside, counted=counted)))
     return cases
 
 def _is_possible(case: _Case, n_groups: int, alpha: float) -> bool:
