@@ -90,6 +90,11 @@ def facts(weights, tokenized, labels):
     }
 
 
+def judged(lm, judges):
+    """What each judge says of a model."""
+    return {name: float(np.mean(judge.evaluate(lm).values)) for name, judge in judges.items()}
+
+
 def run(arm, seed, lm, tokenized, result, labels, judges, args):
     """Train one arm with one seed, and judge it."""
     place, start, told = args.work / "models" / f"{arm.replace(' ', '-')}-{seed}", time.perf_counter(), {}
@@ -102,7 +107,7 @@ def run(arm, seed, lm, tokenized, result, labels, judges, args):
         if "tokens" in arm:
             data = token_mask(data, weights).apply(data)
     tuned = ct.finetune(lm, data, place, seed=seed, **RECIPE)
-    values = {name: float(np.mean(judge.evaluate(tuned).values)) for name, judge in judges.items()}
+    values = judged(tuned, judges)
     return {"arm": arm, "seed": seed, **told, **values, "seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -168,6 +173,8 @@ def main():
     tokenized, labels = lm.tokenize(train), np.asarray(train.labels("label", "sycophantic"))
     result = scored(lm, tokenized, queries, args)
     found = json.loads(OUT.read_text()) if OUT.exists() else {"runs": []}
+    if "base" not in found:
+        found["base"] = judged(lm, judges)
     done = {(one["arm"], one["seed"]) for one in found["runs"]}
     todo = [(arm, seed) for seed in range(args.seeds) for arm in ARMS if (arm, seed) not in done]
     for arm, seed in todo[: args.most]:
