@@ -8,7 +8,7 @@ __all__ = ['RANKINGS', 'DiffingError', 'LatentSide', 'PairedLatents', 'pair_code
            'LatentRanking', 'novel_latents', 'exclusive_share']
 
 # %% ../../nbs/40_concepts/04_diffing.ipynb #imports
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -575,11 +575,14 @@ class _AsConcepts(_Ranked):
         layer: int | None = None,        # Hook point; may be left out where there is only one
         lm: LanguageModel | None = None, # The fine-tuned model, to tie the concepts to it
         novel: bool = True,              # Only latents called novel
+        latents: Sequence[int] | None = None, # These latents instead, in this order
         pooling: str = "response_mean",  # How the activations of a text become one vector
     ) -> list[Concept]:
         """The directions that latents write into the fine-tuned model.
         Raises `DiffingError` where none is novel."""
         rows = self.table.loc[self.table["novel" if novel else "alive"].to_numpy(bool)].head(top)
+        if latents is not None:
+            rows = self.table.set_index("latent", drop=False).reindex(_known(latents, len(self.table)))
         if not len(rows):
             raise DiffingError(f"{self.claim.name} calls no latent novel at {self.level:g}: look at the "
                                "table, raise level=, or ask for novel=False")
@@ -593,6 +596,12 @@ class _AsConcepts(_Ranked):
 def _written(evidence: _Evidence) -> PairedLatents | DifferenceLatents:
     "The part of the evidence that knows what latents write."
     return evidence.pair if isinstance(evidence, StagedLatents) else evidence
+
+def _known(latents: Sequence[int], n: int) -> list[int]:
+    "Numbers of latents that exist."
+    unknown = [latent for latent in latents if not 0 <= int(latent) < n]
+    if unknown: raise DiffingError(f"latent {unknown[0]}: there are 0 to {n - 1}")
+    return [int(latent) for latent in latents]
 
 def _as_concept(
     row: dict[Any, Any], direction_d: Tensor, layer: int, about: dict[str, str], lm: LanguageModel | None,

@@ -232,4 +232,31 @@ interface SharedWeights {
   get(): number[];
   set(weights: number[]): void;
   onChange(call: () => void): void;
+/** One latent, as `latent_table` in Python writes it. */
+interface LatentRow {
+  latent: number;
+  x: number; // between 0 and 1
+  y: number;
+  kind: 0 | 1 | 2; // novel, not beyond chance, dead
+  values: (number | null)[]; // one for each column
+}
+
+/** The scatter and the table of latents; the highest score first, the dead last. */
+interface LatentTable {
+  title: string;
+  subtitle: string;
+  axes: [string, string];
+  columns: string[];
+  rows: LatentRow[];
+  contour: [number, number][]; // corners of the noise floor, on the scale of x and y
+  lines: {axis: "x" | "y"; at: number}[]; // below which a latent is beyond chance
+  floor: string; // what contour and lines are, in words
+}
+
+/** A text on which a latent fires, with its codes in both models. */
+interface LatentText {
+  id: string;
+  tokens: string[];
+  base: number[];
+  tuned: number[];
 }
