@@ -232,6 +232,8 @@ interface SharedWeights {
   get(): number[];
   set(weights: number[]): void;
   onChange(call: () => void): void;
+}
+
 /** One latent, as `latent_table` in Python writes it. */
 interface LatentRow {
   latent: number;
