@@ -53,7 +53,7 @@ PUBLIC = {
     "concepts.diffing": "RANKINGS DiffingError LatentSide PairedLatents pair_codes read_pair latent_scaling "
         "RankingClaim decoder_turn norm_difference DifferenceLatents read_difference StagedLatents "
         "noise_contour LatentRanking novel_latents exclusive_share",
-    "concepts.stages": "PLANS STAGES StagesError StagePlan Stages",
+    "concepts.stages": "PLANS STAGES StagesError StagePlan FiringText Stages",
     "influence.gradients": "require_grad went_in by_example site_flows SiteGradients check_sites "
         "watch_layers Reached hidden_states",
     "influence.curvature": "CurvatureError Identity check_damping check_gradients check_moved check_labels "
@@ -117,6 +117,7 @@ PUBLIC = {
     "views.kinds": "chosen_groups bar_svg kinds_html KindBrowser",
     "views.map": "MAP_SCRIPTS MapContents map_table map_columns report_map ExampleMap",
     "views.report": "write_report",
+    "views.latents": "LATENT_SCRIPTS latent_table LatentBrowser",
     "demo": "last_state run_notebook",
     "cli": "",
 }
