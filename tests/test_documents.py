@@ -127,6 +127,9 @@ def test_every_kind_of_source(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     frame.to_parquet(tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_text("<|e|>".join(want))
+    (tmp_path / "lines.txt").write_text("one\n\n\n\ntwo\nthree\n\nfour")
+    split = load_documents(tmp_path / "lines.txt", split_at="\n\n")
+    assert [one.source.rpartition(", ")[2] for one in split] == ["line 1", "line 5", "line 8"]
     (tmp_path / "many").mkdir()
     for i, text in enumerate(want):
         (tmp_path / "many" / f"{i}.md").write_bytes(text.encode())

@@ -348,5 +348,5 @@ def test_two_layers_learn_to_copy_at_random_periods_in_a_jump_and_one_layer_neve
     options = dict(every=100, watch={"copy": copy_accuracy}, watch_every=50, progress=False)
     two = train(config(2), data, tmp_path / "two", recipe, **options).steps.set_index("step")["copy"].dropna()
     one = train(config(1), data, tmp_path / "one", recipe, **options).steps.set_index("step")["copy"].dropna()
-    assert two[:200].max() < 0.15 and two[600] > 0.9
+    assert two.loc[:200].max() < 0.15 and two.loc[600] > 0.9
     assert one.max() < 0.15

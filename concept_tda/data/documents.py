@@ -414,9 +414,8 @@ def _cut(
 # %% ../../nbs/10_data/08_documents.ipynb #text-parts
 def _text_parts(text: str, marker: str) -> list[dict]:
     "The documents in a text, and what stands around them; blank ones are part of what stands around."
-    found, head, at = [], "", 0
+    found, head, at, line = [], "", 0, 1
     for part in text.split(marker) if marker else [text]:
-        line = text.count("\n", 0, at) + 1
         at += len(part) + len(marker)
         tail = marker if at <= len(text) else ""
         if part.strip():
@@ -426,6 +425,7 @@ def _text_parts(text: str, marker: str) -> list[dict]:
             found[-1]["tail"] += part + tail
         else:
             head += part + tail
+        line += part.count("\n") + tail.count("\n")
     return found
 
 
