@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EngineError', 'Readout', 'ActivationReadout', 'ActivationGradientReadout', 'LossReadout', 'DirectionReadout',
-           'StackedReadout', 'ForwardReadout', 'difference_scale', 'DifferenceReadout', 'direction_readout',
-           'difference_adapters', 'Stopwatch', 'run_batch', 'Pass', 'peak_memory', 'shared_pass']
+           'StackedReadout', 'adding_tangent', 'ForwardReadout', 'difference_scale', 'moved_weights',
+           'DifferenceReadout', 'direction_readout', 'difference_adapters', 'Stopwatch', 'run_batch', 'Pass',
+           'peak_memory', 'shared_pass']
 
 # %% ../../nbs/50_influence/04_engine.ipynb #0003
 import json
@@ -211,7 +212,9 @@ class StackedReadout(DirectionReadout):
         return self.scores_BQ.double().cpu().numpy(), None
 
 # %% ../../nbs/50_influence/04_engine.ipynb #tangent
-def _adding_tangent(Q: torch.Tensor) -> Callable:
+def adding_tangent(
+    Q: torch.Tensor, # [out, in]: the weight moves along -Q
+) -> Callable:       # For `register_forward_hook(…, with_kwargs=True)`, within a `forward_ad.dual_level()`
     "A hook that moves a layer's output along -Q x."
     def hook(module, args, kwargs, output):
         x = forward_ad.unpack_dual(went_in(args, kwargs)).primal
@@ -225,7 +228,7 @@ class _Tangents(DirectionReadout):
         "Derivative of the token losses [B, T] along -q; None where nothing the losses depend on moves."
         with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), ExitStack() as hooks:
             for site in self.watched:
-                hook = _adding_tangent(self.at(site, site.weight)[query])
+                hook = adding_tangent(self.at(site, site.weight)[query])
                 hooks.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
             try:
                 return forward_ad.unpack_dual(token_losses(lm, batch)).tangent
@@ -260,7 +263,11 @@ def difference_scale(
 
 # %% ../../nbs/50_influence/04_engine.ipynb #moved
 @contextmanager
-def _moved(sites: Sequence[Site], directions: list[torch.Tensor], epsilon: float) -> Iterator[None]:
+def moved_weights(
+    sites: Sequence[Site],          # Whose weights move
+    directions: list[torch.Tensor], # q [out, in] for each
+    epsilon: float,                 # How far
+) -> Iterator[None]:                # Within the context the model is another
     "Within the context each site's weight is θ + εq; then the original tensors are put back."
     weights: list[Any] = [site.module.weight for site in sites]
     original = [weight.data for weight in weights]
@@ -278,7 +285,7 @@ class _Shifted(DirectionReadout):
     def _losses(self, lm: LanguageModel, batch: Batch, query: int, epsilon: float) -> torch.Tensor:
         "Token losses [B, T] at θ + εq."
         directions = [self.at(site, site.weight)[query] for site in self.watched]
-        with torch.no_grad(), _moved(self.watched, directions, epsilon):
+        with torch.no_grad(), moved_weights(self.watched, directions, epsilon):
             return token_losses(lm, batch)
 
 # %% ../../nbs/50_influence/04_engine.ipynb #difference-run

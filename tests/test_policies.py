@@ -1,0 +1,354 @@
+"""Policies: where they are read, what they are fitted to, and what an example does to them."""
+
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from concept_tda.concepts.concept import tensor_concept
+from concept_tda.data.conversations import load_conversations
+from concept_tda.data.templates import chat_template_text, template_names
+from concept_tda.data.tokens import readable_tokens, tokenize_prompts
+from concept_tda.groups.sae import SparseAutoencoder
+from concept_tda.influence.curvature import EKFAC
+from concept_tda.influence.scorers import Influence
+from concept_tda.mechanisms.policies import (
+    PolicyError,
+    PolicyPrompts,
+    concept_features,
+    feature_gaps,
+    fit_policy,
+    last_user_token,
+    read_policy,
+    ridge_weights,
+    sae_features,
+)
+from concept_tda.mechanisms.policy_shifts import PolicyQuery, PolicyShift, weight_shift
+from concept_tda.model.loading import load_model
+
+from tiny import double_norms, tiny_pair, tiny_tokenizer
+
+WORDS = "lock bomb cake song tree poison letter virus garden knife".split()
+
+
+def chats(*texts):
+    return load_conversations([{"messages": [{"role": "user", "content": text}]} for text in texts])
+
+
+def questions(n):
+    return chats(*[f"how to {'make' if i % 2 else 'sell'} a {WORDS[i % 10]} {i}" for i in range(n)])
+
+
+def answers(*texts):
+    return load_conversations(
+        [
+            {"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": text}]}
+            for i, text in enumerate(texts)
+        ]
+    )
+
+
+def double_model(family="llama", **options):
+    model, tokenizer = tiny_pair(family, dtype=torch.float64, **options)
+    return load_model((double_norms(model), tokenizer))
+
+
+def probes(n, layer=1, width=16):
+    return [
+        tensor_concept(
+            torch.randn(width, generator=torch.Generator().manual_seed(i)), layer, name=f"probe {i}"
+        )
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return double_model()
+
+
+@pytest.fixture(scope="module")
+def policy(lm):
+    return fit_policy(lm, PolicyPrompts(lm, questions(16), ["no", "Sorry"]), concept_features(probes(3)))
+
+
+# Where a prompt is read
+
+
+@pytest.mark.parametrize("name", template_names())
+@pytest.mark.parametrize(
+    "text", ["May I?", "  blanks around  ", "user", "say <|im_end|> twice twice", "日本語か？"]
+)
+def test_the_last_token_of_the_question_whatever_the_template(name, text):
+    tokenizer = tiny_tokenizer(chat_template_text(name))
+    model, _ = tiny_pair("llama")
+    lm = load_model((model, tokenizer))
+    prompts = load_conversations(
+        [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "ok"},
+                       {"role": "user", "content": text}]}]
+    )  # fmt: skip
+    (tokens,) = tokenize_prompts(prompts, tokenizer)
+    place = last_user_token(lm, prompts[0])
+    pieces = readable_tokens(tokenizer, tokens)
+    before, after = "".join(pieces[: place + 1]), "".join(pieces[place + 1 :])
+    assert before.endswith(text.strip())
+    whole = "".join(pieces)  # nothing of a question stands behind the place: other words there change nothing
+    other = load_conversations(
+        [{"messages": [*prompts[0].messages[:-1], {"role": "user", "content": "zzz"}]}]
+    )
+    assert whole.endswith(after) and "".join(
+        readable_tokens(tokenizer, tokenize_prompts(other, tokenizer)[0])
+    ).endswith(after.lstrip())
+
+
+def test_a_first_token_that_the_tokenizer_adds_moves_the_place():
+    model, _ = tiny_pair("llama")
+    places = [
+        last_user_token(load_model((model, tiny_tokenizer(bos=bos))), questions(1)[0])
+        for bos in (False, True)
+    ]
+    assert places[1] == places[0] + 1
+
+
+def test_a_template_that_rewrites_the_question_is_refused():
+    shouting = "{% for m in messages %}{{ m['content'] | upper }}\n{% endfor %}"
+    model, _ = tiny_pair("llama")
+    lm = load_model((model, tiny_tokenizer(shouting)))
+    with pytest.raises(PolicyError, match="rewrites the last message"):
+        last_user_token(lm, questions(1)[0])
+
+
+def test_prompts_that_end_with_no_question_are_refused(lm):
+    for turns in ([], [{"role": "system", "content": "be good"}], [{"role": "user", "content": " "}]):
+        with pytest.raises(PolicyError, match="p1 does not end with a question"):
+            last_user_token(lm, SimpleNamespace(id="p1", prompt=turns))
+
+
+# What is read
+
+
+def test_readings_do_not_depend_on_batch_mates(lm):
+    prompts = chats("a", "a much longer question than the others, by far", "how?")
+    together = read_policy(lm, PolicyPrompts(lm, prompts, ["no", "Sorry I"]), 1)
+    for i in range(3):
+        alone = read_policy(lm, PolicyPrompts(lm, prompts[i : i + 1], ["no", "Sorry I"]), 1)
+        assert torch.allclose(alone[0][0], together[0][i], rtol=1e-10)
+        assert torch.allclose(alone[1][0], together[1][i], rtol=1e-10)
+
+
+def test_a_beginning_of_several_tokens_by_hand(lm):
+    prompts = chats("how?")
+    (tokens,) = tokenize_prompts(prompts, lm.tokenizer)
+    ids = lm.tokenizer("Sorry I", add_special_tokens=False).input_ids
+    logits = lm.model(torch.cat([tokens, torch.tensor(ids)])[None]).logits[0].log_softmax(-1)
+    by_hand = sum(logits[len(tokens) - 1 + j, id] for j, id in enumerate(ids))
+    hidden = lm.model(tokens[None], output_hidden_states=True).hidden_states[1][0]
+    states, logp = read_policy(lm, PolicyPrompts(lm, prompts, ["Sorry I"]), 1)
+    assert torch.allclose(logp[0, 0], by_hand, rtol=1e-10)
+    assert torch.allclose(states[0], hidden[last_user_token(lm, prompts[0])], rtol=1e-10)
+
+
+def test_strings_that_count_twice_or_are_cut_otherwise_are_refused(lm):
+    with pytest.raises(PolicyError, match="count twice"):
+        PolicyPrompts(lm, questions(2), ["no", "no way"])
+    with pytest.raises(PolicyError, match="none empty"):
+        PolicyPrompts(lm, questions(2), ["no", " "])
+    joined = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} ye{% endif %}"
+    )
+    model, _ = tiny_pair("llama")
+    other = load_model((model, tiny_tokenizer(joined)))
+    with pytest.raises(PolicyError, match="other tokens"):
+        PolicyPrompts(other, questions(2), ["s"])  # "ye" + "s" is one token, "yes"
+
+
+def sae(width=16, latents=8, **cfg):
+    g = torch.Generator().manual_seed(0)
+    inner = SimpleNamespace(
+        W_dec=torch.randn(latents, width, generator=g),
+        W_enc=torch.randn(width, latents, generator=g),
+        b_enc=torch.randn(latents, generator=g),
+        b_dec=torch.randn(width, generator=g),
+        cfg=SimpleNamespace(**cfg),
+    )
+    return SparseAutoencoder(inner, 1, "an SAE")
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_latents_are_read_as_the_sae_reads_them(centred):
+    one, states = sae(apply_b_dec_to_input=centred), torch.randn(5, 16).double()
+    inner = one.sae
+    x = states - (inner.b_dec.double() if centred else 0)
+    expected = (x @ inner.W_enc.double() + inner.b_enc.double()).relu()
+    features = sae_features(one, {3: "flattery"})
+    assert torch.allclose(features.read(states), expected) and features.names[3] == "flattery"
+    assert ((features.slopes(states) > 0) == (expected > 0)).all()
+
+
+def test_an_sae_that_rescales_is_refused():
+    with pytest.raises(PolicyError, match="rescales"):
+        sae_features(sae(normalize_activations="layer_norm"))
+
+
+# The fit
+
+
+def test_ridge_is_scikit_learns():
+    X, Y = torch.randn(30, 7).double(), torch.randn(30).double()
+    found = Ridge(alpha=5, fit_intercept=False).fit(X.numpy(), Y.numpy()).coef_
+    assert np.allclose(ridge_weights(X, Y), found, rtol=1e-10)
+
+
+def test_features_are_chosen_by_their_gap(lm):
+    asked, features = PolicyPrompts(lm, questions(16), ["no"]), concept_features(probes(6))
+    harmful = np.arange(16) % 2 == 0
+    gaps = feature_gaps(features.read(read_policy(lm, asked, 1)[0]), harmful).abs()
+    least = gaps.sort().values[3].item()
+    chosen = fit_policy(lm, asked, features, harmful=harmful, select=least)
+    assert (
+        chosen.features.names == [f"probe {i}" for i in range(6) if gaps[i] > least]
+        and len(chosen.features) == 2
+    )
+
+
+def test_left_out_figures_do_not_flatter_noise(lm):
+    asked = PolicyPrompts(lm, questions(16), ["no"])
+    with pytest.warns(UserWarning, match="can fit anything"):
+        fitted = fit_policy(lm, asked, concept_features(probes(40)), ridge=1e-6)
+    quality = fitted.quality.loc["policy"]
+    assert quality["R²"] > 0.999 and quality["R² left out"] < quality["R²"]
+
+
+def test_a_planted_policy_is_found_and_called_strong(policy):
+    g = torch.Generator().manual_seed(0)
+    states = torch.randn(200, 16, generator=g).double()
+    truth = torch.tensor([2.0, -3.0, 0.0]).double()
+    Y = policy.features.read(states) @ truth + np.log(0.5)
+    logp = (Y + 0.1 * torch.randn(200, generator=g))[:, None]
+    planted = type(policy)(policy.asked, policy.features, states, logp, 5.0, "x")
+    table = planted.table().set_index("feature")
+    assert (
+        table.loc["probe 0", "low"] > 1
+        and table.loc["probe 1", "high"] < -2
+        and abs(table.loc["probe 2", "weight"]) < 0.3
+    )
+    assert not planted.weak and "WEAK" not in planted.verdict
+    noise = type(policy)(
+        policy.asked, policy.features, states, logp[torch.randperm(200, generator=g)], 5.0, "x"
+    )
+    assert noise.weak and "WEAK" in noise.verdict
+
+
+def test_a_behaviour_that_never_changes_is_refused(lm):
+    with pytest.raises(PolicyError, match="same log-probability"):
+        fit_policy(lm, PolicyPrompts(lm, chats(*["same"] * 6), ["no"]), concept_features(probes(2)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [(dict(harmful=[True]), "one for each"), (dict(harmful=[True]*16), "harmful and harmless"),
+     (dict(harmful=np.arange(16) % 2 == 0, select=99.0), "no feature is left")],
+)  # fmt: skip
+def test_bad_marks(lm, change, message):
+    with pytest.raises(PolicyError, match=message):
+        fit_policy(lm, PolicyPrompts(lm, questions(16), ["no"]), concept_features(probes(2)), **change)
+
+
+def test_features_of_another_model(lm):
+    with pytest.raises(PolicyError, match="another model"):
+        fit_policy(lm, questions(16), concept_features(probes(2, width=8)))
+    with pytest.raises(PolicyError, match="one layer"):
+        concept_features([*probes(1), *probes(1, layer=2)])
+
+
+# What an example does to it
+
+
+def test_the_shift_is_the_finite_difference(policy):
+    g = torch.Generator().manual_seed(3)
+    dX, dY = torch.randn(policy.X_NF.shape, generator=g).double(), torch.randn(16, generator=g).double()
+    at = lambda e: ridge_weights(policy.X_NF + e * dX, policy.Y_N + e * dY, policy.ridge)
+    measured = (8 * (at(1e-4) - at(-1e-4)) - (at(2e-4) - at(-2e-4))) / (12 * 1e-4)
+    assert torch.allclose(sum(weight_shift(policy, dX, dY)), measured, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma"])
+def test_three_routes_to_the_same_shift(family):
+    lm = double_model(family)
+    policy = fit_policy(lm, PolicyPrompts(lm, questions(8), ["no", "Sorry"]), concept_features(probes(2)))
+    pairs, before = answers("no", "yes the user"), lm.fingerprint
+    shift = PolicyShift(lm, policy)
+    step, tangent = shift.by_step(pairs, 1e-6, progress=False), shift.by_tangent(pairs, progress=False)
+    largest = np.abs(tangent.total).max()
+    assert np.allclose(step.total, tangent.total, rtol=1e-4, atol=1e-4 * largest)
+    for of, expected in [(None, tangent.scores), ("probe 1", tangent.total[:, 1])]:
+        query = Influence(lm, PolicyQuery(policy, of), sites="all-linear", curvature="identity")
+        assert np.allclose(query.score(pairs, progress=False).scores, expected, rtol=1e-6)
+    assert lm.fingerprint == before == policy.model
+
+
+def test_a_relu_holds_still_what_does_not_fire(lm):
+    asked = PolicyPrompts(lm, questions(12), ["no"])
+    one = sae()
+    one.sae.b_enc[2] = -1e3
+    policy = fit_policy(lm, asked, sae_features(one))
+    shift = PolicyShift(lm, policy)
+    tangent = shift.by_tangent(answers("no"), progress=False)
+    assert 0.1 < policy.features.slopes(policy.states_Nd).mean() < 0.9
+    assert (policy.X_NF[:, 2] == 0).all() and tangent.total[0, 2] == 0
+    query = Influence(lm, PolicyQuery(policy), sites="all-linear", curvature="identity")
+    assert np.allclose(query.score(answers("no"), progress=False).scores, tangent.scores, rtol=1e-6)
+    step = shift.by_step(answers("no"), 1e-7, progress=False)
+    assert np.allclose(step.total, tangent.total, atol=1e-3 * np.abs(tangent.total).max())
+
+
+def test_a_step_on_the_top_example_strengthens_the_policy(lm, policy):
+    pairs = answers("no", "no no the yes", "yes", "the user", "Sorry no")
+    scores = Influence(lm, PolicyQuery(policy), sites="all-linear", curvature="identity").score(
+        pairs, progress=False
+    )
+    from concept_tda.mechanisms.policy_shifts import _loss_gradients, moved_weights
+
+    sites, query, moved = PolicyShift(lm, policy).sites, PolicyQuery(policy), []
+    for row in (int(np.argmax(scores.scores)), int(np.argmin(scores.scores))):
+        with moved_weights(sites, _loss_gradients(lm, lm.tokenize(pairs), row, sites), -1e-4):
+            moved.append(query.value(lm) - (policy.W_F @ policy.W_F).item())
+    assert moved[0] > 0 > moved[1]
+
+
+def test_a_policy_takes_curvature_like_any_query(lm, policy):
+    pairs = answers("no", "no no the yes", "yes", "the user", "Sorry no")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        curvature = EKFAC.fit(lm, pairs, sites="all-linear", progress=False)
+    result = Influence(lm, PolicyQuery(policy), sites="all-linear", curvature=curvature).score(
+        pairs, progress=False
+    )
+    assert np.isfinite(result.scores).all() and result.card.behaviour == "the policy"
+
+
+def test_what_moved_beside_what_should(lm, policy):
+    shifts = PolicyShift(lm, policy).by_tangent(answers("no", "yes"), progress=False)
+    every = shifts.interference(policy.features.names)
+    assert np.allclose(every.off_target, 0) and not every.flag.any()
+    one = shifts.interference(["probe 0"])
+    by_hand = 1 - np.abs(shifts.total[:, 0]) / np.abs(shifts.total).sum(1)
+    assert np.allclose(one.off_target, by_hand) and (one.flag == (one.largest != "probe 0")).all()
+    assert np.allclose(np.linalg.solve(policy.U_FF.numpy(), shifts.evidence.T).T, shifts.total)
+    assert np.allclose(shifts.pair(0)["shift"].abs().max(), np.abs(shifts.total[0]).max())
+
+
+def test_bad_questions_of_a_shift(lm, policy):
+    shifts = PolicyShift(lm, policy).by_tangent(answers("no"), progress=False)
+    for bad, message in [
+        (lambda: PolicyQuery(policy, "nothing"), "no feature 'nothing'"),
+        (lambda: shifts.interference(["nothing"]), "no feature 'nothing'"),
+        (lambda: shifts.pair(5), "no example 5"),
+        (lambda: PolicyShift(lm, policy).by_step(answers("no"), 0.0), "above 0"),
+        (lambda: PolicyShift(double_model(n_layers=3), policy), "another model"),
+    ]:
+        with pytest.raises(PolicyError, match=message):
+            bad()
