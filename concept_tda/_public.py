@@ -61,8 +61,9 @@ PUBLIC = {
     "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
     "influence.queries": "Query ConceptQuery LossQuery QueryExpression query_expression",
     "influence.engine": "EngineError Readout ActivationReadout ActivationGradientReadout LossReadout "
-        "DirectionReadout StackedReadout ForwardReadout difference_scale DifferenceReadout direction_readout "
-        "difference_adapters Stopwatch run_batch Pass peak_memory shared_pass",
+        "DirectionReadout StackedReadout adding_tangent ForwardReadout difference_scale moved_weights "
+        "DifferenceReadout direction_readout difference_adapters Stopwatch run_batch Pass peak_memory "
+        "shared_pass",
     "influence.scorers": "ScorerError Scorer equal_as_first query_card score_together VectorFilter "
         "ActivationGradient ProjectionDifference dataset_projection_difference Influence ConceptInfluence "
         "InfluenceFunction GradDot",
@@ -89,6 +90,10 @@ PUBLIC = {
     "groups.latents": "LatentError rank_latents LatentQuery",
     "groups.origins": "AGGREGATES OriginError latent_origins Origins",
     "groups.neuronpedia": "NeuronpediaError read_neuronpedia beside_neuronpedia",
+    "mechanisms.policies": "REFUSALS THRESHOLD PolicyError last_user_token PolicyPrompts policy_pass "
+        "read_policy PolicyFeatures sae_features concept_features feature_gaps ridge_weights Policy "
+        "fit_policy",
+    "mechanisms.policy_shifts": "weight_shift PolicyQuery Shifts PolicyShift",
     "evidence.retraining": "TRAINING PLAN_FORMAT Judges ExperimentError full_recipe Maker tokenized_whole "
         "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
         "relative_paths judges_by_name Experiment",
