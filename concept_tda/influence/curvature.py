@@ -650,6 +650,14 @@ class _Named(_Redamped):
 # %% ../../nbs/50_influence/01_curvature.ipynb #precondition
 class _Preconditioner(_Named):
     "Multiplies by the damped inverse."
+    def damping_of(
+        self,
+        site: str,     # Its name
+    ) -> torch.Tensor: # A single number, to be added to its eigenvalues
+        "λ of one site."
+        eigenvalues = self.factors[site].eigenvalues
+        return self.damping * (eigenvalues.mean() if self.relative else eigenvalues.new_ones(()))
+
     def precondition(
         self,
         gradients: dict[str, torch.Tensor], # Weight gradients [out, in] by site name
@@ -659,8 +667,7 @@ class _Preconditioner(_Named):
         result = {}
         for site, gradient in gradients.items():
             f = self.factors[site]
-            damping = self.damping * (f.eigenvalues.mean() if self.relative else 1)
-            divided = f.rotate(gradient.to(f.eigenvalues)) / (f.eigenvalues + damping)
+            divided = f.rotate(gradient.to(f.eigenvalues)) / (f.eigenvalues + self.damping_of(site))
             result[site] = f.rotate_back(divided).to(gradient)
         return result
 
@@ -790,7 +797,8 @@ class EKFAC(_Loaded):
     ) -> Self:
         "Fit EK-FAC (METHODS §3). Raises `CurvatureError` where a loss or an eigenvalue is not finite."
         _check_choices(labels, backend, damping)
-        data, sites = lm.tokenize(data), resolve_sites(lm, sites, layer=layer)
+        data = lm.tokenize(data)
+        sites = resolve_sites(lm, sites, layer=layer, units=backend == "streaming")
         settings = dict(seed=seed, backend=backend, token_budget=token_budget)
         record = fitting_record(lm, data, sites, labels, **settings)
         path = cache_folder("curvature")/f"{fingerprint(record)}.safetensors"

@@ -45,7 +45,7 @@ from concept_tda.influence.gradients import (
 )
 from ..model.loading import LanguageModel
 from ..model.losses import GradientError, loss_weights, token_losses
-from ..model.sites import Site
+from ..model.sites import Site, on_whole_layers
 from ..model.tracing import pooling_weights
 
 # %% ../../nbs/50_influence/04_engine.ipynb #0007
@@ -161,6 +161,8 @@ class _Directed(Readout):
         sites: Sequence[Site],               # Where the directions are
         directions: dict[str, torch.Tensor], # [out, in] or [Q, out, in] by site name
     ):
+        if self.runs_alone:  # it moves weights, which lie in whole layers
+            sites, directions = on_whole_layers(sites, directions)
         reached = {s.name: directions[s.name] for s in sites if directions[s.name].any()}
         self.directions = {name: d if d.ndim == 3 else d[None] for name, d in reached.items()}
         self.watched = [s for s in sites if s.name in self.directions]
@@ -402,6 +404,7 @@ def difference_adapters(
     step: float = 1e-4,                  # ‖εq‖ as a fraction of the norm of the sites' weights
 ) -> tuple[float, float]:                # ε, and the fraction of the squared norm of q that the rank keeps
     "Write the query as a pair of LoRA adapters for engines that only run models forward."
+    sites, directions = on_whole_layers(sites, directions)
     if any(not isinstance(s.module, torch.nn.Linear) for s in sites):
         raise EngineError("adapters need nn.Linear sites; this model has Conv1D layers (GPT-2)")
     epsilon, = difference_scale(sites, {name: d[None] for name, d in directions.items()}, step)

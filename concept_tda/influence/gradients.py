@@ -11,6 +11,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import NoReturn
 
 import torch
 from torch.autograd import Variable
@@ -19,7 +20,7 @@ from ..data.batches import Batch, batches
 from ..data.tokens import TokenizedConversations
 from ..model.loading import LanguageModel, SiteError
 from ..model.losses import GradientError, loss_weights, token_losses
-from ..model.sites import Site
+from ..model.sites import Site, Unit, chosen, layers_of
 
 # %% ../../nbs/50_influence/00_gradients.ipynb #000e
 def require_grad(
@@ -107,6 +108,49 @@ class _Calls(_Returned):
         x = went_in(args, kwargs).detach()
         require_grad(output).register_hook(lambda delta: self.come_back(x, delta))
 
+# %% ../../nbs/50_influence/00_gradients.ipynb #joined
+class _Joined:
+    "Flows of the slices of a unit, until all are there."
+    def __init__(self, unit: Unit, receive: Callable):
+        self.unit, self.receive, self.flows = unit, receive, {}
+
+    def part(self, number: int) -> Callable:
+        "What is called with the flow of the layer that a slice is cut from."
+        def take(site: Site, x: torch.Tensor, delta: torch.Tensor) -> None:
+            if number in self.flows:
+                self.refuse("are not called in the same passes")
+            part = self.unit.parts[number]
+            self.flows[number] = chosen(x, part.columns), chosen(delta, part.rows)
+            if len(self.flows) == len(self.unit.parts):
+                self.deliver()
+        return take
+
+    def deliver(self) -> None:
+        "One flow out of all."
+        flows, self.flows = [self.flows[number] for number in sorted(self.flows)], {}
+        x = flows[0][0]
+        if any(other is not x and not torch.equal(other, x) for other, _ in flows):
+            self.refuse("read different tensors")
+        self.receive(self.unit, x, torch.cat([delta for _, delta in flows], -1))
+
+    def refuse(self, what: str) -> NoReturn:
+        "Say that this is no unit."
+        names = ", ".join(part.site.name for part in self.unit.parts)
+        raise SiteError(f"the layers of {self.unit.name} ({names}) {what}: make a unit of each")
+
+    def close(self) -> None:
+        "At the end of a context nothing may be left."
+        if self.flows:
+            self.refuse("are not called in the same passes")
+
+# %% ../../nbs/50_influence/00_gradients.ipynb #joined-listeners
+def _listeners(site: Site, receive: Callable, stack: ExitStack) -> list[tuple[Site, Callable]]:
+    "Which layers are listened to for a site, and who hears them."
+    if not isinstance(site, Unit): return [(site, receive)]
+    joined = _Joined(site, receive)
+    stack.push(lambda kind, error, trace: joined.close() if kind is None else None)
+    return [(part.site, joined.part(number)) for number, part in enumerate(site.parts)]
+
 # %% ../../nbs/50_influence/00_gradients.ipynb #flows
 @contextmanager
 def site_flows(
@@ -120,8 +164,9 @@ def site_flows(
     [B, C·T, out]. Raises `SiteError` where the rows of a site can't be told apart by example."""
     with ExitStack() as hooks:
         for site in sites:
-            calls = _Calls(site, receive, batch)
-            hooks.callback(site.module.register_forward_hook(calls.hear, with_kwargs=True).remove)
+            for layer, hear in _listeners(site, receive, hooks):
+                calls = _Calls(layer, hear, batch)
+                hooks.callback(layer.module.register_forward_hook(calls.hear, with_kwargs=True).remove)
         yield
 
 # %% ../../nbs/50_influence/00_gradients.ipynb #0011
@@ -283,7 +328,8 @@ def check_sites(
 
     Raises `SiteError`, naming the sites whose module is not called, whose weight is also used elsewhere, or
     whose flows are not laid out by example; `GradientError` for weights that can't be differentiated by."""
-    new = [site for site in sites if site.module not in _CHECKED and not site.weight.is_meta]
+    layers = {layer.name: layer for site in sites for layer in layers_of(site)}
+    new = [layer for layer in layers.values() if layer.module not in _CHECKED and not layer.weight.is_meta]
     if not new: return
     _check_differentiable(new)
     probes = _probe(lm, new, _two_examples(lm, data))

@@ -544,8 +544,8 @@ class _Question(Scorer):
             raise CurvatureError(f"unknown curvature {curvature!r}: 'ekfac', 'identity', or a fitted object "
                                  "such as EKFAC.fit(...)")
         self.lm, self.query, self.engine, self.method = lm, query, engine, method or self.method
-        self.site_pattern, self.sites = sites, resolve_sites(lm, sites, layer=query.layer)
-        self.unreachable = len(resolve_sites(lm, sites)) - len(self.sites)
+        self.site_pattern, self.sites = sites, resolve_sites(lm, sites, layer=query.layer, units=True)
+        self.unreachable = len(resolve_sites(lm, sites, units=True)) - len(self.sites)
         named = isinstance(curvature, str) and curvature == "identity"
         self.curvature: Any = Identity() if named else curvature
 
