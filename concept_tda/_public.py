@@ -25,7 +25,8 @@ PUBLIC = {
         "load_windows examples_from_columns token_windows number_tokenizer",
     "data.masks": "MaskError tokenizer_record token_mark TokenMask token_mask",
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel SlowTypeWarning load_model",
-    "model.sites": "Site Coverage coverage coverage_notes resolve_sites",
+    "model.sites": "Site Slice chosen Unit layers_of on_whole_layers Coverage coverage coverage_notes "
+        "resolve_sites",
     "model.losses": "GradientError predicted_mask response_logits cross_entropy_in_place token_losses "
         "loss_weights",
     "model.tracing": "POOLINGS TracingError pooling_weights work_dtype progress_bar pooled_activations "
@@ -90,6 +91,9 @@ PUBLIC = {
     "groups.latents": "LatentError rank_latents LatentQuery",
     "groups.origins": "AGGREGATES OriginError latent_origins Origins",
     "groups.neuronpedia": "NeuronpediaError read_neuronpedia beside_neuronpedia",
+    "mechanisms.circuits": "CircuitError Head heads head neurons slice_of attention_patterns "
+        "previous_token_weights induction_weights head_scores random_sequences repeated_sequences "
+        "PreviousTokenProbe InductionProbe copy_targets CopyProbe CustomProbe UnitEKFAC UnitInfluence",
     "mechanisms.policies": "REFUSALS THRESHOLD PolicyError last_user_token PolicyPrompts policy_pass "
         "read_policy PolicyFeatures sae_features concept_features feature_gaps ridge_weights Policy "
         "fit_policy",
