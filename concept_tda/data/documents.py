@@ -46,7 +46,7 @@ from ..foundation.storage import atomic_file, fingerprint
 class DocumentError(ConversationError):
     "Documents that can't be read, cut into windows, or written back; names file and line."
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #one-2
 @dataclass(frozen=True, eq=False)
 class Document(Conversation):
     "One text of a corpus, with the place it was read from."
@@ -60,7 +60,7 @@ class Document(Conversation):
         "The text itself."
         return self.messages[0]["content"]
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #one-3
 def _document(text: str, source: str, **fields: Any) -> Document:
     "A document that says `text`."
     said = {"role": "assistant", "content": text}
@@ -132,7 +132,7 @@ def _write_texts(documents: _Corpus, path: Path) -> Path:
             part.write_bytes(text.encode())
     return path
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #write-texts-2
 def _write_parquet(documents: _Corpus, path: Path) -> Path:
     "The records as a table."
     import pyarrow as pa
@@ -164,7 +164,7 @@ def _separator_id(tokenizer: Any, separator: str | int | None) -> int | None:
         f"separator={text!r} is not one token of this tokenizer: name one of its tokens, such as "
         f"{tokenizer.eos_token!r}, or put none there, separator=''")
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #separator-2
 def _known_id(tokenizer: Any, id: int) -> int:
     "The id, if there is such a token."
     if 0 <= id < len(tokenizer) and not isinstance(id, bool): return id
@@ -180,7 +180,7 @@ class _Stream:
     spans: np.ndarray # [n, 2] its characters in that document; none for a separator
     between: np.ndarray # [n] True at separators
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #stream-2
 def _stream(documents: _Corpus, tokenizer: Any) -> _Stream:
     "The tokens of all documents, a separator after each."
     separator, pieces = _separator_id(tokenizer, documents.separator), []
@@ -213,7 +213,7 @@ class Piece:
     end: int       # One after the last
     row: int = -1  # Its row among the documents; -1 where these are not at hand
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #piece-2
 @dataclass(frozen=True, eq=False)
 class Window(Conversation):
     "Tokens that are trained on together: an answer to no question."
@@ -246,7 +246,7 @@ def _window(
     return Window((said,), fingerprint("window", ids), {**place, **metadata}, original=record, input_ids=ids,
                   pieces=pieces)
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #window-record-2
 def _read_window(record: dict) -> Window:
     "The window that a record was written from."
     rest = dict(record)
@@ -286,7 +286,7 @@ class _Kept(Conversations):
         "The inverse of `to_columns`; the documents are not part of it."
         return cls([_read_window(json.loads(raw)) for raw in columns["raw"]], name, layout)
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #windows-2
 _WINDOW_LAYOUT = {"prefix": "", "newline": "\n", "final_newline": True, "kind": "windows"}
 
 # %% ../../nbs/10_data/08_documents.ipynb #tokenized
@@ -295,7 +295,7 @@ def _vocabulary(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return fingerprint(tokenizer.get_vocab() if backend is None else backend.get_vocab(False))
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #tokenized-2
 def _check_fit(windows: Conversations, tokenizer: Any, max_tokens: int | None) -> None:
     "Refuse windows of another tokenizer, and windows that are longer than is allowed."
     made = {window.record["vocabulary"] for window in windows} - {None}
@@ -428,7 +428,7 @@ def _text_parts(text: str, marker: str) -> list[dict]:
         line += part.count("\n") + tail.count("\n")
     return found
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #text-parts-2
 def _text_documents(path: Path, split_at: str | None) -> list[Document]:
     "The documents of one file of plain text."
     return [_document(part["text"], f"{path}, line {part['line']}", file=str(path), head=part["head"],
@@ -445,7 +445,7 @@ def _named_paths(source: Any) -> list[Path]:
                             f"({', '.join(TEXT_FORMATS)}) and folders; pass a file of records alone")
     return [path.expanduser() for path in source]
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #text-files-2
 def _text_paths(source: Any) -> list[Path]:
     "The files of plain text that a source names; none where it is something else."
     found: list[Path] = []
@@ -500,7 +500,7 @@ def _check_cutting(window: Any, separator: Any) -> None:
         raise DocumentError(f"separator is a token (its text or its id), '' for none, or None for the "
                             f"tokenizer's end-of-sequence token, not {separator!r}")
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #load-checks-2
 def _read_texts(paths: list[Path], split_at: str | None) -> tuple[list[Document], dict]:
     "The documents of some text files, and what is needed to write them back."
     missing = [path for path in paths if not path.exists()]
@@ -599,7 +599,7 @@ def token_windows(
                for one, about in zip(rows, known)]
     return Windows(windows, name)
 
-
+# %% ../../nbs/10_data/08_documents.ipynb #token-windows-2
 def _sequence(ids: Any, row: int) -> torch.Tensor:
     "One sequence as int64 [T]."
     try:

@@ -36,7 +36,7 @@ from .loading import LanguageModel, load_model
 class TrainingError(ConceptTDAError):
     "A model can't be trained or replayed as asked, or the training failed; says why and what to do."
 
-
+# %% ../../nbs/20_model/06_training.ipynb #recipe-2
 @dataclass(frozen=True)
 class TrainingRecipe:
     "How to train: AdamW on all weights."
@@ -58,7 +58,7 @@ class TrainingRecipe:
 # %% ../../nbs/20_model/06_training.ipynb #recipe-check
 _SCHEDULES = ("linear", "cosine", "constant")
 
-
+# %% ../../nbs/20_model/06_training.ipynb #recipe-check-2
 def _check_recipe(recipe: TrainingRecipe) -> None:
     "Refuse what means nothing."
     for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_steps", 0), ("max_tokens", 2)):
@@ -76,7 +76,7 @@ def _check_recipe(recipe: TrainingRecipe) -> None:
     if recipe.schedule not in _SCHEDULES:
         raise TrainingError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {recipe.schedule!r}")
 
-
+# %% ../../nbs/20_model/06_training.ipynb #recipe-check-3
 def _as_recipe(recipe: TrainingRecipe | dict) -> TrainingRecipe:
     "A checked recipe."
     if isinstance(recipe, dict):
@@ -147,7 +147,7 @@ def _add_gradient(
         torch.autograd.backward(loss)
     return total
 
-
+# %% ../../nbs/20_model/06_training.ipynb #step-2
 def _not_finite(recipe: TrainingRecipe, step: int, loss: float, norm: float) -> NoReturn:
     "Say what is no number, and where."
     what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
@@ -178,7 +178,7 @@ def _one_step(
 # %% ../../nbs/20_model/06_training.ipynb #checkpoint
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
-
+# %% ../../nbs/20_model/06_training.ipynb #checkpoint-2
 def _save_checkpoint(
     path: Path, lm: LanguageModel, optimizer: torch.optim.Optimizer, steps: list[dict], key: str,
 ) -> None:
@@ -193,7 +193,7 @@ def _save_checkpoint(
     with atomic_file(path) as part:
         save_file(plain, part, metadata={"key": key, "steps": json.dumps(steps)})
 
-
+# %% ../../nbs/20_model/06_training.ipynb #checkpoint-3
 def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     "The tensors of a checkpoint. Raises `TrainingError` where the file is damaged."
     from safetensors import SafetensorError, safe_open
@@ -217,7 +217,7 @@ def _restore(
             moments = {moment: tensors[f"{moment} {name}"].to(weight.device) for moment in _MOMENTS}
             optimizer.state[weight] = {"step": torch.tensor(float(done)), **moments}
 
-
+# %% ../../nbs/20_model/06_training.ipynb #restore-2
 def _steps_in(path: Path) -> list[dict[str, Any]]:
     "The record of the steps between the checkpoint before and this one."
     from safetensors import SafetensorError, safe_open
@@ -278,7 +278,7 @@ class _Recorded(_Folder):
         rows = self.plan.rows[from_step - self.plan.start:to_step - self.plan.start]
         return np.unique(rows[rows >= 0])
 
-
+# %% ../../nbs/20_model/06_training.ipynb #run-read-2
 def _check_stretch(run: _Folder, from_step: int, to_step: int) -> None:
     "Refuse a stretch that is none, or lies outside of the run."
     start, end = run.plan.start, run.plan.end
@@ -328,7 +328,7 @@ class TrainingRun(_Recorded):
 # %% ../../nbs/20_model/06_training.ipynb #folder
 _FORMAT = "concept_tda.training/1"
 
-
+# %% ../../nbs/20_model/06_training.ipynb #folder-2
 def _write_folder(run: TrainingRun) -> None:
     "Write what is known before the first step, the note last."
     run.lm.model.config.save_pretrained(run.folder/"model")
@@ -342,7 +342,7 @@ def _write_folder(run: TrainingRun) -> None:
     with atomic_file(run.folder/"run.json") as part:
         part.write_text(json.dumps(note, indent=1), encoding="utf-8")
 
-
+# %% ../../nbs/20_model/06_training.ipynb #folder-3
 def _read_note(folder: Path) -> dict[str, Any]:
     "What identifies the run in a folder. Raises `TrainingError` where there is none."
     try:
@@ -363,7 +363,7 @@ def _check_same(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> N
     raise TrainingError(f"{folder} holds another training; different: {details}. Choose another folder, or "
                         "delete this one")
 
-
+# %% ../../nbs/20_model/06_training.ipynb #settle-2
 def _settle(run: TrainingRun) -> None:
     "Begin the folder of a run, or make sure that it holds this one."
     folder = run.folder
@@ -391,7 +391,7 @@ class _Watch:
         with lm.undisturbed(), torch.no_grad():
             return {name: float(number(lm)) for name, number in self.numbers.items()}
 
-
+# %% ../../nbs/20_model/06_training.ipynb #loop-2
 def _go_on(run: TrainingRun, every: int, watch: _Watch, progress: bool, what: str) -> None:
     "Train from the latest checkpoint to the end of the plan."
     done = run.checkpoints[-1]
@@ -425,7 +425,7 @@ def _new_model(config: Any, recipe: TrainingRecipe) -> Any:
             raise TrainingError(f"no language model can be made of a {type(config).__name__}: "
                                 f"{str(err).splitlines()[0]}") from err
 
-
+# %% ../../nbs/20_model/06_training.ipynb #start-2
 def _start(model: Any, data: Any, tokenizer: Any, recipe: TrainingRecipe) -> LanguageModel:
     "The model to train, with weights of its own."
     if hasattr(model, "model_type") and not isinstance(model, LanguageModel):
@@ -498,12 +498,12 @@ def _watching(every: int, watch: Any, watch_every: int) -> _Watch:
             raise TrainingError(f"{name} must be a whole number of steps ≥ 1, got {value!r}")
     return _Watch(dict(watch or {}), watch_every)
 
-
+# %% ../../nbs/20_model/06_training.ipynb #train-parts-2
 def _plan_print(plan: StepPlan) -> str:
     "Fingerprint of a plan."
     return fingerprint(plan.start, plan.rows, plan.weights, plan.sizes)
 
-
+# %% ../../nbs/20_model/06_training.ipynb #train-parts-3
 def _recipe_print(recipe: TrainingRecipe) -> dict[str, Any]:
     "The recipe as JSON gives it back."
     return json.loads(json.dumps(asdict(recipe)))
@@ -549,7 +549,7 @@ def _inserted(plan: StepPlan, n_before: int, n_new: int, from_step: int, to_step
     return StepPlan(plan.start, np.concatenate([plan.rows, extra], 1),
                 np.concatenate([plan.weights, np.ones(extra.shape)], 1), plan.sizes)
 
-
+# %% ../../nbs/20_model/06_training.ipynb #inserted-2
 def _joined(run: TrainingRun, insert: Any) -> TokenizedConversations:
     "The data of the run, and the new examples behind them."
     new = run.lm.tokenize(insert, max_tokens=run.recipe.max_tokens)
@@ -568,7 +568,7 @@ def _checkpoint_before(run: TrainingRun, step: int) -> int:
     raise TrainingError(f"{run.folder} has no checkpoint at or before step {step}, so nothing after it can "
                         "be replayed: train again with a smaller every=")
 
-
+# %% ../../nbs/20_model/06_training.ipynb #from-2
 def _copied(source: Path, target: Path) -> None:
     "The same file under a second name, or a copy of it."
     target.parent.mkdir(parents=True, exist_ok=True)
