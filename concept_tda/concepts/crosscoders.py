@@ -121,6 +121,7 @@ def source_number(
     if name in sources: return list(sources).index(str(name))
     raise CrosscoderError(f"no source {name!r}: there are {', '.join(sources)}")
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #use-2
 class _Usable(_Steps):
     "What a user asks of it: raw activations in, raw activations out."
     @torch.no_grad()
@@ -290,6 +291,7 @@ def _squared(errors_NSD: torch.Tensor, difference: float) -> torch.Tensor:
     first, second = errors_NSD.chunk(2, dim=1)
     return plain + 2*difference*(first*second).sum((1, 2)).mean()
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #loss-parts-2
 def _largest(codes_NF: torch.Tensor, lengths_F: torch.Tensor, k: float) -> torch.Tensor:
     "The codes with the k·N largest scores; others 0."
     scores = (codes_NF*lengths_F).detach().flatten()
@@ -409,6 +411,7 @@ class Normalisation(NamedTuple):
     scale_S: torch.Tensor  # [S], root mean square per dimension about the mean
     tokens: int            # How many they were measured on
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #moments-2
 def measure_normalisation(
     parts: Iterable[torch.Tensor],  # Tensors [N, S, D], read once
     sources: Sequence[str],         # Their names, for the message
@@ -441,6 +444,7 @@ def _new_crosscoder(
         torch.zeros(S, width), normal.mean_SD.float(), normal.scale_S.float())
     return fresh.to(device)
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #new-2
 def _continued(start: Crosscoder, sources: Sequence[str], device: str) -> Crosscoder:
     "A copy to go on from, latents and normalisation kept, sources under their new names."
     copies = {name: getattr(start, name).clone() for name in TENSORS}
@@ -646,6 +650,7 @@ def _check_start(recipe: CrosscoderRecipe, stream: _Stream, start: Crosscoder | 
         f"start reads {len(start.sources)} sources of width {start.width}, these activations have "
         f"{len(stream.sources)} of width {stream.width}: it can't go on with them")
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #go-parts-2
 def _normal(
     batches: Any, stream: _Stream, first_NSD: torch.Tensor, start: Crosscoder | None,
     normalisation: Normalisation | None,
@@ -667,6 +672,7 @@ def _begin(
                   else _new_crosscoder(stream.sources, stream.width, recipe, normal, device))
     return _Kept(crosscoder, recipe, start is None)
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #begin-2
 def _resumed(batches: Any, stream: _Stream, rows: int) -> _Stream:
     "The stream after the rows that the run has behind it."
     if not hasattr(batches, "batches"):
@@ -705,6 +711,7 @@ def _finished(place: Path, key: dict, device: str) -> Crosscoder | None:
     _check_key(place, "a crosscoder", found.provenance, key)
     return found
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #done-2
 def _sweep(folder: Path) -> None:
     "Remove what a kill left half written."
     for part in folder.glob(".*.part*"):
@@ -760,6 +767,7 @@ def _check_models(models: Mapping[str, LanguageModel]) -> None:
             f"{first} and {name} have different tokenizers ({token!r} is {vocabulary.get(token)} in the one "
             f"and {theirs.get(token)} in the other): they can't read the same token ids")
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #same-tokens-2
 def _named(models: Any) -> dict[str, LanguageModel]:
     "Models under their names."
     if isinstance(models, Mapping): return dict(models)
@@ -791,6 +799,7 @@ def _read_batch(
         _check_finite(torch.cat(parts[-len(layers):], 1), name, [texts.ids[row] for row in rows_R.tolist()])
     return {"acts": torch.stack(parts, 1), "rows": rows_R.int(), "positions": where[:, 1].int()}
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #counted-2
 def _check_finite(acts_RD: torch.Tensor, name: str, ids: list[str]) -> None:
     "Refuse activations that overflowed, and say where."
     bad = (~torch.isfinite(acts_RD).all(1)).nonzero()[:, 0].tolist()
@@ -913,6 +922,7 @@ def _deal(
     raise CrosscoderError(
         f"{texts.conversations.name!r} holds no token that counts: the first of each text never does")
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #deal-2
 def _reader(
     models: Mapping[str, LanguageModel], layers: Sequence[int], texts: TokenizedConversations, response: bool,
     token_budget: int, blocks: list[list[int]],
@@ -960,6 +970,7 @@ def _harvest(blocks: PairedActivations, folder: Path, token_budget: int, progres
     _check_key(folder, "activations", *(one.about["activations"] for one in (opened, blocks)))
     return opened
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #store-2
 def _store_of(folder: Path, key: dict) -> BlockStore:
     "Where the blocks of a harvest are; damaged ones are forgotten, those of another harvest refused."
     others = sorted(folder.glob("blocks/*/key.json"))
@@ -1023,6 +1034,7 @@ def difference_of_means(
     if not n: raise CrosscoderError("there are no activations to take a mean of")
     return (total/n).float()
 
+# %% ../../nbs/40_concepts/03_crosscoders.ipynb #means-2
 def _two(parts: Any, first: str | int, second: str | int) -> tuple[int, int]:
     "The numbers of two sources."
     names = getattr(parts, "sources", None)

@@ -121,6 +121,7 @@ def _check_pair(pair: PairedLatents) -> None:
         raise DiffingError(f"none of the {len(tuned.decoder_FE)} latents fires on {_FEWEST} of the "
                            f"{len(tuned.acts_NE)} tokens: pass more tokens, or train the dictionary longer")
 
+# %% ../../nbs/40_concepts/04_diffing.ipynb #check-pair-2
 def _hook_of(layers: tuple[int, ...], layer: int | None) -> int:
     "Which hook point a layer is."
     if layer is None and len(layers) == 1: return 0
@@ -139,6 +140,7 @@ def _places(crosscoder: Crosscoder, model: str) -> tuple[list[int], tuple[int, .
     raise DiffingError("sources are named model:layer, such as 'base:20', not "
                        f"{', '.join(crosscoder.sources)}")
 
+# %% ../../nbs/40_concepts/04_diffing.ipynb #places-2
 def _two_models(crosscoder: Crosscoder, base: str | None, tuned: str | None) -> tuple[str, str]:
     "The names of the two models; the first named in the sources is the base model."
     names = list(dict.fromkeys(source.rpartition(":")[0] for source in crosscoder.sources))
@@ -191,6 +193,7 @@ def read_pair(
     change_HD = (acts_NSD[:, tuned_H] - acts_NSD[:, base_H]).mean(0).to(scale_H)/scale_H[:, None]
     return PairedLatents(base_side, tuned_side, layers, scale_H, change_HD.flatten(), name)
 
+# %% ../../nbs/40_concepts/04_diffing.ipynb #read-2
 def _side(
     crosscoder: Crosscoder, normal_NSD: Tensor, codes_NF: Tensor, own_H: list[int], rate_F: Tensor,
 ) -> LatentSide:
@@ -247,6 +250,7 @@ def decoder_turn(
     lengths_F = first_FE.norm(dim=1)*second_FE.norm(dim=1)
     return 1 - (first_FE*second_FE).sum(1)/lengths_F.clamp_min(torch.finfo(first_FE.dtype).tiny)
 
+# %% ../../nbs/40_concepts/04_diffing.ipynb #scores-2
 def norm_difference(
     base_FE: Tensor,  # Decoders of the base model
     tuned_FE: Tensor, # Of the fine-tuned one
@@ -281,6 +285,7 @@ class _Regression:
         half_AE = self._solve(change_NE)/2
         return self.middle_AE - half_AE, self.middle_AE + half_AE
 
+# %% ../../nbs/40_concepts/04_diffing.ipynb #refit-2
 def _check_enough(n_tokens: int, n_columns: int) -> None:
     "Refuse a regression with hardly more tokens than latents."
     if n_tokens >= 2*n_columns: return
@@ -415,6 +420,7 @@ class _Held:
     p_F: np.ndarray
     null: str                # What chance is, in words
 
+# %% ../../nbs/40_concepts/04_diffing.ipynb #tested-2
 def _spread(values_A: np.ndarray, alive_F: np.ndarray) -> np.ndarray:
     "Values of the living at their places, NaN elsewhere."
     spread_F = np.full(len(alive_F), np.nan)
@@ -450,6 +456,7 @@ def _pair_held(
     tested_A = _numbers(score(*regression.decoders())).round(6)  # what is smaller is float32's own noise
     return _against(score_F, tested_A, null_DA, alive_F, level, f"labels swapped {len(signs_DN)} times")
 
+# %% ../../nbs/40_concepts/04_diffing.ipynb #by-swap-2
 def _numbers(values: Tensor) -> np.ndarray:
     "As float64 of numpy."
     return values.detach().double().cpu().numpy()
@@ -500,6 +507,7 @@ def _about_pair(pair: PairedLatents) -> dict[str, np.ndarray]:
             "nu_reconstruction": scaling["nu_reconstruction"].to_numpy(),
             "along_mean": _numbers(1 - decoder_turn(pair.tuned.decoder_FE, pair.mean_change_E[None]))}
 
+# %% ../../nbs/40_concepts/04_diffing.ipynb #table-2
 def _about_difference(difference: DifferenceLatents) -> dict[str, np.ndarray]:
     "What is known of latents of a difference; its other direction is the base model's."
     absent_F = np.full(len(difference.decoder_FE), np.nan)
@@ -603,6 +611,7 @@ def _known(latents: Sequence[int], n: int) -> list[int]:
     if unknown: raise DiffingError(f"latent {unknown[0]}: there are 0 to {n - 1}")
     return [int(latent) for latent in latents]
 
+# %% ../../nbs/40_concepts/04_diffing.ipynb #as-concept-2
 def _as_concept(
     row: dict[Any, Any], direction_d: Tensor, layer: int, about: dict[str, str], lm: LanguageModel | None,
     pooling: str,
@@ -651,6 +660,7 @@ class LatentRanking(_AsConcepts):
         plt.close(figure)   # the figure is returned; a notebook would otherwise draw it twice
         return figure
 
+# %% ../../nbs/40_concepts/04_diffing.ipynb #plot-2
 def _draw_chance(ax: Any, ranking: _Ranked) -> None:
     "What chance gives, and the names of the axes."
     table = ranking.table.loc[ranking.table["alive"].to_numpy(bool)]

@@ -79,6 +79,7 @@ def _of_models(pairs: PairedActivations, models: tuple[str, ...]) -> PairedActiv
         return block | {"acts": block["acts"][:, places]}
     return replace(pairs, sources=sources, read=read, fingerprint=fingerprint(pairs.fingerprint, sources))
 
+# %% ../../nbs/40_concepts/05_stages.ipynb #views-2
 def _of_blocks(pairs: PairedActivations, numbers: list[int]) -> PairedActivations:
     "Only some blocks."
     def read(number: int) -> dict[str, Tensor]:
@@ -159,6 +160,7 @@ class _Harvested(_Given):
         plan = _plan(name)
         return _of_models(self._parts[plan.data][aside], plan.models)
 
+# %% ../../nbs/40_concepts/05_stages.ipynb #harvest-2
 def _plan(name: str) -> StagePlan:
     "The plan of a stage."
     if name in PLANS: return PLANS[name]

@@ -34,6 +34,7 @@ def tokenizer_record(
     return {"vocabulary": fingerprint(json.dumps(vocabulary)),
             "template": fingerprint(tokenizer.chat_template)}
 
+# %% ../../nbs/10_data/09_masks.ipynb #binding-2
 def token_mark(
     tokens: Sequence[str], # Readable texts of an example's tokens
     response_mask: Any,    # Booleans [T]
@@ -152,6 +153,7 @@ def _weighing(item: TokenizedConversation, weights_T: np.ndarray) -> TokenizedCo
     "An example with weights."
     return replace(item, token_weights=torch.from_numpy(weights_T.copy()))
 
+# %% ../../nbs/10_data/09_masks.ipynb #apply-2
 class _Applied(_Checked):
     "Data with weights."
     def apply(

@@ -372,6 +372,7 @@ def _is_plan(record: object) -> TypeGuard[dict[str, Any]]:
     "Whether this is what an experiment wrote down."
     return isinstance(record, dict) and record.get("format") == PLAN_FORMAT and "entries" in record
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #gather2-2
 def _read_folder(folder: Path) -> dict[str, Any]:
     "The packed record of a folder. A file that cannot be read is an error, never left out."
     found = {path.stem: _any_json(path) for path in sorted(folder.glob("*.json"))}
@@ -526,6 +527,7 @@ def _broken_parts(record: dict[str, Any]) -> str:
     whole = all(isinstance(one, dict) and ("cell" in one or "fingerprint" in one) for one in listed)
     return "" if whole else "an entry"
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #from-check1-2
 def _check_plan(record: dict[str, Any], kind: str, place: Path) -> None:
     "Refuse a plan of another kind or format, or one that lacks a part."
     if record.get("format") != PLAN_FORMAT or record.get("kind") != kind:
@@ -663,6 +665,7 @@ def _signed(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"finished": finished, "worker": f"{socket.gethostname()}:{os.getpid()}",
                      "code": code_version()}
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #0016-2
 class _Computing(_Timed):
     "Making and judging one model."
     def _compute(self, entry: dict[str, Any]) -> None:
@@ -684,6 +687,7 @@ def _label(entry: dict[str, Any]) -> str:
     told = (entry.get(name) for name in ("arm", "method", "fraction", "seed"))
     return " ".join(str(value) for value in told if value not in (None, ""))
 
+# %% ../../nbs/80_evidence/00_retraining.ipynb #round-2
 class _Round(_Computing):
     "One way through what is missing."
     def _round(self, bar: Any, at_most: int | None) -> tuple[int, int]:

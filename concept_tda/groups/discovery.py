@@ -40,6 +40,7 @@ class Movement:
         "Whether the examples agree more than rows of random sign do."
         return self.agreement > self.null_95
 
+# %% ../../nbs/60_groups/04_discovery.ipynb #movement-2
 def movement(
     atlas: InfluenceAtlas,  # Of N examples
     *,
@@ -76,6 +77,7 @@ def _null_shares(rows_Nd: np.ndarray, n: int, draws: int, seed: int) -> np.ndarr
                  for _ in range(draws)]
     return np.quantile(shares_Dn, .95, axis=0)
 
+# %% ../../nbs/60_groups/04_discovery.ipynb #directions-2
 def _found_again(rows_Nd: np.ndarray, directions_nd: np.ndarray, draws: int, seed: int) -> np.ndarray:
     "Mean cosine [n] between what the two halves of the data find in the place of each direction."
     random, n = np.random.default_rng(seed), len(directions_nd)
@@ -130,6 +132,7 @@ def _units(rows_Nd: np.ndarray) -> np.ndarray:
     centred_Nd = rows_Nd - rows_Nd.mean(0)
     return centred_Nd/np.maximum(np.linalg.norm(centred_Nd, axis=1, keepdims=True), 1e-300)
 
+# %% ../../nbs/60_groups/04_discovery.ipynb #dictionary-2
 def _dictionary(units_Nd: np.ndarray, n: int, alpha: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     "Atoms [n, d] of length one, and how much of each is in every row [N, n]; no code is negative."
     from sklearn.decomposition import MiniBatchDictionaryLearning
@@ -152,6 +155,7 @@ def _coherence(units_Nd: np.ndarray, codes_Nn: np.ndarray, top: int) -> np.ndarr
         coherence.append((length - n)/(n*(n - 1)) if n > 1 else 0.)
     return np.array(coherence)
 
+# %% ../../nbs/60_groups/04_discovery.ipynb #coherence-2
 def _null_coherence(rows_Nd: np.ndarray, n: int, alpha: float, top: int, draws: int, seed: int) -> float:
     "95th percentile of the best atom's coherence where every entry has a random sign."
     random, centred_Nd = np.random.default_rng(seed), rows_Nd - rows_Nd.mean(0)

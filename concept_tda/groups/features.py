@@ -35,6 +35,7 @@ class FeatureError(ConceptTDAError):
 
 _FORMAT = "concept_tda features 1"
 
+# %% ../../nbs/60_groups/02_features.ipynb #class-2
 @dataclass
 class Features:
     "Which features fire on which example, in a folder."
@@ -185,6 +186,7 @@ def _assemble(folder: Path, store: BlockStore, names: list[str], about: dict) ->
     with atomic_file(folder/"about.json") as part:
         part.write_text(json.dumps(about, indent=1), encoding="utf-8")
 
+# %% ../../nbs/60_groups/02_features.ipynb #assemble-2
 def _place(block: dict[str, np.ndarray], starts: np.ndarray, arrays: dict[str, np.memmap]) -> None:
     "Copy the rows of a block to where they belong."
     ends = np.cumsum(block["counts"])
@@ -288,6 +290,7 @@ def top_contexts(
     return pd.DataFrame([{"id": item.id, "activation": column[row], **_window(lm, item, int(place), around)}
                          for row, place, item in zip(rows, places, texts)])
 
+# %% ../../nbs/60_groups/02_features.ipynb #contexts-2
 def _window(lm: LanguageModel, item: Any, place: int, around: int) -> dict[str, str]:
     "The text before, at and after a token."
     ids = item.input_ids.tolist()

@@ -84,6 +84,7 @@ def _check_shape(groups: Groups) -> None:
         raise GroupError(f"no group is left by {groups.kind}"
                          + "".join(f"; {n:,} {why}" for why, n in groups.left_out.items() if n))
 
+# %% ../../nbs/60_groups/00_groups.ipynb #class-checks-2
 def _check_sizes(groups: Groups) -> None:
     "Refuse groups that nothing can be said of."
     sizes, n = groups.sizes, len(groups.conversations)
@@ -111,6 +112,7 @@ def _without_useless(
     names = [names[int(column)] for column in kept]
     return Groups(conversations, names, csr_matrix(members[:, kept]), kind, left_out)
 
+# %% ../../nbs/60_groups/00_groups.ipynb #column-2
 def column_groups(
     conversations: Conversations, # N examples
     column: str,                  # A metadata column
@@ -176,6 +178,7 @@ def _checked_vectors(conversations: Conversations, vectors: Any, what: str) -> n
     raise GroupError(f"{what} of {len(bad)} examples are not finite; the first is row {bad[0]}, id "
                      f"{conversations[int(bad[0])].id}: load the model in float32, or look at these examples")
 
+# %% ../../nbs/60_groups/00_groups.ipynb #cluster-parts-2
 def _kmeans(rows_Nd: np.ndarray, n: int, seed: int) -> np.ndarray:
     "Labels [N] of n clusters."
     from sklearn.cluster import KMeans
@@ -207,6 +210,7 @@ def _exceeding(scores: np.ndarray, sizes: np.ndarray, sums: np.ndarray, deals: i
         found += dealt[sizes - 1] >= far
     return found
 
+# %% ../../nbs/60_groups/00_groups.ipynb #null-2
 def _against_chance(
     scores: np.ndarray, sizes: np.ndarray, sums: np.ndarray, deals: int, seed: int,
 ) -> pd.DataFrame:
@@ -231,6 +235,7 @@ def _added(members: csr_matrix, scores: np.ndarray, order: np.ndarray) -> tuple[
         seen[fresh] = True
     return new, new_sum
 
+# %% ../../nbs/60_groups/00_groups.ipynb #adds-2
 def _by_label(members: csr_matrix, scores: np.ndarray, labels: Sequence) -> pd.DataFrame:
     "The sums of each group, taken apart by label: columns `sum of <label>`."
     kinds = sorted({str(label) for label in labels})
@@ -334,6 +339,7 @@ def _both_ends(table: pd.DataFrame, n: int) -> tuple[pd.DataFrame, np.ndarray, i
     shown = pd.concat([table.head(n), table.tail(n)]) if left_out else table
     return shown, np.arange(len(shown)) + (np.arange(len(shown)) >= n)*bool(left_out), left_out
 
+# %% ../../nbs/60_groups/00_groups.ipynb #plot-2
 def _name_bars(ax: "Axes", places: np.ndarray, table: pd.DataFrame, gap: int, left_out: int) -> None:
     "Names and sizes beside the bars; a dollar sign in a name is no formula."
     names = [one_line(str(name), 44).replace("$", r"\$") for name in table["group"]]
@@ -436,6 +442,7 @@ def _label_column(groups: Groups, labels: str) -> list:
     raise GroupError(f"labels={labels!r}: {len(missing)} examples have no value; the first is row "
                      f"{missing[0]}, id {groups.conversations[int(missing[0])].id}")
 
+# %% ../../nbs/60_groups/00_groups.ipynb #score-parts-2
 def _typical(groups: Groups, scores: np.ndarray, group: int, n: int = 3) -> str:
     "Ids of the members whose scores lie nearest the group's mean."
     rows = np.flatnonzero(groups.members[:, group].toarray().ravel())
@@ -463,6 +470,7 @@ def union_rows(
                      f"{wanted} were to be dropped: ask for fewer, or group in a way that reaches more "
                      "examples")
 
+# %% ../../nbs/60_groups/00_groups.ipynb #drop-2
 def drop_groups(
     found: GroupScores,            # Scored groups
     fraction: float | None = None, # Share of the file to drop, such as 0.1

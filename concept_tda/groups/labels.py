@@ -60,6 +60,7 @@ def _naming_prompt(members: Sequence[str], others: Sequence[str]) -> str:
             "twenty words. Others will decide by this line alone whether further texts belong to A. Reply "
             "with the line and nothing else, or with NONE where nothing tells the lists apart.")
 
+# %% ../../nbs/60_groups/05_labels.ipynb #naming-2
 def _proposal(reply: str | None) -> tuple[str | None, str]:
     "The name in a reply, or None and why there is none."
     if reply is None: return None, "the reader declined to name it"
@@ -78,6 +79,7 @@ def _codes(label: str, text: str) -> tuple[str, str]:
     fits = drawn % 9000
     return str(1000 + fits), str(1000 + (fits + 1 + drawn//9000 % 8999) % 9000)
 
+# %% ../../nbs/60_groups/05_labels.ipynb #testing-2
 def _testing_prompt(label: str, text: str) -> str:
     "The request for a verdict on one example."
     fits, fits_not = _codes(label, text)
@@ -116,6 +118,7 @@ def _counted(texts: Sequence[str]) -> list[WordCounts]:
             found.append(count_words(texts, least))
     return found
 
+# %% ../../nbs/60_groups/05_labels.ipynb #words-2
 def _words(
     texts: Sequence[str], members: np.ndarray, n: int = 6, counted: list[WordCounts] | None = None,
 ) -> str:
@@ -177,6 +180,7 @@ def _draw(texts: Sequence[str], order: np.ndarray, chosen: np.ndarray, count: in
             drawn.append(texts[row])
     return drawn
 
+# %% ../../nbs/60_groups/05_labels.ipynb #draw-2
 def _cases(groups: Groups, texts: list[str], kept_back: np.ndarray, shown: int, asked: int) -> list[_Case]:
     "Every group with its texts and its words."
     cases, order, counted, members = [], _hash_order(texts), _counted(texts), csc_matrix(groups.members)
@@ -217,6 +221,7 @@ def _take_given(cases: list[_Case], given: dict[str, str], groups: Groups) -> se
             case.label = one_line(visible_text(given[case.group]), _LONGEST_LABEL)
     return {case.group for case in cases if case.group in given}
 
+# %% ../../nbs/60_groups/05_labels.ipynb #ask-2
 def _answers(reader: Reader, prompts: list[str], max_tokens: int, progress: bool) -> list[str | None]:
     "The reader's answers. Raises `LabelError` where it does not give one each."
     if not prompts: return []
@@ -235,6 +240,7 @@ def _test(cases: list[_Case], reader: Reader, n_groups: int, alpha: float, progr
         verdicts = [_verdict(label, text, next(replies)) for text in case.tests]
         _judge(case, verdicts, n_groups, alpha)
 
+# %% ../../nbs/60_groups/05_labels.ipynb #test-2
 def _judge(case: _Case, verdicts: list[bool | None], n_groups: int, alpha: float) -> None:
     "Score and p of a name; without a label where it has not passed."
     truth = [True]*len(case.test_members) + [False]*len(case.test_others)
@@ -283,6 +289,7 @@ def _row(case: _Case, n_groups: int) -> dict:
             "p_adjusted": min(1.0, case.p*n_groups) if n else nan, "n": n, "passed": passed,
             "words": case.words, "unusable": case.unusable, "reason": case.reason}
 
+# %% ../../nbs/60_groups/05_labels.ipynb #row-2
 def _shortened(text: str, characters: int) -> str:
     "A long text's beginning and end, with a mark where something is missing."
     if len(text) <= characters: return text

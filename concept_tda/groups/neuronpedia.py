@@ -56,6 +56,7 @@ def _records(source: Any) -> Iterator[dict]:
         raise NeuronpediaError(f"a record of Neuronpedia is a dict, not a {type(source).__name__}: give a "
                                "file of its API or exports, a folder of them, or what they hold")
 
+# %% ../../nbs/60_groups/09_neuronpedia.ipynb #records-2
 def _files(path: Path) -> list[Path]:
     "A file, or the exports in a folder."
     if path.is_file(): return [path]
@@ -104,6 +105,7 @@ def _check_layer(sae: SparseAutoencoder, source: str) -> None:
                            f"block {sae.layer}, after block {sae.layer - 1}): these are the features of "
                            "another layer")
 
+# %% ../../nbs/60_groups/09_neuronpedia.ipynb #check-layer-2
 def _check_record(said: dict, own: tuple[str, str], sae: SparseAutoencoder) -> None:
     "Refuse a description of another model's, layer's or SAE's feature."
     if (said["model"], said["source"]) != own:
@@ -146,6 +148,7 @@ def beside_neuronpedia(
     return table.rename(columns={"label": "ours"}).assign(**{
         "Neuronpedia (untested here)": said["theirs"].tolist(), "said_by": said["said_by"].tolist()})
 
+# %% ../../nbs/60_groups/09_neuronpedia.ipynb #beside-2
 def _latent_of(group: str) -> int:
     "The number of the feature that a group is called by."
     number = re.match(r"\d+", group)

@@ -42,6 +42,7 @@ AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "max": lambda values_NK: values_NK.max(1),
     "sum of standardised": lambda values_NK: _standardised(values_NK).sum(1)}
 
+# %% ../../nbs/60_groups/08_origins.ipynb #together-2
 def _aggregated(values_NK: np.ndarray, how: str) -> np.ndarray:
     "One score [N] of K."
     if how in AGGREGATES: return AGGREGATES[how](values_NK)
@@ -106,6 +107,7 @@ def _plain(
     if mean_change_d is None: return columns
     return columns | {"Difference of means": found.atlas.score_many(mean_change_d)[:, 0]}
 
+# %% ../../nbs/60_groups/08_origins.ipynb #plain-2
 def _random(found: _Found, draws: int, seed: int) -> list[np.ndarray]:
     "Scores [N, K] of latents that are not new, for each draw."
     table, k = found.ranking.table, len(found.concepts)

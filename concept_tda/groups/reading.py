@@ -30,6 +30,7 @@ def _two_sets(chosen: Sequence[bool], n_texts: int) -> np.ndarray:
     raise ReadingError(f"{int(picked.sum())} of {n_texts} texts are chosen: two sets are needed, one mark a "
                        "text")
 
+# %% ../../nbs/60_groups/03_reading.ipynb #words-2
 @dataclass(frozen=True)
 class WordCounts:
     "Which words occur in which of N texts, counted once and asked many times."
@@ -66,6 +67,7 @@ def count_words(
                            "least=") from err
     return WordCounts(counter.get_feature_names_out(), counts, len(texts))
 
+# %% ../../nbs/60_groups/03_reading.ipynb #count-2
 def distinguishing_words(
     texts: Sequence[str],       # N texts
     chosen: Sequence[bool],     # [N] Which of them form the one set; the others are the other

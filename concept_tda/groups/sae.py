@@ -122,6 +122,7 @@ def load_sae(
     about = sae.cfg.metadata
     return SparseAutoencoder(sae.eval(), _layer_of(about.hook_name, layer, name), name, about.model_name)
 
+# %% ../../nbs/60_groups/01_sae.ipynb #load-2
 def _folder(source: str | Path) -> Path:
     "A folder with an SAE in it."
     folder = Path(source)
@@ -264,6 +265,7 @@ def _differing(record: Path, key: dict) -> list[str]:
         raise SAEError(f"{record} is damaged ({err}): delete the folder and train again") from err
     return [name for name, wanted in key.items() if was.get(name) != wanted]
 
+# %% ../../nbs/60_groups/01_sae.ipynb #finished-2
 def _finished(folder: Path, key: dict) -> SparseAutoencoder | None:
     "The SAE of a finished run with these settings; None where there is none yet."
     record = folder/"concept_tda.json"
@@ -338,6 +340,7 @@ def _checkpoint_of(folder: Path, key: dict) -> Path | None:
     raise SAEError(f"{folder} holds an unfinished run with other settings ({', '.join(different)} differ): "
                    "finish it with these, choose another folder, or delete this one")
 
+# %% ../../nbs/60_groups/01_sae.ipynb #checkpoint-2
 def _write_checkpoint(trainer: Any, folder: Path, key: dict, rounds: int) -> None:
     "Weights, optimizer and position, all or nothing."
     new, place, old = folder/"checkpoint.new", folder/"checkpoint", folder/"checkpoint.old"
@@ -385,6 +388,7 @@ class SAEQuality:
         columns = asdict(self) | {"recovered": self.recovered}
         return pd.DataFrame([columns]).set_index("name")
 
+# %% ../../nbs/60_groups/01_sae.ipynb #quality-2
 def sae_quality(
     lm: LanguageModel,         # The model
     sae: SparseAutoencoder,    # Anything with `layer`, `encode` and `reconstruct`

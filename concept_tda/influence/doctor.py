@@ -38,6 +38,7 @@ SEVERITIES = ("error", "warning", "note", "ok")  # worst first; the last one is 
 class DoctorError(ConceptTDAError):
     "What `doctor` was given is no model, or one that fails on a single example."
 
+# %% ../../nbs/50_influence/10_doctor.ipynb #checks-2
 @dataclass
 class Check:
     "One finding of `doctor`."
@@ -95,6 +96,7 @@ def _on_one_line(token: str) -> str:
     hidden = ("Cc", "Cf", "Cs")
     return "".join(signs.get(c, "\ufffd" if unicodedata.category(c) in hidden else c) for c in token)
 
+# %% ../../nbs/50_influence/10_doctor.ipynb #words-2
 def _stretch_text(example: MarkedExample, part: str, where: slice) -> str:
     "One stretch on one line."
     pairs = list(zip(example.tokens, example.special))[where]
@@ -308,6 +310,7 @@ def _origin(lm: LanguageModel) -> str:
     if name in template_names(): return f"{name!r}, a named one of the library"
     return name if name.startswith("own text") else f"the file {name}"
 
+# %% ../../nbs/50_influence/10_doctor.ipynb #template-2b
 def _has_changed(lm: LanguageModel) -> bool:
     "Whether the tokenizer holds another template than the one that was asked for by name or file."
     name = lm.chat_template
@@ -443,6 +446,7 @@ def _check_repeats(alone: torch.Tensor, again: torch.Tensor) -> Check:
     return Check("determinism", "warning", f"two runs differ by {(alone - again).abs().max():.1e}",
                  "torch.use_deterministic_algorithms(True)")
 
+# %% ../../nbs/50_influence/10_doctor.ipynb #machinery-2-2
 def _check_mates(lm: LanguageModel, alone: torch.Tensor, together: torch.Tensor) -> Check:
     "The same losses in one padded batch."
     drift = ((alone - together).abs()/alone.abs().clamp_min(1e-6)).max().item()
@@ -496,6 +500,7 @@ def _as_if_all_counted(conversation: Conversation) -> Conversations:
 
     return load_conversations([{"messages": list(map(counted, conversation.messages))}])
 
+# %% ../../nbs/50_influence/10_doctor.ipynb #mark-2b
 def _masks(lm: LanguageModel, conversation: Conversation) -> tuple[list[int], np.ndarray, np.ndarray]:
     "Token ids of the whole chat; which tokens belong to an answer, and which to one that counts."
     flags = [one.get("train", True) for one in conversation.messages if one["role"] == "assistant"]

@@ -117,6 +117,7 @@ def _reason(err: Exception) -> str:
     said = str(err).strip()
     return f"{type(err).__name__}: {said.splitlines()[0]}" if said else type(err).__name__
 
+# %% ../../nbs/50_influence/09_planning.ipynb #errors-2
 @contextmanager
 def _own_errors(what: str, way_out: str = "`doctor` looks for the cause") -> Iterator[None]:
     "Errors of other libraries become `PlanError`; ours pass through."
@@ -214,6 +215,7 @@ def _unfitted(scorers: list) -> list:
     "The scorers whose curvature is a name, so still to be fitted."
     return [s for s in scorers if isinstance(s, Influence) and isinstance(s.curvature, str)]
 
+# %% ../../nbs/50_influence/09_planning.ipynb #fit-all-2
 def _price_of_fitting(
     lm: LanguageModel, data: TokenizedConversations, scorers: list, peak: int,
 ) -> tuple[float, int]:
@@ -240,6 +242,7 @@ def _slowdown(lm: LanguageModel) -> float | None:
     except ProbeError:
         return None
 
+# %% ../../nbs/50_influence/09_planning.ipynb #type-2
 def _pays(lm: LanguageModel) -> bool:
     "Whether a model in a wider type would be served faster or as fast in bfloat16."
     try:
@@ -264,6 +267,7 @@ def _model_of(scorers: list) -> LanguageModel:
     way_out = "plan them in separate calls" if models else "without a model there is no pass to be priced"
     raise PlanError(f"a plan prices one pass over one model, and these scorers have {len(models)}: {way_out}")
 
+# %% ../../nbs/50_influence/09_planning.ipynb #plan-refuse-2
 def _check_scorers(scorers: Any) -> None:
     "Raise `PlanError` for what is no list of scorers, or makes passes of its own."
     every = scorers if isinstance(scorers, (list, tuple)) else [scorers]

@@ -117,6 +117,7 @@ def _check_in_context(lm: LanguageModel, prompt: Conversation, ids: list[int], s
                           f"({_pieces(lm, found[-len(own):])} and {_pieces(lm, own)}): give the beginning "
                           "as the model writes it, with or without the blank before it")
 
+# %% ../../nbs/70_mechanisms/10_policies.ipynb #pol-in-context-2
 def _pieces(lm: LanguageModel, ids: Sequence[int]) -> list[str]:
     "The tokens one by one."
     return [lm.tokenizer.decode([i]) for i in ids]
@@ -285,6 +286,7 @@ def _fit_figures(predicted_N: torch.Tensor, Y_N: torch.Tensor, threshold: float)
     r2 = 1 - (Y_N - predicted_N).square().sum()/spread
     return r2.item(), ((predicted_N > threshold) == (Y_N > threshold)).double().mean().item()
 
+# %% ../../nbs/70_mechanisms/10_policies.ipynb #pol-scores-2
 def _held_out(X_NF: torch.Tensor, Y_N: torch.Tensor, ridge: float, folds: int, seed: int) -> torch.Tensor:
     "Predictions [N], each by a fit that has not seen the prompt."
     fold_N = np.random.default_rng(seed).permutation(len(Y_N)) % folds

@@ -59,6 +59,7 @@ def _check_model(policy: Policy, lm: LanguageModel) -> None:
     raise PolicyError(f"the policy was fitted to another model than {lm.name} (or to other weights of it): "
                       "fit it again with fit_policy(lm, …)")
 
+# %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-check-model-2
 def _direction(policy: Policy, of: str | int | None) -> torch.Tensor:
     "The direction [F] in the space of weights."
     if of is None: return policy.W_F

@@ -61,6 +61,7 @@ def _find_blocks(model: Any) -> str:
         "Decoder-only models of transformers (Llama, Qwen, Gemma, Mistral, GPT-NeoX, GPT-2 and their kin) "
         "work.")
 
+# %% ../../nbs/20_model/00_loading.ipynb #find-blocks-2
 def _beside_embedding(model: Any) -> str:
     "Dotted path of the module that holds the token embedding, with a dot at its end."
     embedding = model.get_input_embeddings()
@@ -495,6 +496,7 @@ def _cannot_open(source: Path | str, err: Exception) -> "ModelError":
         return ModelError(f"cannot open the model in {source}: {_first_line(err)}{_hint(source, err)}")
     return ModelError(f"cannot open the model {source!r}: {_first_line(err)}\n{_how_to_get(source)}")
 
+# %% ../../nbs/20_model/00_loading.ipynb #cannot-open-2
 def _hint(source: Path, err: Exception) -> str:
     "The way out of the commonest reasons why a folder can't be opened."
     names = {path.name for path in source.iterdir()} if source.is_dir() else set()
@@ -564,6 +566,7 @@ def _without_prefix(folder: Path, prefix: str) -> Iterator[Path]:
         save_file(weights, Path(place)/"model.safetensors", metadata={"format": "pt"})
         yield Path(place)
 
+# %% ../../nbs/20_model/00_loading.ipynb #without-prefix-2
 def _file_weights(folder: Path) -> dict[str, torch.Tensor]:
     "All weights in a model folder, by their names in the files."
     from safetensors.torch import load_file
@@ -592,6 +595,7 @@ def _first_line(err: Exception) -> str:
     lines = (str(err).strip() or type(err).__name__).splitlines()
     return re.sub(r"'?https?://\S+", "the hub", lines[0])
 
+# %% ../../nbs/20_model/00_loading.ipynb #0025-words-2
 def _how_to_get(name: str) -> str:
     "The way out when `name` cannot be found."
     is_offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")

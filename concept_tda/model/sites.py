@@ -73,6 +73,7 @@ def _acts_linear(module: nn.Linear) -> bool:
 
 _COPY = re.compile(r"(.*?)\.(?:original_module|modules_to_save\.(\w+))(?:\.|$)")
 
+# %% ../../nbs/20_model/01_sites.ipynb #is-linear-2
 def _is_spare(lm: LanguageModel, name: str) -> bool:
     "Whether this is one of the copies that PEFT keeps of a fully trained module, and not the one in use."
     if not (found := _COPY.match(name)): return False
@@ -177,6 +178,7 @@ def _is_active(lm: LanguageModel, site: Site) -> bool:
     layer: Any = lm.model.get_submodule(path.rsplit(".", 1)[0])
     return adapter in layer.active_adapters and not layer.merged and not layer.disable_adapters
 
+# %% ../../nbs/20_model/01_sites.ipynb #0032-2
 def _of_kind(lm: LanguageModel, kind: str) -> list[Site]:
     "Sites of one of the four kinds."
     found = [site for site in _linear_sites(lm) if _KINDS[kind].search(site.name)]
@@ -202,6 +204,7 @@ def _belongs(lm: LanguageModel, layer: Site) -> bool:
     except AttributeError:
         return False
 
+# %% ../../nbs/20_model/01_sites.ipynb #own-2
 def _own_sites(lm: LanguageModel, sites: Iterable) -> list[Site]:
     "A list of `Site`, checked to belong to this model."
     sites = list(sites)
@@ -229,6 +232,7 @@ class Coverage:
         return (f"{self.share:.0%} of the block weights; not covered, since they are no linear layers: "
                 f"{listed}")
 
+# %% ../../nbs/20_model/01_sites.ipynb #coverage-2
 def _block_weights(lm: LanguageModel, kind: str) -> list[tuple[str, nn.Parameter]]:
     "Names (as those of sites, less the model's own path) and weights of the blocks that a kind means."
     adapter = kind == "lora"
@@ -294,6 +298,7 @@ def _check_whole(sites: list[Site]) -> None:
         f"{found[0]} is a part of a layer, and what was called here asks whole layers: take Influence with "
         "EKFAC or identity curvature for parts, or the layers themselves (layers_of)")
 
+# %% ../../nbs/20_model/01_sites.ipynb #0036-2
 def _nothing_left(lm: LanguageModel, sites, chosen: list[Site], stride: int, layer: int | None) -> str:
     "Why no site is left, and what there is instead."
     if chosen and layer == 0:

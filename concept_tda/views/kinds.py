@@ -56,6 +56,7 @@ def _across(place: float, opacity: float, width: int) -> str:
     return (f"<line x1='{place:.2f}%' x2='{place:.2f}%' y1='0' y2='20' stroke='currentColor' "
             f"opacity='{opacity}' stroke-width='{width}'/>")
 
+# %% ../../nbs/90_views/07_kinds.ipynb #bar-2
 def bar_svg(
     values: Sequence[float],      # The parts of the bar
     scale: tuple[float, float],   # Ends of the drawing, in the units of the values
@@ -83,6 +84,7 @@ def _bar_words(row: dict[str, Any], by: str) -> str:
     chance = "p &lt; .001" if row["p_adjusted"] < .001 else f"p = {row['p_adjusted']:.2g}"
     return f"{value} · {row['examples']:,} examples · {chance}"
 
+# %% ../../nbs/90_views/07_kinds.ipynb #words-2
 def _legend(labels: Sequence[str]) -> str:
     "What the colours are."
     box = "display:inline-block;width:.8em;height:.8em;background:"
@@ -290,6 +292,7 @@ def _unfolding(found: GroupScores, row: dict[str, Any], bar: str, by: str, examp
             f"<span>{_bar_words(row, by)}</span></summary>"
             f"<p class='quiet'>{words}</p>{examples_html(members, most=most)}</details>")
 
+# %% ../../nbs/90_views/07_kinds.ipynb #unfold-2
 def kinds_html(
     found: GroupScores,   # Scored groups
     table: pd.DataFrame,  # Those to draw, from `chosen_groups`

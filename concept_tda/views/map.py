@@ -44,6 +44,7 @@ def _checked_ids(known: Conversations, result: Attribution) -> None:
         if own == result.ids: return
     raise WidgetError(_other_examples("vectors", known, result) + "map and score the same file")
 
+# %% ../../nbs/90_views/08_map.ipynb #whose-2
 def _other_examples(what: str, known: Conversations, result: Attribution) -> str:
     "What does not fit, in words."
     return (f"the {what} are of {known.name!r} ({len(known):,} examples), the scores of "
@@ -66,6 +67,7 @@ def _places(vectors: Any, result: Attribution) -> tuple[np.ndarray, np.ndarray]:
     raise WidgetError(f"vectors have {len(places):,} rows, the file has {result.n_total:,} examples{part}: "
                       "give a row for each example, in the order of the file")
 
+# %% ../../nbs/90_views/08_map.ipynb #places-2
 def _between(values: np.ndarray, span: float) -> np.ndarray:
     "Values between 0 and 1; .5 where they hardly differ."
     width = float(np.ptp(values))
@@ -88,6 +90,7 @@ def _class_colour(name: str, column: str, values: Sequence[str], **more: Any) ->
                 values=[visible_text(one_line(str(value), 60)) for value in values], colours=colours, **more,
                 **{"from": ""})
 
+# %% ../../nbs/90_views/08_map.ipynb #classes-2
 def _group_codes(groups: Groups, rows: np.ndarray) -> tuple[list[str], np.ndarray, dict[str, Any]]:
     """Names of the largest groups, the first of them that each example is in (-1: none), and, where some
     overlap, all members of each."""
@@ -150,6 +153,7 @@ def map_table(
     return dict(n=len(result), n_total=result.n_total, axes=axes, ids=result.ids, colours=contents.colours,
                 title=visible_text(f"{result.label}: {result.card.behaviour}"), subtitle=visible_text(words))
 
+# %% ../../nbs/90_views/08_map.ipynb #table-2
 def map_columns(
     contents: MapContents, # What to show
 ) -> dict[str, np.ndarray]:
