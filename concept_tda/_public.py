@@ -94,6 +94,8 @@ PUBLIC = {
     "mechanisms.circuits": "CircuitError Head heads head neurons slice_of attention_patterns "
         "previous_token_weights induction_weights head_scores random_sequences repeated_sequences "
         "PreviousTokenProbe InductionProbe copy_targets CopyProbe CustomProbe UnitEKFAC UnitInfluence",
+    "mechanisms.emergence": "ARMS icl_score CircuitCurves circuit_curves plot_curves EmergenceExperiment "
+        "EmergenceResult plot_emergence",
     "mechanisms.policies": "REFUSALS THRESHOLD PolicyError last_user_token PolicyPrompts policy_pass "
         "read_policy PolicyFeatures sae_features concept_features feature_gaps ridge_weights Policy "
         "fit_policy",
