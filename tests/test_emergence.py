@@ -85,6 +85,7 @@ def test_untouched_arm_is_the_run_and_each_arm_its_own(prepared):
     full = {name: weight for name, weight in run.open().model.named_parameters()}
     top = set(np.array(scores.conversations.ids)[np.argsort(-scores.scores)][:8])
     assert len(scores.scores) == 32
+    assert ARMS["duplicated"] == 2 and ARMS["deleted"] == 0
     for arm, factor in ARMS.items():
         from concept_tda.model.training import load_run
 

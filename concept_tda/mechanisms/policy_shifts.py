@@ -268,6 +268,12 @@ class _Shifting:
         _check_model(policy, lm)
         self.lm, self.policy, self.sites = lm, policy, resolve_sites(lm, sites)
 
+    def _shift(self, states_Nd: torch.Tensor, dY_N: torch.Tensor) -> np.ndarray:
+        "ΔW_X and ΔW_Y [2, F] from what happened to states and log-probabilities."
+        features = self.policy.features
+        dX_NF = features.slopes(self.policy.states_Nd)*(states_Nd @ features.weights_Fd.T)
+        return torch.stack(weight_shift(self.policy, dX_NF, dY_N)).numpy()
+
     def _shifts(self, pairs: Any, route: str, moved: Callable, rate: float, progress: bool) -> Shifts:
         "Every example by one route."
         data, parts = self.lm.tokenize(pairs), []
@@ -275,10 +281,7 @@ class _Shifting:
         with bar:
             for row in range(len(data)):
                 gradients = _loss_gradients(self.lm, data, row, self.sites)
-                states_Nd, dY_N = moved(self.lm, self.policy, self.sites, gradients, rate)
-                features = self.policy.features
-                dX_NF = features.slopes(self.policy.states_Nd)*(states_Nd @ features.weights_Fd.T)
-                parts.append(torch.stack(weight_shift(self.policy, dX_NF, dY_N)).numpy())
+                parts.append(self._shift(*moved(self.lm, self.policy, self.sites, gradients, rate)))
                 bar.update()
         both_P2F = np.array(parts).reshape(-1, 2, len(self.policy.features))
         return Shifts(self.policy, list(data.conversations.ids), both_P2F[:, 0], both_P2F[:, 1], route)
@@ -306,3 +309,15 @@ class PolicyShift(_Shifting):
     ) -> Shifts:
         "Jacobian-vector products along minus each example's gradient: the limit of small steps."
         return self._shifts(pairs, "tangent", _tangents, 0., progress)
+
+    def together(
+        self,
+        pairs: Any, # Training examples, at least one
+    ) -> Shifts:
+        "A step on the mean loss of all examples, by tangent: the mean of their shifts at the price of one."
+        data = self.lm.tokenize(pairs)
+        rows = [_loss_gradients(self.lm, data, row, self.sites) for row in range(len(data))]
+        mean = [torch.stack(site).mean(0) for site in zip(*rows)]
+        by_features, by_behaviour = self._shift(*_tangents(self.lm, self.policy, self.sites, mean))
+        name = [f"{len(rows)} examples together"]
+        return Shifts(self.policy, name, by_features[None], by_behaviour[None], "tangent")
