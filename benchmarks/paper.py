@@ -26,7 +26,9 @@ import torch
 import yaml
 
 import concept_tda as ct
+from concept_tda.influence.neighbours import ResidualChange
 
+RESIDUAL = {"Residual Change": "across_tokens", "Residual Change, within tokens": "within_token"}
 DEFAULTS = dict(
     model="smollm2-135m-instruct",  # anything load_model opens
     device=None,  # None: a GPU if there is one
@@ -140,6 +142,7 @@ class Study:
                 ct.VectorFilter(tuned, concept),
                 ct.ActivationGradient(tuned, concept),
                 ct.ProjectionDifference(tuned, concept, answers=base_answers, empty="mean"),
+                *[ResidualChange(tuned, concept, form=form, method=name) for name, form in RESIDUAL.items()],
                 ct.GradDot(tuned, queries),
             ]
             if config["own_answers"]:

@@ -99,7 +99,7 @@ def test_loss_is_the_mean_over_response_tokens_whatever_the_company(family, data
     tokenized = lm.tokenize(data)
     batch = next(batches(tokenized, token_budget=10**6))
     with torch.no_grad():
-        losses = finetuning._example_losses(lm, batch)
+        losses = finetuning.example_losses(lm, batch)
     assert len(batch) == 16 and torch.allclose(
         losses.double(), reference_losses(lm.model, tokenized)[batch.rows], atol=1e-5
     )
@@ -582,10 +582,10 @@ def test_an_interrupted_run_leaves_no_model_and_can_be_repeated(
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    real = finetuning._example_losses
+    real = finetuning.example_losses
     with monkeypatch.context() as patch:
         if where == "training_steps":
-            patch.setattr(finetuning, "_example_losses", third_step)
+            patch.setattr(finetuning, "example_losses", third_step)
         else:
             patch.setattr(finetuning, where, interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -996,7 +996,7 @@ def test_the_optimiser_is_plain_adamw_with_clipping(saved_base, data, tmp_path):
     """Two steps by hand, with transformers' own loss."""
     lm, settings = load_model(saved_base), dict(rank=4, learning_rate=1e-2, batch_size=8, weight_decay=0.1)
     finetune(lm, data, tmp_path / "ft", **settings, progress=False)
-    with finetuning._own_randomness(0):
+    with finetuning.own_randomness(0):
         model = finetuning._adapted(lm, 4, 32, False)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments = {name: (torch.zeros_like(p, dtype=torch.float64),) * 2 for name, p in parameters.items()}
