@@ -4645,6 +4645,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'concept_tda/mechanisms/policy_shifts.py'),
                                                       'concept_tda.mechanisms.policy_shifts._read_after_step': ( '70_mechanisms/policy_shifts.html#_read_after_step',
                                                                                                                  'concept_tda/mechanisms/policy_shifts.py'),
+                                                      'concept_tda.mechanisms.policy_shifts._read_pairs': ( '70_mechanisms/policy_shifts.html#_read_pairs',
+                                                                                                            'concept_tda/mechanisms/policy_shifts.py'),
                                                       'concept_tda.mechanisms.policy_shifts._tangents': ( '70_mechanisms/policy_shifts.html#_tangents',
                                                                                                           'concept_tda/mechanisms/policy_shifts.py'),
                                                       'concept_tda.mechanisms.policy_shifts.weight_shift': ( '70_mechanisms/policy_shifts.html#weight_shift',

@@ -352,3 +352,13 @@ def test_bad_questions_of_a_shift(lm, policy):
     ]:
         with pytest.raises(PolicyError, match=message):
             bad()
+
+
+def test_nothing_to_shift_by_and_examples_that_were_cut_are_refused(lm, policy):
+    shift, none = PolicyShift(lm, policy), answers("no").select([])
+    long = answers("no", "yes " * 2000)
+    for by in (shift.together, shift.by_tangent, shift.by_step):
+        with pytest.raises(PolicyError, match="no training examples"):
+            by(none)
+        with pytest.raises(PolicyError, match="1 examples are longer"):
+            by(long)

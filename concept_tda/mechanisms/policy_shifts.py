@@ -256,6 +256,16 @@ def _heat_map(shifts: Shifts, most: int) -> Figure:
     plt.close(figure)
     return figure
 
+# %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-read
+def _read_pairs(lm: LanguageModel, pairs: Any) -> TokenizedConversations:
+    "The training examples as the model reads them: at least one, and none shorter than it was given."
+    data = lm.tokenize(pairs)
+    if not len(data): raise PolicyError("no training examples: give at least one with an answer")
+    if not len(data.cut): return data
+    raise PolicyError(
+        f"{len(data.cut)} examples are longer than {data.max_tokens} tokens, the first is "
+        f"{data.cut.id.iloc[0]}: give lm.tokenize(pairs, max_tokens=None), or leave them out")
+
 # %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-class-base
 class _Shifting:
     "A policy, the model it was fitted to, and the weights that training moves."
@@ -276,7 +286,7 @@ class _Shifting:
 
     def _shifts(self, pairs: Any, route: str, moved: Callable, rate: float, progress: bool) -> Shifts:
         "Every example by one route."
-        data, parts = self.lm.tokenize(pairs), []
+        data, parts = _read_pairs(self.lm, pairs), []
         bar = progress_bar(len(data), progress, f"shift of the policy, by {route}", "example")
         with bar:
             for row in range(len(data)):
@@ -315,7 +325,7 @@ class PolicyShift(_Shifting):
         pairs: Any, # Training examples, at least one
     ) -> Shifts:
         "A step on the mean loss of all examples, by tangent: the mean of their shifts at the price of one."
-        data = self.lm.tokenize(pairs)
+        data = _read_pairs(self.lm, pairs)
         rows = [_loss_gradients(self.lm, data, row, self.sites) for row in range(len(data))]
         mean = [torch.stack(site).mean(0) for site in zip(*rows)]
         by_features, by_behaviour = self._shift(*_tangents(self.lm, self.policy, self.sites, mean))
