@@ -339,6 +339,7 @@ def test_what_moved_beside_what_should(lm, policy):
     assert np.allclose(one.off_target, by_hand) and (one.flag == (one.largest != "probe 0")).all()
     assert np.allclose(np.linalg.solve(policy.U_FF.numpy(), shifts.evidence.T).T, shifts.total)
     assert np.allclose(shifts.pair(0)["shift"].abs().max(), np.abs(shifts.total[0]).max())
+    assert [one.response for one in shifts.examples] == ["no", "yes"] and shifts.examples.ids == shifts.ids
 
 
 def test_bad_questions_of_a_shift(lm, policy):

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.batches import batches
+from ..data.conversations import Conversations
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import html_of
 from ..foundation.storage import fingerprint
@@ -165,6 +166,7 @@ class _Shifts:
     by_features: np.ndarray # ΔW_X [P, F]
     by_behaviour: np.ndarray # ΔW_Y [P, F]
     route: str          # "step" or "tangent"
+    examples: Conversations | None = None # What was trained on, to be read; None where a row stands for several
 
     @property
     def total(self) -> np.ndarray:
@@ -294,7 +296,8 @@ class _Shifting:
                 parts.append(self._shift(*moved(self.lm, self.policy, self.sites, gradients, rate)))
                 bar.update()
         both_P2F = np.array(parts).reshape(-1, 2, len(self.policy.features))
-        return Shifts(self.policy, list(data.conversations.ids), both_P2F[:, 0], both_P2F[:, 1], route)
+        examples = data.conversations
+        return Shifts(self.policy, list(examples.ids), both_P2F[:, 0], both_P2F[:, 1], route, examples)
 
 # %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-class
 class PolicyShift(_Shifting):
