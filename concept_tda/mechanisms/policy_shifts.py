@@ -166,7 +166,7 @@ class _Shifts:
     by_features: np.ndarray # ΔW_X [P, F]
     by_behaviour: np.ndarray # ΔW_Y [P, F]
     route: str          # "step" or "tangent"
-    examples: Conversations | None = None # What was trained on, to be read; None where a row stands for several
+    examples: Conversations | None = None # What they say; None where a row stands for several
 
     @property
     def total(self) -> np.ndarray:
