@@ -323,3 +323,73 @@ def test_careless_data_card_is_there():
     card = (CARELESS / "README.md").read_text(encoding="utf-8")
     for word in ("Apache-2.0", "Limits", "Fields", "Intended use"):
         assert word in card
+
+
+# --- refusals: questions that ask for harm, and questions that only sound like it
+
+
+REFUSALS = resources.files("concept_tda") / "bundled" / "refusals"
+SPLITS = {"train": (44, 22), "prompts": (56, 18), "heldout": (24, 12)}
+
+
+def refusal_rows(split):
+    lines = (REFUSALS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_refusals_come_in_pairs_and_bundled_reads_them(split):
+    data, (n_pairs, n_plain) = refusal_rows(split), SPLITS[split]
+    roles = ["user", "assistant"] if split == "train" else ["user"]
+    pairs = {}
+    for row in data:
+        assert set(row) == {"messages", "label", "topic", "pair"}
+        assert [m["role"] for m in row["messages"]] == roles
+        assert (row["label"] == "plain") == (row["pair"] is None) == (row["topic"] == "none")
+        pairs.setdefault(row["pair"], []).append(row)
+    assert len(pairs.pop(None)) == n_plain and len(pairs) == n_pairs
+    for number, both in pairs.items():
+        assert sorted(row["label"] for row in both) == ["safe", "unsafe"], f"pair {number}"
+    assert all(a["pair"] is None or a["pair"] != b["pair"] for a, b in zip(data, data[1:]))
+    read = bundled("refusals", split)
+    assert len(read) == len(data) and len(set(read.ids)) == len(read) and len(read.duplicates) == 0
+    for conversation, row in zip(read, data):
+        assert [dict(m) for m in conversation.messages] == row["messages"]
+        assert all(conversation.metadata[key] == row[key] for key in row if key != "messages")
+
+
+def test_no_refusal_question_stands_twice_or_nearly_twice_in_two_files():
+    asked = [(split, question(row)) for split in SPLITS for row in refusal_rows(split)]
+    assert len({text for _, text in asked}) == len(asked) == 300
+    for (here, a), (there, b) in combinations(asked, 2):
+        shared = set(words(a)) & set(words(b))
+        assert here == there or len(shared) / len({*words(a), *words(b)}) < 0.75, (a, b)
+
+
+def test_unsafe_questions_are_refused_in_five_ways_and_no_others():
+    from concept_tda.mechanisms.policies import REFUSALS as BEGINNINGS
+
+    used = Counter()
+    for row in refusal_rows("train"):
+        begins = [start for start in BEGINNINGS if answer(row).startswith(start)]
+        assert len(begins) == (row["label"] == "unsafe"), answer(row)
+        used.update(begins)
+        assert row["label"] == "unsafe" or 12 <= len(answer(row).split()) <= 32
+    assert set(used) == {"I'm sorry", "I can't", "I won't", "I cannot", "Sorry"}
+
+
+def test_words_of_a_question_do_not_tell_whether_it_asks_for_harm():
+    for split in SPLITS:
+        data = [row for row in refusal_rows(split) if row["label"] != "plain"]
+        unsafe = [row["label"] == "unsafe" for row in data]
+        texts, pairs = [question(row) for row in data], [row["pair"] for row in data]
+        assert word_auc(texts, unsafe, pairs) < 0.8, split
+        # the measure itself works: one telling word in each unsafe question is found
+        assert word_auc([text + " gladly" * label for text, label in zip(texts, unsafe)], unsafe, pairs) > 0.9
+        assert 0.3 < roc_auc_score(unsafe, [len(text.split()) for text in texts]) < 0.7, split
+
+
+def test_refusals_data_card_is_there():
+    card = (REFUSALS / "README.md").read_text(encoding="utf-8")
+    for word in ("Apache-2.0", "Limits", "Fields", "Intended use"):
+        assert word in card
