@@ -202,8 +202,25 @@ class _Targeted(_Shifts):
         return pd.DataFrame({"id": self.ids, "off_target": off_P, "largest": np.array(names)[largest_P],
                              "flag": ~on_F[largest_P] & (whole_P > 0)})
 
+# %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-curate
+class _Curating(_Targeted):
+    "Which examples curation would leave out."
+    def to_drop(
+        self,
+        targets: Iterable[str] | None = None, # Features the examples are meant to move; None: go by the score
+        most: int | None = None, # Ids at most
+    ) -> list[str]:              # Ids, the worst first
+        """With targets, the examples whose largest shift lies elsewhere, by off-target share (Habibi et al.
+        2026); without, those that weaken the policy, ΔW·W below 0."""
+        if targets is None: flagged_P, badness_P = self.scores < 0, -self.scores
+        else:
+            found = self.interference(targets)
+            flagged_P, badness_P = found.flag.to_numpy(), found.off_target.to_numpy()
+        worst_P = np.argsort(-badness_P, kind="stable")
+        return [self.ids[row] for row in worst_P if flagged_P[row]][:most]
+
 # %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-result
-class Shifts(_Targeted):
+class Shifts(_Curating):
     "How each example moves each weight of a policy, per unit of learning rate. Made by `PolicyShift`."
     def table(self) -> pd.DataFrame:
         "Row per example: id, score, its two parts, and the shift of every weight."
