@@ -212,8 +212,8 @@ class _Curating(_Targeted):
     ) -> list[str]:              # Ids, the worst first
         """With targets, the examples whose largest shift lies elsewhere, by off-target share (Habibi et al.
         2026); without, those that weaken the policy, ΔW·W below 0."""
-        if targets is None: flagged_P, badness_P = self.scores < 0, -self.scores
-        else:
+        flagged_P, badness_P = self.scores < 0, -self.scores
+        if targets is not None:
             found = self.interference(targets)
             flagged_P, badness_P = found.flag.to_numpy(), found.off_target.to_numpy()
         worst_P = np.argsort(-badness_P, kind="stable")
