@@ -127,8 +127,8 @@ PUBLIC = {
     "views.chats": "show_conversation show_conversations show_tokens",
     "views.kinds": "chosen_groups bar_svg kinds_html KindBrowser",
     "views.map": "MAP_SCRIPTS MapContents map_table map_columns report_map ExampleMap",
+    "views.latents": "LATENT_SCRIPTS latent_table latents_svg LatentBrowser latents_html",
     "views.report": "write_report",
-    "views.latents": "LATENT_SCRIPTS latent_table LatentBrowser",
     "demo": "last_state run_notebook",
     "cli": "",
 }

