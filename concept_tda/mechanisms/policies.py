@@ -166,10 +166,11 @@ def policy_pass(
     asked: PolicyPrompts,   # N prompts, K beginnings
     layer: int,             # Where the features are read
     token_budget: int = 2048, # Tokens of a batch
+    rows: Sequence[int] | None = None, # Only these of the N·K sequences; prompt i has i·K to i·K + K - 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]: # Sequences [B], states [B, d], log p [B]
     "The residual stream at the last token of each question, and log p(beginning | prompt), by batch."
     k = len(asked.beginnings)
-    for batch in batches(asked.sequences, token_budget=token_budget):
+    for batch in batches(asked.sequences, token_budget=token_budget, rows=rows):
         batch, heard = batch.to(lm.device), []
         with watch_layers(lm, [layer], lambda _, hidden: heard.append(hidden)):
             losses_BT = token_losses(lm, batch)

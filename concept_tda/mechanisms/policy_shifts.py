@@ -23,8 +23,8 @@ from ..data.conversations import Conversations
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import html_of
 from ..foundation.storage import fingerprint
-from ..influence.engine import adding_tangent, moved_weights
-from ..influence.gradients import SiteGradients
+from ..influence.engine import adding_tangent, direction_readout, moved_weights, shared_pass
+from ..influence.gradients import SiteGradients, site_flows
 from ..influence.queries import Query
 from .policies import Policy, PolicyError, policy_pass, read_policy, ridge_weights
 from ..model.loading import LanguageModel
@@ -165,7 +165,7 @@ class _Shifts:
     ids: list[str]      # P examples
     by_features: np.ndarray # ΔW_X [P, F]
     by_behaviour: np.ndarray # ΔW_Y [P, F]
-    route: str          # "step" or "tangent"
+    route: str          # "step", "tangent" or "query"
     examples: Conversations | None = None # What they say; None where a row stands for several
 
     @property
@@ -285,6 +285,56 @@ def _read_pairs(lm: LanguageModel, pairs: Any) -> TokenizedConversations:
         f"{len(data.cut)} examples are longer than {data.max_tokens} tokens, the first is "
         f"{data.cut.id.iloc[0]}: give lm.tokenize(pairs, max_tokens=None), or leave them out")
 
+# %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-directions-states
+def _through_states(
+    lm: LanguageModel, policy: Policy, sites: list[Site], bar: Any,
+) -> dict[str, torch.Tensor]:
+    "Gradient [F, out, in] of every weight at each site, by way of the states."
+    (n, k), each = policy.logp_NK.shape, torch.eye(len(policy.features)).double()
+    on_states_FNd = [_coefficients(policy, u_F)[0] for u_F in each]
+    first = range(0, n*k, k)
+    with lm.undisturbed(), SiteGradients(sites) as gradients, torch.enable_grad():
+        found = {name: torch.stack([total]*len(each)) for name, total in gradients.items()}
+        for rows_B, states_Bd, _ in policy_pass(lm, policy.asked, policy.features.layer, rows=first):
+            for number, on_states_Nd in enumerate(on_states_FNd):
+                if states_Bd.requires_grad:
+                    states_Bd.backward(on_states_Nd[rows_B//k].to(states_Bd), retain_graph=True)
+                for name, total in gradients.items():
+                    found[name][number] += total
+                    total.zero_()
+            bar.update(len(rows_B))
+    return found
+
+# %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-directions-behaviour
+def _through_behaviour(
+    lm: LanguageModel, policy: Policy, sites: list[Site], bar: Any,
+) -> dict[str, torch.Tensor]:
+    "Gradient [F, out, in] of every weight at each site, by way of the log-probabilities."
+    each = torch.eye(len(policy.features)).double()
+    on_logp_FS = torch.stack([_coefficients(policy, u_F)[1].flatten() for u_F in each])
+    found = {name: torch.stack([total]*len(each)) for name, total in SiteGradients(sites).gradients.items()}
+
+    def receive(site: Site, x_Ri: torch.Tensor, delta_Ro: torch.Tensor) -> None:
+        counts_FR = on_logp_FS[:, rows_B].repeat_interleave(len(x_Ri)//len(rows_B), 1).to(delta_Ro)
+        for number, counts_R in enumerate(counts_FR):
+            found[site.name][number] += (delta_Ro*counts_R[:, None]).T @ x_Ri
+
+    with lm.undisturbed(), site_flows(sites, receive), torch.enable_grad():
+        for rows_B, _, logp_B in policy_pass(lm, policy.asked, policy.features.layer):
+            logp_B.sum().backward()
+            bar.update(len(rows_B))
+    return found
+
+# %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-directions-both
+def _directions(
+    lm: LanguageModel, policy: Policy, sites: list[Site], progress: bool,
+) -> dict[str, torch.Tensor]:
+    "Gradients [2F, out, in] at each site: of every weight through the states, then through the behaviour."
+    n, k = policy.logp_NK.shape
+    with progress_bar(n + n*k, progress, "weights of the policy", "sequence") as bar:
+        states, behaviour = (way(lm, policy, sites, bar) for way in (_through_states, _through_behaviour))
+    return {name: torch.cat([states[name], behaviour[name]]) for name in states}
+
 # %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-class-base
 class _Shifting:
     "A policy, the model it was fitted to, and the weights that training moves."
@@ -318,7 +368,7 @@ class _Shifting:
 
 # %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-class
 class PolicyShift(_Shifting):
-    "ΔW of each training example, by a literal step or by directional derivatives (Habibi et al. 2026)."
+    "ΔW of each training example, by a step, by directional derivatives or by queries (Habibi et al. 2026)."
     def by_step(
         self,
         pairs: Any,         # Training examples, P
@@ -339,6 +389,20 @@ class PolicyShift(_Shifting):
     ) -> Shifts:
         "Jacobian-vector products along minus each example's gradient: the limit of small steps."
         return self._shifts(pairs, "tangent", _tangents, 0., progress)
+
+    def by_query(
+        self,
+        pairs: Any,            # Training examples, P
+        *,
+        progress: bool = True, # Show bars
+    ) -> Shifts:
+        "All weights differentiated once, then one pass over the examples: the way for whole training files."
+        data = _read_pairs(self.lm, pairs)
+        readout = direction_readout(self.sites, _directions(self.lm, self.policy, self.sites, progress))
+        scores_PQ = shared_pass(self.lm, data, {"policy": readout}, progress=progress)["policy"].scores
+        both_P2F = scores_PQ.reshape(len(data), 2, -1)
+        examples = data.conversations
+        return Shifts(self.policy, list(examples.ids), both_P2F[:, 0], both_P2F[:, 1], "query", examples)
 
     def together(
         self,
