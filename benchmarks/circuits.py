@@ -1,4 +1,4 @@
-"""Who built the induction head? Two layers, sequences of which half repeat (METHODS §13); several seeds.
+"""Who built the induction head? Two layers, sequences of which half repeat (Formulas §13); several seeds.
 
     python benchmarks/circuits.py --seeds 5 --folder /tmp/circuits    # minutes a seed, on one core
 

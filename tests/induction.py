@@ -1,4 +1,4 @@
-"""The small reproduction of METHODS §13: sequences of which half repeat distinct tokens at a random period,
+"""The small reproduction of Formulas §13: sequences of which half repeat distinct tokens at a random period,
 half are sparse bigram text. Copying takes an induction head, so two layers learn it and one does not."""
 
 import numpy as np

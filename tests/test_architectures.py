@@ -150,7 +150,7 @@ def dot(a, b):
 
 
 def truth(lm, sites, f):
-    """-⟨∇f, -∇L⟩ would be the rise; for f = -loss of the queries the score is ⟨∇L(q), ∇L(z)⟩ (METHODS §1)."""
+    """-⟨∇f, -∇L⟩ is the rise; for f = -loss of the queries the score is ⟨∇L(q), ∇L(z)⟩ (Formulas §1)."""
     asked = [gradients(lambda q=q: f(q), sites) for q in lm.tokenize(load_conversations(ANSWERS))]
     mean = [sum(parts) / len(asked) for parts in zip(*asked)]
     return np.array([-dot(mean, gradients(lambda z=z: loss(lm, z), sites)) for z in lm.tokenize(train())])

@@ -1,4 +1,4 @@
-"""The engines for -⟨q, ∇L(z)⟩ against each other, and what each of them does to the model (METHODS §4)."""
+"""The engines for -⟨q, ∇L(z)⟩ against each other, and what each of them does to the model (Formulas §4)."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def random_directions(sites, n=1, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("pattern", ["attention", "all-linear"])
 def test_engines_agree(family, pattern, train):
-    lm = load_model(tiny_pair(family, n_layers=3))  # float32: the tolerances are those of METHODS §4
+    lm = load_model(tiny_pair(family, n_layers=3))  # float32: the tolerances are those of Formulas §4
     sites = resolve_sites(lm, pattern)
     directions = random_directions(sites, n=2)
     weights = lm.fingerprint

@@ -1,4 +1,4 @@
-"""A float64 model computes in float64 throughout: scores against plain autograd to 1e-11 (METHODS §1, §4)."""
+"""A float64 model computes in float64: scores against plain autograd to 1e-11 (Formulas §1, §4)."""
 
 import numpy as np
 import pytest

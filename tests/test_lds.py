@@ -1,4 +1,4 @@
-"""The linear datamodeling score (METHODS §8) by actual retraining: do the scores foretell what a model
+"""The linear datamodeling score (Formulas §8) by actual retraining: do the scores foretell what a model
 trained on a random half does?
 
 A tiny Llama is fine-tuned on 30 random halves of 40 examples. For each half, the sum of its examples' scores

@@ -80,7 +80,7 @@ def gradients(lm):
 
 
 def by_autograd(lm, tokenized, weights):
-    """The loss of METHODS §0 with explicit weights, by transformers' logits, one unpadded example a time."""
+    """The loss of Formulas §0 with explicit weights, by transformers' logits, one unpadded example a time."""
     total = 0.0
     for item, weights_T in zip(tokenized, weights):
         logits = lm.model(input_ids=item.input_ids[None]).logits[0]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import site_pages
 import yaml
 
 from concept_tda._public import PUBLIC
@@ -125,6 +126,62 @@ def test_contributing_names_every_room():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for room in PUBLIC:
         assert f"`{room}`" in text, f"CONTRIBUTING.md does not name {room}"
+
+
+def texts() -> dict[str, str]:
+    """Every text of the repository that a reader sees: sources of cells, scripts, documents."""
+    found = {}
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, names.split("\0")):
+        path = ROOT / name
+        if not path.is_file() or path.is_symlink():
+            continue
+        if path.suffix == ".ipynb":
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            found[name] = "\n".join("".join(cell["source"]) for cell in cells)
+        elif path.suffix in (".py", ".md", ".yml", ".yaml", ".sh", ".toml", ".ini"):
+            found[name] = path.read_text(encoding="utf-8")
+    return found
+
+
+def test_only_documents_that_are_here_are_cited():
+    elsewhere = re.compile(r"\b(?:METHODS|ARCHITECTURE|STACK|STYLE)(?:\.md\b|,?\s+§)")
+    cited = {name: match[0] for name, text in texts().items() for match in [elsewhere.search(text)] if match}
+    assert not cited, (
+        f"these cite what no reader has; say Formulas §n (nbs/explained/formulas.ipynb): {cited}"
+    )
+
+
+def test_every_section_that_is_cited_is_there():
+    page = json.loads((ROOT / "nbs" / "explained" / "formulas.ipynb").read_text(encoding="utf-8"))
+    sections = set(
+        re.findall(r"^## (\d+)\. .*\{#s\1\}$", "\n".join("".join(c["source"]) for c in page["cells"]), re.M)
+    )
+    assert sections == {str(n) for n in range(14)}, "a section of the page of formulas keeps its number"
+    n_cited = 0
+    for name, text in texts().items():
+        for cited in site_pages.CITED_SECTION.finditer(text):
+            numbers = {cited[2], *re.findall(r"§(\d+)", cited[3])}
+            assert numbers <= sections, f"{name}: {cited[0]} is not on the page of formulas"
+            n_cited += 1
+        for anchor in re.findall(r"formulas\.(?:ipynb|html)#s(\d+)", text):
+            assert anchor in sections, f"{name}: there is no section {anchor} on the page of formulas"
+    assert n_cited > 50
+
+
+def test_sections_in_docstrings_become_links():
+    assert site_pages.cite("as in Formulas §3, §9", "concept_tda.influence.curvature") == (
+        "as in [Formulas §3](../explained/formulas.html#s3), [§9](../explained/formulas.html#s9)"
+    )
+    assert site_pages.cite("Formulas\n§12.", "concept_tda.cli") == (
+        "[Formulas §12](explained/formulas.html#s12)."
+    )
 
 
 def test_link_checker_finds_what_is_broken(tmp_path):

@@ -28,6 +28,7 @@ PRIVATE_LINK = re.compile(r"\[(`(?:\w+\.)*_\w*(?:\(\))?`)\]\([^)]*\)")
 MODULE_PREFIX = re.compile(
     r"\b(?:torch\.nn\.modules\.\w+|pandas(?:\.\w+)*|pathlib|collections\.abc|transformers(?:\.\w+)*|concept_tda(?:\.\w+)+)\.(?=[A-Z])"
 )
+CITED_SECTION = re.compile(r"\bFormulas(\s+)§(\d+)((?:,\s*§\d+)*)")
 SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.MULTILINE)
 
 
@@ -47,6 +48,17 @@ def plain(thing):
     if isinstance(thing, property):
         return thing.fget
     return getattr(thing, "__func__", getattr(thing, "func", thing))
+
+
+def cite(text: str, module: str) -> str:
+    """`Formulas §3` in a docstring as a link to that section of the page of formulas."""
+    place = "../" * (module.count(".") - 1) + "explained/formulas.html"
+
+    def linked(match: re.Match) -> str:
+        more = re.sub(r"§(\d+)", lambda one: f"[§{one[1]}]({place}#s{one[1]})", match[3])
+        return f"[Formulas §{match[2]}]({place}#s{match[2]}){more}"
+
+    return CITED_SECTION.sub(linked, text)
 
 
 def rendering(function, short: str) -> str:
@@ -92,11 +104,11 @@ def source(thing) -> str:
 
 
 def docstring(thing) -> str:
-    """The docstring, without the one that dataclasses writes."""
+    """The docstring, sections of the page of formulas as links; without the one that dataclasses writes."""
     text = inspect.getdoc(plain(thing)) or ""
     if dataclasses.is_dataclass(thing) and text.startswith(f"{thing.__name__}("):
         return ""  # written by dataclasses
-    return text
+    return cite(text, getattr(plain(thing), "__module__", ""))
 
 
 def entry(thing, name: str, level: int = 3, with_source: bool = True) -> str:

@@ -154,7 +154,7 @@ class _Compared(_Direction):
 # %% ../../nbs/40_concepts/00_concept.ipynb #whole-class
 class Concept(_Compared):
     """A unit direction of the residual stream at one layer, with its origin and its measured quality
-    (METHODS §2)."""
+    (Formulas §2)."""
     def check(
         self,
         lm: LanguageModel,               # The model the concept is about to be used with
@@ -277,7 +277,7 @@ def random_directions(
     *,
     seed: int = 0,   # The same seed gives the same directions
 ) -> Tensor:         # [n, d] unit rows, float32 (float64 for float64 activations)
-    "Covariance-matched random directions, the null model for any concept result (METHODS §2)."
+    "Covariance-matched random directions, the null model for any concept result (Formulas §2)."
     kept, acts_ND = _kept_dtype(acts_ND), torch.as_tensor(acts_ND).detach().to("cpu", torch.float64)
     centred_ND = _centred(acts_ND)
     if n < 1: raise ConceptError(f"random_directions: n must be at least 1, got {n}.")
@@ -487,7 +487,7 @@ def contrastive_concept(
     seed: int = 0,                   # Chooses the held-out questions
     progress: bool = True,           # Show a bar while the model runs
 ) -> Concept:
-    """Mean activation of `positive` minus that of `negative` (METHODS §2, persona vectors). Raises
+    """Mean activation of `positive` minus that of `negative` (Formulas §2, persona vectors). Raises
     `ConceptError`, `LayerError`."""
     _check_held_out(held_out)
     contrast = _collect(lm, positive, negative, [layer], pooling, name, progress)
@@ -544,7 +544,7 @@ def probe_concept(
     seed: int = 0,                   # Chooses the held-out questions and the folds
     progress: bool = True,           # Show a bar while the model runs
 ) -> Concept:
-    """Direction of an L2-logistic probe (METHODS §2); decision = `norm`·projection + provenance['intercept'].
+    """Direction of an L2-logistic probe (Formulas §2); decision = `norm`·projection + provenance['intercept'].
     Raises `ConceptError`, `LayerError`."""
     _check_held_out(held_out)
     if C is not None and not C > 0:

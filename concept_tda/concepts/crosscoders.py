@@ -182,7 +182,7 @@ class _Saved(_Usable):
 
 # %% ../../nbs/40_concepts/03_crosscoders.ipynb #load
 class Crosscoder(_Saved):
-    "One sparse code for several activations of the same token (Lindsey et al. 2024; METHODS §7)."
+    "One sparse code for several activations of the same token (Lindsey et al. 2024; Formulas §7)."
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> "Crosscoder":
         "Open a saved one. Raises `CrosscoderError` where the folder holds something else, or damage."
@@ -325,7 +325,7 @@ def crosscoder_losses(
     l1: float | None = None,         # The price of this step; that of the recipe by default
     dead_F: torch.Tensor | None = None, # Which latents are dead; none by default
 ) -> CrosscoderLosses:
-    "The objective of one batch (METHODS §7, §13)."
+    "The objective of one batch (Formulas §7, §13)."
     pre_NF, zero = crosscoder.pre_codes(normal_NSD), normal_NSD.new_zeros(())
     codes_NF = pre_NF.relu()
     if recipe.kind == "batchtopk":
@@ -1083,5 +1083,5 @@ def difference_sae(
     second: str | int = 1,             # Source it is subtracted from
     **options: Any,                    # Those of `train_crosscoder`
 ) -> Crosscoder:                       # With one source; `encode` takes what `differences` gives
-    "A sparse autoencoder of the differences of two sources (METHODS §7: Diff-SAE)."
+    "A sparse autoencoder of the differences of two sources (Formulas §7: Diff-SAE)."
     return train_crosscoder(differences(batches, first, second), recipe, **options)

@@ -207,7 +207,7 @@ def latent_scaling(
     base: LatentSide,  # The model from which a latent seems to be absent
     tuned: LatentSide, # The one in which it is
 ) -> pd.DataFrame:     # [F] nu_error, nu_reconstruction, and the four β they are ratios of
-    "How much of each latent of the fine-tuned model is in the base model after all (METHODS §13)."
+    "How much of each latent of the fine-tuned model is in the base model after all (Formulas §13)."
     codes_NF, decoder_FE = tuned.codes_NF, tuned.decoder_FE
     size_F = codes_NF.square().sum(0)*decoder_FE.square().sum(1)
     found = {}
@@ -689,7 +689,7 @@ def novel_latents(
     units: Any = None,      # [N] which tokens belong together; each stands for itself by default
     floor: PairedLatents | None = None, # A pair of models that differ by less, as chance in place of swaps
 ) -> LatentRanking:
-    "Rank latents by how new they are, each held against chance (METHODS §7). Raises `DiffingError`."
+    "Rank latents by how new they are, each held against chance (Formulas §7). Raises `DiffingError`."
     claim = _checked_claim(ranking, evidence)
     if not 0 < level < 1: raise DiffingError(f"level={level}: a share between 0 and 1, such as .05")
     if isinstance(evidence, StagedLatents):
@@ -722,7 +722,7 @@ def exclusive_share(
     above: float = .9,       # Difference of norms from which a latent counts as exclusive
     nu: float = .5,          # Both ν must lie below
 ) -> dict[str, float]:       # {"before", "after"}: shares of the living latents
-    "Share of latents that only the fine-tuned model has, before and after latent scaling (METHODS §13)."
+    "Share of latents that only the fine-tuned model has, before and after latent scaling (Formulas §13)."
     if not isinstance(ranking.evidence, PairedLatents):
         raise DiffingError("exclusive latents are those of a crosscoder of two models, not of "
                            f"{ranking.claim.name}")

@@ -644,7 +644,7 @@ def expected_score(
     *,
     least_mass: float = 0.25, # Total probability below which there is no score
 ) -> float | None:            # Σ k p_k / Σ p_k, or None
-    "The grade a judge gives on average (Chen et al. 2025; METHODS §2)."
+    "The grade a judge gives on average (Chen et al. 2025; Formulas §2)."
     pairs = list(probabilities.items() if isinstance(probabilities, dict) else enumerate(probabilities))
     mass = math.fsum(p for _, p in pairs)
     return math.fsum(k*p for k, p in pairs)/mass if mass > 0 and mass >= least_mass else None

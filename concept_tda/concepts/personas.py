@@ -508,7 +508,7 @@ def persona_concept(
     progress: bool = True,             # Show progress bars
 ) -> Concept:
     """A persona vector: mean activation of the kept answers with the trait minus that of those without (Chen
-    et al. 2025; METHODS §2). Raises `PersonaError` where the filter keeps nothing."""
+    et al. 2025; Formulas §2). Raises `PersonaError` where the filter keeps nothing."""
     trait, rule = _trait_of(trait), _Filter(judge, coherence, threshold, coherence_threshold)
     if layer is not None:
         lm.check_layer(layer)  # before the long part
@@ -707,7 +707,7 @@ def steer(
     positions: str = "response",   # "response": tokens of the assistant, given or generated; "all": every
                                    # token
 ) -> Iterator[LanguageModel]:      # Within the context the model is steered; yields `lm`
-    """h_l += α v (METHODS §2). Works with batches padded on either side, with generation, and twice over;
+    """h_l += α v (Formulas §2). Works with batches padded on either side, with generation, and twice over;
     leaves nothing behind. Raises `ConceptError`, `SteeringError`."""
     _check_push(strength, positions)
     before = _steering_parameters(lm)
@@ -948,7 +948,7 @@ def steering_check(
     progress: bool = True,            # Show a progress bar
 ) -> SteeringCheck:
     """Is the concept a cause? The judge's values at each strength, along the concept and along random
-    directions (METHODS §2). Goes on after a kill. Raises `SteeringError`, `ConceptError`, `JudgeError`."""
+    directions (Formulas §2). Goes on after a kill. Raises `SteeringError`, `ConceptError`, `JudgeError`."""
     levels = _checked_strengths(strengths, random_controls, judge)
     concept.check(lm)
     settings = _steering_settings(lm, concept, judge, positions, seed)

@@ -520,7 +520,7 @@ def load_documents(
     name: str | None = None,   # Shown in reports; the file's name by default
     split: str = "train",      # Which split of a data set from the hub, or of a folder
 ) -> Documents:
-    """Read plain texts to be cut into windows (METHODS §11). Raises `DocumentError` or `ConversationError`
+    """Read plain texts to be cut into windows (Formulas §11). Raises `DocumentError` or `ConversationError`
     naming file and line of what is broken."""
     if isinstance(source, Documents): return source
     _check_cutting(window, separator)

@@ -185,7 +185,7 @@ def _draw_scores(ax: Axes, table: pd.DataFrame, methods: list[str], judges: list
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #003b
 class LinearDatamodelingScore(_HalvesShown):
     """Spearman's correlation, over random subsets, between the sum of an example's scores and the behaviour
-    after training on the subset (METHODS §8)."""
+    after training on the subset (Formulas §8)."""
     def plot(self) -> Figure:
         "One point for each method and judge, with its interval over subsets."
         import matplotlib.pyplot as plt
@@ -362,7 +362,7 @@ class _JudgePoints(_CounterfactualShown):
 
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #0044
 class CounterfactualPrediction(_JudgePoints):
-    "Predicted change of leaving out a subset, -Σs/N, against the change measured by retraining (METHODS §8)."
+    "Predicted change of leaving out a subset, -Σs/N, against that measured by retraining (Formulas §8)."
     def plot(
         self,
         judge: str | None = None, # One judge; the first if None

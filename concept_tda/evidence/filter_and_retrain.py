@@ -345,7 +345,7 @@ def _asked_judges(records: list[dict[str, Any]], judge: str | None) -> list[dict
 
 # %% ../../nbs/80_evidence/04_filter_and_retrain.ipynb #0028
 class FilterAndRetrain(_Drawn):
-    "Train from the base model without the highest (lowest, random) scores, and judge it (METHODS §8)."
+    "Train from the base model without the highest (lowest, random) scores, and judge it (Formulas §8)."
     def plot(
         self,
         judge: str | None = None, # One judge; None draws all of them

@@ -243,7 +243,7 @@ class _JudgeSteps(_Shown):
 # %% ../../nbs/80_evidence/06_tail_patch.ipynb #004d
 class TailPatch(_JudgeSteps):
     """The change of the behaviour after one gradient step on each top example, against the same step on
-    random ones (METHODS §8)."""
+    random ones (Formulas §8)."""
     def plot(
         self,
         judge: str | None = None, # One judge; the first if None

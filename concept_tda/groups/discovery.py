@@ -47,7 +47,7 @@ def movement(
     draws: int = 200,       # Random signs behind null_95
     seed: int = 0,          # Of them
 ) -> Movement:
-    "Σ_z c(z)/N: the movement of the pooled activation that the file predicts (METHODS §10)."
+    "Σ_z c(z)/N: the movement of the pooled activation that the file predicts (Formulas §10)."
     rows_Nd = _rows(atlas)
     mean_length = np.linalg.norm(rows_Nd, axis=1).mean()
     signs_DN = np.random.default_rng(seed).choice([-1., 1.], size=(draws, len(rows_Nd)))
@@ -205,7 +205,7 @@ def sparse_atoms(
     draws: int = 20,         # Dictionaries of rows of random signs behind null_95
     seed: int = 0,           # Of them, and of the dictionary
 ) -> Atoms:                  # Its table: atom, examples (that use it), coherence, null_95, found
-    """A sparse dictionary of the rows (Gradient Atoms, arXiv 2603.14665, at d numbers an example; METHODS
+    """A sparse dictionary of the rows (Gradient Atoms, arXiv 2603.14665, at d numbers an example; Formulas
     §12). Raises `DiscoveryError`."""
     rows_Nd = _rows(atlas)
     if not 1 <= n <= len(rows_Nd)//2 or not 0 < alpha < 1 or top < 2 or draws < 1:
@@ -248,7 +248,7 @@ def discover(
     draws: int = 50,         # Draws of the null, and pairs of halves
     seed: int = 0,           # Of them
 ) -> Discovery:
-    "Principal directions of the rows, against chance and over halves (METHODS §10). Raises `DiscoveryError`."
+    "Principal directions of rows, against chance and over halves (Formulas §10). Raises `DiscoveryError`."
     rows_Nd = _rows(atlas)
     n = min(n, len(rows_Nd)//2 - 1, rows_Nd.shape[1])
     if n < 1: raise DiscoveryError("fewer than one direction was asked for")

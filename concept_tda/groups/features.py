@@ -71,7 +71,7 @@ class Features:
     def fires(self,
         threshold: float = .1,   # Above this, strictly
     ) -> csr_matrix:             # Boolean [N, F]
-        "On which examples a feature fires (METHODS §1)."
+        "On which examples a feature fires (Formulas §1)."
         fired = csr_matrix(self.max > threshold)
         fired.eliminate_zeros()
         return fired
@@ -227,7 +227,7 @@ def load_features(
 def feature_groups(
     features: Features,        # Of N examples
     *,
-    threshold: float = .1,     # A feature fires above this (METHODS §1)
+    threshold: float = .1,     # A feature fires above this (Formulas §1)
     smallest: int = 5,         # Fewest examples on which it must fire
     largest: float = .5,       # Largest share of the examples on which it may fire
     names: dict[int, str] | None = None, # {number: what the feature stands for}; others are called by number

@@ -407,7 +407,7 @@ def score_groups(
     deals: int = 2000,          # Random deals behind p; 1/(1 + deals) is the smallest p
     seed: int = 0,              # Of the deals
 ) -> GroupScores:
-    """Sums and means of influence by group, against chance (METHODS §1; Koh et al. 2019: additive to
+    """Sums and means of influence by group, against chance (Formulas §1; Koh et al. 2019: additive to
     first order)."""
     result = _same_examples(groups, attribution, query)
     scores = np.asarray(result.scores, float)
@@ -533,7 +533,7 @@ def random_groups(
     groups: Groups, # To be matched in number and sizes
     seed: int = 0,  # Of the draw
 ) -> Groups:
-    "Groups of the same sizes, drawn at random (METHODS §13: density-matched)."
+    "Groups of the same sizes, drawn at random (Formulas §13: density-matched)."
     random, n = np.random.default_rng(seed), len(groups.conversations)
     columns = [np.sort(random.choice(n, size, replace=False)) for size in groups.sizes]
     starts = np.concatenate([[0], np.cumsum(groups.sizes)])

@@ -69,7 +69,7 @@ def rank_latents(
     *,
     side: str = "decoder",            # Rows of the decoder, or of the "encoder"
     features: Features | None = None, # Table of the same examples, for how often each latent fires
-    threshold: float = .1,            # A latent fires above this (METHODS §1)
+    threshold: float = .1,            # A latent fires above this (Formulas §1)
     activations: Any = None,          # [M, d]: random directions share their covariance
     n_random: int = 1000,             # Random directions behind z
     seed: int = 0,                    # Of the random directions
@@ -130,7 +130,7 @@ class _Gated(Query):
         number: int,               # Which
         examples: Conversations,   # Query answers; those on which it never fires are left out
         *,
-        threshold: float = .1,     # It fires above this, strictly (METHODS §1)
+        threshold: float = .1,     # It fires above this, strictly (Formulas §1)
         name: str | None = None,   # What is asked; its number by default
         reader: LanguageModel | None = None, # The model the SAE reads; None for `lm`
     ):

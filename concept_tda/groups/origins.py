@@ -133,7 +133,7 @@ class Origins(_Found):
         draws: int = 20,            # Of random latents
         seed: int = 0,              # Of them
     ) -> pd.DataFrame:              # One row a method: AUROC, AUPRC, precision@k, recall@k
-        "How well the influence on the latents finds labelled examples, beside plainer means (METHODS §8)."
+        "How well the influence on the latents finds labelled examples, beside plainer means (Formulas §8)."
         columns = {f"Concept Influence, {one}": _aggregated(self.scores.values, one) for one in AGGREGATES}
         columns |= _plain(self, lm, payload, how, mean_change)
         table = pd.DataFrame({name: detection_metrics(scores, labels, k) for name, scores in columns.items()})

@@ -397,7 +397,7 @@ def sae_quality(
     token_budget: int = 2048,  # Tokens in a batch
     progress: bool = True,     # Show a bar
 ) -> SAEQuality:
-    "Explained variance, L0, dead share, and the loss that splicing the reconstruction in adds (METHODS §13)."
+    "Explained variance, L0, dead share, and the loss that splicing the reconstruction in adds (Formulas §13)."
     check_sae(sae, lm)
     texts = lm.tokenize(data)
     fired_F, sums = torch.zeros(sae.n_features, dtype=torch.bool), defaultdict(float)
@@ -507,7 +507,7 @@ def random_sae(
     seed: int = 0,            # Of the directions
     tokens: int = 4096,       # Activations to look at
 ) -> SparseAutoencoder:
-    "An SAE that has learnt nothing: the baseline of every figure (METHODS §13)."
+    "An SAE that has learnt nothing: the baseline of every figure (Formulas §13)."
     check_sae(sae, lm)
     found: list[torch.Tensor] = []
     with lm.undisturbed():

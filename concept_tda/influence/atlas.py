@@ -994,7 +994,7 @@ class _Answers(_Sampled):
         self,
         concept: Concept, # Of the atlas's layer and pooling
     ) -> Attribution:
-        """Concept Influence of every example, read off the atlas (METHODS §4).
+        """Concept Influence of every example, read off the atlas (Formulas §4).
         Raises `AtlasError` for a concept this atlas cannot answer for."""
         start, notes = time.perf_counter(), self.check(concept)
         scores = self.score_many(concept.direction)[:, 0]
@@ -1167,7 +1167,7 @@ def build_atlas(
     memory_budget: int = 2**32,  # Bytes the table of sketched queries may take
     progress: bool = True,       # Show progress bars
 ) -> InfluenceAtlas:
-    """Compute c(z) = -J H⁻¹ ∇L(z) for every example (METHODS §4). A build that was killed goes on.
+    """Compute c(z) = -J H⁻¹ ∇L(z) for every example (Formulas §4). A build that was killed goes on.
 
     Price of an example beyond its forward and backward pass: exact, a tangent pass over all query tokens up
     to `layer` (and the graph of all query tokens in memory); with `rank=r`, r·(in + out) multiplications for
@@ -1450,7 +1450,7 @@ def build_index(
     token_budget: int = 1024,    # Tokens in a batch
     progress: bool = True,       # Show a progress bar
 ) -> GradientIndex:
-    """Project and keep the gradient of every example's mean response loss (METHODS §3, LoGra).
+    """Project and keep the gradient of every example's mean response loss (Formulas §3, LoGra).
     Raises `AtlasError` for settings that cannot work, before any work is done."""
     folder, chosen, texts = Path(folder), resolve_sites(lm, sites), lm.tokenize(data, max_tokens=max_tokens)
     if not len(texts): raise AtlasError("data is empty: an index needs at least one conversation")

@@ -662,7 +662,7 @@ class _Preconditioner(_Named):
         self,
         gradients: dict[str, torch.Tensor], # Weight gradients [out, in] by site name
     ) -> dict[str, torch.Tensor]:           # (H + λ)⁻¹ G by site name, same shapes
-        "Multiply by the damped inverse: Q_S [(Q_Sᵀ G Q_A) / (Λ + λ)] Q_Aᵀ (METHODS §3)."
+        "Multiply by the damped inverse: Q_S [(Q_Sᵀ G Q_A) / (Λ + λ)] Q_Aᵀ (Formulas §3)."
         check_gradients(gradients, {site: f.eigenvalues.shape for site, f in self.factors.items()})
         result = {}
         for site, gradient in gradients.items():
@@ -795,7 +795,7 @@ class EKFAC(_Loaded):
         cache: bool = True,         # Look for, and keep, the factors in the cache folder
         progress: bool = True,      # Show a progress bar
     ) -> Self:
-        "Fit EK-FAC (METHODS §3). Raises `CurvatureError` where a loss or an eigenvalue is not finite."
+        "Fit EK-FAC (Formulas §3). Raises `CurvatureError` where a loss or an eigenvalue is not finite."
         _check_choices(labels, backend, damping)
         data = lm.tokenize(data)
         sites = resolve_sites(lm, sites, layer=layer, units=backend == "streaming")

@@ -292,7 +292,7 @@ class _Shifted(DirectionReadout):
 
 # %% ../../nbs/50_influence/04_engine.ipynb #difference-run
 class DifferenceReadout(_Shifted):
-    "Difference engine: [L(z; θ-εq) - L(z; θ+εq)]/2ε from two forward passes (METHODS §4); float32 at least."
+    "Difference engine: [L(z; θ-εq) - L(z; θ+εq)]/2ε from two forward passes (Formulas §4); float32 at least."
     engine, runs_alone, step = "difference", True, 1e-4
 
     def run(self, lm: LanguageModel, batch: Batch) -> None:

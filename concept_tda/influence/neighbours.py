@@ -135,7 +135,7 @@ def _check_form(form: str) -> None:
 # %% ../../nbs/50_influence/06_neighbours.ipynb #residual-readout
 class ResidualChangeReadout(Readout):
     """⟨v, r⟩ for a direction [width]: what a step on the example does to its residual stream, were the layer
-    one linear map (METHODS §12)."""
+    one linear map (Formulas §12)."""
     wants_hidden = wants_gradient = True
 
     def __init__(
@@ -168,7 +168,7 @@ class ResidualChangeReadout(Readout):
 # %% ../../nbs/50_influence/06_neighbours.ipynb #residual-scorer
 class ResidualChange(ActivationGradient):
     """⟨v̂, r(z)⟩: how far a step on the example would move its own residual stream along the concept, were
-    the layer one linear map. r = -Σ_t Σ_s ⟨z_t, z_s⟩ g_s, or -Σ_t z_t⟨z_t, g_t⟩ (METHODS §12)."""
+    the layer one linear map. r = -Σ_t Σ_s ⟨z_t, z_s⟩ g_s, or -Σ_t z_t⟨z_t, g_t⟩ (Formulas §12)."""
     method = "Residual Change"
 
     def __init__(
@@ -389,7 +389,7 @@ class CheckpointScorer(_Told):
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0011
 class TracIn(CheckpointScorer):
-    """Σ_c η_c ⟨∇L(q;θ_c), ∇L(z;θ_c)⟩ over checkpoints (Pruthi et al. 2020; METHODS §3), one model in memory
+    """Σ_c η_c ⟨∇L(q;θ_c), ∇L(z;θ_c)⟩ over checkpoints (Pruthi et al. 2020; Formulas §3), one model in memory
     at a time."""
     method = "TracIn"
 
@@ -663,7 +663,7 @@ class _SteppingCosine(_WithMoments):
 # %% ../../nbs/50_influence/06_neighbours.ipynb #001d
 class LESS(_SteppingCosine):
     """Mean over checkpoints, weighted by learning rate, of cos(∇L(q), Γ(z)), Γ the step of Adam on z (Xia
-    et al. 2024; METHODS §3)."""
+    et al. 2024; Formulas §3)."""
     method = "LESS"
 
     def describe(self) -> dict[str, Any]:

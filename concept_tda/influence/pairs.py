@@ -117,7 +117,7 @@ def score_preferences(
     lm: LanguageModel | None = None, # Counts the tokens, needed only if the scorer has no model
 ) -> PairAttribution:
     """Score every pair as score(chosen) - score(rejected). For gradient methods that is the derivative along
-    the difference of the two SFT losses (METHODS §12). Raises `ScorerError`."""
+    the difference of the two SFT losses (Formulas §12). Raises `ScorerError`."""
     if isinstance(scorer, Cascade):
         raise ScorerError(f"{scorer.method} gives exact scores to some examples and an order to the others, "
                           "which have no difference: score the pairs with its cheap or its exact scorer")

@@ -168,7 +168,7 @@ def _gathered(
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #datainf-fit
 class DataInf(_Priced):
-    "DataInf (Kwon et al. 2024, Eq. 5; METHODS §3): the mean over examples of exact rank-one inverses."
+    "DataInf (Kwon et al. 2024, Eq. 5; Formulas §3): the mean over examples of exact rank-one inverses."
     @classmethod
     def fit(
         cls,
@@ -350,7 +350,7 @@ def _measured_fisher(
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #logra-fit
 class LoGra(_ProjectedInverse):
-    "Fisher of gradients projected on both sides of each layer (Choe et al. 2024; METHODS §3), then exact."
+    "Fisher of gradients projected on both sides of each layer (Choe et al. 2024; Formulas §3), then exact."
     @classmethod
     def fit(
         cls,
@@ -604,7 +604,7 @@ class _Solving(_Stepping):
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #conjugate-gradient
 class ConjugateGradient(_Solving):
-    "(G + λI)⁻¹, G the exact Gauss-Newton matrix, by EK-FAC-preconditioned conjugate gradients (METHODS §3)."
+    "(G + λI)⁻¹, G the exact Gauss-Newton matrix, by EK-FAC-preconditioned conjugate gradients (Formulas §3)."
     def precondition(
         self,
         gradients: dict[str, torch.Tensor], # Weight gradients by site name; sites left out count as fixed

@@ -139,7 +139,7 @@ class ConceptQuery(_AtConcept):
 
 # %% ../../nbs/50_influence/03_queries.ipynb #000b
 class LossQuery(Query):
-    "f = -mean response loss of the query examples: raising f makes them likelier (METHODS §1, Eq. 1)."
+    "f = -mean response loss of the query examples: raising f makes them likelier (Formulas §1, Eq. 1)."
     name = "likelihood of the query responses"
 
     def sum_over(self, lm: LanguageModel, batch: Batch) -> torch.Tensor:

@@ -267,7 +267,7 @@ def _some_alone(
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #0009
 class VectorFilter(Scorer):
-    "⟨v̂, a(z)⟩: how strongly the example itself activates the concept (METHODS §1, Eq. 15)."
+    "⟨v̂, a(z)⟩: how strongly the example itself activates the concept (Formulas §1, Eq. 15)."
     method = "Vector Filter"
     zero = "projection"
 
@@ -290,7 +290,7 @@ class VectorFilter(Scorer):
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #activation-gradient
 class ActivationGradient(VectorFilter):
-    "-⟨v̂, ∂L(z)/∂a⟩: would fitting the example move its activation along the concept? (METHODS §1, Eq. 12)"
+    "-⟨v̂, ∂L(z)/∂a⟩: would fitting the example move its activation along the concept? (Formulas §1, Eq. 12)"
     method, zero = "Activation Gradient", "gradient"
 
     def prepare(self, data: TokenizedConversations) -> Readout:
@@ -448,7 +448,7 @@ class _WithOwnAnswers(VectorFilter):
 # %% ../../nbs/50_influence/05_scorers.ipynb #difference-2
 class ProjectionDifference(_WithOwnAnswers):
     """⟨v̂, a(x, y) - a(x, ŷ)⟩: how much more of the concept the example shows than the model's own answer ŷ
-    to its prompt (METHODS §1, Eq. 13)."""
+    to its prompt (Formulas §1, Eq. 13)."""
     method = "Projection Difference"
 
     def prepare(self, data: TokenizedConversations) -> Readout:
@@ -559,7 +559,7 @@ def _check_fitted_on(curvature: Any, lm: LanguageModel) -> None:
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #influence
 class Influence(_Question):
-    "-∇fᵀ H⁻¹ ∇L(z) for any query f (METHODS §1, Eq. 1): what one more step on the example would do to f."
+    "-∇fᵀ H⁻¹ ∇L(z) for any query f (Formulas §1, Eq. 1): what one more step on the example would do to f."
     def prepare(self, data: TokenizedConversations) -> Readout:
         "Differentiate the query, apply the curvature, choose an engine."
         if isinstance(self.curvature, str):
@@ -649,7 +649,7 @@ class ConceptInfluence(_OnConcept):
 # %% ../../nbs/50_influence/05_scorers.ipynb #influence-function
 class InfluenceFunction(Influence):
     """Classical influence on the likelihood of the query responses: ∇L(q)ᵀ H⁻¹ ∇L(z) (Koh & Liang 2017;
-    METHODS §1, Eq. 1)."""
+    Formulas §1, Eq. 1)."""
     method = "Influence Function"
 
     def __init__(

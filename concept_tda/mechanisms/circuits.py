@@ -329,7 +329,7 @@ class _PatternProbe(Query):
 
 # %% ../../nbs/70_mechanisms/00_circuits.ipynb #two-probes
 class PreviousTokenProbe(_PatternProbe):
-    "Σ_t A[t, t-1] of one head, the mean over the examples (Chen et al. 2026; METHODS §5)."
+    "Σ_t A[t, t-1] of one head, the mean over the examples (Chen et al. 2026; Formulas §5)."
     what = "previous-token attention"
 
     def weights(self, batch: Batch) -> torch.Tensor:
@@ -368,7 +368,7 @@ def copy_targets(
 
 # %% ../../nbs/70_mechanisms/00_circuits.ipynb #copy-probe
 class CopyProbe(Query):
-    "Log-probability of continuing a repeat, the mean over positions and examples (METHODS §5)."
+    "Log-probability of continuing a repeat, the mean over positions and examples (Formulas §5)."
     name = "copy log-probability"
 
     def __init__(
@@ -445,7 +445,7 @@ def _source(function: Callable) -> str:
 
 # %% ../../nbs/70_mechanisms/00_circuits.ipynb #unit-ekfac
 class UnitEKFAC(EKFAC):
-    "EK-FAC of units, with a smallest damping (Chen et al. 2026; METHODS §5)."
+    "EK-FAC of units, with a smallest damping (Chen et al. 2026; Formulas §5)."
     floor = 1e-5 # The smallest λ
 
     def damping_of(self, site: str) -> torch.Tensor:
@@ -489,7 +489,7 @@ class _SummedLosses:
 
 # %% ../../nbs/70_mechanisms/00_circuits.ipynb #unit-influence
 class UnitInfluence(Influence):
-    "-∇f_subᵀ (H_sub + λ)⁻¹ ∇L_sub(z): what more training on z does to a probe through units (METHODS §5)."
+    "-∇f_subᵀ (H_sub + λ)⁻¹ ∇L_sub(z): what more training on z does to a probe through units (Formulas §5)."
     method = "Mechanistic Data Attribution"
 
     def __init__(

@@ -32,7 +32,7 @@ def icl_score(
     early: int = 50,     # The mean over the first so many tokens
     late: int = 500,     # Against the token at this position, from 0
 ) -> float:              # Nats; below 0: later is easier
-    "Loss of a late token minus the mean loss of early ones (METHODS §5). `CircuitError` for short windows."
+    "Loss of a late token minus the mean loss of early ones (Formulas §5). `CircuitError` for short windows."
     data = lm.tokenize(windows, max_tokens=1_000_000)
     shortest = int(data.lengths.min())
     if not 2 <= early <= late < shortest:

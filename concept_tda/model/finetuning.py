@@ -51,7 +51,7 @@ def example_losses(
     lm: LanguageModel, # Plain or with adapters
     batch: Batch,      # Of B conversations
 ) -> Tensor:           # [B] float32, mean over each example's response tokens
-    "Mean cross-entropy over the response tokens of each example, L(z; θ) of METHODS §0."
+    "Mean cross-entropy over the response tokens of each example, L(z; θ) of Formulas §0."
     losses_BT = token_losses(lm, batch)
     return (loss_weights(batch, dtype=losses_BT.dtype).to(losses_BT.device)*losses_BT).sum(1)
 
@@ -753,7 +753,7 @@ def finetune(
     merge: bool = True,          # Merge the adapter; False keeps it beside weights shared with `lm`
     progress: bool = True,       # Show a bar
 ) -> LanguageModel:              # The fine-tuned model; `load_model(folder)` opens it again
-    """LoRA fine-tuning on the response tokens, loss as in METHODS §0. An interrupted call continues when
+    """LoRA fine-tuning on the response tokens, loss as in Formulas §0. An interrupted call continues when
     repeated. Raises `FinetuneError`, `StorageError`, and `MaskError` for token weights of something else."""
     settings = {name: value for name, value in locals().items() if name in _SETTINGS}
     _check_arguments(lm, folder)

@@ -88,7 +88,7 @@ def token_losses(
 # %% ../../nbs/20_model/02_losses.ipynb #weights
 def loss_weights(
     batch: "Batch",           # B conversations padded to T tokens
-    reduction: str = "mean",  # "mean" over an example's response tokens (METHODS §0), or their "sum"
+    reduction: str = "mean",  # "mean" over an example's response tokens (Formulas §0), or their "sum"
     dtype: torch.dtype = torch.float32, # Of the weights: that of the losses
 ) -> torch.Tensor:            # [B, T]
     "Weights that turn `token_losses` into one loss for each example: `(weights * losses).sum(1)`."

@@ -593,7 +593,7 @@ def replay(
     watch_every: int = 10,          # Steps between them
     progress: bool = True,          # Show a bar
 ) -> TrainingRun:                   # Begins at the checkpoint at or before `from_step`
-    """Train a stretch of a recorded run again with some losses multiplied, or examples inserted (METHODS
+    """Train a stretch of a recorded run again with some losses multiplied, or examples inserted (Formulas
     §11). Without either it equals the run bit for bit on a CPU. Raises `TrainingError`."""
     watching, until = _watching(every, watch, watch_every), to_step if until is None else until
     _check_stretch(run, from_step, to_step)
