@@ -35,6 +35,7 @@ PUBLIC = {
     "model.finetuning": "RECIPES FinetuneError example_losses own_randomness finetune training_record "
         "Retrained finetune_many training_checkpoints",
     "model.training": "TrainingError TrainingRecipe StepPlan TrainingRun train replay load_run",
+    "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics",
     "results.cards": "ZERO Cost QueryCard",

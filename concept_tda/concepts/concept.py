@@ -544,8 +544,8 @@ def probe_concept(
     seed: int = 0,                   # Chooses the held-out questions and the folds
     progress: bool = True,           # Show a bar while the model runs
 ) -> Concept:
-    """Direction of an L2-logistic probe (Formulas §2); decision = `norm`·projection + provenance['intercept'].
-    Raises `ConceptError`, `LayerError`."""
+    """Direction of an L2-logistic probe (Formulas §2); decision = `norm`·projection +
+    provenance['intercept']. Raises `ConceptError`, `LayerError`."""
     _check_held_out(held_out)
     if C is not None and not C > 0:
         raise ConceptError(f"C must be positive (or None to choose it by cross-validation), got {C!r}.")

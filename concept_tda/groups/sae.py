@@ -397,7 +397,7 @@ def sae_quality(
     token_budget: int = 2048,  # Tokens in a batch
     progress: bool = True,     # Show a bar
 ) -> SAEQuality:
-    "Explained variance, L0, dead share, and the loss that splicing the reconstruction in adds (Formulas §13)."
+    "Explained variance, L0, dead share, and the loss that splicing the reconstruction adds (Formulas §13)."
     check_sae(sae, lm)
     texts = lm.tokenize(data)
     fired_F, sums = torch.zeros(sae.n_features, dtype=torch.bool), defaultdict(float)

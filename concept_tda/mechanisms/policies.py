@@ -184,7 +184,7 @@ def read_policy(
     asked: PolicyPrompts, # N prompts, K beginnings
     layer: int,           # Where the features are read
 ) -> tuple[torch.Tensor, torch.Tensor]: # States [N, d], log-probabilities [N, K]; float64
-    "The residual stream at the last token of each question and log p of each beginning (METHODS §6)."
+    "The residual stream at the last token of each question and log p of each beginning (Formulas §6)."
     n, k = len(asked), len(asked.beginnings)
     states_Nd = torch.zeros(n, lm.width, dtype=torch.float64)
     logp_S = torch.zeros(n*k, dtype=torch.float64)
@@ -389,7 +389,7 @@ class _Told(_Measured):
 # %% ../../nbs/70_mechanisms/10_policies.ipynb #pol-policy
 class Policy(_Told):
     """Y ≈ X W: the log-probability of a behaviour as a weighted sum of features (Habibi et al. 2026,
-    METHODS §6). Made by `fit_policy`."""
+    Formulas §6). Made by `fit_policy`."""
     def table(
         self,
         draws: int = 500, # Bootstrap draws

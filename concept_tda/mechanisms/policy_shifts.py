@@ -38,7 +38,7 @@ def weight_shift(
     dX_NF: torch.Tensor, # How the features move
     dY_N: torch.Tensor,  # How the log-probabilities move
 ) -> tuple[torch.Tensor, torch.Tensor]: # ΔW_X [F] and ΔW_Y [F], float64
-    "To first order, how the weights of a policy move (Habibi et al. 2026; METHODS §6)."
+    "To first order, how the weights of a policy move (Habibi et al. 2026; Formulas §6)."
     X_NF, W_F, residual_N = policy.X_NF, policy.W_F, policy.Y_N - policy.X_NF @ policy.W_F
     by_features = dX_NF.T @ residual_N - X_NF.T @ (dX_NF @ W_F)
     return torch.linalg.solve(policy.U_FF, by_features), torch.linalg.solve(policy.U_FF, X_NF.T @ dY_N)
