@@ -97,9 +97,9 @@ PUBLIC = {
         "PreviousTokenProbe InductionProbe copy_targets CopyProbe CustomProbe UnitEKFAC UnitInfluence",
     "mechanisms.emergence": "ARMS icl_score CircuitCurves circuit_curves plot_curves EmergenceExperiment "
         "EmergenceResult plot_emergence",
-    "mechanisms.policies": "REFUSALS THRESHOLD PolicyError last_user_token PolicyPrompts policy_pass "
-        "read_policy PolicyFeatures sae_features concept_features feature_gaps ridge_weights Policy "
-        "fit_policy",
+    "mechanisms.policies": "REFUSALS CONSTANT THRESHOLD PolicyError last_user_token PolicyPrompts "
+        "policy_pass read_policy PolicyFeatures sae_features concept_features standardised_features "
+        "feature_gaps ridge_weights Policy fit_policy",
     "mechanisms.policy_shifts": "weight_shift PolicyQuery Shifts PolicyShift",
     "evidence.retraining": "TRAINING PLAN_FORMAT Judges ExperimentError full_recipe Maker tokenized_whole "
         "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
