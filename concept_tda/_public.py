@@ -24,6 +24,7 @@ PUBLIC = {
     "data.documents": "DocumentError Document Piece Window Windows Documents load_documents as_examples "
         "load_windows examples_from_columns token_windows number_tokenizer",
     "data.masks": "MaskError tokenizer_record token_mark TokenMask token_mask",
+    "data.stories": "TRIGGER PAYLOAD StoryError story_conversations story_tokenizer",
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel SlowTypeWarning load_model",
     "model.sites": "Site Slice chosen Unit layers_of on_whole_layers Coverage coverage coverage_notes "
         "resolve_sites",
