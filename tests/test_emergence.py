@@ -9,9 +9,10 @@ from transformers import GPT2Config
 from concept_tda.data.documents import token_windows
 from concept_tda.influence.queries import LossQuery
 from concept_tda.influence.scorers import Influence
-from concept_tda.mechanisms.circuits import CircuitError, head_scores, repeated_sequences
+from concept_tda.mechanisms.circuits import CircuitError, head_scores, random_sequences, repeated_sequences
 from concept_tda.mechanisms.emergence import (
     ARMS,
+    INSERTING,
     EmergenceExperiment,
     EmergenceResult,
     circuit_curves,
@@ -19,7 +20,7 @@ from concept_tda.mechanisms.emergence import (
     plot_curves,
     plot_emergence,
 )
-from concept_tda.model.training import TrainingRecipe, train
+from concept_tda.model.training import TrainingRecipe, load_run, train
 
 
 def config(attention="eager"):
@@ -87,8 +88,6 @@ def test_untouched_arm_is_the_run_and_each_arm_its_own(prepared):
     assert len(scores.scores) == 32
     assert ARMS["duplicated"] == 2 and ARMS["deleted"] == 0
     for arm, factor in ARMS.items():
-        from concept_tda.model.training import load_run
-
         there = load_run(folder / "a" / f"seed-0-{arm}", run.data.conversations)
         weights = there.plan.weights
         changed = [
@@ -105,6 +104,80 @@ def test_untouched_arm_is_the_run_and_each_arm_its_own(prepared):
             continue
         assert {step for step, _ in changed} <= set(range(4, 8)) and len({id for _, id in changed}) == 8
         assert ({id for _, id in changed} == top) == (not arm.startswith("random"))
+
+
+def test_inserted_arms_add_each_new_example_once_within_the_window_and_change_nothing_else(prepared):
+    run, _, loops, scores, folder = prepared
+    insert = {
+        "inserted": repeated_sequences(run.lm, 6, 6, seed=3),
+        "random_inserted": random_sequences(run.lm, 6, 12),
+    }
+    arms = ("full", *INSERTING)
+    experiment = EmergenceExperiment(
+        folder / "b", [run], [scores], (4, 8), loops, fraction=0.25, every=4, arms=arms, insert=insert
+    )
+    assert set(experiment.run(progress=False).table.arm) == set(arms)
+    n, ends = len(run.data), {}
+    for arm in INSERTING:
+        both = [*run.data.conversations, *insert[arm]]
+        there = load_run(folder / "b" / f"seed-0-{arm}", token_windows([one.tokens for one in both]))
+        added = [
+            (step, row - n)
+            for step, rows in enumerate(there.plan.rows, there.plan.start)
+            for row in rows
+            if row >= n
+        ]
+        assert sorted(row for _, row in added) == list(range(6)) and {step for step, _ in added} <= set(
+            range(4, 8)
+        )
+        before = run.plan.rows[there.plan.start :]
+        assert (
+            np.array_equal(there.plan.rows[:, : before.shape[1]], before) and (there.plan.weights == 1).all()
+        )
+        assert np.array_equal(there.plan.sizes, run.plan.sizes[there.plan.start :])
+        shown = {tuple(there.data[n + row].input_ids.tolist()) for row in range(6)}
+        assert shown == {tuple(one.tokens.tolist()) for one in insert[arm]}
+        ends[arm] = there.open().fingerprint
+    assert len({*ends.values(), run.open().fingerprint}) == 3
+
+
+def test_arms_follow_what_is_there_to_insert(prepared, tmp_path):
+    run, _, loops, scores, _ = prepared
+    new = repeated_sequences(run.lm, 2, 6)
+    plain = EmergenceExperiment(tmp_path, [run], [scores], (4, 8), loops)
+    more = EmergenceExperiment(tmp_path, [run], [scores], (4, 8), loops, insert={"inserted": new})
+    assert plain.arms == tuple(ARMS) and more.arms == (*ARMS, "inserted")
+
+
+def curves_of(emergence):
+    "Curves that reach .4 at the given steps, by arm; a row of steps for each seed."
+    steps = np.arange(0, 110, 10)
+    return pd.concat(
+        pd.DataFrame(dict(step=steps, induction=np.where(steps >= at, 0.5, 0.1), icl=0.0, seed=seed, arm=arm))
+        for arm, row in emergence.items()
+        for seed, at in enumerate(row)
+    )
+
+
+def test_beyond_random_is_two_standard_deviations_of_the_control():
+    arms = {
+        "full": (20, 30, 40),
+        "random_deleted": (30, 50, 60),  # 10, 20, 20 later: mean 16.7, sd 5.8
+        "deleted": (50, 60, 70),  # 30, 30, 30
+        "random_duplicated": (20, 40, 40),  # 0, 10, 0: mean 3.3, sd 5.8
+        "duplicated": (10, 20, 30),  # 10 sooner, 13.3 from the control
+        "inserted": (20, 20, 20),
+    }
+    result = EmergenceResult(curves_of(arms), 0.4, (0, 50))
+    against = result.against_random()
+    assert list(against.index) == ["deleted", "duplicated"], (
+        "an arm without its control is compared with nothing"
+    )
+    assert against.later["deleted"] == 30 and against.random["deleted"] == pytest.approx(50 / 3)
+    assert against["2 sd"]["deleted"] == pytest.approx(2 * np.std([10, 20, 20], ddof=1))
+    assert against.beyond["deleted"] and against.beyond["duplicated"], "sooner counts as well as later"
+    close = EmergenceResult(curves_of(arms | {"deleted": (40, 50, 60)}), 0.4, (0, 50)).against_random()
+    assert not close.beyond["deleted"], "20 later, 3.3 from the control, is within"
 
 
 def test_emergence_is_the_first_step_at_the_threshold():
@@ -138,6 +211,12 @@ def test_errors_say_what_to_do(prepared, tmp_path):
         (lambda: icl_score(run.open(), loops, early=1, late=5), "two or more"),
         (lambda: experiment(given=()), "1 runs and 0 scores"),
         (lambda: experiment(arms=("full", "burnt")), "no arm burnt"),
+        (lambda: experiment(insert={"added": loops}), "no arm added"),
+        (lambda: experiment(arms=("inserted",)), "nothing to insert in the arm inserted"),
+        (
+            lambda: experiment(insert={"inserted": loops, "random_inserted": loops[:2]}),
+            "4 for inserted and 2",
+        ),
         (lambda: experiment(runs=[fast]), "attn_implementation"),
         (lambda: experiment(window=(0, 8)).run(progress=False), "have no score"),
         (lambda: experiment(fraction=0.001).run(progress=False), "takes some and leaves some"),
