@@ -96,11 +96,12 @@ PUBLIC = {
     "mechanisms.circuits": "CircuitError Head heads head neurons slice_of attention_patterns "
         "previous_token_weights induction_weights head_scores random_sequences repeated_sequences "
         "PreviousTokenProbe InductionProbe copy_targets CopyProbe CustomProbe UnitEKFAC UnitInfluence",
-    "mechanisms.emergence": "ARMS icl_score CircuitCurves circuit_curves plot_curves EmergenceExperiment "
-        "EmergenceResult plot_emergence",
+    "mechanisms.emergence": "ARMS INSERTING icl_score CircuitCurves circuit_curves plot_curves "
+        "EmergenceExperiment EmergenceResult plot_emergence",
     "mechanisms.motifs": "Measure TOKEN_STATISTICS TEXT_STATISTICS PROGRAMS MotifError repeated_share "
         "longest_repeat text_statistics token_statistics example_statistics JointModel Motifs find_motifs "
         "plot_motifs Program Generator programs_for propose_program",
+    "mechanisms.tails": "top_share tail_curve plot_tail shared_tops plot_shared",
     "mechanisms.policies": "REFUSALS CONSTANT THRESHOLD PolicyError last_user_token PolicyPrompts "
         "policy_pass read_policy PolicyFeatures sae_features concept_features standardised_features "
         "feature_gaps ridge_weights Policy fit_policy",
