@@ -262,3 +262,59 @@ interface LatentText {
   base: number[];
   tuned: number[];
 }
+
+/** Which part of a shift of a policy: ΔW, ΔW_X, ΔW_Y. */
+type ShiftPart = "both" | "features" | "behaviour";
+
+type ShiftOrder = "score" | "size" | "off" | "flag" | "file";
+
+/** A feature of a policy with its weight and the weight's interval. */
+interface ShiftFeature {
+  name: string;
+  weight: number;
+  low: number;
+  high: number;
+}
+
+/** What a page is told of shifts, as `shift_table` in Python writes it. */
+interface ShiftTable {
+  title: string;
+  subtitle: string;
+  verdict: string; // what the policy is worth
+  figures: string;
+  weak: boolean;
+  unit: string;
+  features: ShiftFeature[]; // the largest weight first
+  ids: string[];
+  scores: number[]; // ΔW·W of each example
+  parts: [number, number][]; // of the score: by features, by behaviour
+  targets?: string[]; // in a page: names of the features that training was meant to move
+  row?: number; // in a page: the open example, -1 none
+}
+
+/** An example to read; `cut` characters were left out. */
+interface ShiftText {
+  turns: Turn[];
+  cut: number;
+}
+
+/** Row and targets as Python has them. */
+interface SharedShifts {
+  get(): {row: number; targets: string[]};
+  set(name: "row" | "targets", value: number | string[]): void;
+  onChange(call: () => void): void;
+}
+
+/** What the heat map of shifts asks its view, and tells it. */
+interface ShiftHeatCalls {
+  value(row: number, column: number): number;
+  limit(column: number): number;
+  side(row: number): Child;
+  corner(): Child;
+  sort(): {by: ShiftOrder | number; down: boolean};
+  isTarget(feature: number): boolean;
+  onSort(by: number): void;
+  onHover(row: number | null, column: number): void;
+  onRow(row: number, column: number): void;
+  onClick(): void;
+}
