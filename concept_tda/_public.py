@@ -134,6 +134,7 @@ PUBLIC = {
     "views.kinds": "chosen_groups bar_svg kinds_html KindBrowser",
     "views.map": "MAP_SCRIPTS MapContents map_table map_columns report_map ExampleMap",
     "views.latents": "LATENT_SCRIPTS latent_table latents_svg LatentBrowser latents_html",
+    "views.policies": "SHIFT_SCRIPTS quality_words shift_table shift_numbers shift_texts ShiftBrowser",
     "views.report": "write_report",
     "demo": "last_state run_notebook",
     "cli": "",

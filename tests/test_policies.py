@@ -355,6 +355,23 @@ def test_bad_questions_of_a_shift(lm, policy):
             bad()
 
 
+def test_policies_and_shifts_show_themselves_in_a_notebook(lm, policy):
+    page = policy._repr_html_()
+    for words in (f"{policy.W_F[0]:.3f}", f"{policy.majority:.3f}", "commoner answer", policy.verdict):
+        assert words in page
+    shifts = PolicyShift(lm, policy).by_tangent(answers("no", "<b>yes</b>", "the user"), progress=False)
+    page, best = shifts._repr_html_(), int(shifts.scores.argmax())
+    assert f"{shifts.scores[best]:+.3g}" in page and "&lt;b&gt;yes" in page and policy.verdict in page
+    assert page.index(f"{shifts.scores[best]:+.3g}") < page.index(f"{shifts.scores.min():+.3g}")
+
+
+def test_no_two_features_have_one_name():
+    assert sae_features(sae(), {3: "locks", 5: "locks", 6: "songs"}).names[3:7] == [
+        "locks (latent 3)", "latent 4", "locks (latent 5)", "songs"]  # fmt: skip
+    with pytest.raises(PolicyError, match="2 features are called 'probe 0'"):
+        concept_features([*probes(2), *probes(1)])
+
+
 def test_nothing_to_shift_by_and_examples_that_were_cut_are_refused(lm, policy):
     shift, none = PolicyShift(lm, policy), answers("no").select([])
     long = answers("no", "yes " * 2000)

@@ -1,4 +1,4 @@
-"""Shifts of a policy as a heat map: what the page is told is what the shifts are; sorting, reading, targets in a browser."""
+"""Shifts of a policy as a heat map: the page is told what they are; order, text, targets in a browser."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from test_browser import StandIn
 
 from concept_tda.concepts.concept import tensor_concept
 from concept_tda.data.conversations import load_conversations
@@ -16,7 +17,6 @@ from concept_tda.views.contents import WidgetError, front_end
 from concept_tda.views.policies import SHIFT_SCRIPTS, ShiftBrowser, quality_words, shift_numbers, shift_table
 
 from chromium import Chromium, needs_browser
-from test_browser import StandIn
 from tiny import tiny_pair
 
 NASTY = "<img src=x onerror=document.title='broken'>"
@@ -110,7 +110,7 @@ def test_rows_and_targets_are_checked(shifts):
         ("no feature 'nothing'", lambda: ShiftBrowser(shifts, ["nothing"])),
         ("no example is open", lambda: ShiftBrowser(shifts).pair),
         ("no feature is ticked", lambda: ShiftBrowser(shifts).interference),
-        ("pass PolicyShift", lambda: ShiftBrowser(shifts.policy)),
+        ("pass what PolicyShift", lambda: ShiftBrowser(shifts.policy)),
         (f"by example {shifts.ids[0]} has numbers that are not finite", lambda: ShiftBrowser(broken)),
     ):
         with pytest.raises(WidgetError, match=words):
@@ -268,8 +268,8 @@ def test_a_click_opens_text_and_decomposition(page, shifts):
         if evidence:
             page.click("input.evidence")
         lines = page.value(
-            "[...document.querySelectorAll('.shift-bars li')].map(line => [line.querySelector('bdi').textContent, "
-            "line.title, line.querySelector('.tag')?.textContent ?? ''])"
+            "[...document.querySelectorAll('.shift-bars li')].map(line => "
+            "[line.querySelector('bdi').textContent, line.title, line.querySelector('.tag')?.textContent])"
         )
         wanted = found.sort_values(column, key=np.abs, ascending=False).set_index("feature")
         assert [name for name, _, _ in lines] == wanted.index.tolist()
@@ -286,7 +286,10 @@ def test_a_click_opens_text_and_decomposition(page, shifts):
         "[bar.getAttribute('class'), parseFloat(bar.getAttribute('width'))])"
     )
     top = wanted.index[0]
-    sizes = [parts_of(shifts, True)[p][row, shifts.policy.features.names.index(top)] for p in ("features", "behaviour")]
+    sizes = [
+        parts_of(shifts, True)[p][row, shifts.policy.features.names.index(top)]
+        for p in ("features", "behaviour")
+    ]
     assert [kind.split()[1] for kind, _ in bars] == ["more" if size > 0 else "less" for size in sizes]
     assert bars[0][1] / bars[1][1] == pytest.approx(abs(sizes[0] / sizes[1]), rel=1e-3)
 
@@ -294,7 +297,9 @@ def test_a_click_opens_text_and_decomposition(page, shifts):
 @needs_browser
 def test_ticking_a_feature_holds_the_examples_against_it(page, shifts):
     names = shifts.policy.features.names
-    shown = page.value("[...document.querySelectorAll('.weights-of-policy li bdi')].map(one => one.textContent)")
+    shown = page.value(
+        "[...document.querySelectorAll('.weights-of-policy li bdi')].map(one => one.textContent)"
+    )
     order = np.argsort(-shifts.policy.W_F.abs().numpy()).tolist()
     assert shown == [names[at] for at in order]
     page.click(f".weights-of-policy li:nth-child({shown.index(names[4]) + 1}) input")
@@ -303,7 +308,9 @@ def test_ticking_a_feature_holds_the_examples_against_it(page, shifts):
     assert f"3 features ticked as meant to move; {against.flag.sum()} examples of 30" in told
     off = page.value("[...document.querySelectorAll('.heat-row .off')].map(one => parseFloat(one.title))")
     assert np.allclose(off, 100 * against.off_target[rows(page)], rtol=1e-3)
-    flags = page.value("[...document.querySelectorAll('.heat-row .flag')].map(one => one.textContent === '⚑')")
+    flags = page.value(
+        "[...document.querySelectorAll('.heat-row .flag')].map(one => one.textContent === '⚑')"
+    )
     assert flags == against.flag[rows(page)].tolist()
 
 
@@ -350,8 +357,8 @@ def test_nothing_is_cut_and_the_quality_stays_in_sight(chromium, asked, tmp_path
     view.select(2)
     page = opened(chromium, view, tmp_path_factory, width=width, height=700)
     wide = page.value(
-        "[document.documentElement, ...document.querySelectorAll('.quality, .filters, .shift-reading, .parts, "
-        ".weights-of-policy ol, .heat-side.corner, .shift-bars li')].filter(one => one.scrollWidth > "
+        "[document.documentElement, ...document.querySelectorAll('.quality, .filters, .shift-reading, "
+        ".parts, .weights-of-policy ol, .heat-side.corner, .shift-bars li')].filter(one => one.scrollWidth > "
         "one.clientWidth + 1).map(one => `${one.className}: ${one.scrollWidth} in ${one.clientWidth}`)"
     )
     assert wide == []
@@ -400,7 +407,9 @@ def test_row_and_targets_are_shared_with_python(chromium, shifts, tmp_path):
     stand_in.settle()
     assert view.row == 17 and view.targets == [names[3]]
     assert "question 17 " in stand_in.value("document.querySelector('.shift-reading').textContent")
-    ticked = stand_in.value("document.querySelector('.weights-of-policy li:has(input:checked) bdi').textContent")
+    ticked = stand_in.value(
+        "document.querySelector('.weights-of-policy li:has(input:checked) bdi').textContent"
+    )
     assert ticked == names[3]
     stand_in.page.click(".weights-of-policy input:checked")
     stand_in.settle()

@@ -9,6 +9,7 @@ __all__ = ['REFUSALS', 'CONSTANT', 'THRESHOLD', 'PolicyError', 'last_user_token'
 
 # %% ../../nbs/70_mechanisms/10_policies.ipynb #pol-imports
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +31,7 @@ from concept_tda.data.tokens import (
     response_mask,
     tokenize_prompts,
 )
-from ..foundation.display import html_of
+from ..foundation.display import Sheet, Table, html_of
 from ..foundation.errors import ConceptTDAError
 from ..foundation.storage import fingerprint
 from ..groups.sae import SparseAutoencoder
@@ -204,7 +205,14 @@ class PolicyFeatures:
     weights_Fd: torch.Tensor # float64
     bias_F: torch.Tensor     # float64
     relu: bool               # Negative readings count as 0
-    names: list[str]         # One for each
+    names: list[str]         # One for each, no two alike
+
+    def __post_init__(self):
+        name, times = Counter(self.names).most_common(1)[0] if self.names else ("", 0)
+        if times > 1: raise PolicyError(f"{times} features are called {name!r}: give each a name of its own")
+        if len(self.names) == len(self.weights_Fd) == len(self.bias_F): return
+        raise PolicyError(f"{len(self.names)} names and {len(self.bias_F)} biases for {len(self.weights_Fd)} "
+                          "features: give one of each for every row of weights_Fd")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -243,8 +251,14 @@ def sae_features(
         bias_F = inner.b_enc.detach().double().cpu()
     if getattr(inner.cfg, "apply_b_dec_to_input", False):
         bias_F = bias_F - weights_Fd @ inner.b_dec.detach().double().cpu()
-    return PolicyFeatures(sae.layer, weights_Fd, bias_F, True,
-                          [labels.get(i, f"latent {i}") for i in range(len(weights_Fd))])
+    return PolicyFeatures(sae.layer, weights_Fd, bias_F, True, _latent_names(len(weights_Fd), labels))
+
+# %% ../../nbs/70_mechanisms/10_policies.ipynb #pol-latent-names
+def _latent_names(n: int, labels: dict[int, str]) -> list[str]:
+    "A name for each latent, its label where that is the only one."
+    given = Counter(labels.values())
+    name = lambda i: labels[i] if given[labels[i]] == 1 else f"{labels[i]} (latent {i})"
+    return [name(i) if i in labels else f"latent {i}" for i in range(n)]
 
 # %% ../../nbs/70_mechanisms/10_policies.ipynb #pol-from-concepts
 def concept_features(
@@ -386,7 +400,7 @@ class _Told(_Measured):
     @property
     def weak(self) -> bool:
         "Less than ten points above the commoner answer, on prompts left out of the fit."
-        return self.quality.loc["policy", "accuracy left out"] < self.majority + .1
+        return bool(self.quality.loc["policy", "accuracy left out"] < self.majority + .1)
 
     @property
     def verdict(self) -> str:
@@ -402,10 +416,10 @@ class _Told(_Measured):
         return (f"Policy: {len(self.features)} features of layer {self.features.layer}, {len(self.Y_N)} "
                 f"prompts, λ = {self.ridge:g}; {self.verdict}")
 
-    def _repr_html_(self) -> str:
-        return html_of(self)
-
 # %% ../../nbs/70_mechanisms/10_policies.ipynb #pol-policy
+_SHOWN = 20   # Weights that a notebook lists
+
+
 class Policy(_Told):
     """Y ≈ X W: the log-probability of a behaviour as a weighted sum of features (Habibi et al. 2026,
     Formulas §6). Made by `fit_policy`."""
@@ -424,6 +438,13 @@ class Policy(_Told):
             "feature": self.features.names, "weight": self.W_F.numpy(), "low": low, "high": high,
             "mean": self.X_NF.mean(0).numpy(), "share": (self.X_NF != 0).double().mean(0).numpy()})
         return found.sort_values("weight", key=np.abs, ascending=False, ignore_index=True)
+
+    def _repr_html_(self) -> str:
+        weights = self.table().set_index("feature").head(_SHOWN)
+        least = "" if len(self.features) <= _SHOWN else f", the {_SHOWN} largest of {len(self.features):,}"
+        worth = Table(self.quality, "What it is worth", {"features": "{:,}"})
+        return html_of(Sheet(repr(self), "Left out: on prompts that the fit has not seen.", (
+            worth, Table(weights, f"Weights with 95 % intervals{least}"))))
 
 # %% ../../nbs/70_mechanisms/10_policies.ipynb #pol-check-fit
 def _check_fit(policy: Policy) -> None:

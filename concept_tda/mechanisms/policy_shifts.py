@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..data.batches import batches
 from ..data.conversations import Conversations
 from ..data.tokens import TokenizedConversations
-from ..foundation.display import html_of
+from ..foundation.display import Sheet, Table, html_of, one_line
 from ..foundation.storage import fingerprint
 from ..influence.engine import adding_tangent, direction_readout, moved_weights, shared_pass
 from ..influence.gradients import SiteGradients, site_flows
@@ -247,7 +247,7 @@ class Shifts(_Curating):
         return f"Shifts of {len(self.policy.features)} weights by {len(self.ids)} examples, by {self.route}"
 
     def _repr_html_(self) -> str:
-        return html_of(self)
+        return html_of(_ends(self))
 
     def plot(
         self,
@@ -255,6 +255,19 @@ class Shifts(_Curating):
     ) -> Figure:
         "Heat map of ΔW, examples by score, features by weight."
         return _heat_map(self, most)
+
+# %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-shown
+def _ends(shifts: Shifts, each: int = 5) -> Sheet:
+    "The examples that strengthen a policy most and those that weaken it most, for a notebook."
+    table = shifts.table().iloc[:, :4]
+    table["largest shift"] = np.array(shifts.policy.features.names)[np.abs(shifts.total).argmax(1)]
+    if shifts.examples is not None:
+        table["id"] = [one_line(example.response, 80) for example in shifts.examples]
+    table = table.sort_values("score", ascending=False, kind="stable")
+    table = table if len(table) <= 2*each else pd.concat([table.head(each), table.tail(each)])
+    scores = {name: "{:+.3g}" for name in table.columns[1:4]}
+    return Sheet(repr(shifts), f"{shifts.policy.verdict}. Score ΔW·W, per unit of learning rate: above 0 the "
+                 "example strengthens the policy.", (Table(table.set_index("id"), "Both ends", scores),))
 
 # %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-plot
 def _heat_map(shifts: Shifts, most: int) -> Figure:
