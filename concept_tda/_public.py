@@ -102,6 +102,7 @@ PUBLIC = {
         "longest_repeat text_statistics token_statistics example_statistics JointModel Motifs find_motifs "
         "plot_motifs Program Generator programs_for propose_program",
     "mechanisms.tails": "top_share tail_curve plot_tail shared_tops plot_shared",
+    "mechanisms.latent_units": "Latent latent_units",
     "mechanisms.policies": "REFUSALS CONSTANT THRESHOLD PolicyError last_user_token PolicyPrompts "
         "policy_pass read_policy PolicyFeatures sae_features concept_features standardised_features "
         "feature_gaps ridge_weights Policy fit_policy",
