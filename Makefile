@@ -38,7 +38,9 @@ test-all: $(STAMP)
 docs: $(STAMP)
 	@rm -rf _proc  # nbdev would keep pages whose code has changed under them
 	@bash tools/with_quarto.sh $(BIN)/nbdev-docs --n-workers 1
+	@$(BIN)/python tools/finish_site.py _docs
 	@$(BIN)/python tools/check_links.py _docs
+	@$(BIN)/python tools/check_pages.py _docs
 	@echo "The site: file://$(CURDIR)/_docs/index.html"
 
 # Always by the stand-in, so that README.md does not depend on what is installed.

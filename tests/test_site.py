@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import check_pages
+import finish_site
 import pytest
 import site_pages
 import yaml
@@ -67,7 +69,7 @@ def test_the_sidebar_has_its_sections():
     names = [
         entry if isinstance(entry, str) else entry.get("section") or entry["href"] for entry in sidebar()
     ]
-    assert names == ["Start here", "Tutorials", "Explained", "How to", "API", "limits.ipynb", "changelog.md"]
+    assert names == ["Start here", "Tutorials", "Explained", "How to", "API", "changelog.md"]
 
 
 def test_the_changelog_on_the_site_is_the_changelog():
@@ -184,6 +186,82 @@ def test_sections_in_docstrings_become_links():
     )
 
 
+def notebooks() -> dict[str, list[dict]]:
+    """The cells of every notebook, by its place in nbs/."""
+    return {
+        str(path.relative_to(ROOT / "nbs")): json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
+        if ".ipynb_checkpoints" not in path.parts
+    }
+
+
+def test_every_picture_is_described():
+    for name, cells in notebooks().items():
+        for cell in cells:
+            if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+                source = "".join(cell["source"])
+                described = re.search(r'^#\| fig-alt: "?[^"]{30,}"?$', source, re.M)
+                assert described, f"{name}: say what the picture shows, #| fig-alt: ...\n{source[:200]}"
+
+
+def test_guides_run_without_the_repository():
+    """Somebody who installed the package has neither tests/ nor the files beside the pages. (The page about
+    the house is about the repository itself.)"""
+    outside = re.compile(r"sys\.path|^\s*(?:from|import) (?:tiny|chat_tokenizers|planted)\b|mplstyle", re.M)
+    for name, cells in notebooks().items():
+        if name.split("/")[0] in ("how-to", "tutorials", "explained") and name != "explained/the_house.ipynb":
+            for cell in cells:
+                found = cell["cell_type"] == "code" and outside.search("".join(cell["source"]))
+                assert not found, f"{name}: {found[0]!r} is only there in the repository"
+
+
+def test_outputs_are_made_readable():
+    cell = {
+        "outputs": [
+            {"text": ["in /tmp/tmpab_12x/exact\n"]},
+            {"data": {"text/plain": ["a\ufffd\x0f b"], "image/png": "/tmp/tmp1"}},
+        ]
+    }
+    site_pages.make_readable(cell)
+    assert cell["outputs"][0]["text"] == ["in …/exact\n"]
+    assert cell["outputs"][1]["data"] == {"text/plain": ["a·· b"], "image/png": "/tmp/tmp1"}
+
+
+def test_signatures_name_no_type_that_the_code_does_not_name():
+    def function(questions=None, number: int = 1): ...
+
+    shown = site_pages.signature(function, "function")
+    assert "questions=None" in shown and "NoneType" not in shown and "number:int=1" in shown
+
+
+def test_summary_has_every_name_once_and_errors_last():
+    class Wrong(Exception):
+        "Something et al. is wrong; says why."
+
+    def right():
+        """Do a thing (Kowal et al. 2026) | well. Then more."""
+
+    table = site_pages.summary({"Wrong": Wrong, "right": right}).splitlines()
+    assert table[4:6] == [
+        r"| [`right`](#right) | Do a thing (Kowal et al. 2026) \| well |",
+        "| [`Wrong`](#wrong) | Something et al. is wrong; says why |",
+    ]
+
+
+def test_page_checker_finds_what_is_wrong(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<img src="a.png"><img src="b.png" alt="a curve"><pre>in /tmp/tmpa1b2/x</pre><p>cafÃ©</p>'
+        '<details class="api-source"></details><code>x:NoneType=None</code><script>"/tmp/tmpzz"</script>'
+    )
+    wrong = check_pages.problems_of(page)
+    kinds = ("no alt text", "summary table", "a temporary path", "mojibake", "an untrue annotation")
+    assert len(wrong) == len(kinds)
+    assert all(any(kind in one for one in wrong) for kind in kinds)
+    page.write_text('<img src="b.png" alt="a curve"><pre>fine, in /tmp too</pre>')
+    assert check_pages.problems_of(page) == []
+
+
 def test_link_checker_finds_what_is_broken(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "index.html").write_text(
@@ -237,6 +315,26 @@ def site(tmp_path_factory) -> Path:
 
 def test_site_has_no_broken_link(site):
     assert not check_links.broken_links(site)
+
+
+def test_site_shows_no_leftovers(site):
+    pages = sorted(site.rglob("*.html"))
+    wrong = [f"{file.relative_to(site)}: {one}" for file in pages for one in check_pages.problems_of(file)]
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_browser
+def test_search_answers_a_question_from_a_folder_and_the_sidebar_shows_the_page(site):
+    finish_site.write_index(site)
+    with Chromium() as browser:
+        page = browser.open(f"file://{site}/90_views/report.html", height=600)
+        link = "document.querySelector('#quarto-sidebar [aria-current=page]').getBoundingClientRect()"
+        assert page.value(f"{link}.top > 0 && {link}.bottom < innerHeight")
+        page.value("document.querySelector('.smalldocs-search input').focus()")
+        page.type("how do I use my own model")
+        page.wait("document.querySelector('.search-result')")
+        first = page.value("document.querySelector('.search-result').href")
+    assert first.split("/")[-1].startswith("own_model.html"), first
 
 
 def test_site_loads_nothing_from_elsewhere(site):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "concept_tda"
 PICTURE = ROOT / "nbs" / "images" / "the_house.png"
 PER_ROW = 4  # rooms beside each other
-# of Okabe and Ito, as in nbs/figures.mplstyle; floors that touch differ
+# of Okabe and Ito, as in concept_tda/static/figures.mplstyle; floors that touch differ
 COLOURS = {
     "foundation": "#000000",
     "data": "#E69F00",
@@ -226,7 +226,7 @@ def main(check: bool) -> int:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.style.use(ROOT / "nbs" / "figures.mplstyle")
+    plt.style.use(ROOT / "concept_tda" / "static" / "figures.mplstyle")
     draw().savefig(PICTURE, dpi=130, metadata={"Description": wanted, "Software": None})
     return 0
 

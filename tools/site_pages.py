@@ -29,6 +29,9 @@ MODULE_PREFIX = re.compile(
     r"\b(?:torch\.nn\.modules\.\w+|pandas(?:\.\w+)*|pathlib|collections\.abc|transformers(?:\.\w+)*|concept_tda(?:\.\w+)+)\.(?=[A-Z])"
 )
 CITED_SECTION = re.compile(r"\bFormulas(\s+)§(\d+)((?:,\s*§\d+)*)")
+GUESSED_TYPE = re.compile(r":NoneType(?=\s*=\s*None)")  # made of a default where the code names no type
+TEMPORARY = re.compile(r"(?:/tmp|/var/folders/\w+/\w+/T)/tmp\w+/?")
+NO_TEXT = re.compile(r"[\ufffd\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.MULTILINE)
 
 
@@ -85,7 +88,7 @@ def signature(thing, name: str) -> str:
             return f"class {short}({bases})" if bases else f"class {short}"
     rendered = rendering(plain(thing), short)
     code = re.search(r"```python\n(.*?)\n```", rendered, re.DOTALL)[1].strip().removesuffix(":")
-    code = MODULE_PREFIX.sub("", code)
+    code = GUESSED_TYPE.sub("", MODULE_PREFIX.sub("", code))
     if isinstance(thing, classmethod):
         code = "@classmethod\n" + code
     return code.replace("def ", "class ", 1).removesuffix("->None") if inspect.isclass(thing) else code
@@ -163,6 +166,44 @@ def class_entry(cls, name: str, elsewhere: set[str]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def first_sentence(text: str) -> str:
+    """The first sentence of a docstring on one line, or all of it where it does not end."""
+    text = " ".join(text.split("\n\n")[0].split())
+    ends = (match.start() for match in re.finditer(r"\.(?=\s+[A-Z`])", text))
+    end = next((at for at in ends if not text[:at].endswith(("et al", "e.g", "i.e", "vs", "Eq"))), None)
+    return text[:end].removesuffix(".").replace("|", "\\|")
+
+
+def summary(things: dict[str, object]) -> str:
+    """What a page has, as a table of names and first sentences: errors come last."""
+    order = sorted(
+        things, key=lambda name: inspect.isclass(things[name]) and issubclass(things[name], Exception)
+    )
+    rows = [
+        f"| [`{name}`](#{name.lower()}) | {first_sentence(docstring(things[name]))} |"
+        for name in order
+        if "." not in name
+    ]
+    return "\n".join(["::: {.api-summary}", "", "| name | what it is |", "|---|---|", *rows, "", ":::"])
+
+
+def readable(text: str) -> str:
+    """An output without the folder it was made in, and with a dot for each byte that is no text (a random
+    model writes such)."""
+    return NO_TEXT.sub("·", TEMPORARY.sub("…/", text))
+
+
+def make_readable(cell) -> None:
+    """The texts among the outputs of a cell."""
+    for output in cell.get("outputs", []):
+        parts = output.get("data", {})
+        for kind, value in parts.items():
+            if kind.startswith("text/"):
+                parts[kind] = readable("".join(value)).splitlines(True)
+        if "text" in output:
+            output["text"] = readable("".join(output["text"])).splitlines(True)
+
+
 class api_entries(Processor):
     """Rewrites the entries in place; hands over their links to nbdev's lookup."""
 
@@ -201,6 +242,15 @@ class api_entries(Processor):
         for cell in cells:
             if cell.cell_type == "markdown":
                 cell.source = unlink_private(cell.source)
+            make_readable(cell)
+        if named and room:
+            self.summarise({name: find(name, room) for name in in_code_order(named, room).values()})
+
+    def summarise(self, things: dict[str, object]):
+        """Put the table of names into the first text below the title."""
+        texts = [cell for cell in self.nb.cells if cell.cell_type == "markdown"]
+        below = next(cell for cell in texts if not cell.source.lstrip().startswith(("# ", "---")))
+        below.source = f"{summary(things)}\n\n{below.source}"
 
 
 def room_of(page: Path) -> str | None:
