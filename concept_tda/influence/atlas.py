@@ -87,10 +87,11 @@ def _fitted(
     curvature: str | EKFAC | Identity,
     data: TokenizedConversations | None,
     sites: list[Site],
+    progress: bool = True,
 ) -> EKFAC | Identity:
     "The curvature to use, fitted if need be, checked to belong to this model and to these sites."
     if isinstance(curvature, str) and curvature == "ekfac":
-        curvature = EKFAC.fit(lm, data, sites)
+        curvature = EKFAC.fit(lm, data, sites, progress=progress)
     if isinstance(curvature, str) and curvature == "identity":
         curvature = Identity()
     if not isinstance(curvature, (EKFAC, Identity)):
@@ -1182,7 +1183,7 @@ def build_atlas(
     if rank is not None:
         _check_rank(rank, sample, "None for exact, or ")
         _check_table(lm, chosen, rank, memory_budget)
-    curvature = _fitted(lm, curvature, texts, chosen)
+    curvature = _fitted(lm, curvature, texts, chosen, progress)
     key = dict(kind="atlas", code=code_version(), model=lm.fingerprint, dtype=str(lm.dtype),
                data=texts.fingerprint, queries=asked_for.fingerprint, layer=layer, pooling=pooling,
                sites=[site.name for site in chosen],
