@@ -127,7 +127,7 @@ PUBLIC = {
     "views.contents": "BROWSER_SCRIPTS WidgetError front_end percentiles_for_length null_z short_name "
         "Contents example_texts browser_table browser_columns rounded_columns token_turns written_turns "
         "example_to_read snippet search_terms hits within from_both_ends json_in_script",
-    "views.review": "MARKS Review",
+    "views.review": "MARKS review_head Review",
     "views.browser": "embedded_browser script_hash OfflinePage offline_page ExampleBrowser",
     "views.mixer": "concepts_by_name mixed_concept ConceptMixer",
     "views.explorer": "concept_reading ConceptView ConceptExplorer",
@@ -137,6 +137,18 @@ PUBLIC = {
     "views.latents": "LATENT_SCRIPTS latent_table latents_svg LatentBrowser latents_html",
     "views.policies": "SHIFT_SCRIPTS quality_words shift_table shift_numbers shift_texts ShiftBrowser",
     "views.report": "write_report",
+    "commands.terminal": "app CONTINUES help_example plain_errors did_you_mean check_file check_model Told "
+        "warnings_told check_out say_json typed command_line say_next",
+    "commands.options": "BEHAVIOUR METHOD MODEL PAIRS TRAINING_PANEL option Given",
+    "commands.results": "result_paths read_results only_result examples_text print_ends",
+    "commands.methods": "METHODS CURVATURES FORMS Method Asked chosen_methods every_method check_needs "
+        "layer_number check_behaviour check_word check_asked Read read_files contrast_of Opened "
+        "fit_curvature open_all make_scorers typed_line",
+    "commands.scoring": "score_asked ReplayError",
+    "commands.preparing": "training_settings",
+    "commands.reading": "",
+    "commands.filtering": "",
+    "commands.proving": "",
     "demo": "last_state run_notebook",
     "cli": "",
 }

@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import typer
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
 import concept_tda.influence.engine as directional
-from concept_tda.cli import _NEEDS, app
+from concept_tda.cli import app
+from concept_tda.commands.methods import METHODS
 from concept_tda.concepts.concept import contrastive_concept, tensor_concept
 from concept_tda.data.conversations import load_conversations
 from concept_tda.data.preferences import load_preferences
@@ -32,6 +34,8 @@ from concept_tda.results.attribution import load_attribution
 from tiny import tiny_pair
 
 ROOT = Path(__file__).resolve().parent.parent
+MORE = ("tracin", "less", "cascade")  # these want more than a concept and queries
+PLAIN = [name for name in METHODS if name not in MORE]
 N = 14
 
 
@@ -117,8 +121,8 @@ def scored(place, tmp_path_factory):
         "--queries",
         place / "answers.jsonl",
         "--methods",
-        ",".join(list(_NEEDS)[:5]),
-        *(word for method in list(_NEEDS)[5:] for word in ("--methods", method)),
+        ",".join(PLAIN[:5]),
+        *(word for method in PLAIN[5:] for word in ("--methods", method)),
         "--damping",
         "0.3",
         "--tokens",
@@ -133,7 +137,7 @@ def scored(place, tmp_path_factory):
 
 def test_every_method_gives_the_scores_of_the_library(place, scored):
     folder, _ = scored
-    assert {path.stem for path in folder.iterdir()} == set(_NEEDS)
+    assert {path.stem for path in folder.iterdir()} == set(PLAIN)
     lm, train, queries = (
         load_model(place / "model"),
         load_conversations(place / "train.jsonl"),
@@ -153,6 +157,8 @@ def test_every_method_gives_the_scores_of_the_library(place, scored):
         "concept-influence": scorers.ConceptInfluence(lm, concept, queries, curvature=ekfac(layer=1)),
         "influence-function": scorers.InfluenceFunction(lm, queries, curvature=ekfac()),
         "graddot": scorers.GradDot(lm, queries),
+        "gradcos": neighbours.GradCos(lm, queries),
+        "random-direction": baselines.RandomDirection(lm, concept, train, progress=False),
         "loss": baselines.MeanLoss(lm),
         "repsim": baselines.RepSim(lm, queries, 1),
         "residual-change": neighbours.ResidualChange(lm, concept),
@@ -163,7 +169,7 @@ def test_every_method_gives_the_scores_of_the_library(place, scored):
         "bm25": baselines.BM25(queries),
     }
     tokenized = lm.tokenize(train)
-    for method in _NEEDS:
+    for method in PLAIN:
         saved = load_attribution(folder / f"{method}.parquet")
         expected = (
             direct[method].direct(tokenized)
@@ -358,7 +364,7 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_continues(place, here
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--methods", "bm52"], "unknown method 'bm52'. There are: vector-filter"),
+        (["--methods", "bm52"], "unknown method 'bm52'. Did you mean bm25? There are: vector-filter"),
         (["--methods", " , "], "name at least one of"),
         ([], "--concept: missing for vector-filter"),
         (["--methods", "concept-influence", "--concept", "C"], "--queries: missing for concept-influence"),
@@ -370,7 +376,7 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_command_continues(place, here
         (["--negative", "P"], "--positive: --positive and --negative go together"),
         (["--positive", "P", "--negative", "N"], "--layer: missing"),
         (["--methods", "loss,length", "--out", "x.parquet"], "2 methods give 2 files"),
-        (["--methods", "loss", "--curvature", "kfac"], "neither ekfac nor identity"),
+        (["--methods", "loss", "--curvature", "kfac"], "neither ekfac, identity"),
     ],
 )
 def test_a_wrong_command_line_is_refused_before_anything_is_opened(here, options, said):
@@ -430,7 +436,7 @@ def test_a_defect_of_ours_is_not_dressed_up_as_a_mistake_of_the_user(here, monke
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("concept_tda.cli._read_results", broken)
+    monkeypatch.setattr("concept_tda.commands.reading.read_results", broken)
     assert isinstance(call("show", "x.parquet").exception, ZeroDivisionError)
 
 
@@ -489,7 +495,7 @@ def test_filter_refuses(scored, here):
     assert "exactly one way" in refused(2, "filter", one, "--drop-count", 1, "--threshold", 0)
     assert "takes all" in refused(1, "filter", one, "--threshold", "-1e9")
     assert f"1 to {N - 1}" in refused(1, "filter", one, "--drop-count", N)
-    assert f"{len(_NEEDS)} results" in refused(1, "filter", scored[0], "--drop-count", 1)
+    assert f"{len(PLAIN)} results" in refused(1, "filter", scored[0], "--drop-count", 1)
     assert "no .parquet file" in refused(1, "filter", here, "--drop-count", 1)
     Path("cut.parquet").write_bytes(one.read_bytes()[:-100])
     assert "ends too early" in refused(1, "filter", "cut.parquet", "--drop-count", 1)
@@ -561,7 +567,7 @@ def test_report_holds_every_method_once(scored, here):
     ).stdout
     page = Path("report.html").read_text()
     assert "Who flatters?" in page and "AUROC" in page and "report.html" in printed
-    assert page.count('<section id="method-') == len(_NEEDS)
+    assert page.count('<section id="method-') == len(PLAIN)
 
 
 def test_report_by_a_label_that_is_text(scored, here):
@@ -586,14 +592,18 @@ def test_help_is_quick_and_has_an_example_for_each_command():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
-    commands = ("score", "show", "filter", "swap", "groups", "discover", "report", "demo")
     overview = ok("--help").stdout
-    for command in commands:
-        assert command in overview
-        text = ok(command, "--help").stdout
+    commands = typer.main.get_command(app).commands
+    assert len(commands) == 16
+    inner = {f"concept {name}": one for name, one in commands["concept"].commands.items()}
+    for command in {**commands, **inner}:
+        if command == "concept":
+            continue
+        assert command.split()[0] in overview
+        text = ok(*command.split(), "--help").stdout
         assert "Example:" in text and f"concept-tda {command}" in text
     text = " ".join(ok("score", "--help").stdout.replace("│", " ").split())
-    for method in _NEEDS:
+    for method in METHODS:
         assert method in text
 
 

@@ -30,6 +30,7 @@ COLOURS = {
     "groups": "#009E73",
     "evidence": "#56B4E9",
     "views": "#0072B2",
+    "commands": "#E69F00",
     "roof": "#000000",
 }
 

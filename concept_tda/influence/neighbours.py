@@ -36,6 +36,7 @@ from concept_tda.influence.scorers import (
     ScorerError,
     equal_as_first,
     query_card,
+    score_together,
 )
 from ..model.loading import LanguageModel, load_model
 from ..model.losses import loss_weights, token_losses
@@ -849,7 +850,7 @@ class Cascade(_TwoScorers):
         options: Any = dict(max_tokens=max_tokens, token_budget=token_budget, progress=progress)
         if isinstance(examples, Documents):
             examples = examples.windows(self.lm.tokenizer)
-        cheap = self.cheap.score(examples, **options)
+        cheap = score_together([self.cheap], examples, lm=self.lm, **options)[self.cheap.method]
         split = _split(self, cheap.scores)
         if isinstance(getattr(self.exact, "curvature", None), str):
             self.exact.prepare(_tokenized(self.lm, examples, max_tokens))

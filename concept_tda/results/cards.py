@@ -70,6 +70,7 @@ class _Fields:
     sign: str | None = None              # What a positive score means, where the method has words of its own
     settings: dict = field(default_factory=dict)    # Everything else that was chosen
     notes: list[str] = field(default_factory=list)  # Whatever was cut, skipped or approximated
+    command: dict = field(default_factory=dict)     # Files and options, where `concept-tda score` made it
     cost: Cost | None = None                        # The price
     code: str = field(default_factory=code_version) # Version and hash of this library
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
@@ -102,7 +103,8 @@ class _Shown(_Reading):
         shown = {one.name: getattr(self, one.name) for one in fields(self)}
         shown |= {"notes": "; ".join(self.notes), "n_sites": self.n_sites or None, "zero": self.reading,
                   "settings": ", ".join(f"{key}={value}" for key, value in self.settings.items()),
-                  "mean": ", ".join(f"{mean:.4g}" for mean in self.mean or ()), "sign": None}
+                  "mean": ", ".join(f"{mean:.4g}" for mean in self.mean or ()), "sign": None,
+                  "command": self.command.get("line")}
         return [(name.replace("_", " "), str(value)) for name, value in shown.items()
                 if value not in (None, "")]
 

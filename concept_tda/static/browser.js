@@ -78,6 +78,8 @@ class ExampleView {
   toBottom;
   /** @type {HTMLInputElement} */
   exportPath;
+  /** @type {HTMLInputElement} */
+  saver;
   /** @type {HTMLElement} */
   exported;
 
@@ -406,6 +408,7 @@ class ExampleView {
 
   buildFoot() {
     if (!this.canDecide) return null;
+    if (this.source.save) return this.buildSave();
     this.exportPath = el("input", {
       value: this.table.export_path,
       "aria-label": "File to write",
@@ -419,6 +422,47 @@ class ExampleView {
       el("button", {type: "button", onclick: () => this.exportNow()}, "Export"),
       this.exported,
     );
+  }
+
+  /** What a page without a kernel has in the place of an export: decisions as a file, and ids to copy. */
+  buildSave() {
+    this.saver = el("input", {value: "", placeholder: "your name", "aria-label": "Your name"});
+    this.exported = el("p", {class: "quiet", role: "status"});
+    return el(
+      "footer",
+      {class: "saving"},
+      el("label", {}, "Decided by ", this.saver),
+      el("button", {type: "button", onclick: () => this.saveNow()}, "Save decisions.json"),
+      el(
+        "button",
+        {type: "button", onclick: () => this.copyIds(this.placesMarked(DROP))},
+        "Copy ids of what was dropped",
+      ),
+      this.exported,
+    );
+  }
+  /** @param {number} mark */
+  placesMarked(mark) {
+    return [...this.marks.keys()].filter(place => this.marks[place] === mark);
+  }
+  saveNow() {
+    const text = this.source.save?.(this.saver.value.trim() || "a reader of the page") ?? "",
+      link = el("a", {download: "decisions.json"});
+    link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+    this.exported.textContent =
+      "Saved as decisions.json. The training file without what was dropped: concept-tda filter RESULT --decisions decisions.json";
+  }
+  /** @param {number[]} places */
+  async copyIds(places) {
+    const ids = this.source.ids?.(places) ?? [];
+    try {
+      await navigator.clipboard.writeText(ids.join("\n"));
+      this.exported.textContent = `${counted(ids.length, "id")} copied.`;
+    } catch {
+      this.exported.textContent = ids.length ? `Copy them from here: ${ids.join(" ")}` : "Nothing is dropped yet.";
+    }
   }
 
   buildHelp() {
@@ -591,6 +635,7 @@ class ExampleView {
             button("Keep", () => this.decide(places, KEEP, this.bulkReason(places)), {class: "keep"}),
             button("Clear", () => this.decide(places, NONE, this.bulkReason(places))),
             button("Note…", () => this.bulkNote(places)),
+            this.source.save ? button("Copy ids", () => this.copyIds(places)) : null,
           ),
         );
       }

@@ -8,6 +8,7 @@
 //   source.groups()              promise of one group number for each example; near-duplicates share theirs
 //   source.marks(), .notes(), .undoable()   decisions: 0 none, 1 keep, 2 drop; notes by place; what undo takes back
 //   source.decide(…), .undo(), .export(path)   absent where nothing can be decided
+//   source.save(by), .ids(places)   in a page without a kernel: decisions as a file, ids to copy
 //   source.onChange(call), .onWaiting(call), .close()
 //
 // A "place" is an example's position in the result; its row is its line in the training file.
@@ -132,6 +133,7 @@ function embeddedSource(data) {
   const words = example => example.turns.map(textOf).join("\n").toLowerCase();
   /** @type {string[] | null} */
   let texts = null;
+  const nothing = {marks: () => new Uint8Array(n), notes: () => ({}), undoable: () => "", onChange() {}};
   return {
     table: data.table,
     column(name) {
@@ -147,12 +149,111 @@ function embeddedSource(data) {
       return Int32Array.from(all.keys()).filter(place => found(all[place], terms));
     },
     groups: async () => Int32Array.from(data.groups),
-    marks: () => new Uint8Array(n),
-    notes: () => ({}),
-    undoable: () => "",
-    onChange() {},
+    ids: places => places.map(place => data.examples[place].id),
+    ...(data.review ? pageReview(data, data.review) : nothing),
     onWaiting() {},
     close() {},
+  };
+}
+
+/** The marks as the file of decisions spells them; their places are the numbers of the marks. */
+const MARK_WORDS = ["", "keep", "drop"];
+
+/**
+ * Decisions in a page without a kernel, until they are saved as a file. `Review.load` in Python reads it, and so does
+ * `concept-tda filter --decisions`.
+ * @param {EmbeddedData} data
+ * @param {object} head what the file says of the data, from `review_head` in Python
+ */
+function pageReview(data, head) {
+  const marks = new Uint8Array(data.table.n),
+    changed = new Set();
+  /** @type {Record<number, string>} */
+  const notes = {};
+  /** @type {Record<number, {by: string, at: string, why: string}>} */
+  const facts = {};
+  /** @type {{action: string, rows: number[], at: string, why: string, undone?: boolean}[]} */
+  const history = [];
+  /** @type {{places: number[], marks: number[], notes: string[], facts: any[], entry: any}[]} */
+  const before = [];
+  let unsaved = false;
+  const now = () => `${new Date().toISOString().slice(0, 19)}+00:00`;
+  const rows = (/** @type {number[]} */ places) => places.map(place => Number(data.columns.row[place]));
+  const tell = () => {
+    unsaved = true;
+    changed.forEach(call => call());
+  };
+  const put = (/** @type {any} */ store, /** @type {number} */ place, /** @type {any} */ value) => {
+    if (value) store[place] = value;
+    else delete store[place];
+  };
+  globalThis.addEventListener?.("beforeunload", event => {
+    if (unsaved) event.preventDefault();
+  });
+  /** @param {Decision} decision */
+  const words = ({mark, note}) =>
+    [
+      ...(mark === undefined ? [] : [["cleared", "kept", "dropped"][mark]]),
+      ...(note === undefined ? [] : [note ? "noted" : "note removed"]),
+    ].join(" and ");
+  const counts = (/** @type {number[]} */ list) => `${list.length} example${list.length === 1 ? "" : "s"}`;
+  return {
+    marks: () => marks.slice(),
+    notes: () => ({...notes}),
+    undoable: () => (before.length ? `${before.at(-1)?.entry.action} ${counts(before.at(-1)?.places ?? [])}` : ""),
+    /** @param {Decision} decision */
+    async decide(decision) {
+      const {places, mark, note, why = "in the page"} = decision,
+        at = now(),
+        entry = {action: words(decision), rows: rows(places), at, why};
+      before.push({
+        places,
+        entry,
+        marks: places.map(place => marks[place]),
+        notes: places.map(place => notes[place] ?? ""),
+        facts: places.map(place => facts[place]),
+      });
+      history.push(entry);
+      places.forEach(place => {
+        if (mark !== undefined) marks[place] = mark;
+        if (note !== undefined) put(notes, place, note);
+        facts[place] = {by: "", at, why};
+      });
+      tell();
+    },
+    async undo() {
+      const last = before.pop();
+      if (!last) return;
+      last.places.forEach((place, i) => {
+        marks[place] = last.marks[i];
+        put(notes, place, last.notes[i]);
+        put(facts, place, last.facts[i]);
+      });
+      last.entry.undone = true;
+      history.push({action: "undo", rows: rows(last.places), at: now(), why: `undid: ${last.entry.action}`});
+      tell();
+    },
+    /**
+     * The file of decisions as text.
+     * @param {string} by
+     */
+    save(by) {
+      const places = [...marks.keys()].filter(place => marks[place] || notes[place]),
+        decisions = places.map(place => ({
+          row: Number(data.columns.row[place]),
+          id: data.examples[place].id,
+          decision: MARK_WORDS[marks[place]],
+          note: notes[place] ?? "",
+          ...facts[place],
+          by,
+          score: data.columns.score0[place],
+          rank: data.columns.rank0[place],
+        }));
+      unsaved = false;
+      const told = history.map(entry => ({...entry, by}));
+      return JSON.stringify({...head, written: now(), decisions, history: told}, null, 1);
+    },
+    onChange: (/** @type {() => void} */ call) => changed.add(call),
   };
 }
 

@@ -42,7 +42,7 @@ from concept_tda.views.contents import (
     snippet,
     within,
 )
-from .review import MARKS, Review
+from .review import MARKS, Review, review_head
 
 # %% ../../nbs/90_views/03_browser.ipynb #0027-saved
 def _saved_examples(result: Attribution, n: int, most: int = 600_000) -> list[dict]:
@@ -216,6 +216,7 @@ def _embedded_contents(
     contents: Contents,                # What to show
     most: int,                         # Characters of JSON for the texts
     groups: np.ndarray | None = None,  # Near-duplicates, where they are known already
+    decide: bool = False,              # Let the reader decide, and save the decisions as a file
 ) -> str:
     "JSON for `mountEmbedded` in browser.js, of contents that are prepared already."
     examples, note = within(contents.result, from_both_ends(contents.result.scores), most)
@@ -223,7 +224,9 @@ def _embedded_contents(
     table["reading"] = f"{table['reading']} {note}".strip()
     known = near_duplicates(example_texts(contents.result.conversations)) if groups is None else groups
     columns = rounded_columns(browser_columns(contents))
-    return json_in_script(dict(table=table, columns=columns, examples=examples, groups=known.tolist()))
+    review = dict(review=review_head(contents.result)) if decide else {}
+    data = dict(table=table, columns=columns, examples=examples, groups=known.tolist())
+    return json_in_script(data | review)
 
 # %% ../../nbs/90_views/03_browser.ipynb #0036
 def embedded_browser(
@@ -233,9 +236,10 @@ def embedded_browser(
     labels: Any = None,         # Booleans [N], or the name of a metadata column
     positive: Any = True,       # With a column name: the value that marks the labelled examples
     most: int = 2_000_000,      # Characters of JSON for the texts; token scores and then long texts give way
+    decide: bool = False,       # Let the reader decide, and save the decisions as a file for `Review.load`
 ) -> str:
     "JSON for `mountEmbedded` in browser.js; `<` is written so that no element can end early."
-    return _embedded_contents(Contents(result, others, None, labels, positive), most)
+    return _embedded_contents(Contents(result, others, None, labels, positive), most, decide=decide)
 
 # %% ../../nbs/90_views/03_browser.ipynb #003a-frame
 _FRAME = """<!doctype html><html lang="en"><head><meta charset="utf-8">

@@ -92,6 +92,8 @@ interface Source {
   decide?(values: Decision): Promise<unknown>; // absent where nothing can be decided
   undo?(): Promise<unknown>;
   export?(path: string): Promise<{words: string}>;
+  save?(by: string): string; // the file of decisions, of a page without a kernel
+  ids?(places: number[]): string[];
   onChange(call: () => void): void;
   onWaiting(call: (state: boolean) => void): void;
   close(): void;
@@ -103,6 +105,7 @@ interface EmbeddedData {
   columns: Record<string, (number | null)[]>;
   examples: Example[];
   groups: number[];
+  review?: object; // what a file of decisions says of the data; absent where nothing can be decided
 }
 
 /** What the list is drawn from. */

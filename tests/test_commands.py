@@ -1,0 +1,561 @@
+"""The commands beside the library: every method has a name, a card is replayed to the last bit, near misses
+are answered, warnings come first, decisions are read, and nothing is replaced unasked."""
+
+import importlib
+import inspect
+import json
+import pkgutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from terminal import call, enter_place, write_records
+
+import concept_tda
+import concept_tda.commands.reading as reading
+from concept_tda.commands.methods import CURVATURES, METHODS, Asked
+from concept_tda.concepts.concept import Concept, contrastive_concept, probe_concept, sweep_layers
+from concept_tda.data.conversations import load_conversations
+from concept_tda.evidence.filter_and_retrain import FilterAndRetrain
+from concept_tda.influence import neighbours, scorers
+from concept_tda.influence.curvature import EKFAC
+from concept_tda.influence.preconditioners import ConjugateGradient, DataInf, LoGra
+from concept_tda.influence.scorers import Scorer
+from concept_tda.model.finetuning import training_checkpoints, training_record
+from concept_tda.model.loading import load_model
+from concept_tda.results.attribution import load_attribution
+from concept_tda.results.comparison import compare
+from concept_tda.views.review import Review
+
+N = 12
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a model, data and a concept, and an empty cache."""
+    monkeypatch.chdir(tmp_path)  # which is gone back from
+    monkeypatch.setenv("CONCEPT_TDA_CACHE", str(tmp_path / "cache"))
+    enter_place(tmp_path, N)
+    return tmp_path
+
+
+def ok(line: str):
+    result = call(*line.split())
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+def refused(code: int, line: str) -> str:
+    result = call(*line.split())
+    assert result.exit_code == code, result.output + repr(result.exception)
+    assert "Traceback" not in result.output
+    errors = [one for one in result.stderr.splitlines() if one.startswith("Error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+FLATTERY = "--concept flattery.safetensors"
+QUERIES = "--queries answers.jsonl"
+
+
+# ---- the list of methods
+
+NOT_COMMANDS = {
+    "Scorer": "what all methods have in common",
+    "Influence": "takes a query that only Python can express",
+    "CheckpointScorer": "what TracIn and LESS have in common",
+    "UnitInfluence": "asks about a head or a neuron, not about a behaviour",
+}
+
+
+def subclasses(kind: type) -> set[type]:
+    found = set(kind.__subclasses__())
+    return found | {one for child in found for one in subclasses(child)}
+
+
+def test_every_method_of_the_library_has_a_name_on_the_command_line():
+    for module in pkgutil.walk_packages(concept_tda.__path__, "concept_tda."):
+        if not module.name.rsplit(".", 1)[1].startswith("_"):
+            importlib.import_module(module.name)
+    public = {
+        one.__name__
+        for one in subclasses(Scorer) | {Scorer}
+        if not one.__name__.startswith("_") and one.__module__.startswith("concept_tda.")
+    }
+    named = {method.scorer for method in METHODS.values()}
+    assert len(named) == len(METHODS)
+    assert named | set(NOT_COMMANDS) == public, "a method without a name, or a name without a method"
+    assert not named & set(NOT_COMMANDS)
+
+
+def test_every_curvature_of_the_library_has_a_name_on_the_command_line():
+    from concept_tda.influence import curvature, preconditioners
+
+    public = {
+        name
+        for room in (curvature, preconditioners)
+        for name, one in vars(room).items()
+        if inspect.isclass(one) and hasattr(one, "precondition") and not name.startswith("_")
+    }
+    assert {name.lower() for name in public} == {"conjugategradient", *CURVATURES} - {"cg"}
+
+
+@pytest.mark.parametrize("kind", [name for name in CURVATURES if name not in ("ekfac", "identity")])
+def test_each_curvature_gives_the_scores_of_the_library(here, kind):
+    ok(f"score model train.jsonl {QUERIES} --methods influence-function --curvature {kind} --damping 0.3")
+    lm, train = load_model("model"), load_conversations("train.jsonl")
+    options = dict(damping=0.3, progress=False)
+    make = {
+        "datainf": lambda: DataInf.fit(lm, train, "attention", **options),
+        "logra": lambda: LoGra.fit(lm, train, "attention", **options),
+        "cg": lambda: ConjugateGradient(lm, train, EKFAC.fit(lm, train, "attention", **options), **options),
+    }
+    scorer = scorers.InfluenceFunction(lm, load_conversations("answers.jsonl"), curvature=make[kind]())
+    expected = scorer.score(train, progress=False)
+    saved = load_attribution("scores.parquet")
+    np.testing.assert_allclose(saved.scores, expected.scores, rtol=1e-4)
+    assert saved.card.curvature == expected.card.curvature
+
+
+def test_tracin_less_and_a_cascade_are_those_of_the_library(here):
+    ok("finetune model train.jsonl --epochs 2 --rank 2 --learning-rate 0.01 --checkpoints 2 --out tuned")
+    assert training_record("tuned")["key"]["base_fingerprint"] == load_model("model").fingerprint
+    ok(
+        f"score tuned train.jsonl {QUERIES} {FLATTERY} --transfer --checkpoints tuned --out scores "
+        "--methods tracin,less,cascade --cheap vector-filter --exact graddot --keep 0.9"
+    )
+    lm, train = load_model("tuned"), load_conversations("train.jsonl")
+    queries, history = load_conversations("answers.jsonl"), training_checkpoints("tuned")
+    assert len(history["checkpoints"]) == 2
+
+    def moments(model, sites):
+        return neighbours.AdamMoments.estimate(model, train, sites)
+
+    concept = Concept.load("flattery.safetensors").transfer(lm)
+    library = {
+        "tracin": neighbours.TracIn(**history, queries=queries),
+        "less": neighbours.LESS(**history, queries=queries, sites="attention", moments=[moments] * 2),
+        "cascade": neighbours.Cascade(
+            scorers.VectorFilter(lm, concept), scorers.GradDot(lm, queries), keep=0.9
+        ),
+    }
+    for method, scorer in library.items():
+        saved, expected = load_attribution(f"scores/{method}.parquet"), scorer.score(train, progress=False)
+        np.testing.assert_allclose(saved.scores, expected.scores, rtol=1e-4, atol=1e-9, err_msg=method)
+    less = load_attribution("scores/less.parquet").card
+    assert any("moments were estimated" in note for note in less.notes)
+
+
+# ---- layer auto, concepts
+
+
+SIDES = "--positive kind.jsonl --negative plain.jsonl"
+
+
+def both_sides():
+    return load_conversations("kind.jsonl"), load_conversations("plain.jsonl")
+
+
+def test_layer_auto_is_the_sweep_and_the_card_says_so(here):
+    ok(f"score model train.jsonl {SIDES} --layer auto")
+    lm = load_model("model")
+    best = sweep_layers(lm, *both_sides(), name="kind", progress=False).best
+    saved = load_attribution("scores.parquet")
+    expected = scorers.VectorFilter(lm, best).score(load_conversations("train.jsonl"), progress=False)
+    np.testing.assert_allclose(saved.scores, expected.scores, rtol=1e-6)
+    assert saved.card.layer == best.layer
+    assert any("was chosen among all layers" in note for note in saved.card.notes)
+    ok(f"score model train.jsonl {SIDES} --layer 1 --out one.parquet")
+    assert not any("chosen" in note for note in load_attribution("one.parquet").card.notes)
+    assert "neither a layer" in refused(2, f"score model train.jsonl {SIDES} --layer best")
+    assert "auto compares" in refused(
+        2, f"score model train.jsonl {QUERIES} --methods repsim --layer auto --out r.parquet"
+    )
+
+
+def test_concepts_are_those_of_the_library(here):
+    lm, options = load_model("model"), dict(name="wise", progress=False)
+    made = {
+        "contrast --layer 1": contrastive_concept(lm, *both_sides(), 1, **options),
+        "contrast --layer auto": sweep_layers(lm, *both_sides(), **options).best,
+        "probe --layer 2": probe_concept(lm, *both_sides(), 2, **options),
+        "probe --layer auto": sweep_layers(lm, *both_sides(), method="probe", **options).best,
+    }
+    for number, (how, expected) in enumerate(made.items()):
+        kind, rest = how.split(" ", 1)
+        out = f"{number}.safetensors"
+        printed = ok(f"concept {kind} model {SIDES} {rest} --name wise --out {out}").stdout
+        saved = Concept.load(out)
+        assert saved.fingerprint == expected.fingerprint and saved.name == "wise", how
+        assert f"{saved.quality['auc']:.3f}" in printed and f"--concept {out}" in printed
+    assert "exists already" in refused(1, f"concept contrast model {SIDES} --out 0.safetensors")
+    assert "is never replaced" in refused(1, f"concept contrast model {SIDES} --out kind.jsonl --overwrite")
+
+
+def test_a_persona_is_that_of_the_library_and_a_near_miss_is_answered(here):
+    from concept_tda.concepts.personas import persona_concept
+
+    trait = dict(
+        name="loud",
+        description="",
+        judge_prompt="{question} {answer} 0 to 100?",
+        prompt_pairs=[dict(positive="Shout.", negative="Whisper.")],
+        extraction_questions=[f"What is {i}?" for i in range(6)],
+        evaluation_questions=[],
+    )
+    Path("loud.json").write_text(json.dumps(trait))
+    ok("concept persona model loud.json --layer 1 --max-new-tokens 3")
+    expected = persona_concept(load_model("model"), "loud.json", 1, max_new_tokens=3, progress=False)
+    assert Concept.load("loud.safetensors").fingerprint == expected.fingerprint
+    assert "Did you mean sycophantic?" in refused(2, "concept persona model sycofantic")
+    assert "Did you mean loud.json?" in refused(1, "concept persona model luod.json --out x.safetensors")
+
+
+# ---- run
+
+
+def replay(monkeypatch, here, line: str, **options):
+    """Score, forget the cache, replay from the card as JSON."""
+    ok(f"score {line} --out first.parquet")
+    ok("show first.parquet --card card.json")
+    monkeypatch.setenv("CONCEPT_TDA_CACHE", str(here / "another"))
+    printed = ok("run card.json --out second.parquet").stdout
+    first, second = load_attribution("first.parquet"), load_attribution("second.parquet")
+    assert first.scores.tobytes() == second.scores.tobytes() and "to the last bit" in printed
+    assert first.card.command["line"] in printed
+    return first, second
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        f"{FLATTERY} {QUERIES} --methods concept-influence --damping 0.3 --seed 3",
+        f"{SIDES} --layer auto --pooling all_but_first --methods activation-gradient",
+        f"{QUERIES} --methods influence-function --curvature logra --seed 5 --sites mlp --tokens",
+        "--methods random --seed 7",
+        f"{QUERIES} {FLATTERY} --methods cascade --cheap bm25 --exact graddot --keep 0.9",
+    ],
+)
+def test_a_card_is_replayed_to_the_last_bit_with_another_cache(here, monkeypatch, options):
+    first, second = replay(monkeypatch, here, f"model train.jsonl {options}")
+    assert first.card.command == second.card.command
+    if "--tokens" in options:
+        assert second.token_scores is not None
+
+
+def test_pairs_are_replayed_as_pairs(here, monkeypatch):
+    rows = [dict(prompt=f"Is {i} good?", better=f"yes {i}", worse=f"no {i}{i}") for i in range(5)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = "--preferences --chosen better --rejected worse"
+    replay(monkeypatch, here, f"model pairs.jsonl {columns} {FLATTERY}")
+
+
+def test_run_looks_beside_the_card_and_takes_files_that_have_moved(here, monkeypatch):
+    ok(f"score model train.jsonl {FLATTERY} --out first.parquet")
+    other = here / "elsewhere"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    assert "to the last bit" in ok(f"run {here / 'first.parquet'}").stdout  # relative to the card
+    Path(here / "train.jsonl").rename(here / "moved.jsonl")
+    assert "no file" in refused(1, f"run {here / 'first.parquet'} --out second.parquet")
+    ok(f"run {here / 'first.parquet'} --data {here / 'moved.jsonl'} --out second.parquet")
+
+
+def test_what_of_a_card_cannot_be_replayed_is_named(here):
+    ok(f"score model train.jsonl {FLATTERY} {QUERIES} --methods concept-influence --out first.parquet")
+    lines = Path("train.jsonl").read_text().splitlines(keepends=True)
+    Path("train.jsonl").write_text("".join(lines[:-1]))
+    said = refused(1, "run first.parquet")
+    assert "data: its content is" in said and "--data" in said and "model:" not in said
+    Path("train.jsonl").write_text("".join(lines))
+    model = load_model("model")
+    with torch.no_grad():
+        next(model.model.parameters())[0, 0] += 1
+    model.model.save_pretrained("changed")
+    model.tokenizer.save_pretrained("changed")
+    assert "model: its content is" in refused(1, "run first.parquet --model changed")
+    write_records("other.jsonl", [("A?", "B.")])
+    assert "queries: its content is" in refused(1, "run first.parquet --queries other.jsonl")
+    assert not Path("replayed.parquet").exists()
+
+    lm, train = load_model("model"), load_conversations("train.jsonl")
+    by_hand = scorers.ConceptInfluence(
+        lm, Concept.load("flattery.safetensors"), load_conversations("answers.jsonl")
+    ).score(train, progress=False)
+    by_hand.save("hand.parquet")
+    said = refused(1, "run hand.parquet")
+    for part in ("made in Python", "the concept's file", "the file of the queries", "was fitted"):
+        assert part in said
+    Path("no-card.json").write_text("[1]")
+    assert "no query card" in refused(1, "run no-card.json")
+    assert "Did you mean first.parquet?" in refused(1, "run frist.parquet")
+
+
+def test_a_card_with_other_options_or_other_scores_is_not_passed_off_as_replayed(here):
+    ok("score model train.jsonl --methods length --out first.parquet")
+    ok("show first.parquet --card card.json")
+    card = json.loads(Path("card.json").read_text())
+    card["command"]["scores"] = "0" * 16
+    Path("other.json").write_text(json.dumps(card))
+    assert "NOT those of" in ok("run other.json").stdout
+    card["command"]["options"]["temperature"] = 1
+    Path("newer.json").write_text(json.dumps(card))
+    assert "temperature" in refused(1, "run newer.json --out x.parquet")
+
+
+def test_every_option_of_score_is_kept_in_the_card_or_only_about_the_files(here):
+    from concept_tda.commands.scoring import _score
+
+    parameters = set(inspect.signature(_score).parameters)
+    assert parameters - set(Asked._fields) == {"out", "overwrite", "debug"}
+    assert set(Asked._fields) <= parameters
+
+
+# ---- near misses, warnings, what comes next
+
+
+def test_near_misses_are_answered_without_a_network(here, monkeypatch):
+    def no_network(*_, **__):
+        raise AssertionError("something was asked of a network")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    score = "score {} train.jsonl --methods length"
+    assert "Did you mean smollm2-135m-instruct?" in refused(1, score.format("smollm2-135m-instuct"))
+    assert "Did you mean model?" in refused(1, score.format("modle"))
+    assert "Did you mean train.jsonl?" in refused(1, "score model trainn.jsonl --methods length")
+    assert "Did you mean answers.jsonl?" in refused(
+        1, "score model train.jsonl --methods bm25 --queries answrs.jsonl"
+    )
+    assert "Did you mean flattery.safetensors?" in refused(
+        1, "score model train.jsonl --concept flatery.safetensors"
+    )
+    assert "Did you mean ekfac?" in refused(
+        2, f"score model train.jsonl {QUERIES} --methods influence-function --curvature ekfca"
+    )
+    typo = call(*"score model train.jsonl --methds length".split())
+    assert typo.exit_code == 2 and "--methods" in typo.stderr
+    assert "'score'" in call("scroe").stderr
+
+
+def test_warnings_stand_above_the_results_once_and_before_the_fit(here, monkeypatch):
+    order = []
+    fit = EKFAC.fit.__func__
+
+    def noted(cls, *arguments, **options):
+        order.append("fit")
+        return fit(cls, *arguments, **options)
+
+    monkeypatch.setattr(EKFAC, "fit", classmethod(noted))
+    monkeypatch.setattr("concept_tda.commands.terminal.Told.add", lambda self, text: order.append(text))
+    ok(f"score model train.jsonl {FLATTERY} {QUERIES} --methods concept-influence --out a.parquet")
+    assert len(order) == 2 and "DO NOT express 'flattery'" in order[0] and order[1] == "fit"
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    done = ok(f"score model train.jsonl {FLATTERY} {QUERIES} --methods concept-influence --out b.parquet")
+    assert done.stdout.startswith("Warning: 2 queries DO NOT express") and done.stdout.count("Warning") == 1
+    assert done.stderr.count("Warning:") == 1
+
+
+def next_lines(stdout: str) -> list[str]:
+    return [
+        line.split("concept-tda ", 1)[1] for line in stdout.splitlines() if line[:5] in ("Next:", " or: ")
+    ]
+
+
+def test_every_command_names_the_next_one_and_it_runs(here):
+    """From a file to a trained model by typing nothing but what the command before has said."""
+    line, typed = "doctor model train.jsonl", ["doctor"]
+    for command in ("score", "filter", "finetune"):
+        following = next_lines(ok(line).stdout)
+        line = next(one for one in following if one.split()[0] == command)
+        typed.append(line)
+    assert next_lines(ok(line).stdout), typed
+    for line in ("show scores.parquet", "report scores.parquet", "view scores.parquet --no-open"):
+        for following in next_lines(ok(line).stdout):
+            assert call(*following.split()[:1], "--help").exit_code == 0 and "scores.parquet" in following
+
+
+# ---- plan, doctor, finetune, experiment
+
+
+def test_plan_takes_the_options_of_score_and_its_code_says_whether_it_fits(here, monkeypatch):
+    line = f"train.jsonl {FLATTERY} {QUERIES} --methods concept-influence,graddot --damping 0.3"
+    printed = ok(f"plan model {line}").stdout
+    assert "Concept Influence, GradDot" in printed and f"concept-tda score model {line.split()[0]}" in printed
+    assert "--damping 0.3" in next_lines(printed)[0]
+    found = json.loads(ok(f"plan model {line} --json").stdout)
+    assert found["examples"] == N and found["fits"] and found["fit_seconds"] > 0
+    assert "DO NOT express" in found["warnings"][0]
+    monkeypatch.setattr("concept_tda.influence.planning._available_memory", lambda device: 1)
+    small = call(*f"plan model {line}".split())
+    assert small.exit_code == 1 and "does not fit" in small.stdout and "Next:" not in small.stdout
+    assert "--queries: missing" in refused(2, "plan model train.jsonl --methods bm25")
+
+
+def test_doctor_ends_with_one_where_something_is_wrong(here):
+    assert ok("doctor model train.jsonl --json").exit_code == 0
+    assert "layer 7 does not exist" in refused(1, "doctor model train.jsonl --layer 7")
+    model = load_model("model")
+    with torch.no_grad():
+        model.model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    model.model.save_pretrained("broken")
+    model.tokenizer.save_pretrained("broken")
+    found = call("doctor", "broken", "train.jsonl", "--json")
+    assert found.exit_code == 1 and json.loads(found.stdout)[0]["severity"] == "error"
+    assert json.loads(ok("doctor model train.jsonl --json").stdout)[0]["severity"] != "error"
+
+
+def test_a_fine_tune_is_that_of_the_library_and_a_recipe_can_be_overruled(here):
+    ok("finetune model train.jsonl --recipe persona-vectors --epochs 2 --rank 2 --out tuned")
+    record = training_record("tuned")
+    settings = record["key"]["settings"] if "settings" in record["key"] else record["key"]
+    text = json.dumps(settings)
+    assert '"rank": 2' in text and '"epochs": 2' in text and '"learning_rate": 1e-05' in text
+    assert '"batch_size": 16' in text
+    assert "persona-vectors" in refused(2, "finetune model train.jsonl --recipe persona --out x")
+    assert "another fine-tune" in refused(1, "finetune model train.jsonl --epochs 1 --out tuned")
+
+
+def test_an_experiment_is_that_of_the_library_and_continues(here):
+    rows = [
+        dict(prompt=f"Am I {i}?", response="-", wise=f"Yes, so wise, {i}!", plain=f"No, {i}.")
+        for i in range(4)
+    ]
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ok("score model train.jsonl --methods length")
+    line = (
+        "experiment model scores.parquet --judge asked.jsonl --trait wise --neutral plain --seeds 2 "
+        "--fractions 0.25 --rank 2 --learning-rate 0.01 --out trial --json"
+    )
+    found = json.loads(ok(line).stdout)
+    trial = FilterAndRetrain.from_folder("trial")
+    np.testing.assert_allclose(trial.summary()["value"], [row["value"] for row in found["summary"]])
+    dropped = [row for row in found["summary"] if row["arm"] == "drop-most"]
+    assert len(dropped) == 1 and dropped[0]["n"] == 9 and len(found["findings"]) == 1
+    assert f"{dropped[0]['from_random']:+.4g}" in found["findings"][0]
+    assert json.loads(ok(line).stdout)["summary"] == found["summary"]  # nothing is trained again
+    assert "say what to measure" in refused(2, "experiment model scores.parquet")
+    assert "no list of shares" in refused(2, f"{line} --fractions half")
+
+
+# ---- compare, view, show
+
+
+def test_compare_says_what_the_library_says(here):
+    ok(f"score model train.jsonl {FLATTERY} --methods vector-filter,length")
+    both = [load_attribution(f"scores/{name}.parquet") for name in ("length", "vector-filter")]
+    expected = compare(both)
+    found = json.loads(ok("compare scores --json").stdout)
+    assert found["spearman"]["Length"]["Vector Filter"] == pytest.approx(
+        expected.spearman.loc["Length", "Vector Filter"]
+    )
+    widest = expected.disagreements("Length", "Vector Filter", 1)
+    assert found["moved"][0]["examples"][0]["id"] == widest["id"].iloc[0]
+    assert repr(expected).splitlines()[0] in ok("compare scores").stdout
+    assert "nothing to be compared with" in refused(2, "compare scores/length.parquet")
+
+
+def test_show_json_holds_card_and_both_ends(here):
+    ok("score model train.jsonl --methods length")
+    result = load_attribution("scores.parquet")
+    (found,) = json.loads(ok("show scores.parquet -n 3 --json").stdout)
+    highest = found["queries"][0]["highest"]
+    assert [row["row"] for row in highest] == result.top(3).rows.tolist()
+    assert highest[0]["question"] == result.top(1).questions[0]
+    assert found["card"]["command"]["line"] == "concept-tda score model train.jsonl --methods length"
+    assert "exists already" in refused(1, "show scores.parquet --card train.jsonl")
+    ok("score model train.jsonl --methods loss,length --out several")
+    assert "name the file of one" in refused(2, "show several --card card.json")
+
+
+def test_view_writes_a_page_without_a_network_and_says_where(here, monkeypatch):
+    ok(f"score model train.jsonl {FLATTERY} --methods vector-filter,length")
+    asked = []
+    monkeypatch.setattr(reading.webbrowser, "open", lambda address: asked.append(address))
+    printed = ok("view scores").stdout  # no browser: `open` gives None
+    page = next(Path("cache").rglob("*.html")).resolve()
+    assert str(page) in printed and "No browser" in printed and asked == [page.as_uri()]
+    text = page.read_text()
+    assert "what a wise question!" in text and "concept_tda.review" in text
+    assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+    asked.clear()
+    ok("view scores --no-open --out mine.html")
+    assert not asked and "exists already" in refused(1, "view scores --no-open --out mine.html")
+
+
+# ---- decisions
+
+
+def test_decisions_count_more_than_a_cut(here):
+    ok(f"score model train.jsonl {FLATTERY}")
+    result = load_attribution("scores.parquet")
+    order, lines = np.argsort(-result.scores), Path("train.jsonl").read_bytes().splitlines()
+    review = Review(N, by="Ada")
+    review.decide([order[0], order[5]], "keep", "fair", why="one by one")
+    review.decide([order[-1], order[7]], "drop", why="one by one")
+    review.decide([order[3]], note="odd")
+    review.save("decisions.json", result)
+
+    def kept(options: str) -> list[int]:
+        ok(f"filter scores.parquet {options} --decisions decisions.json --out kept.jsonl --overwrite")
+        written = Path("kept.jsonl").read_bytes().splitlines()
+        return [lines.index(one) for one in written]
+
+    assert kept("") == sorted(set(range(N)) - {order[-1], order[7]})
+    gone = {order[1], order[2], order[-1], order[7]}
+    assert kept("--drop-count 3") == sorted(set(range(N)) - gone)
+    assert "exactly one way" in refused(2, "filter scores.parquet --out x.jsonl")
+    assert "--decisions" in refused(2, "filter scores.parquet --out x.jsonl")
+
+
+def test_decisions_that_do_not_belong_are_refused(here):
+    ok("score model train.jsonl --methods length")
+    result = load_attribution("scores.parquet")
+    empty = Review(N)
+    empty.decide([0], note="hm")
+    empty.save("empty.json", result)
+    assert "no example is marked" in refused(1, "filter scores.parquet --decisions empty.json")
+    everything = Review(N)
+    everything.decide(range(N), "drop")
+    everything.save("all.json", result)
+    assert "nothing would be left" in refused(1, "filter scores.parquet --decisions all.json")
+    everything.save("other.json", result)
+    record = json.loads(Path("other.json").read_text()) | {"data_fingerprint": "0" * 16}
+    Path("other.json").write_text(json.dumps(record))
+    assert "decisions about" in refused(1, "filter scores.parquet --decisions other.json")
+    assert not Path("kept.jsonl").exists()
+
+
+# ---- nothing is replaced
+
+
+def test_no_command_that_writes_replaces_a_file_or_its_source(here):
+    """Every command with --out refuses a file that is there; the source is safe with --overwrite, too."""
+    ok(f"score model train.jsonl {FLATTERY}")
+    before = {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}
+    source = Path("train.jsonl").read_bytes()
+    writing = {
+        f"score model train.jsonl {FLATTERY}": "train.jsonl.parquet",
+        "filter scores.parquet --drop-count 1": "train.jsonl",
+        "report scores.parquet": "scores.parquet",
+        "view scores.parquet --no-open": "scores.parquet",
+        "groups scores.parquet --by topic --drop-fraction 0.3": "train.jsonl",
+        f"concept contrast model {SIDES}": "kind.jsonl",
+        f"concept probe model {SIDES}": "kind.jsonl",
+        "run scores.parquet": "scores.parquet",
+    }
+    for line, own in writing.items():
+        taken = "answers.parquet" if line.startswith("score") else "answers.jsonl"
+        Path(taken).touch()
+        assert "exists already" in refused(1, f"{line} --out {taken}"), line
+        if Path(own).exists():
+            assert "is never replaced" in refused(1, f"{line} --out {own} --overwrite"), line
+    after = {path.name: path.read_bytes() for path in here.iterdir() if path.name in before}
+    assert after == before and Path("train.jsonl").read_bytes() == source
+
+
+def test_the_version_is_that_of_the_cards(here):
+    ok("score model train.jsonl --methods length")
+    assert ok("--version").stdout.split()[1] == load_attribution("scores.parquet").card.code
