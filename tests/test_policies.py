@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
 
 from concept_tda.concepts.concept import tensor_concept
 from concept_tda.data.conversations import load_conversations
@@ -16,7 +17,9 @@ from concept_tda.groups.sae import SparseAutoencoder
 from concept_tda.influence.curvature import EKFAC
 from concept_tda.influence.scorers import Influence
 from concept_tda.mechanisms.policies import (
+    Policy,
     PolicyError,
+    PolicyFeatures,
     PolicyPrompts,
     concept_features,
     feature_gaps,
@@ -26,7 +29,7 @@ from concept_tda.mechanisms.policies import (
     ridge_weights,
     sae_features,
 )
-from concept_tda.mechanisms.policy_shifts import PolicyQuery, PolicyShift, weight_shift
+from concept_tda.mechanisms.policy_shifts import PolicyQuery, PolicyShift, Shifts, weight_shift
 from concept_tda.model.loading import load_model
 
 from tiny import double_norms, tiny_pair, tiny_tokenizer
@@ -202,6 +205,31 @@ def test_ridge_is_scikit_learns():
     assert np.allclose(ridge_weights(X, Y), found, rtol=1e-10)
 
 
+def test_quality_and_intervals_are_those_of_scikit_learn():
+    """Folds, R², accuracy and bootstrap by another implementation."""
+    g = torch.Generator().manual_seed(1)
+    states, truth = torch.randn(60, 16, generator=g).double(), torch.tensor([1.0, -1.0, 0.5]).double()
+    features = concept_features(probes(3))
+    Y = features.read(states) @ truth + torch.randn(60, generator=g).double()
+    policy = Policy(SimpleNamespace(beginnings=["no"]), features, states, Y[:, None], 5.0, "x")
+    X, y, often = policy.X_NF.numpy(), Y.numpy(), Y.numpy() > np.log(0.5)
+    folds, unseen = np.random.default_rng(0).permutation(60) % 5, np.zeros(60)
+    for fold in range(5):
+        out = folds == fold
+        unseen[out] = Ridge(alpha=5, fit_intercept=False).fit(X[~out], y[~out]).predict(X[out])
+    row = policy.quality.loc["policy"]
+    assert row["R² left out"] == pytest.approx(r2_score(y, unseen), rel=1e-9)
+    assert row["accuracy left out"] == pytest.approx(np.mean((unseen > np.log(0.5)) == often))
+    assert policy.majority == max(often.mean(), 1 - often.mean()) and 0.5 < policy.majority < 0.9
+    draw = np.random.default_rng(7)
+    rows = [draw.integers(0, 60, 60) for _ in range(40)]
+    fits = [Ridge(alpha=5, fit_intercept=False).fit(X[one], y[one]).coef_ for one in rows]
+    table = policy.table(draws=40, seed=7).set_index("feature")
+    for name, low, high in zip(features.names, *np.percentile(fits, [2.5, 97.5], axis=0)):
+        assert table.loc[name, "low"] == pytest.approx(low, rel=1e-8)
+        assert table.loc[name, "high"] == pytest.approx(high, rel=1e-8)
+
+
 def test_features_are_chosen_by_their_gap(lm):
     asked, features = PolicyPrompts(lm, questions(16), ["no"]), concept_features(probes(6))
     harmful = np.arange(16) % 2 == 0
@@ -220,6 +248,10 @@ def test_left_out_figures_do_not_flatter_noise(lm):
         fitted = fit_policy(lm, asked, concept_features(probes(40)), ridge=1e-6)
     quality = fitted.quality.loc["policy"]
     assert quality["R²"] > 0.999 and quality["R² left out"] < quality["R²"]
+    logp = torch.where(torch.arange(16) % 2 == 0, -0.1, -3.0).double()[:, None]  # so that there is a decision
+    decided = Policy(fitted.asked, fitted.features, fitted.states_Nd, logp, 5.0, "x")
+    for shown in (decided.verdict, repr(decided), decided._repr_html_()):
+        assert "40 features for 16 prompts can fit anything" in shown
 
 
 def test_a_planted_policy_is_found_and_called_strong(policy):
@@ -290,6 +322,26 @@ def test_three_routes_to_the_same_shift(family):
     assert lm.fingerprint == before == policy.model
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_features_and_behaviour_move_alike_by_a_small_step_and_by_tangent(family):
+    """ΔX and ΔY themselves, not only what is made of them: to 1e-4 as the learning rate goes to 0."""
+    from concept_tda.mechanisms.policy_shifts import _loss_gradients, _read_after_step, _tangents
+
+    lm = double_model(family)
+    policy = fit_policy(lm, PolicyPrompts(lm, questions(8), ["no", "Sorry"]), concept_features(probes(3)))
+    sites, data = PolicyShift(lm, policy).sites, lm.tokenize(answers("no", "yes the user"))
+    for row in range(2):
+        gradients = _loss_gradients(lm, data, row, sites)
+        by_tangent = _tangents(lm, policy, sites, gradients)
+        for rate, near in ((1e-3, 1e-1), (1e-6, 1e-4)):
+            by_step = _read_after_step(lm, policy, sites, gradients, rate)
+            for step, tangent in zip(by_step, by_tangent):
+                assert tangent.norm() > 0 and (step - tangent).norm() < near * tangent.norm()
+        dX = by_tangent[0] @ policy.features.weights_Fd.T
+        stepped = by_step[0] @ policy.features.weights_Fd.T
+        assert (dX - stepped).norm() < 1e-4 * dX.norm()
+
+
 def test_a_relu_holds_still_what_does_not_fire(lm):
     asked = PolicyPrompts(lm, questions(12), ["no"])
     one = sae()
@@ -337,9 +389,58 @@ def test_what_moved_beside_what_should(lm, policy):
     one = shifts.interference(["probe 0"])
     by_hand = 1 - np.abs(shifts.total[:, 0]) / np.abs(shifts.total).sum(1)
     assert np.allclose(one.off_target, by_hand) and (one.flag == (one.largest != "probe 0")).all()
+    most = [max(range(3), key=lambda j, row=row: abs(row[j])) for row in shifts.total]
+    assert shifts.pair(np.int64(1)).equals(shifts.pair(shifts.ids[1])) and shifts.pair(-1).equals(
+        shifts.pair(1)
+    )
+    assert one.equals(shifts.interference("probe 0"))
+    assert one.largest.tolist() == [policy.features.names[j] for j in most]
+    still = Shifts(policy, ["x"], 0 * shifts.total[:1], 0 * shifts.total[:1], "tangent")
+    assert still.interference(["probe 0"])[["off_target", "flag"]].to_numpy().tolist() == [[0, False]]
     assert np.allclose(np.linalg.solve(policy.U_FF.numpy(), shifts.evidence.T).T, shifts.total)
     assert np.allclose(shifts.pair(0)["shift"].abs().max(), np.abs(shifts.total[0]).max())
     assert [one.response for one in shifts.examples] == ["no", "yes"] and shifts.examples.ids == shifts.ids
+
+
+def test_evidence_tells_training_from_features_that_fire_together(policy):
+    """Two features that are nearly one: training that moves the evidence for the first alone shows in ΔW as a
+    shift of both, and is flagged; UΔW names the one."""
+    g = torch.Generator().manual_seed(0)
+    states = torch.randn(80, 16, generator=g).double()
+    first, other = torch.randn(2, 16, generator=g).double()
+    weights = torch.stack([first, first + 0.1 * other, other])
+    twins = PolicyFeatures(1, weights, torch.zeros(3).double(), False, ["a", "twin of a", "b"])
+    fitted = Policy(policy.asked, twins, states, torch.randn(80, 1, generator=g).double(), 5.0, "x")
+    moved = torch.linalg.solve(fitted.U_FF, torch.eye(3).double()[:1].T).T.numpy()
+    shifts = Shifts(fitted, ["pair"], 0 * moved, moved, "tangent")
+    assert shifts.interference(["a"]).off_target[0] > 0.4
+    assert np.allclose(shifts.evidence, [[1, 0, 0]], atol=1e-9)
+    assert shifts.pair(0).set_index("feature").evidence["a"] == pytest.approx(1)
+
+
+def test_bad_questions_of_a_policy(lm, policy):
+    asked, features = policy.asked, policy.features
+    broken = PolicyFeatures(1, features.weights_Fd * np.nan, features.bias_F, False, features.names)
+    for bad, message in [
+        (lambda: fit_policy(lm, asked, probes(2)), "a list is no feature"),
+        (lambda: fit_policy(lm, asked, features, ridge=-1.0), "ridge=-1.0: the penalty"),
+        (lambda: fit_policy(lm, asked, features, ridge=0), "above 0"),
+        (lambda: fit_policy(lm, asked, features, ridge=float("nan")), "finite number"),
+        (lambda: fit_policy(lm, asked, features, harmful=["yes", "no"] * 8), "booleans, not .*yes"),
+        (lambda: fit_policy(lm, asked, broken), "not finite"),
+        (lambda: fit_policy(lm, questions(4), features), "4 prompts: give at least 5"),
+        (lambda: PolicyPrompts(lm, questions(2), []), "at least one"),
+        (lambda: PolicyPrompts(lm, questions(2), [3]), "list of texts"),
+        (lambda: concept_features([]), "no concepts"),
+        (lambda: policy.table(draws=1), "two draws"),
+        (
+            lambda: PolicyFeatures(1, features.weights_Fd, features.bias_F, False, ["a"]),
+            "1 names and 3 biases",
+        ),
+        (lambda: PolicyShift(lm, None), "no policy"),
+    ]:
+        with pytest.raises(PolicyError, match=message):
+            bad()
 
 
 def test_bad_questions_of_a_shift(lm, policy):
@@ -347,7 +448,14 @@ def test_bad_questions_of_a_shift(lm, policy):
     for bad, message in [
         (lambda: PolicyQuery(policy, "nothing"), "no feature 'nothing'"),
         (lambda: shifts.interference(["nothing"]), "no feature 'nothing'"),
+        (lambda: PolicyQuery(policy, 3), "numbers are 0 to 2"),
+        (lambda: PolicyQuery(policy, 0.5), "no feature 0.5"),
+        (lambda: shifts.interference([]), "no targets"),
         (lambda: shifts.pair(5), "no example 5"),
+        (lambda: shifts.pair(True), "no example True"),
+        (lambda: shifts.plot(0), "at least one"),
+        (lambda: PolicyShift(lm, policy).by_step(answers("no"), float("nan")), "above 0"),
+        (lambda: PolicyShift(lm, policy).by_step(answers("no"), "fast"), "above 0"),
         (lambda: PolicyShift(lm, policy).by_step(answers("no"), 0.0), "above 0"),
         (lambda: PolicyShift(double_model(n_layers=3), policy), "another model"),
     ]:

@@ -265,6 +265,7 @@ def concept_features(
     concepts: Sequence[Concept], # All of one layer
 ) -> PolicyFeatures:
     "Directions as features, ⟨v̂, h⟩. Raises `PolicyError` where their layers differ."
+    if not len(concepts): raise PolicyError("no concepts: a policy needs at least one feature")
     layers = sorted({concept.layer for concept in concepts})
     if len(layers) != 1:
         raise PolicyError(f"the concepts lie at layers {layers}: a policy reads one layer, so give concepts "
@@ -298,7 +299,10 @@ def feature_gaps(
     harmful_N: Any,            # Boolean [N]
 ) -> torch.Tensor:             # [F]
     "Mean of each feature over the harmful prompts minus that over the others."
-    harmful_N = torch.as_tensor(np.asarray(harmful_N, dtype=bool))
+    marks_N = np.asarray(harmful_N)
+    if marks_N.dtype != bool and not np.isin(marks_N, (0, 1)).all():
+        raise PolicyError(f"marks of harm are booleans, not {marks_N.ravel()[0]!r}: say kinds == \"harmful\"")
+    harmful_N = torch.as_tensor(marks_N.astype(bool))
     if harmful_N.all() or not harmful_N.any():
         raise PolicyError("all prompts are of one kind: choosing features needs harmful and harmless ones")
     return features_NF[harmful_N].mean(0) - features_NF[~harmful_N].mean(0)
@@ -410,7 +414,9 @@ class _Told(_Measured):
         if self.majority == 1:
             return ("the behaviour is more likely than not on "
                     f"{'every prompt' if self.shown else 'no prompt'}, so there is no decision to explain")
-        return f"{'WEAK: ' if self.weak else ''}{told}"
+        n, f = len(self.Y_N), len(self.features)
+        many = f"; {f:,} features for {n:,} prompts can fit anything" if f > n else ""
+        return f"{'WEAK: ' if self.weak else ''}{told}{many}"
 
     def __repr__(self) -> str:
         return (f"Policy: {len(self.features)} features of layer {self.features.layer}, {len(self.Y_N)} "
@@ -429,6 +435,7 @@ class Policy(_Told):
         seed: int = 0,    # Of the draws
     ) -> pd.DataFrame:
         "Row per feature: weight, 95 % interval (`low`, `high`), mean, share of the prompts it is not 0 on."
+        if draws < 2: raise PolicyError(f"draws={draws}: an interval needs two draws at least, better 500")
         rng, n = np.random.default_rng(seed), len(self.Y_N)
         drawn = [rng.integers(0, n, n) for _ in range(draws)]
         fits = [ridge_weights(self.X_NF[rows], self.Y_N[rows], self.ridge) for rows in drawn]
@@ -454,12 +461,23 @@ def _check_fit(policy: Policy) -> None:
         raise PolicyError(f"{n} prompts: give at least {policy.folds}, better a hundred of each kind")
     if not f:
         raise PolicyError("no feature is left: lower the smallest gap (select=0.05), or give other features")
+    if not policy.X_NF.isfinite().all():
+        raise PolicyError("some features are not finite on these prompts: look at weights_Fd and bias_F")
     if policy.Y_N.std() < 1e-9:
         raise PolicyError("the behaviour has the same log-probability on every prompt, so nothing explains "
                           "it: give prompts that differ, or other beginnings")
     if f > n:
         warnings.warn(f"{f} features for {n} prompts: the policy can fit anything, read only the figures on "
                       "prompts left out", stacklevel=3)
+
+# %% ../../nbs/70_mechanisms/10_policies.ipynb #pol-check-asked
+def _check_asked(features: Any, ridge: float) -> None:
+    "Refuse what is no feature and no penalty."
+    if not isinstance(features, PolicyFeatures):
+        raise PolicyError(f"a {type(features).__name__} is no feature of a policy: give sae_features(...) or "
+                          "concept_features(...)")
+    if not 0 < ridge < float("inf"):
+        raise PolicyError(f"ridge={ridge!r}: the penalty λ is a finite number above 0, such as 5")
 
 # %% ../../nbs/70_mechanisms/10_policies.ipynb #pol-fit
 def fit_policy(
@@ -472,6 +490,7 @@ def fit_policy(
     ridge: float = 5.,        # λ
 ) -> Policy:
     "Explain a behaviour by features of the question's last token (Habibi et al. 2026). Raises `PolicyError`."
+    _check_asked(features, ridge)
     asked = prompts if isinstance(prompts, PolicyPrompts) else PolicyPrompts(lm, prompts)
     if features.weights_Fd.shape[1] != lm.width:
         raise PolicyError(f"the features read {features.weights_Fd.shape[1]} numbers of a state, {lm.name} "

@@ -56,6 +56,8 @@ def _coefficients(policy: Policy, u_F: torch.Tensor) -> tuple[torch.Tensor, torc
 # %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-check-model
 def _check_model(policy: Policy, lm: LanguageModel) -> None:
     "Refuse a model that is not the one the policy was fitted to."
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"a {type(policy).__name__} is no policy: give what fit_policy(lm, …) returns")
     if policy.model == lm.fingerprint: return
     raise PolicyError(f"the policy was fitted to another model than {lm.name} (or to other weights of it): "
                       "fit it again with fit_policy(lm, …)")
@@ -67,7 +69,9 @@ def _direction(policy: Policy, of: str | int | None) -> torch.Tensor:
     names = policy.features.names
     if isinstance(of, str) and of not in names:
         raise PolicyError(f"no feature {of!r} in this policy: it has {', '.join(names[:8])}")
-    number = names.index(of) if isinstance(of, str) else range(len(names))[of]
+    number = names.index(of) if isinstance(of, str) else of
+    if isinstance(number, bool) or number not in range(len(names)):
+        raise PolicyError(f"no feature {of!r} in this policy: their numbers are 0 to {len(names) - 1}")
     return torch.eye(len(names)).double()[number]
 
 # %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-query-base
@@ -192,7 +196,9 @@ class _Targeted(_Shifts):
     ) -> pd.DataFrame:
         """Row per example: `off_target` (share of Σ|ΔW_j| elsewhere), `largest` (feature that moves most),
         `flag` (that one is elsewhere)."""
-        names, wanted = self.policy.features.names, list(targets)
+        wanted = [targets] if isinstance(targets, str) else list(targets)
+        names = self.policy.features.names
+        if not wanted: raise PolicyError("no targets: name one or more features that training was meant to move")
         if unknown := [name for name in wanted if name not in names]:
             raise PolicyError(f"no feature {unknown[0]!r} in this policy: it has {', '.join(names[:8])}")
         on_F = np.isin(names, wanted)
@@ -235,7 +241,7 @@ class Shifts(_Curating):
     ) -> pd.DataFrame:
         "One example taken apart: row per feature, weight, ΔW_X, ΔW_Y, ΔW and UΔW, the largest shift first."
         row = self.ids.index(which) if which in self.ids else which
-        if not isinstance(row, int) or not -len(self.ids) <= row < len(self.ids):
+        if isinstance(row, (str, bool)) or row not in range(-len(self.ids), len(self.ids)):
             raise PolicyError(f"no example {which!r} among the {len(self.ids)} that were shifted")
         found = pd.DataFrame({
             "feature": self.policy.features.names, "weight": self.policy.W_F.numpy(),
@@ -254,6 +260,7 @@ class Shifts(_Curating):
         most: int = 30, # Examples shown, those that move the policy farthest
     ) -> Figure:
         "Heat map of ΔW, examples by score, features by weight."
+        if most < 1: raise PolicyError(f"most={most}: show at least one example")
         return _heat_map(self, most)
 
 # %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-shown
@@ -390,7 +397,7 @@ class PolicyShift(_Shifting):
         progress: bool = True, # Show a bar
     ) -> Shifts:
         "One step of gradient descent on each example, the policy read again; divided by the rate."
-        if not rate > 0:
+        if isinstance(rate, str) or not 0 < rate < float("inf"):
             raise PolicyError(f"rate={rate!r}: a step needs a learning rate above 0, such as 1e-4")
         return self._shifts(pairs, "step", _read_after_step, rate, progress)
 
