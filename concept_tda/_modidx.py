@@ -4904,6 +4904,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'concept_tda/mechanisms/policies.py'),
                                                  'concept_tda.mechanisms.policies._beginnings': ( '70_mechanisms/policies.html#_beginnings',
                                                                                                   'concept_tda/mechanisms/policies.py'),
+                                                 'concept_tda.mechanisms.policies._check_asked': ( '70_mechanisms/policies.html#_check_asked',
+                                                                                                   'concept_tda/mechanisms/policies.py'),
                                                  'concept_tda.mechanisms.policies._check_fit': ( '70_mechanisms/policies.html#_check_fit',
                                                                                                  'concept_tda/mechanisms/policies.py'),
                                                  'concept_tda.mechanisms.policies._check_in_context': ( '70_mechanisms/policies.html#_check_in_context',

@@ -198,7 +198,7 @@ class _Targeted(_Shifts):
         `flag` (that one is elsewhere)."""
         wanted = [targets] if isinstance(targets, str) else list(targets)
         names = self.policy.features.names
-        if not wanted: raise PolicyError("no targets: name one or more features that training was meant to move")
+        if not wanted: raise PolicyError("no targets: name the features that training was meant to move")
         if unknown := [name for name in wanted if name not in names]:
             raise PolicyError(f"no feature {unknown[0]!r} in this policy: it has {', '.join(names[:8])}")
         on_F = np.isin(names, wanted)
