@@ -33,20 +33,23 @@ PUBLIC = {
     "model.tracing": "POOLINGS TracingError pooling_weights work_dtype progress_bar pooled_activations "
         "layer_activations token_activations left_padded as_prompts generate",
     "model.answers": "answer_records with_record cached_generate",
-    "model.finetuning": "RECIPES FinetuneError example_losses own_randomness finetune training_record "
-        "Retrained finetune_many training_checkpoints",
+    "model.finetuning": "GRADIENT_CLIP RECIPES FinetuneError example_losses own_randomness new_adapters "
+        "step_rows step_rate finetune run_settings training_record Retrained finetune_many "
+        "training_checkpoints",
     "model.training": "TrainingError TrainingRecipe StepPlan TrainingRun train replay load_run",
     "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics",
     "results.cards": "ZERO Cost QueryCard",
-    "results.attribution": "FORMAT_VERSION question_text prompt_text sentence Attribution load_attribution",
+    "results.attribution": "FORMAT_VERSION question_text prompt_text sentence Prediction Attribution "
+        "load_attribution",
     "results.duplicates": "near_duplicates",
     "results.comparison": "Comparison results_by_name compare",
     "concepts.concept": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
         "tensor_concept random_concepts LayerSweep sweep_layers",
-    "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge ContrastJudge LossJudge AnswerJudge "
-        "FunctionJudge expected_score LocalJudge integer_probabilities JudgeUsage OpenAIJudge OpenAIReader",
+    "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge last_answer_only ContrastJudge "
+        "LossJudge AnswerJudge FunctionJudge expected_score LocalJudge integer_probabilities JudgeUsage "
+        "OpenAIJudge OpenAIReader",
     "concepts.personas": "PersonaError Trait traits load_trait persona_responses persona_concept "
         "SteeringError steer SteeringCheck steering_check",
     "concepts.crosscoders": "TENSORS CrosscoderError source_number Crosscoder CrosscoderRecipe "
@@ -62,7 +65,7 @@ PUBLIC = {
     "influence.curvature": "CurvatureError Identity check_damping check_gradients check_moved check_labels "
         "fitting_record DampedCurvature Factors labelled_pass batch_labels FactorStatistics EKFAC",
     "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
-    "influence.queries": "Query ConceptQuery LossQuery QueryExpression query_expression",
+    "influence.queries": "Query ConceptQuery LossQuery MarginQuery QueryExpression query_expression",
     "influence.engine": "EngineError Readout ActivationReadout ActivationGradientReadout LossReadout "
         "DirectionReadout StackedReadout adding_tangent ForwardReadout difference_scale moved_weights "
         "DifferenceReadout direction_readout difference_adapters Stopwatch run_batch Pass peak_memory "
@@ -78,6 +81,7 @@ PUBLIC = {
     "influence.planning": "PlanError Plan plan",
     "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
     "influence.pairs": "PairAttribution score_preferences is_of_pairs load_pair_attribution",
+    "influence.runs": "RunError adamw_step TrainingInfluence",
     "groups.groups": "GROUP_ORDERS LABEL_COLOURS GroupError Groups column_groups family_groups "
         "cluster_groups GroupScores score_groups union_rows drop_groups coverage_curve compare_groups "
         "random_groups",

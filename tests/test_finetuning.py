@@ -121,7 +121,7 @@ EXACT = dict(precision="fp32", micro_batch_size=None)
 def adapted(lm, rank=4):
     """`lm` with adapters whose two halves both have a gradient."""
     torch.manual_seed(0)
-    model = finetuning._adapted(lm, rank, 8, False)
+    model = finetuning.new_adapters(lm, rank, 8, False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -238,7 +238,7 @@ def test_frozen_weights_are_rounded_once(lm, data, monkeypatch):
 
 
 def test_every_epoch_uses_every_conversation_once(data):
-    steps = finetuning._steps(data.ids, dict(seed=0, epochs=3, batch_size=5))
+    steps = finetuning.step_rows(data.ids, dict(seed=0, epochs=3, batch_size=5))
     assert [len(rows) for rows in steps] == [5, 5, 5, 1] * 3
     epochs = [sum(steps[4 * epoch : 4 * epoch + 4], []) for epoch in range(3)]
     assert (
@@ -250,7 +250,7 @@ def test_a_subset_keeps_the_order_of_the_whole(data):
     def order(chosen, seed):
         return [
             chosen.ids[row]
-            for row in finetuning._steps(chosen.ids, dict(seed=seed, epochs=1, batch_size=99))[0]
+            for row in finetuning.step_rows(chosen.ids, dict(seed=seed, epochs=1, batch_size=99))[0]
         ]
 
     part = data[[1, 3, 4, 9, 12]]
@@ -333,7 +333,7 @@ def test_the_update_has_the_rank_and_the_scale_asked_for(lm, data, tmp_path):
     values = torch.linalg.svdvals(new - old)
     assert values[3] > 1e-4 and values[4] < 1e-5 * values[0] + 1e-6
     adapters = {
-        rslora: finetuning._adapted(lm, 16, 32, rslora)
+        rslora: finetuning.new_adapters(lm, 16, 32, rslora)
         .base_model.model.model.layers[0]
         .mlp.up_proj.scaling["default"]
         for rslora in (False, True)
@@ -997,12 +997,12 @@ def test_the_optimiser_is_plain_adamw_with_clipping(saved_base, data, tmp_path):
     lm, settings = load_model(saved_base), dict(rank=4, learning_rate=1e-2, batch_size=8, weight_decay=0.1)
     finetune(lm, data, tmp_path / "ft", **settings, progress=False)
     with finetuning.own_randomness(0):
-        model = finetuning._adapted(lm, 4, 32, False)
+        model = finetuning.new_adapters(lm, 4, 32, False)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments = {name: (torch.zeros_like(p, dtype=torch.float64),) * 2 for name, p in parameters.items()}
     tokenized = lm.tokenize(data)
     for t, (rows, rate) in enumerate(
-        zip(finetuning._steps(data.ids, dict(seed=0, epochs=1, batch_size=8)), (1e-2, 5e-3)), 1
+        zip(finetuning.step_rows(data.ids, dict(seed=0, epochs=1, batch_size=8)), (1e-2, 5e-3)), 1
     ):
         losses = [
             model(one.input_ids[None], labels=one.input_ids.masked_fill(~one.response_mask, -100)[None]).loss

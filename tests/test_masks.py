@@ -64,7 +64,7 @@ def random_weights(tokenized, seed=0):
 
 def with_adapters(lm):
     """New adapters whose second factors are not zero, so that both have a gradient."""
-    model = finetuning._adapted(lm, 2, 4, False)
+    model = finetuning.new_adapters(lm, 2, 4, False)
     for number, (name, weight) in enumerate(model.named_parameters()):
         if weight.requires_grad:
             torch.manual_seed(number)

@@ -67,6 +67,8 @@ class _Fields:
     damping: str | None = None           # Such as "absolute 1e-3"
     zero: str = "not recorded"           # What the zero of a score means, a key of `ZERO`
     mean: list[float] | None = None      # Mean score of each query over all examples, for projections
+    effect: float | None = None          # Times a score: change of the query if the example is left out
+    unit: str | None = None              # Of the query, and so of that change
     sign: str | None = None              # What a positive score means, where the method has words of its own
     settings: dict = field(default_factory=dict)    # Everything else that was chosen
     notes: list[str] = field(default_factory=list)  # Whatever was cut, skipped or approximated
