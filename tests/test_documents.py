@@ -50,10 +50,13 @@ from concept_tda.influence.scorers import (
     VectorFilter,
     score_together,
 )
+from concept_tda.mechanisms.circuits import CopyProbe, UnitInfluence, head, repeated_sequences
+from concept_tda.mechanisms.motifs import find_motifs
 from concept_tda.model.finetuning import finetune, finetune_many, training_record
 from concept_tda.model.loading import load_model
 from concept_tda.model.sites import resolve_sites
 from concept_tda.model.tracing import pooled_activations
+from concept_tda.model.training import replay, train
 from concept_tda.results.attribution import load_attribution
 from concept_tda.views.contents import example_to_read
 
@@ -428,3 +431,30 @@ def test_views_show_text_and_no_question(tmp_path):
     assert "assistant" not in page.split("<script")[0]
     for shown in (documents, windows, documents[0], windows[0], windows.tokenized(lm.tokenizer), result):
         assert "text" in shown._repr_html_()
+
+
+def test_training_whole_models_circuits_and_motifs_take_documents(tmp_path):
+    model, tokenizer = tiny_pair("gpt_neox", attention="eager")
+    documents = load_documents(texts(40), window=16)
+    windows = documents.windows(tokenizer)
+    run = train(
+        model.config, documents, tmp_path / "run", {"steps": 4, "batch_size": 8}, tokenizer=tokenizer,
+        every=2, progress=False,
+    )  # fmt: skip
+    assert isinstance(run.data.conversations, Windows) and run.data.ids == windows.ids
+    queries = load_documents(texts(3, 7), window=10)
+    traced = TracIn(queries=queries, **run.history()).score(documents, progress=False)
+    assert traced.ids == windows.ids
+    lm = run.open(2, attention="eager")
+    scorer = UnitInfluence(lm, CopyProbe(repeated_sequences(lm, 4, 6)), head(lm, 1, 2).units)
+    scores = scorer.score(documents, progress=False)
+    assert scores.ids == windows.ids and np.isfinite(scores.scores).all()
+    motifs = find_motifs(scores, count=10, draws=20, fits=2)
+    assert {"repeated runs", "compressible"} <= {*motifs.table.statistic, *motifs.left_out}
+    without = replay(
+        run, tmp_path / "without", from_step=2, to_step=4, weights={run.data.ids[run.plan.rows[2][0]]: 0},
+        insert=load_documents(texts(4, 9), window=16).windows(tokenizer), progress=False,
+    )  # fmt: skip
+    assert without.open().fingerprint != run.open().fingerprint
+    left = scores.drop(count=5).as_documents()
+    assert sum(len(one.text) for one in left) < sum(len(one.text) for one in documents)

@@ -80,6 +80,7 @@ def test_repeats_are_those_of_plain_counting():
     [
         ("<b>ab</b>", "tags", 7 / 9),
         ("1 < 2 and 3 > 2", "tags", 0),
+        ("a</s><s>b<eos>", "tags", 0),
         ("| a | b |\n| c | d |\nplain", "table rows", 2 / 3),
         ("a\tb\tc\nplain", "table rows", 1 / 2),
         ("- a\n* b\n3. c\n(a) d\nplain - text", "list items", 4 / 5),

@@ -72,7 +72,7 @@ TOKEN_STATISTICS: dict[str, tuple[str, Measure]] = {
 }
 
 # %% ../../nbs/70_mechanisms/02_motifs.ipynb #patterns
-_TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>")
+_TAG = re.compile(r"<(?!/?s>|(?:eos|bos|pad|unk)>)/?[A-Za-z][^<>]{0,200}>")
 _LATEX = re.compile(r"\\[A-Za-z]+|\\[^\w\s]|[${}^]")
 _ROW = re.compile(r"(?:[^|]*\|){2}|(?:[^\t]*\t){2}|(?:[^,;]{1,40}[,;]){3}[^,;]{0,40}$")
 _ITEM = re.compile(r"\s*(?:[-*+•]|\(?\d{1,3}[.)]|\(?[a-z][.)])\s+\S")
