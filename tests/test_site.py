@@ -215,6 +215,23 @@ def test_guides_run_without_the_repository():
                 assert not found, f"{name}: {found[0]!r} is only there in the repository"
 
 
+def test_tutorials_open_in_colab_once_the_repository_has_an_address():
+    line = site_pages.colab_line("https://github.com/somebody/concept_tda/", "tutorials/quickstart.ipynb")
+    assert (
+        "colab.research.google.com/github/somebody/concept_tda/blob/main/nbs/tutorials/quickstart.ipynb"
+        in line
+    )
+    assert site_pages.colab_line("", "tutorials/quickstart.ipynb") == ""
+    assert "repository" in site_pages.settings()
+
+
+def test_tutorials_say_how_long_they_run():
+    for name, cells in notebooks().items():
+        if name.startswith("tutorials/"):
+            text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+            assert re.search(r"Runtime|minutes|seconds", text), f"{name}: say how long it runs, and on what"
+
+
 def test_outputs_are_made_readable():
     cell = {
         "outputs": [

@@ -6,6 +6,7 @@ because in a literate library the reader wants to see it. Everything is read fro
 has to run while the site is built (`skip_procs`). tools/with_quarto.sh puts this folder where nbdev finds it.
 """
 
+import configparser
 import dataclasses
 import functools
 import importlib
@@ -174,11 +175,18 @@ def first_sentence(text: str) -> str:
     return text[:end].removesuffix(".").replace("|", "\\|")
 
 
+def place(name: str, thing) -> int:
+    """Where a name belongs in a summary: what users open first, then the rest, then checks, errors last."""
+    if inspect.isclass(thing) and issubclass(thing, Exception):
+        return 3
+    if name.startswith("check_"):
+        return 2
+    return int(name not in concept_tda.__all__)
+
+
 def summary(things: dict[str, object]) -> str:
-    """What a page has, as a table of names and first sentences: errors come last."""
-    order = sorted(
-        things, key=lambda name: inspect.isclass(things[name]) and issubclass(things[name], Exception)
-    )
+    """What a page has, as a table of names and first sentences: the front door first, errors last."""
+    order = sorted(things, key=lambda name: place(name, things[name]))
     rows = [
         f"| [`{name}`](#{name.lower()}) | {first_sentence(docstring(things[name]))} |"
         for name in order
@@ -202,6 +210,22 @@ def make_readable(cell) -> None:
                 parts[kind] = readable("".join(value)).splitlines(True)
         if "text" in output:
             output["text"] = readable("".join(output["text"])).splitlines(True)
+
+
+def settings() -> dict[str, str]:
+    """What settings.ini says."""
+    parser = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(Path(__file__).resolve().parent.parent / "settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+def colab_line(repository: str, page: str) -> str:
+    """A line that opens a notebook in Colab; empty where the repository has no public address yet."""
+    match = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)/?", repository.strip())
+    if not match:
+        return ""
+    place = f"https://colab.research.google.com/github/{match[1]}/blob/main/nbs/{page}"
+    return f"[Open in Colab]({place}) (first cell there: `%pip install git+{match[0].rstrip('/')}`)"
 
 
 class api_entries(Processor):
@@ -243,14 +267,22 @@ class api_entries(Processor):
             if cell.cell_type == "markdown":
                 cell.source = unlink_private(cell.source)
             make_readable(cell)
+        page = Path(self.nb.path_)
+        line = colab_line(settings().get("repository", ""), f"tutorials/{page.name}")
+        if page.parent.name == "tutorials" and line:
+            self.first_text().source = f"{line}\n\n{self.first_text().source}"
         if named and room:
             self.summarise({name: find(name, room) for name in in_code_order(named, room).values()})
 
     def summarise(self, things: dict[str, object]):
         """Put the table of names into the first text below the title."""
-        texts = [cell for cell in self.nb.cells if cell.cell_type == "markdown"]
-        below = next(cell for cell in texts if not cell.source.lstrip().startswith(("# ", "---")))
+        below = self.first_text()
         below.source = f"{summary(things)}\n\n{below.source}"
+
+    def first_text(self):
+        """The first text below the title."""
+        texts = [cell for cell in self.nb.cells if cell.cell_type == "markdown"]
+        return next(cell for cell in texts if not cell.source.lstrip().startswith(("# ", "---")))
 
 
 def room_of(page: Path) -> str | None:
