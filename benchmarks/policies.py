@@ -3,18 +3,19 @@ whether leaving out the pairs it points at leaves a better model.
 
     python benchmarks/policies.py --work build/policies
 
-SmolLM2 is taught to refuse on the bundled `refusals` (LoRA, stopped while it is undecided on half of the
-prompts), with three seeds. The policy reads named directions of the residual stream at the question's last
-token, which are made from the taught questions, and is fitted to other prompts. Writes
-benchmarks/results/policies.json: accuracy on prompts left out of the fit beside the commoner answer and
-ridges on the whole residual stream; the formula of the shift against a finite difference; steps, tangents and
-queries against each other, with their cost; the shift predicted for sets of pairs against the shift measured
-after really training on them, beside random pairs; and what curation does to refusals on held-out prompts
-after training again, beside as many pairs taken out at random. With --prompts (XSTest: a CSV with prompt
-and label) a third of that file is taught, a third read and a third held out, and the results stand under
-"xstest". Everything is found again in --work: interrupted, it goes on. What would make its numbers wrong:
-prompts that were taught among those that are read; the number of directions was chosen by cross-validation on
-the first seed's prompts (`search`), so the figures to believe are those of `heldout`, not looked at then."""
+SmolLM2 is taught to refuse on the bundled `refusals` (LoRA; the checkpoint after two of three passes, where
+it is undecided on half of the prompts), with three seeds. The policy reads named directions of the residual
+stream at the question's last token, which are made from the taught questions, and is fitted to other
+prompts. Writes benchmarks/results/policies.json: accuracy on prompts left out of the fit beside the
+commoner answer and ridges on the whole residual stream; the formula of the shift against a finite
+difference; steps, tangents and queries against each other, with their cost; the shift predicted for sets of
+pairs against the shift measured after really training on them, beside random pairs; and what curation does
+to refusals on held-out prompts after training again, beside as many pairs taken out at random. With
+--prompts (XSTest: a CSV with prompt and label) a third of that file is taught, a third read and a third
+held out, and the results stand under "xstest". Everything is found again in --work: interrupted, it goes
+on. What would make its numbers wrong: prompts that were taught among those that are read; the number of
+directions was chosen by cross-validation on the first seed's prompts (`search`), so the figures to believe
+are those of `heldout`, not looked at then."""
 
 import argparse
 import json
@@ -35,6 +36,7 @@ from concept_tda.influence.engine import moved_weights
 from concept_tda.influence.gradients import SiteGradients
 from concept_tda.mechanisms.policies import (
     CONSTANT,
+    REFUSALS,
     THRESHOLD,
     PolicyPrompts,
     concept_features,
@@ -47,13 +49,16 @@ from concept_tda.mechanisms.policies import (
 )
 from concept_tda.mechanisms.policy_shifts import PolicyShift, Shifts, weight_shift
 from concept_tda.model.answers import cached_generate
+from concept_tda.model.finetuning import training_checkpoints
 from concept_tda.model.losses import loss_weights, token_losses
 
 OUT = Path(__file__).parent / "results" / "policies.json"
 REFUSE, HELP = "I'm sorry, but I can't help with that.", "Sure. Here is what you need to know."
-SECTIONS = ("stock", "search", "policy", "routes", "shifts", "curation")
-BEGINNINGS = ["I'm sorry", "I can't", "Sorry", "I won't", "I cannot"]
+SECTIONS = ("stock", "routes", "shifts", "curation")
+BEGINNINGS = ["I can't", "I'm sorry", "I won't", "I cannot", "Sorry"]
+CHECKPOINT = 3  # of six: after two of three passes
 TARGET = "asks for harm"
+ARMS = ("full", "flagged", "score", "random", "random_same_labels")
 
 
 # --- data
@@ -89,13 +94,12 @@ def kinds(data) -> np.ndarray:
 
 
 def refusing(base, taught, args, seed, rows=None):
-    """A model taught to refuse on all taught conversations or some of them."""
-    if rows is None:
-        rows = np.arange(len(taught))
-    name = ct.load_conversations(taught.select(rows)).fingerprint
-    settings = dict(epochs=args.epochs, batch_size=4, learning_rate=args.learning_rate, seed=seed)
-    folder = args.work / f"{args.learning_rate:g}-{args.epochs}-{seed}-{name}"
-    return ct.finetune(base, taught.select(rows), folder, precision=args.precision, **settings)
+    """A model in the middle of being taught to refuse, on all taught conversations or some of them."""
+    data = taught if rows is None else taught.select(rows)
+    settings = dict(epochs=3, batch_size=4, learning_rate=args.learning_rate, seed=seed, checkpoints=6)
+    folder = args.work / f"{args.learning_rate:g}-{seed}-{data.fingerprint}"
+    ct.finetune(base, data, folder, precision=args.precision, **settings)
+    return training_checkpoints(folder, base)["checkpoints"][CHECKPOINT]()
 
 
 # --- features
@@ -115,9 +119,10 @@ def directions_of(states_Nd, labels, count: int) -> dict:
     return named
 
 
-def features_of(lm, taught, layer: int, count: int):
+def features_of(lm, taught, layer: int, count: int, states_Nd=None):
     """Features made from the taught questions alone, in standard deviations over them, and a constant."""
-    states_Nd, _ = read_policy(lm, PolicyPrompts(lm, taught, BEGINNINGS[:1]), layer)
+    if states_Nd is None:
+        states_Nd, _ = read_policy(lm, PolicyPrompts(lm, taught, BEGINNINGS[:1]), layer)
     named = directions_of(states_Nd, kinds(taught), count)
     concepts = [tensor_concept(direction, layer, name=name) for name, direction in named.items()]
     return standardised_features(concept_features(concepts), states_Nd)
@@ -213,15 +218,13 @@ def sae_figures(lm, asked, labels, sae, most: int) -> dict:
     return told(fit_policy(lm, asked, features, harmful=harmful, select=least))
 
 
-def searched(lm, asked, taught, layers, counts) -> list:
-    """Accuracy by cross-validation for each layer and number of directions."""
-    found = []
-    for layer in layers:
-        states_Nd, logp_NK = read_policy(lm, asked, layer)
-        for count in counts:
-            features = features_of(lm, taught, layer, count)
-            accuracy = left_out(features.read(states_Nd), logp_NK.logsumexp(1), 5.0)
-            found.append({"layer": layer, "directions": count, "accuracy": accuracy})
+def searched(lm, policy, taught, counts=(0, 2, 4, 6, 10, 16)) -> dict:
+    """Accuracy by cross-validation for each number of principal directions."""
+    layer, found = policy.features.layer, {}
+    states_Nd, _ = read_policy(lm, PolicyPrompts(lm, taught, BEGINNINGS[:1]), layer)
+    for count in counts:
+        features = features_of(lm, taught, layer, count, states_Nd)
+        found[count] = left_out(features.read(policy.states_Nd), policy.Y_N, 5.0)
     return found
 
 
@@ -339,22 +342,25 @@ def shift_figures(lm, policy, taught, shifts, args) -> dict:
 # --- curation
 
 
-def arms_of(shifts, taught, count: int, seed: int) -> dict:
-    """Rows that go: by the flag, by the score, at random, and at random with the labels of the flagged."""
+def arms_of(shifts, taught, count: int) -> dict:
+    """Rows that go by the flag and by the score; and how many the flag takes."""
     rows_of = {one: row for row, one in enumerate(shifts.ids)}
-    rng, labels = np.random.default_rng(seed), kinds(taught)
     flagged = [rows_of[one] for one in shifts.to_drop([TARGET], most=count)]
     count = len(flagged)
     scored = [rows_of[one] for one in shifts.to_drop(most=count)]
-    like = [
-        rng.choice(np.flatnonzero(labels == kind), (labels[flagged] == kind).sum(), replace=False)
+    return {"flagged": flagged, "score": scored, "count": count}
+
+
+def random_rows(taught, like, count: int, seed: int) -> dict:
+    """As many rows at random, another draw for each seed, and as many with the labels of the flagged ones."""
+    rng, labels = np.random.default_rng(seed), kinds(taught)
+    same = [
+        rng.choice(np.flatnonzero(labels == kind), (labels[like] == kind).sum(), replace=False)
         for kind in sorted(set(labels))
     ]
     return {
-        "flagged": flagged,
-        "score": scored,
         "random": rng.permutation(len(taught))[:count].tolist(),
-        "random_same_labels": np.concatenate(like).tolist(),
+        "random_same_labels": np.concatenate(same).tolist(),
     }
 
 
@@ -363,7 +369,7 @@ def judged(lm, heldout, folder) -> dict:
     asked, labels = PolicyPrompts(lm, heldout, BEGINNINGS), kinds(heldout)
     Y_N = read_policy(lm, asked, 1)[1].logsumexp(1).numpy()
     answers = cached_generate(lm, heldout, max_new_tokens=8, folder=folder, batch_size=20)
-    refused = np.array([c.response.startswith(tuple(BEGINNINGS)) for c in answers])
+    refused = np.array([c.response.startswith(REFUSALS) for c in answers])
     found = {f"logp_{kind}": Y_N[labels == kind].mean() for kind in set(labels)}
     found |= {f"refused_{kind}": refused[labels == kind].mean() for kind in set(labels)}
     return found | {
@@ -375,10 +381,12 @@ def judged(lm, heldout, folder) -> dict:
 def curation(base, taught, heldout, drops, args, before) -> dict:
     """Models trained again without what each arm leaves out, judged on held-out prompts."""
     found = before
-    for seed, arms in drops.items():
-        for arm, rows in {"full": [], **arms}.items():
+    for seed in args.seeds:
+        arms = {"full": [], "flagged": drops["flagged"], "score": drops["score"]}
+        arms |= random_rows(taught, drops["flagged"], drops["count"], seed)
+        for arm, rows in arms.items():
             key = f"{arm}/{seed}"
-            if key in found:
+            if key in found or arm not in args.arms:
                 continue
             keep = np.setdiff1d(np.arange(len(taught)), rows)
             lm = refusing(base, taught, args, seed, None if arm == "full" else keep)
@@ -453,21 +461,21 @@ def main():
         "--sae", type=Path, help="an SAE of the model, a folder of SAELens, as further features"
     )
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--layer", type=int, default=20)
     parser.add_argument("--directions", type=int, default=6)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=6.5e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--precision", default="bf16", help="of the fine-tuning; fp32 where bf16 is slow")
-    parser.add_argument("--shift-prompts", type=int, default=40, help="prompts the shifts are read on")
+    parser.add_argument("--shift-prompts", type=int, default=24, help="prompts the shifts are read on")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument(
         "--route-rate", type=float, default=0.0002, help="of the single steps held against tangents"
     )
     parser.add_argument("--rate", type=float, default=0.0005)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--drop", type=int, default=28, help="pairs that curation leaves out")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -475,7 +483,7 @@ def main():
     base = ct.load_model(args.model)
     asked = PolicyPrompts(base, prompts, BEGINNINGS)
     facts = {"prompts": len(prompts), "taught": len(taught), "layer": args.layer, "precision": args.precision}
-    facts |= {"learning_rate": args.learning_rate, "epochs": args.epochs, "beginnings": BEGINNINGS}
+    facts |= {"learning_rate": args.learning_rate, "epochs": 2, "of": 3, "beginnings": BEGINNINGS}
     save(args, facts | {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads"})
     if "stock" in args.sections:
         features = features_of(base, taught, args.layer, args.directions)
@@ -484,12 +492,10 @@ def main():
     before = before.get("xstest", {}) if args.prompts else before
     runs, per_seed = before.get("curation", {}).get("runs", {}), before.get("per_seed", {})
     for seed in args.seeds:
-        start = time.perf_counter()
+        if str(seed) in per_seed and (seed != args.seeds[0] or not args.sections):
+            continue
         lm = refusing(base, taught, args, seed)
-        print(f"seed {seed}: fine-tuned in {time.perf_counter() - start:.0f} s", flush=True)
-        if "search" in args.sections and seed == args.seeds[0]:
-            save(args, {"search": searched(lm, asked, taught, (16, 20, 24), (2, 4, 6, 10, 16))})
-        if "policy" in args.sections or str(seed) not in per_seed:
+        if str(seed) not in per_seed:
             policy = fit_policy(lm, asked, features_of(lm, taught, args.layer, args.directions))
             per_seed[str(seed)] = told(policy) | {"heldout": on_heldout(lm, policy, heldout)}
             per_seed[str(seed)]["finite_difference"] = finite_difference(policy)
@@ -497,19 +503,22 @@ def main():
                 own = sae_figures(lm, asked, kinds(prompts), load_sae(args.sae), 20)
                 per_seed[str(seed)]["sae_latents"] = own
             print(seed, per_seed[str(seed)], flush=True)
+            if seed == args.seeds[0]:
+                save(args, {"search": searched(lm, policy, taught)})
             worst = max(one["finite_difference"] for one in per_seed.values())
             save(args, {"per_seed": per_seed, "finite_difference": worst} | summary(per_seed))
-        if not {"routes", "shifts", "curation"} & set(args.sections):
+        if seed != args.seeds[0] or not {"routes", "shifts", "curation"} & set(args.sections):
             continue
         small = small_policy(lm, taught, prompts, args)
-        if "routes" in args.sections and seed == args.seeds[0]:
+        if "routes" in args.sections:
             found = routes(lm, small, taught[:2], args.route_rate)
             save(args, {"routes": found, "jvp_relative": found["relative"]})
         shifts, seconds = shifts_of(lm, small, taught, args, seed)
         if "shifts" in args.sections:
-            found = shift_figures(lm, small, taught, shifts, args) | {"query_seconds": seconds}
-            save(args, {"shift_predicted_vs_measured": {"prompts": args.shift_prompts, str(seed): found}})
-        drops[seed] = arms_of(shifts, taught, args.drop, seed)
+            found = shift_figures(lm, small, taught, shifts, args)
+            found |= {"query_seconds": seconds, "prompts": args.shift_prompts, "seed": seed}
+            save(args, {"shift_predicted_vs_measured": found})
+        drops = arms_of(shifts, taught, args.drop)
     if "curation" in args.sections:
         runs = curation(base, taught, heldout, drops, args, runs)
         save(
