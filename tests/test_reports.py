@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ from concept_tda.results.cards import Cost, QueryCard
 from concept_tda.results.comparison import compare
 from concept_tda.results.metrics import AttributionError, percent_text
 from concept_tda.views.report import write_report
+from concept_tda.views.review import Review
+
+from chromium import Chromium, needs_browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 browser = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium on the PATH")
@@ -426,3 +430,122 @@ def test_the_page_is_complete_with_scripts_blocked(tmp_path):
     shown = dump(re.sub(r"script-src 'sha256-[^']*'", "script-src 'none'", page), tmp_path)
     assert 'class="ctda-view"' not in shown and "scripts are blocked here" in shown
     assert shown.count('<article class="example">') == 60 and '<details class="ends" open="">' in shown
+
+
+# ---- the first screen
+
+
+def first_screen(page):
+    """The answer's finding, its examples (question, answer) by end, and all of its text."""
+    (answer,) = re.findall(r'(?s)<section id="answer".*?</section>', page)
+    said = re.findall(
+        r'(?s)<article class="said">.*?class="asked"[^>]*>(.*?)</p>.*?answered"[^>]*>(.*?)</p>', answer
+    )
+    return re.findall(r'class="finding">([^<]*)<', answer)[0], said, answer
+
+
+def test_the_first_screen_says_what_was_found_and_how_sure(tmp_path):
+    results = several()
+    path = write_report(results, tmp_path / "report.html", labels="bad")
+    result, page = results[0], path.read_text()
+    finding, said, answer = first_screen(page)
+    top = np.argsort(-result.scores, kind="stable")[:4]
+    up, labels = result.scores > 0, result.conversations.labels("bad", True)
+    share = result.scores[top].clip(0).sum() / result.scores[up].sum()
+    assert f"{up.sum()} of 40 examples would raise {result.queries[0]}" in finding
+    assert f"the highest tenth carries {share:.0%}" in finding
+    assert f"Of the 4 highest, {labels[top].sum()} are labelled" in finding
+    ends = [*result.top(3).conversations, *result.bottom(3).conversations]
+    assert len(said) == 6
+    for (question, text), conversation in zip(said, ends):
+        assert html.unescape(question) == " ".join(conversation.prompt[-1]["content"].split())
+        assert html.unescape(text)[:60] == " ".join(conversation.response.split())[:60]
+    auroc = compare(results, labels="bad").table["AUROC"]
+    assert f"probability {auroc.iloc[0]:.2f}" in answer and f"AUROC {auroc['BM25']:.2f}" in answer
+    assert page.index('id="answer"') < page.index('id="all"') < page.index('id="methods"')
+    assert '<details class="folded"><summary><h2>Methods compared' in page
+    alone = first_screen(write_report(results[0], tmp_path / "alone.html").read_text())[2]
+    assert "No baseline was scored" in alone and "No known examples are labelled" in alone
+
+
+def test_the_finding_says_no_more_than_the_scores_can(tmp_path):
+    data = chats([f"answer {i}" for i in range(20)])
+    scores = np.arange(20.0) + 5
+    found = {}
+    for zero in ("projection", "none", "gradient"):
+        card = QueryCard("Method", "kindness", zero=zero, notes=["2 queries DO NOT express 'kindness'"])
+        page = write_report(Attribution(data, scores, card), tmp_path / f"{zero}.html").read_text()
+        found[zero], _, answer = first_screen(page)
+        assert "DO NOT express" in answer and answer.index("DO NOT") < answer.index("How sure")
+    spreads = (scores[-2:].mean() - scores.mean()) / scores.std()
+    assert f"lies {spreads:.1f} spreads above the mean of the file along kindness" in found["projection"]
+    assert "an order without a sign" in found["none"] and "raise" not in found["none"]
+    assert "20 of 20 examples would raise kindness" in found["gradient"]
+
+
+def test_queries_and_pairs_are_in_the_page(tmp_path):
+    results, data = several(), chats([f"because <{i}>" for i in range(25)])
+    path = write_report(results, tmp_path / "r.html", queries=data, contrast=(data[:3], data[3:6]))
+    (asked,) = re.findall(r'(?s)<section id="asked".*?</section>', path.read_text())
+    assert "25 query answers" in asked and "The first 20 of 25" in asked and "3 pairs of the concept" in asked
+    assert (
+        "because &lt;0&gt;" in asked and "because &lt;19&gt;" in asked and "because &lt;20&gt;" not in asked
+    )
+    assert asked.count("without it:") == 3
+    assert 'id="asked"' not in write_report(results, tmp_path / "none.html").read_text()
+
+
+@needs_browser
+def test_decisions_taken_in_the_page_are_what_python_reads(tmp_path):
+    results = several()
+    path = write_report(results, tmp_path / "report.html")
+    capture = """(async () => {
+        let blob;
+        const old = URL.createObjectURL;
+        URL.createObjectURL = one => { blob = one; return old.call(URL, one); };
+        const buttons = [...document.querySelectorAll("#browser button")];
+        buttons.find(b => b.textContent.includes("decisions.json")).click();
+        return await blob.text();
+    })()"""
+    shown = results[0]
+    with Chromium() as chromium:
+        page = chromium.open(path.as_uri(), width=1280)
+        page.value("document.querySelector('#browser .row').click()")
+        page.value("document.querySelector('#browser button.drop').click()")
+        page.value("""(() => { const area = document.querySelector('#browser .decide textarea');
+            area.value = 'flatters'; area.dispatchEvent(new Event('change')); })()""")
+        page.value("document.querySelectorAll('#browser .row')[1].click()")
+        page.value("document.querySelector('#browser button.keep').click()")
+        record = page.value(capture)
+        assert not page.errors and not [one for one in page.requests if one.startswith("http")]
+    Path(tmp_path / "decisions.json").write_text(record)
+    review = Review(len(shown))
+    review.load(tmp_path / "decisions.json", shown)
+    table, order = review.table(shown), np.argsort(-shown.scores, kind="stable")
+    assert table["decision"].to_dict() == {int(order[0]): "drop", int(order[1]): "keep"}
+    assert table.loc[int(order[0]), "note"] == "flatters"
+    assert table["by"].tolist() == ["a reader of the page"] * 2
+    assert [one["action"] for one in review.history] == ["dropped", "noted", "kept"]
+
+
+@needs_browser
+def test_nothing_of_the_first_screen_is_cut_and_paper_is_short(tmp_path):
+    path = write_report(several(), tmp_path / "report.html", labels="bad")
+    wide = """[...document.querySelectorAll('#answer, #answer *')].filter(
+        one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).display !== 'inline'
+    ).map(one => one.className || one.tagName)"""
+    with Chromium() as chromium:
+        for width in (390, 768, 1280, 1600):
+            page = chromium.open(path.as_uri(), width=width)
+            root = "document.documentElement"
+            assert page.value(f"{root}.scrollWidth <= {root}.clientWidth"), width
+            assert page.value(wide) == [], width
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
+    paper = tmp_path / "report.pdf"
+    subprocess.run(
+        [CHROMIUM, *flags, f"--user-data-dir={tmp_path}/user", f"--print-to-pdf={paper}", path.as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert 1 <= len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes())) <= 5

@@ -167,10 +167,22 @@ def _view(
         path = (out or _page_path(found)).resolve()
         _page_of(found, labels, positive).save(path)
         opened = open_ and webbrowser.open(path.as_uri())
-        typer.echo(f"{'' if opened or not open_ else 'No browser could be opened here. '}The page is {path}")
+        trouble = "" if opened or not open_ else "No browser could be opened here. "
+        typer.echo(f"{trouble}The page is {out or path}")
         _say_decide(results[0])
 
 # %% ../../nbs/95_commands/06_reading.ipynb #9623
+def _asked_with(result: "Attribution") -> dict[str, Any]:
+    "Queries and contrast out of the files that the card names, where their content is still the same."
+    from concept_tda.data.conversations import load_conversations
+    options, prints = (result.card.command.get(part, {}) for part in ("options", "files"))
+    names = ("queries", "positive", "negative")
+    there = [name for name in names if options.get(name) and Path(options[name]).is_file()]
+    read = {name: load_conversations(options[name]) for name in there}
+    same = {name: one for name, one in read.items() if one.fingerprint == prints.get(name)}
+    sides = tuple(same[name] for name in names[1:] if name in same)
+    return dict(queries=same.get("queries"), contrast=sides if len(sides) == 2 else None)
+
 @app.command("report", rich_help_panel="Look", epilog=help_example(
     "concept-tda report scores --out report.html --labels sycophantic"))
 def _report(
@@ -195,6 +207,6 @@ def _report(
         from concept_tda.views.report import write_report
         found = read_results(results)
         write_report(found, out, title=title, labels=labels, positive=typed(positive),
-                     examples=examples, rows=rows)
+                     examples=examples, rows=rows, **_asked_with(found[0]))
         typer.echo(f"{out}: {out.stat().st_size:,} bytes; open it in a browser")
         _say_decide(results[0])

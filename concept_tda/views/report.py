@@ -18,12 +18,14 @@ import numpy as np
 from jinja2 import DictLoader, Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from ..data.conversations import load_conversations
 from ..foundation.display import visible_text
 from ..foundation.storage import atomic_file, code_version
 from ..groups.groups import GroupScores
 from ..results.attribution import Attribution, question_text, sentence
 from ..results.comparison import Comparison, compare
 from ..results.duplicates import near_duplicates
+from ..results.metrics import percent_text
 from .browser import script_hash
 from concept_tda.views.contents import (
     BROWSER_SCRIPTS,
@@ -54,9 +56,11 @@ from concept_tda.views.html import (
 from .kinds import chosen_groups, kinds_html
 from .latents import latents_html
 from .map import MAP_SCRIPTS, ExampleMap, MapContents, report_map
+from .review import review_head
 
 # %% ../../nbs/90_views/11_report.ipynb #0005
-_PARTS = ("page", "reading", "methods", "latents", "kinds", "map", "examples", "method", "again")
+_PARTS = ("page", "answer", "asked", "reading", "methods", "latents", "kinds", "map", "examples", "method",
+          "again")
 
 def _template() -> Template:
     "The page, with its parts where it includes them."
@@ -245,11 +249,113 @@ def _browser_data(
     places = _near_the_ends(contents.methods.values(), at_most)
     part = contents.result.select(places)
     table = _page_table(contents, names, len(places), coloured is not None)
-    more: dict[str, Any] = dict(columns=rounded_columns(browser_columns(contents), places),
+    more: dict[str, Any] = dict(review=review_head(contents.result),
+                                columns=rounded_columns(browser_columns(contents), places),
                                 groups=near_duplicates(example_texts(part.conversations)).tolist())
     if mapped is not None:
         more["map"] = report_map(mapped, places.tolist())
     return _fitted(table, more, part, room), coloured, len(places)
+
+# %% ../../nbs/90_views/11_report.ipynb #finding
+def _tenth(result: Attribution) -> np.ndarray:
+    "Positions of the highest tenth, at least one."
+    return np.argsort(-result.scores, kind="stable")[:max(1, len(result)//10)]
+
+def _finding(name: str, result: Attribution, labels: np.ndarray | None) -> str:
+    "What was found, in a sentence or two."
+    n, behaviour, scores, top = len(result), result.queries[0], result.scores, _tenth(result)
+    text = f"By {name}, the {n:,} examples stand in an order without a sign; the first of it are below."
+    if result.card.zero == "gradient" and (scores > 0).any():
+        share = scores[top].clip(0).sum()/scores.clip(0).sum()
+        text = (f"By {name}, training more on {int((scores > 0).sum()):,} of {n:,} examples would raise "
+                f"{behaviour}; the highest tenth carries {share:.0%} of what raises it.")
+    elif result.card.zero == "projection":
+        text = (f"By {name}, the highest tenth of {n:,} examples lies {result.distances[top].mean():.1f} "
+                f"spreads above the mean of the file along {behaviour}.")
+    if labels is None: return text
+    found = int(labels[top].sum())
+    return (f"{text} Of the {len(top):,} highest, {found:,} are labelled; of the whole file, "
+            f"{labels.mean():.0%}.")
+
+# %% ../../nbs/90_views/11_report.ipynb #sure
+_BASELINES = ("Random", "Length", "Loss", "BM25", "RepSim", "Random direction")
+
+def _beside_baselines(name: str, comparison: Comparison, labels: np.ndarray | None) -> str:
+    "How the first method stands to the baselines that were scored with it."
+    results, table = comparison.attributions, comparison.table
+    plain = [other for other, one in results.items() if one.card.method in _BASELINES and other != name]
+    if not plain:
+        return ("No baseline was scored beside it. Length, loss, BM25 or a random direction often find the "
+                "same examples: score one of them before believing the order.")
+    if labels is None or "AUROC" not in table:
+        near = max(plain, key=lambda other: abs(comparison.spearman.loc[name, other]))
+        return (f"Of the baselines, {near} orders the examples most alike "
+                f"(Spearman {comparison.spearman.loc[name, near]:+.2f}; 1 would be the same order).")
+    best = max(plain, key=lambda other: table.loc[other, "AUROC"])
+    own, other = float(table.loc[name, "AUROC"]), float(table.loc[best, "AUROC"])
+    verdict = "so it tells more than that one does" if own > other + .02 else \
+        "so nothing here shows that it knows more than that one"
+    return f"The best baseline, {best}, finds the labelled examples with AUROC {other:.2f}, {verdict}."
+
+# %% ../../nbs/90_views/11_report.ipynb #sure-2
+def _how_sure(name: str, comparison: Comparison, labels: np.ndarray | None) -> list[str]:
+    "What speaks for the order and what against it, a sentence each."
+    found = "No known examples are labelled, so nothing on this page says whether the order is right."
+    if labels is not None and "AUROC" in comparison.table:
+        found = (f"It puts a labelled example above another one with probability "
+                 f"{float(comparison.table.loc[name, 'AUROC']):.2f} (AUROC; guessing gives 0.50).")
+    return [found, _beside_baselines(name, comparison, labels),
+            "A score estimates what training would do. The test is to train again without the highest "
+            "examples, and without as many random ones."]
+
+def _warned(results: dict[str, Attribution]) -> list[str]:
+    "Notes of the cards that put the scores in doubt."
+    notes = [note for one in results.values() for note in one.card.notes]
+    return [sentence(note) for note in dict.fromkeys(notes) if "DO NOT express" in note]
+
+# %% ../../nbs/90_views/11_report.ipynb #first-examples
+def _place_words(end: Attribution, i: int) -> str:
+    "Where an example stands: percentile, distance, row."
+    distance = end.distance_words(i)
+    parts = [f"higher than {percent_text(end.percentiles[i])}", distance, f"row {int(end.rows[i])}"]
+    return " · ".join(part for part in parts if part)
+
+def _end_part(end: Attribution, title: str, colour: str) -> dict[str, Any]:
+    "Three examples of one end in words."
+    examples = [dict(place=_place_words(end, i), question=_shortened(question_text(one), 200),
+                     text=_shortened(one.response, 320) or "(empty)")
+                for i, one in enumerate(end.conversations)]
+    return dict(title=title, colour=colour, examples=examples)
+
+def _answer(comparison: Comparison, labels: np.ndarray | None) -> dict[str, Any]:
+    "What the first screen says."
+    name, result = next(iter(comparison.attributions.items()))
+    titles, signed = end_titles(result.card), result.card.zero == "gradient"
+    ends = [_end_part(result.top(3), titles[0], "p5" if signed else ""),
+            _end_part(result.bottom(3), titles[1], "n5" if signed else "")]
+    return dict(finding=_finding(name, result, labels), ends=ends, warned=_warned(comparison.attributions),
+                sure=_how_sure(name, comparison, labels))
+
+# %% ../../nbs/90_views/11_report.ipynb #asked
+def _said(conversation: Any) -> dict[str, str]:
+    "Question and answer in words."
+    return dict(question=_shortened(question_text(conversation), 200), other="",
+                text=_shortened(conversation.response, 320) or "(empty)")
+
+def _asked(queries: Any, contrast: Any, most: int = 20) -> list[dict[str, Any]]:
+    "Queries and pairs for the page; the first of many."
+    groups = []
+    sides = contrast or (None, None)
+    for title, given, others in (("query answers", queries, None), ("pairs of the concept", *sides)):
+        if given is None: continue
+        chosen = load_conversations(given)
+        texts = [_said(one) for one in chosen[:most]]
+        if others is not None:
+            for text, other in zip(texts, load_conversations(others)):
+                text["other"] = _shortened(other.response, 320) or "(empty)"
+        cut = f"The first {most} of {len(chosen):,}." if len(chosen) > most else ""
+        groups.append(dict(title=f"{len(chosen):,} {title}", texts=texts, cut=cut))
+    return groups
 
 # %% ../../nbs/90_views/11_report.ipynb #comparison-values
 def _comparison_values(comparison: Comparison, labels: np.ndarray | None) -> dict:
@@ -276,7 +382,8 @@ def _page_values(comparison: Comparison, title: str | None, labels: np.ndarray |
     "What the templates need, but for the browser's data."
     results = comparison.attributions
     first, most = next(iter(results.values())), _characters_each(results.values(), n)
-    behaviours = dict.fromkeys(result.queries[0] for result in results.values())
+    asked = [result.queries[0] for result in results.values() if result.queries[0] != "none"]
+    behaviours = dict.fromkeys(asked or [first.queries[0]])   # a baseline asks about nothing
     return dict(
         title=title or f"Which training examples raise {', '.join(behaviours)}?",
         data_name=first.conversations.name,
@@ -285,7 +392,7 @@ def _page_values(comparison: Comparison, title: str | None, labels: np.ndarray |
         signs=_signs(results), gradient=any(r.card.zero == "gradient" for r in results.values()),
         methods=[_method_part(name, number, comparison, labels, n, most)
                  for number, name in enumerate(results, 1)],
-        versions=_versions(), **_comparison_values(comparison, labels))
+        versions=_versions(), answer=_answer(comparison, labels), **_comparison_values(comparison, labels))
 
 # %% ../../nbs/90_views/11_report.ipynb #0018
 def _page(values: dict, browser_data: Callable[[int], tuple[str, str | None, int]]) -> bytes:
@@ -319,6 +426,8 @@ def write_report(
     groups: Any = None,       # What `score_groups` returned, or a list of such: adds the kinds of example
     map: Any = None,          # Vectors [N, d], an atlas, `Features` or an `ExampleMap`: adds the map
     latents: Any = None,      # What `stages.novel` returned or a `LatentBrowser`: adds what is new
+    queries: Any = None,      # The query answers that were asked about, to be shown
+    contrast: Any = None,     # The two sides that the concept was made of: (with it, without it)
 ) -> Path:
     """Write one self-contained HTML file of less than 3 MB.
     Raises `AttributionError` for results on different examples, `WidgetError` for groups or a map of other
@@ -332,6 +441,7 @@ def write_report(
     mapped = _map_contents(map, first, groups, chosen, positive)
     values = _page_values(comparison, title, marked, examples) | _look_and_script(mapped is not None)
     values |= dict(kinds=_kind_parts(groups, first), mapped=mapped is not None,
+                   asked=_asked(queries, contrast),
                    latents="" if latents is None else Markup(latents_html(latents)))
     page = _page(values, lambda room: _browser_data(results, chosen, positive, rows, mapped, room))
     with atomic_file(path) as part:
