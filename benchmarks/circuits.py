@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import time
 import warnings
 from pathlib import Path
 
@@ -321,7 +320,6 @@ def looked_at(seed, folder, run, loops):
 
 def of_a_seed(seed, folder):
     """Run, scores and replays of one seed; a dict of plain numbers."""
-    started = time.process_time()
     run = trained(seed, 2, mixture(seed), folder)
     loops = repeated_sequences(run.lm, 32, LENGTH // 2, seed=1)
     found = kept(folder / f"looked-{seed}.json", lambda: looked_at(seed, folder, run, loops))
@@ -333,8 +331,7 @@ def of_a_seed(seed, folder):
         return float(head_scores(single.open(attention="eager"), loops).max())
 
     found["one_layer"] = kept(folder / f"one-layer-{seed}.json", one_layer)
-    seconds = {"seconds": time.process_time() - started}
-    return found | {"seed": seed} | kept(folder / f"seconds-{seed}.json", lambda: seconds)
+    return found | {"seed": seed, "training_seconds": float(run.steps.seconds.sum())}
 
 
 def machine():
@@ -462,7 +459,10 @@ def gathered(seeds, folder):
             "probe_sequences": PROBES,
         },
         "examples_in_window": [one["examples"] for one in seeds],
-        "cpu_seconds": [one["seconds"] for one in seeds],
+        "seconds": {
+            "training": [one["training_seconds"] for one in seeds],
+            "scoring": [one["scoring_seconds"] for one in seeds],
+        },
         "machine": machine(),
     }
 
