@@ -530,8 +530,8 @@ def harmless(page):
     """No text has become an element, and nothing was run or asked for."""
     assert (
         page.value(
-            "document.querySelectorAll('#here :is(script, img, iframe, a, object, embed, link, style, "
-            "base, form, svg[onload])').length"
+            "document.querySelectorAll('#here :is(script, img, iframe, object, embed, link, style, base, "
+            'form, svg[onload], a:not([href^="#example="]))\').length'
         )
         == 0
     )
@@ -672,6 +672,32 @@ def open_embedded(chromium, tmp_path, data, **window):
     page = chromium.open(path.as_uri(), **window)
     page.wait("document.querySelector('.reading .turn')")
     return page
+
+
+def test_an_address_opens_its_example_in_a_page_of_its_own(chromium, tmp_path):
+    results = several()
+    page = open_embedded(chromium, tmp_path, embedded_browser(results[0], results[1:], labels="bad"))
+    reading = "document.querySelector('.reading').textContent"
+    other = int(np.argsort(-results[0].scores)[20])
+    link = "document.querySelector('.reading a[href^=\"#example=\"]').getAttribute('href')"
+    page.value("document.querySelector('.rows').focus()")
+    for _ in range(20):
+        page.press("ArrowDown")
+    page.wait(f"{reading}.includes('answer {other} ')")
+    address = page.value(f"location.href.split('#')[0] + {link}")
+    assert address.endswith(f"#example={results[0].ids[other]}")
+    page.close()
+    again = chromium.open(address)
+    again.wait(f"{reading}.includes('answer {other} ')")
+    assert again.value("document.querySelector('.row.current .response').textContent").startswith(
+        f"answer {other} "
+    )
+    again.value(f"location.hash = '#example={results[0].ids[3]}'")  # another link, followed within the page
+    again.wait(f"{reading}.includes('answer 3 ')")
+    again.value("location.hash = '#example=nothing'")
+    again.value("new Promise(done => setTimeout(done, 60))")
+    assert again.value(f"{reading}.includes('answer 3 ')") and again.errors == []
+    again.close()
 
 
 def test_without_a_kernel_list_histogram_brush_search_and_highlights_work(chromium, tmp_path):

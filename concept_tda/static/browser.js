@@ -1175,6 +1175,8 @@ class ExampleView {
         {class: "quiet"},
         `row ${whole(column("row")[place])} · ${whole(column("length")[place])} ${table.length_unit} · higher than ${percent(column("similar")[place])} of the examples of similar length · id `,
         el("code", {}, example.id),
+        source.link ? " · " : null,
+        source.link ? el("a", {href: source.link(place)}, "link to this example") : null,
       ),
       numbers,
       hasTokens
@@ -1315,5 +1317,12 @@ class ExampleView {
  * @param {EmbeddedData} data
  */
 function mountEmbedded(root, data) {
-  return new ExampleView(root, embeddedSource(data));
+  const view = new ExampleView(root, embeddedSource(data));
+  const follow = () => {
+    const place = data.examples.findIndex(example => exampleLink(example) === location.hash);
+    if (place >= 0 && place !== view.cursor) view.reveal(place);
+  };
+  addEventListener("hashchange", follow);
+  follow();
+  return view;
 }

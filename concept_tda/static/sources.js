@@ -121,6 +121,15 @@ function kernelSource(model) {
   };
 }
 
+const FRAMED = location.protocol === "about:"; // a notebook's frame has no address to hand on
+
+/**
+ * The end of a page's address that opens an example in it.
+ * @param {{id: string}} example
+ */
+const exampleLink = example =>
+  `#example=${encodeURIComponent(example.id.replace(/\p{Surrogate}/gu, "\ufffd"))}`;
+
 /**
  * A source for a page without a kernel: everything is in `data`, as `embedded_browser` in Python writes it.
  * @param {EmbeddedData} data
@@ -151,6 +160,7 @@ function embeddedSource(data) {
     groups: async () => Int32Array.from(data.groups),
     ids: places => places.map(place => data.examples[place].id),
     ...(data.review ? pageReview(data, data.review) : nothing),
+    link: FRAMED ? undefined : place => exampleLink(data.examples[place]),
     onWaiting() {},
     close() {},
   };

@@ -94,6 +94,7 @@ interface Source {
   export?(path: string): Promise<{words: string}>;
   save?(by: string): string; // the file of decisions, of a page without a kernel
   ids?(places: number[]): string[];
+  link?(place: number): string; // the end of the page's address that opens an example; absent in a notebook
   onChange(call: () => void): void;
   onWaiting(call: (state: boolean) => void): void;
   close(): void;
