@@ -461,7 +461,9 @@ class ExampleView {
       await navigator.clipboard.writeText(ids.join("\n"));
       this.exported.textContent = `${counted(ids.length, "id")} copied.`;
     } catch {
-      this.exported.textContent = ids.length ? `Copy them from here: ${ids.join(" ")}` : "Nothing is dropped yet.";
+      this.exported.textContent = ids.length
+        ? `Copy them from here: ${ids.join(" ")}`
+        : "Nothing is dropped yet.";
     }
   }
 

@@ -210,7 +210,8 @@ function pageReview(data, head) {
   return {
     marks: () => marks.slice(),
     notes: () => ({...notes}),
-    undoable: () => (before.length ? `${before.at(-1)?.entry.action} ${counts(before.at(-1)?.places ?? [])}` : ""),
+    undoable: () =>
+      before.length ? `${before.at(-1)?.entry.action} ${counts(before.at(-1)?.places ?? [])}` : "",
     /** @param {Decision} decision */
     async decide(decision) {
       const {places, mark, note, why = "in the page"} = decision,
