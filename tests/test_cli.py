@@ -34,7 +34,7 @@ from concept_tda.results.attribution import load_attribution
 from tiny import tiny_pair
 
 ROOT = Path(__file__).resolve().parent.parent
-MORE = ("tracin", "less", "cascade")  # these want more than a concept and queries
+MORE = ("tracin", "less", "cascade", "training-influence")  # these want more than a concept and queries
 PLAIN = [name for name in METHODS if name not in MORE]
 N = 14
 

@@ -147,6 +147,23 @@ def test_tracin_less_and_a_cascade_are_those_of_the_library(here):
     assert any("moments were estimated" in note for note in less.notes)
 
 
+def test_training_influence_repeats_the_run_from_the_model_before_it(here):
+    from concept_tda.influence.queries import LossQuery
+    from concept_tda.influence.runs import TrainingInfluence
+
+    ok("finetune model train.jsonl --rank 2 --learning-rate 0.01 --out tuned")
+    ok(
+        f"score model train.jsonl {QUERIES} --checkpoints tuned --methods training-influence --out one.parquet"
+    )
+    lm, saved = load_model("model"), load_attribution("one.parquet")
+    query = LossQuery(load_conversations("answers.jsonl"))
+    expected = TrainingInfluence(lm, query, run="tuned").score("train.jsonl", progress=False)
+    np.testing.assert_allclose(saved.scores, expected.scores, rtol=1e-3, atol=1e-6)
+    assert saved.card.unit == "nats per token" and saved.predict(drop=0.2).n == round(0.2 * len(saved))
+    asked = f"score tuned train.jsonl {QUERIES} --checkpoints tuned --methods training-influence --out two.parquet"
+    assert "did not start from" in refused(1, asked)
+
+
 # ---- layer auto, concepts
 
 

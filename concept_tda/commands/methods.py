@@ -43,6 +43,7 @@ METHODS = {
     "residual-change": Method("ResidualChange", ("concept",)),
     "tracin": Method("TracIn", ("queries", "checkpoints")),
     "less": Method("LESS", ("queries", "checkpoints")),
+    "training-influence": Method("TrainingInfluence", ("queries", "checkpoints")),
     "cascade": Method("Cascade", ("pair",)),
     "random": Method("RandomScore"),
     "length": Method("ResponseLength"),
@@ -360,6 +361,14 @@ def _less(asked: Asked, at: Opened) -> "Scorer":
     return LESS(**history, queries=cast("Conversations", at.queries), sites=asked.sites, seed=asked.seed,
                 moments=[moments]*len(history["checkpoints"]))
 
+# %% ../../nbs/95_commands/03_methods.ipynb #through
+def _through_the_run(asked: Asked, at: Opened) -> "Scorer":
+    "The run in --checkpoints, repeated and differentiated."
+    from concept_tda.influence.queries import ConceptQuery, LossQuery
+    from concept_tda.influence.runs import TrainingInfluence
+    query = ConceptQuery(at.concept, at.queries) if at.concept else LossQuery(at.queries)
+    return TrainingInfluence(at.lm, query, run=asked.checkpoints)
+
 # %% ../../nbs/95_commands/03_methods.ipynb #makers
 def _makers(asked: Asked, at: Opened) -> dict[str, Callable[[], Any]]:
     "How each method is made. What it needs was checked before."
@@ -379,6 +388,7 @@ def _makers(asked: Asked, at: Opened) -> dict[str, Callable[[], Any]]:
         "residual-change": lambda: neighbours.ResidualChange(lm, concept, form=asked.form),
         "tracin": lambda: neighbours.TracIn(**_history(asked, lm), queries=shown, **sites),
         "less": lambda: _less(asked, at),
+        "training-influence": lambda: _through_the_run(asked, at),
         "random": lambda: baselines.RandomScore(asked.seed),
         "length": baselines.ResponseLength,
         "loss": lambda: baselines.MeanLoss(lm),
