@@ -51,6 +51,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'concept_tda/commands/methods.py'),
                                               'concept_tda.commands.methods._read_examples': ( '95_commands/methods.html#_read_examples',
                                                                                                'concept_tda/commands/methods.py'),
+                                              'concept_tda.commands.methods._through_the_run': ( '95_commands/methods.html#_through_the_run',
+                                                                                                 'concept_tda/commands/methods.py'),
                                               'concept_tda.commands.methods._words': ( '95_commands/methods.html#_words',
                                                                                        'concept_tda/commands/methods.py'),
                                               'concept_tda.commands.methods.check_asked': ( '95_commands/methods.html#check_asked',

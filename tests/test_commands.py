@@ -160,8 +160,7 @@ def test_training_influence_repeats_the_run_from_the_model_before_it(here):
     expected = TrainingInfluence(lm, query, run="tuned").score("train.jsonl", progress=False)
     np.testing.assert_allclose(saved.scores, expected.scores, rtol=1e-3, atol=1e-6)
     assert saved.card.unit == "nats per token" and saved.predict(drop=0.2).n == round(0.2 * len(saved))
-    asked = f"score tuned train.jsonl {QUERIES} --checkpoints tuned --methods training-influence --out two.parquet"
-    assert "did not start from" in refused(1, asked)
+    assert "did not start from" in refused(1, f"score tuned {asked} two.parquet")
 
 
 # ---- layer auto, concepts
