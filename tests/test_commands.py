@@ -152,9 +152,8 @@ def test_training_influence_repeats_the_run_from_the_model_before_it(here):
     from concept_tda.influence.runs import TrainingInfluence
 
     ok("finetune model train.jsonl --rank 2 --learning-rate 0.01 --out tuned")
-    ok(
-        f"score model train.jsonl {QUERIES} --checkpoints tuned --methods training-influence --out one.parquet"
-    )
+    asked = f"train.jsonl {QUERIES} --checkpoints tuned --methods training-influence --out"
+    ok(f"score model {asked} one.parquet")
     lm, saved = load_model("model"), load_attribution("one.parquet")
     query = LossQuery(load_conversations("answers.jsonl"))
     expected = TrainingInfluence(lm, query, run="tuned").score("train.jsonl", progress=False)
