@@ -274,7 +274,7 @@ def _both_models(text: dict[str, Any], most: int) -> str:
     limit, shown = max(*text["base"], *text["tuned"]), _around(text, most)
     left = len(text["tokens"]) - len(text["tokens"][shown])
     cut = f" · the {most:,} tokens around the strongest, {left:,} left out" if left else ""
-    sides = "".join(f"<div><span class='role'>{name}, at most {max(text[side]):.3g}</span>"
+    sides = "".join(f"<div><span class='role'>{name}: {max(text[side]):.3g} at most</span>"
                     f"{_coloured(text, side, limit, shown)}</div>"
                     for side, name in (("base", "base model"), ("tuned", "fine-tuned model")))
     return f"<p class='quiet'>{safe_text(text['id'])}{cut}</p><div class='pair'>{sides}</div>"
