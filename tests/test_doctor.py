@@ -10,7 +10,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from concept_tda.data.conversations import load_conversations
 from concept_tda.data.messages import ConversationError
-from concept_tda.data.templates import chat_template_text
 from concept_tda.foundation.errors import ConceptTDAError
 from concept_tda.foundation.probes import ProbeError
 from concept_tda.influence import doctor as room
@@ -270,21 +269,22 @@ def test_the_chat_template_and_where_it_came_from(train, folder, tmp_path):
     def found(**options):
         return check_of(doctor(load_model(folder, **options), train), "chat template")
 
-    assert found().finding.startswith("the tokenizer's own; ") and repr(END) in found().finding
+    mine = CHATML + "{# mine #}"
+    ours = doctor(load_model((tiny_model("llama"), tiny_tokenizer(mine))), train)
+    finding = check_of(ours, "chat template").finding
+    assert finding.startswith("the tokenizer's own; ") and repr(END) in finding
     named = found(chat_template="chatml")
     assert named.severity == "ok" and named.finding.startswith("'chatml', a named one of the library; ")
     own = tmp_path / "own.jinja"
-    own.write_text(CHATML)
+    own.write_text(mine)
     assert found(chat_template=own).finding.startswith(f"the file {own}; ")
-    assert found(chat_template=CHATML).finding.startswith("own text ")
-    tokenizer = tiny_tokenizer(chat_template_text("chatml"))
-    diagnosis = doctor(load_model((tiny_model("llama"), tokenizer)), train)
-    assert "the tokenizer's own (the same text as 'chatml')" in check_of(diagnosis, "chat template").finding
+    assert found(chat_template=mine).finding.startswith("own text ")
+    assert found().finding.startswith("the tokenizer's own (the same text as 'chatml'); ")
 
 
 def test_a_template_that_is_not_what_was_asked_for_or_never_ends(train, folder):
     lm = load_model(folder, chat_template="chatml")
-    lm.tokenizer.chat_template = CHATML.replace("'assistant", "'helper")
+    lm.tokenizer.chat_template = CHATML.replace("assistant", "helper")
     found = check_of(doctor(lm, train), "chat template")
     assert found.severity == "warning" and "another text by now" in found.finding
     lm = load_model(folder)
