@@ -153,7 +153,7 @@ def test_curvature_of_a_latent_is_the_dense_construction():
         U = torch.kron(factors.Q_out, factors.Q_in)
         torch.testing.assert_close(U @ U.T, torch.eye(lm.width, dtype=torch.float64), rtol=1e-8, atol=1e-10)
         eigenvalues = (U.T @ fisher @ U).diagonal().view(unit.weight.shape)
-        torch.testing.assert_close(factors.eigenvalues, eigenvalues, rtol=1e-7, atol=1e-16)
+        torch.testing.assert_close(factors.eigenvalues, eigenvalues, rtol=1e-7, atol=1e-14)
         G = torch.randn(unit.weight.shape, dtype=torch.float64)
         damping = max(0.1 * eigenvalues.mean().item(), 1e-5)
         solved = U @ ((U.T @ G.flatten()) / (eigenvalues.flatten() + damping))

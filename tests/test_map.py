@@ -566,7 +566,7 @@ def test_sections_of_the_report_are_there_only_when_given(tmp_path):
     results, found = report_parts()
     plain = write_report(results, tmp_path / "plain.html").read_text()
     assert 'id="kinds"' not in plain and 'id="map"' not in plain and "mapplot" not in plain
-    assert "#where" not in plain
+    assert 'href="#where"' not in plain and 'id="where"' not in plain
     bars = write_report(results, tmp_path / "bars.html", groups=[found, found]).read_text()
     assert bars.count("class='kind'") == 2 * len(SETS) and 'id="map"' not in bars
     assert "groups, from both ends" not in bars

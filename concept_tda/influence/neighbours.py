@@ -850,7 +850,10 @@ class Cascade(_TwoScorers):
         options: Any = dict(max_tokens=max_tokens, token_budget=token_budget, progress=progress)
         if isinstance(examples, Documents):
             examples = examples.windows(self.lm.tokenizer)
-        cheap = score_together([self.cheap], examples, lm=self.lm, **options)[self.cheap.method]
+        if self.cheap.lm is None and self.lm is not None:  # its tokens are counted as the other's model cuts them
+            cheap = score_together([self.cheap], examples, lm=self.lm, **options)[self.cheap.method]
+        else:
+            cheap = self.cheap.score(examples, **options)
         split = _split(self, cheap.scores)
         if isinstance(getattr(self.exact, "curvature", None), str):
             self.exact.prepare(_tokenized(self.lm, examples, max_tokens))
