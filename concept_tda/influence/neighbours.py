@@ -850,7 +850,7 @@ class Cascade(_TwoScorers):
         options: Any = dict(max_tokens=max_tokens, token_budget=token_budget, progress=progress)
         if isinstance(examples, Documents):
             examples = examples.windows(self.lm.tokenizer)
-        if self.cheap.lm is None and self.lm is not None:  # its tokens are counted as the other's model cuts them
+        if self.cheap.lm is None and self.lm is not None:  # the other's model cuts the tokens
             cheap = score_together([self.cheap], examples, lm=self.lm, **options)[self.cheap.method]
         else:
             cheap = self.cheap.score(examples, **options)
