@@ -394,23 +394,29 @@ def test_a_thousand_examples_are_drawn_as_they_come_into_view(chromium, asked, t
 
 
 @needs_browser
+def until(stand_in, condition):
+    """Let page and Python talk until something holds; a loaded machine may take its time."""
+    for _ in range(40):
+        stand_in.settle()
+        if condition():
+            return
+    raise AssertionError("page and Python did not come to agree")
+
+
 def test_row_and_targets_are_shared_with_python(chromium, shifts, tmp_path):
     view, names = ShiftBrowser(shifts), shifts.policy.features.names
     stand_in = StandIn(chromium, view, tmp_path, ["table", "numbers", "texts", "row", "targets"])
     stand_in.wait("document.querySelector('.heat-row .heat-cell')")
     stand_in.page.click(".heat-row:nth-child(2) .snippet")
-    stand_in.settle()
-    assert view.row == int(np.argsort(-shifts.scores)[1])
+    until(stand_in, lambda: view.row == int(np.argsort(-shifts.scores)[1]))
     view.select(17)
     view.targets = [names[3]]
     stand_in.share()
-    stand_in.settle()
+    ticked = "document.querySelector('.weights-of-policy li:has(input:checked) bdi')?.textContent"
+    until(stand_in, lambda: stand_in.value(ticked) == names[3])
+    reading = "document.querySelector('.shift-reading')?.textContent ?? ''"
+    until(stand_in, lambda: "question 17 " in stand_in.value(reading))
     assert view.row == 17 and view.targets == [names[3]]
-    assert "question 17 " in stand_in.value("document.querySelector('.shift-reading').textContent")
-    ticked = stand_in.value(
-        "document.querySelector('.weights-of-policy li:has(input:checked) bdi').textContent"
-    )
-    assert ticked == names[3]
     stand_in.page.click(".weights-of-policy input:checked")
-    stand_in.settle()
-    assert view.targets == [] and stand_in.page.errors == []
+    until(stand_in, lambda: view.targets == [])
+    assert stand_in.page.errors == []
