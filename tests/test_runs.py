@@ -174,6 +174,17 @@ def test_a_concept_is_asked_where_it_is_read():
     assert result.card.unit == "activation" and result.card.effect == -1
 
 
+def test_examples_are_cut_where_the_run_cut_them(tmp_path):
+    lm, data = model(), parity()
+    recipe = {name: value for name, value in RECIPE.items() if name != "smoothing"} | dict(max_tokens=28)
+    finetune(lm, data, tmp_path / "run", **recipe, progress=False)
+    from_folder = TrainingInfluence(lm, query(), run=tmp_path / "run").score(data, progress=False)
+    from_settings = TrainingInfluence(lm, query(), **recipe).score(data, progress=False)
+    assert any("were cut there" in note for note in from_folder.card.notes)
+    assert from_folder.card.settings["max_tokens"] == from_settings.card.settings["max_tokens"] == 28
+    np.testing.assert_array_equal(from_folder.scores, from_settings.scores)
+
+
 def test_predictions_come_true_after_retraining(tmp_path):
     lm, draw, words = model(), np.random.default_rng(0), "red green blue pear house sun stone".split()
     asked = lambda i: f"Q{i} " + " ".join(draw.choice(words, 2))
@@ -209,6 +220,8 @@ def test_what_cannot_be_repeated_is_refused(tmp_path):
         TrainingInfluence(lm, query(), epoch=2)
     with pytest.raises(RunError, match="smoothing"):
         TrainingInfluence(lm, query(), smoothing=-1)
+    with pytest.raises(RunError, match="belongs to the model"):
+        TrainingInfluence(lm, query(), chat_template="chatml")
     with pytest.raises(RunError, match="other data"):
         TrainingInfluence(lm, query(), run=tmp_path / "run").score(data[:5], progress=False)
     scored = TrainingInfluence(lm, query(), run=tmp_path / "run").score(data, progress=False)

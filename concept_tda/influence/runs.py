@@ -303,6 +303,8 @@ class _Repeated(Scorer):
         self.lm, self.query, self.method, self.folder = lm, query, method or self.method, run
         settings, self.key = (settings, None) if run is None else _settings_of(run, lm)
         self.settings, self.smoothing = run_settings(lm, **settings), float(smoothing)
+        if self.settings["chat_template"] is not None:
+            raise RunError("chat_template= belongs to the model: load_model(..., chat_template=...)")
         if not 0 <= self.smoothing < math.inf:
             raise RunError(f"smoothing must be 0 or a positive number, not {smoothing!r}")
 
@@ -354,13 +356,14 @@ class TrainingInfluence(_Described):
         examples: Any,            # What the run trains on: `Conversations` or `TokenizedConversations`
         *,
         tokens: bool = False,     # Keep the derivative by the weight of every response token
-        max_tokens: int = 1536,   # Longer examples are cut, and the card says so
+        max_tokens: int | None = None, # Longer examples are cut, and the card says so; None: as in the run
         token_budget: int = 1024, # Tokens in a batch of the passes here; a step is cut into such pieces
         progress: bool = True,    # Show a bar
     ) -> Attribution:
         "Repeat the run and differentiate it. An interrupted call goes on where it stopped when repeated."
         start = time.perf_counter()
-        data = examples if hasattr(examples, "conversations") else self.lm.tokenize(examples, max_tokens)
+        limit = self.settings["max_tokens"] if max_tokens is None else max_tokens
+        data = examples if hasattr(examples, "conversations") else self.lm.tokenize(examples, limit)
         run = self.repeated(data, token_budget)
         store = BlockStore(cache_folder("runs"), dict(
             model=self.lm.fingerprint, data=data.fingerprint, settings=self.settings,
