@@ -227,3 +227,6 @@ def test_what_cannot_be_repeated_is_refused(tmp_path):
     scored = TrainingInfluence(lm, query(), run=tmp_path / "run").score(data, progress=False)
     with pytest.raises(AttributionError, match="not in this result"):
         scored.predict(drop=["nobody"])
+    for drop in (3, scored.ids[0]):
+        with pytest.raises(AttributionError, match="a list of ids or rows"):
+            scored.predict(drop=drop)
