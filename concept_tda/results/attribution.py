@@ -616,7 +616,7 @@ def _rows_named(result: "_Effects", rows: Any) -> np.ndarray:
     "Positions of examples given as positions or as ids, each once."
     rows = getattr(rows, "ids", rows)
     if np.ndim(rows) == 0:
-        raise AttributionError(f"drop={rows!r}: a share of the examples, such as 0.25, or a list of ids or rows")
+        raise AttributionError(f"drop={rows!r}: a share, such as 0.25, or a list of ids or rows")
     place = {id: position for position, id in enumerate(result.ids)}
     named = [place.get(row, -1) if isinstance(row, str) else int(row) for row in rows]
     strange = [row for row, position in zip(rows, named) if not 0 <= position < len(result)]
