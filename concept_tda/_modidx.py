@@ -4132,6 +4132,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'concept_tda/influence/neighbours.py'),
                                                   'concept_tda.influence.neighbours._weighed_sum': ( '50_influence/neighbours.html#_weighed_sum',
                                                                                                      'concept_tda/influence/neighbours.py'),
+                                                  'concept_tda.influence.neighbours._with_a_model': ( '50_influence/neighbours.html#_with_a_model',
+                                                                                                      'concept_tda/influence/neighbours.py'),
                                                   'concept_tda.influence.neighbours._with_cheap_below': ( '50_influence/neighbours.html#_with_cheap_below',
                                                                                                           'concept_tda/influence/neighbours.py'),
                                                   'concept_tda.influence.neighbours._zeros': ( '50_influence/neighbours.html#_zeros',

@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from concept_tda.concepts.concept import tensor_concept
 from concept_tda.data.conversations import load_conversations
-from concept_tda.influence.baselines import RandomScore
+from concept_tda.data.documents import load_documents
+from concept_tda.influence.baselines import BM25, RandomScore
 from concept_tda.influence.neighbours import (
     LESS,
     RESIDUAL_FORMS,
@@ -682,6 +683,15 @@ def test_together_with_scorers_of_one_pass(run, train, queries):
     for scorer in (tracin, less, cascade):
         with pytest.raises(ScorerError, match="passes of its own"):
             scorer.prepare(lm.tokenize(train))
+
+
+def test_a_cascade_without_a_model_says_that_nobody_reads_the_texts(tmp_path):
+    """Two scorers without a model have no tokenizer, so documents are refused."""
+    (tmp_path / "book.txt").write_text("once upon a time there was a cat. " * 400)
+    documents = load_documents(tmp_path / "book.txt")
+    scorer = Cascade(RandomScore(), BM25(["cat"]), keep=0.5, top=1)
+    with pytest.raises(ScorerError, match="neither Random nor BM25 has a model"):
+        scorer.score(documents)
 
 
 def test_errors(run, train, queries):

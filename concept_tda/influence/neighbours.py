@@ -829,6 +829,14 @@ def _joined(
         cost=_both(cheap.card.cost or Cost(), exact.card.cost or Cost()))
     return Attribution(cheap.conversations, _with_cheap_below(cheap, split, picked), card)
 
+# %% ../../nbs/50_influence/06_neighbours.ipynb #with-a-model-code
+def _with_a_model(scorer: _TwoScorers) -> LanguageModel:
+    "The model that reads the examples."
+    if scorer.lm is None:
+        raise ScorerError(f"neither {scorer.cheap.method} nor {scorer.exact.method} has a model whose tokens "
+                          "could be counted: tokenise the examples first, with lm.tokenize(examples)")
+    return scorer.lm
+
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0023
 class Cascade(_TwoScorers):
     """A cheap scorer picks, an exact one ranks the picked; the recall of the exact top is estimated on a
@@ -849,14 +857,14 @@ class Cascade(_TwoScorers):
         "Pick, rank the picked exactly, estimate the recall."
         options: Any = dict(max_tokens=max_tokens, token_budget=token_budget, progress=progress)
         if isinstance(examples, Documents):
-            examples = examples.windows(self.lm.tokenizer)
+            examples = examples.windows(_with_a_model(self).tokenizer)
         if self.cheap.lm is None and self.lm is not None:  # the other's model cuts the tokens
             cheap = score_together([self.cheap], examples, lm=self.lm, **options)[self.cheap.method]
         else:
             cheap = self.cheap.score(examples, **options)
         split = _split(self, cheap.scores)
         if isinstance(getattr(self.exact, "curvature", None), str):
-            self.exact.prepare(_tokenized(self.lm, examples, max_tokens))
+            self.exact.prepare(_tokenized(_with_a_model(self), examples, max_tokens))
         rows = np.sort(np.concatenate([split.picked, split.sample])).tolist()
         exact = self.exact.score(examples.select(rows), **options)
         return _joined(self, cheap, exact, split, dict(zip(rows, exact.scores)), tokens)
