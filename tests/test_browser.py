@@ -394,12 +394,15 @@ def test_near_duplicates_fold_and_unfold(live):
 # deciding -----------------------------------------------------------------------------------------
 
 
+def reading_id(view):
+    return view.value("document.querySelector('.reading code').textContent")
+
+
 def test_decisions_by_key_reach_python_and_can_be_undone(live):
     results = several()
     view, order = live(results), np.argsort(-several()[0].scores)
     view.value("document.querySelector('.rows').focus()")
-    view.page.press("d")
-    view.page.press("ArrowDown")
+    view.page.press("d")  # moves on to the next row
     view.page.press("k")
     view.settle()
     decisions = view.widget.decisions
@@ -414,15 +417,37 @@ def test_decisions_by_key_reach_python_and_can_be_undone(live):
         and decisions.loc[order[0], "id"] == results[0].ids[order[0]]
     )
     assert view.status().endswith("1 dropped · 1 kept")
-    view.page.press("z")
+    assert reading_id(view) == results[0].ids[order[2]]
+    view.page.press("z")  # and undoing goes back to the row that was decided
     view.settle()
     assert view.widget.decisions.index.tolist() == [order[0]] and view.status().endswith("1 dropped")
+    assert reading_id(view) == results[0].ids[order[1]]
     view.page.press("ArrowUp")
     view.page.press("n")
     view.page.type("praises a bad plan")
     view.page.press("Enter", modifiers=2)
     view.settle()
     assert view.widget.decisions.loc[order[0], "note"] == "praises a bad plan"
+
+
+def test_deciding_under_a_filter_goes_through_the_list_row_by_row_and_stops_at_its_end(live):
+    results = several()
+    view, order = live(results), np.argsort(-results[0].scores)
+    view.choose("Decisions", "undecided")  # a decided row leaves the list, and the next one takes its place
+    view.value("document.querySelector('.rows').focus()")
+    for key in "dkdc":  # clearing decides nothing, and stays
+        view.page.press(key)
+        view.settle()
+    decided = view.widget.decisions["decision"]
+    assert decided.to_dict() == dict(zip(order[:3].tolist(), ["drop", "keep", "drop"]))
+    assert reading_id(view) == results[0].ids[order[3]] and view.rows()[0].startswith(f"answer {order[3]} ")
+    view.choose("Decisions", "all")
+    view.value("document.querySelector('.rows').focus()")
+    view.page.press("End")
+    view.page.press("k")
+    view.settle()
+    assert view.widget.decisions.loc[order[-1], "decision"] == "keep"
+    assert reading_id(view) == results[0].ids[order[-1]]
 
 
 def test_decisions_in_bulk_say_which_filter_chose_them(live):
@@ -1106,7 +1131,7 @@ def test_keep_and_drop_in_a_live_jupyterlab_kernel(chromium, lab):
     page.value("document.querySelector('.ctda-view .rows').focus()")
     page.press("d")
     page.press("d")  # twice would delete a notebook's cell, were the shortcut not suppressed
-    page.press("ArrowDown")
+    page.press("ArrowUp")  # each moved on, so the cursor is on the third row
     page.press("k")
     page.wait("document.querySelector('.ctda-view .statusline').textContent.includes('1 kept')", 30)
     record = lambda: {

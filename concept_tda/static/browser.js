@@ -12,8 +12,7 @@ class ExampleView {
   examples = new Map();
   /** @type {Set<number>} */
   chosen = new Set();
-  /** @type {number | null} */
-  frame = null;
+  drawSoon = nextFrame(() => this.draw());
   /** @type {number | undefined} */
   searching = undefined;
   /** @type {number | undefined} */
@@ -474,8 +473,8 @@ class ExampleView {
       ["/", "search"],
       ...(this.canDecide
         ? [
-            ["d", "drop"],
-            ["k", "keep"],
+            ["d", "drop, and on to the next row"],
+            ["k", "keep, and on to the next row"],
             ["c", "clear the decision"],
             ["n", "write a note"],
             ["x", "select, for decisions in bulk"],
@@ -739,15 +738,6 @@ class ExampleView {
 
   // ---- the list -------------------------------------------------------------------------------------------------------------
 
-  drawSoon() {
-    this.frame =
-      this.frame ??
-      requestAnimationFrame(() => {
-        this.frame = null;
-        this.draw();
-      });
-  }
-
   draw() {
     const {rows} = this.view,
       height = this.list.clientHeight || 480;
@@ -1007,7 +997,11 @@ class ExampleView {
   /** @param {number} mark */
   decideHere(mark) {
     if (this.chosen.size) return this.decide([...this.chosen], mark, this.bulkReason([...this.chosen]));
-    if (this.cursor !== null) this.decide([this.cursor], mark, "one by one");
+    if (this.cursor === null) return;
+    const place = this.cursor,
+      next = this.view.rows[this.at + 1];
+    this.decide([place], mark, "one by one");
+    if (mark !== NONE && next !== undefined) this.moveTo(this.view.rows.indexOf(next));
   }
   /**
    * @param {number[]} places
@@ -1056,6 +1050,7 @@ class ExampleView {
   }
   async undo() {
     if (!this.source.undoable()) return;
+    const before = this.marks;
     try {
       await this.source.undo?.();
     } catch (error) {
@@ -1063,7 +1058,10 @@ class ExampleView {
     }
     this.marks = this.source.marks();
     this.update();
-    this.showExample();
+    const changed = [...this.marks.keys()].filter(place => this.marks[place] !== before[place]);
+    if (changed.length === 1 && this.view.rows.includes(changed[0]))
+      this.moveTo(this.view.rows.indexOf(changed[0]));
+    else this.showExample();
   }
   async exportNow() {
     this.exported.textContent = "";

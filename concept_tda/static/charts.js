@@ -229,8 +229,7 @@ class Scatter {
   width = 0;
   height = 0;
   radius = 1;
-  /** @type {number | null} */
-  frame = null;
+  drawSoon = nextFrame(() => this.draw());
   /** @type {number | undefined} */
   telling = undefined;
 
@@ -353,14 +352,6 @@ class Scatter {
     return EDGE + (this.up === "rank" ? share : 1 - share) * (this.height - 2 * EDGE);
   }
 
-  drawSoon() {
-    this.frame =
-      this.frame ??
-      requestAnimationFrame(() => {
-        this.frame = null;
-        this.draw();
-      });
-  }
   draw() {
     this.width = this.plot.clientWidth;
     this.height = this.plot.clientHeight;

@@ -52,8 +52,7 @@ class MapPlot {
   width = 0;
   height = 0;
   radius = 3;
-  /** @type {number | null} */
-  frame = null;
+  drawSoon = nextFrame(() => this.draw());
   /** @type {number | null} */
   told = null;
 
@@ -100,14 +99,6 @@ class MapPlot {
     return MARGIN + (1 - this.up[place]) * (this.height - 2 * MARGIN);
   }
 
-  drawSoon() {
-    this.frame =
-      this.frame ??
-      requestAnimationFrame(() => {
-        this.frame = null;
-        this.draw();
-      });
-  }
   draw() {
     this.width = this.node.clientWidth;
     this.height = this.node.clientHeight;

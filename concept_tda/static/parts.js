@@ -281,6 +281,21 @@ function kernel(model, onWaiting = (/** @type {boolean} */ state) => {}) {
 }
 
 /**
+ * A drawing put off to the next frame: asked for several times before that, it happens once.
+ * @param {() => void} draw
+ */
+function nextFrame(draw) {
+  /** @type {number | null} */
+  let frame = null;
+  return () => {
+    frame ??= requestAnimationFrame(() => {
+      frame = null;
+      draw();
+    });
+  };
+}
+
+/**
  * Put the focus on what a selector finds, if anything.
  * @param {Element} root
  * @param {string} selector

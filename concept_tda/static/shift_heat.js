@@ -82,8 +82,7 @@ class ShiftHeat {
   /** @type {number | null} */
   row = null;
   column = 0;
-  /** @type {number | null} */
-  frame = null;
+  drawSoon = nextFrame(() => this.draw());
   cell = CELL_WIDTHS[0];
 
   /**
@@ -119,14 +118,6 @@ class ShiftHeat {
     this.rows = rows;
     this.node.scrollTop = 0;
     this.draw();
-  }
-  drawSoon() {
-    this.frame =
-      this.frame ??
-      requestAnimationFrame(() => {
-        this.frame = null;
-        this.draw();
-      });
   }
   draw() {
     const {features} = this.table,
