@@ -40,8 +40,8 @@ PUBLIC = {
     "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics",
-    "results.cards": "ZERO Cost QueryCard",
-    "results.attribution": "FORMAT_VERSION question_text prompt_text sentence Prediction Attribution "
+    "results.cards": "ZERO STEPS Cost Null expected_counts QueryCard",
+    "results.attribution": "FORMAT_VERSION question_text prompt_text Leading sentence Prediction Attribution "
         "load_attribution",
     "results.duplicates": "near_duplicates",
     "results.comparison": "Comparison results_by_name compare",
