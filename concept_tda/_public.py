@@ -89,7 +89,8 @@ PUBLIC = {
         "sae_quality spliced random_sae recurrence",
     "groups.features": "FeatureError Features read_features load_features feature_groups feature_concept "
         "top_contexts",
-    "groups.reading": "ReadingError WordCounts count_words distinguishing_words logit_lens nearest_features",
+    "groups.reading": "ReadingError WordCounts count_words distinguishing_words EndWords words_of_ends "
+        "logit_lens nearest_features",
     "groups.discovery": "DiscoveryError Movement movement Atoms sparse_atoms Discovery discover "
         "effect_groups movement_check",
     "groups.labels": "LabelError held_out detection_score Reader Labels label_groups ranking_ends",

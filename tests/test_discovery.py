@@ -16,7 +16,14 @@ from concept_tda.groups.discovery import (
     sparse_atoms,
 )
 from concept_tda.groups.groups import GroupError
-from concept_tda.groups.reading import ReadingError, distinguishing_words, logit_lens, nearest_features
+from concept_tda.groups.reading import (
+    ReadingError,
+    count_words,
+    distinguishing_words,
+    logit_lens,
+    nearest_features,
+    words_of_ends,
+)
 from concept_tda.groups.sae import SparseAutoencoder
 from concept_tda.influence.atlas import build_atlas
 from concept_tda.model.loading import load_model
@@ -280,6 +287,64 @@ def test_words_tell_apart_what_they_should():
         lambda: distinguishing_words(texts, [True] * 40),
         lambda: distinguishing_words(texts, chosen[:5]),
         lambda: distinguishing_words(["a", "b"], [True, False]),
+    ):
+        with pytest.raises(ReadingError):
+            call()
+
+
+def planted_words(n=60, seed=0):
+    """Texts of random words, "alpha" in the highest of an order and "omega" in the lowest."""
+    random = np.random.default_rng(seed)
+    scores = random.permutation(n)
+    texts = []
+    for score in scores:
+        words = random.choice([f"w{i}" for i in range(30)], 8).tolist()
+        texts.append(" ".join(words + ["alpha"] * int(score >= n - 20) + ["omega"] * int(score < 20)))
+    return texts, scores
+
+
+def test_words_of_a_rankings_ends_are_counted_as_by_hand_and_change_sides_with_the_order():
+    texts, scores = planted_words()
+    found = words_of_ends(texts, scores)
+    assert found.n == 20 and found.highest["word"].tolist() == ["alpha"]
+    assert found.lowest["word"].tolist() == ["omega"] and "alpha" in str(found) and "omega" in str(found)
+    order = np.argsort(scores)
+    high, low = ([set(texts[i].split()) for i in rows] for rows in (order[-20:], order[:20]))
+    table = found.table.set_index("word")
+    seen = {word: [sum(word in words for words in end) for end in (high, low)] for word in table.index}
+    assert table[["in highest", "in lowest"]].T.to_dict("list") == seen
+    # Monroe et al. 2008, equation 22 and following, word by word
+    sums = np.array(list(seen.values())).sum(0)
+    for word, (inside, outside) in seen.items():
+        prior = inside + outside
+        odds = [
+            np.log((count + prior) / (total + sums.sum() - count - prior))
+            for count, total in zip((inside, outside), sums)
+        ]
+        z = (odds[0] - odds[1]) / np.sqrt(1 / (inside + prior) + 1 / (outside + prior))
+        assert table.loc[word, "z"] == pytest.approx(z, rel=1e-5)
+    turned = words_of_ends(texts, -scores).table.set_index("word")
+    np.testing.assert_allclose(turned["z"].sort_index(), -table["z"].sort_index(), rtol=1e-6)
+
+
+def test_a_word_counts_only_beyond_shuffled_orders_whatever_the_order_of_the_file():
+    texts, scores = planted_words()
+    shown = 0
+    for seed in range(60):
+        noise = np.random.default_rng(100 + seed).normal(size=len(texts))
+        found = words_of_ends(texts, noise, shuffles=39, seed=seed)
+        shown += bool(len(found.highest) + len(found.lowest))
+    assert shown <= 9  # 3 are expected at a chance of 5 %; more than 9 less than once in 1,000
+    flat = words_of_ends(sorted(texts, key=lambda text: "alpha" in text), np.zeros(len(texts)))
+    assert not len(flat.highest) and not len(flat.lowest) and "None of" in str(flat)
+    strict = words_of_ends(texts, scores, shuffles=999, level=0.01)
+    assert strict.chance > words_of_ends(texts, scores, shuffles=999).chance
+    assert words_of_ends(count_words(texts), scores).table.equals(words_of_ends(texts, scores).table)
+    for call in (
+        lambda: words_of_ends(texts, scores[:5]),
+        lambda: words_of_ends(texts, scores, n=31),
+        lambda: words_of_ends(texts, scores, shuffles=18),
+        lambda: words_of_ends(["a b a", "c"], [1, 2]),
     ):
         with pytest.raises(ReadingError):
             call()
