@@ -140,7 +140,8 @@ PUBLIC = {
     "views.kinds": "chosen_groups bar_svg kinds_html KindBrowser",
     "views.map": "MAP_SCRIPTS MapContents map_table map_columns report_map ExampleMap",
     "views.latents": "LATENT_SCRIPTS latent_table latents_svg LatentBrowser latents_html",
-    "views.policies": "SHIFT_SCRIPTS quality_words shift_table shift_numbers shift_texts ShiftBrowser",
+    "views.policies": "SHIFT_SCRIPTS quality_words shift_table shift_numbers shift_texts ShiftBrowser "
+        "shifts_html",
     "views.report": "write_report",
     "commands.terminal": "app CONTINUES help_example plain_errors did_you_mean check_file check_model Told "
         "warnings_told check_out say_json typed command_line say_next",

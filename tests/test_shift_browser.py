@@ -13,8 +13,18 @@ from concept_tda.data.conversations import load_conversations
 from concept_tda.mechanisms.policies import Policy, PolicyPrompts, concept_features
 from concept_tda.mechanisms.policy_shifts import Shifts
 from concept_tda.model.loading import load_model
+from concept_tda.results.attribution import Attribution
+from concept_tda.results.cards import QueryCard
 from concept_tda.views.contents import WidgetError, front_end
-from concept_tda.views.policies import SHIFT_SCRIPTS, ShiftBrowser, quality_words, shift_numbers, shift_table
+from concept_tda.views.policies import (
+    SHIFT_SCRIPTS,
+    ShiftBrowser,
+    quality_words,
+    shift_numbers,
+    shift_table,
+    shifts_html,
+)
+from concept_tda.views.report import write_report
 
 from chromium import Chromium, needs_browser
 from tiny import tiny_pair
@@ -123,6 +133,57 @@ def test_long_texts_are_cut_and_counted(shifts):
     assert text["cut"] == sum(len(turn["content"]) - 8 for turn in shifts.examples[3].messages)
     together = Shifts(shifts.policy, ["3 together"], shifts.total[:1], shifts.total[:1], "tangent")
     assert ShiftBrowser(together).texts == [{"turns": [], "cut": 0}]
+
+
+def cells_of(table):
+    """Rows of a drawn table: a name, and the class and the text of every cell."""
+    rows = re.findall(r"<tr><th scope='row' class='words'>(.*?)</th>(.*?)</tr>", table, re.S)
+    return {name: re.findall(r"<td(?: class='(.*?)')?>(.*?)</td>", cells) for name, cells in rows}
+
+
+def test_without_a_script_the_same_shifts_are_drawn(shifts):
+    drawn = shifts_html(ShiftBrowser(shifts), each=4, features=3)
+    told, order = shift_table(shifts), np.argsort(-shifts.scores)
+    weights, heat, *pairs = (cells_of(part) for part in drawn.split("<table>")[1:])
+    assert "8 of 30 examples, 3 of 6 features" in drawn and len(pairs) == drawn.count("<details>") == 8
+    for one, found in zip(told["features"], weights.values(), strict=True):
+        assert [float(text) for _, text in found[:3]] == pytest.approx(
+            [one["weight"], one["low"], one["high"]], abs=5e-4
+        )
+        assert found[3][1] == ("holds zero" if one["low"] <= 0 <= one["high"] else "beyond zero")
+    shown = [*order[:4], *order[-4:]]
+    assert list(heat) == [shifts.ids[row] for row in shown]
+    columns = [shifts.policy.features.names.index(one["name"]) for one in told["features"]][:3]
+    for row, cells, pair in zip(shown, heat.values(), pairs, strict=True):
+        assert float(cells[0][1]) == pytest.approx(shifts.scores[row], rel=6e-3)
+        for column, (shade, text) in zip(columns, cells[1:], strict=True):
+            value = shifts.total[row, column]
+            assert float(text) == pytest.approx(value, rel=0.06)
+            level = round(9 * abs(value) / np.abs(shifts.total).max())
+            assert shade == (f"{'p' if value > 0 else 'n'}{level}" if level else "")
+        first = shifts.pair(int(row)).iloc[0]
+        assert float(next(iter(pair.values()))[3][1]) == pytest.approx(first["shift"], rel=6e-3)
+    assert "<img" not in drawn and "&lt;img src=x" in drawn
+    assert "992 characters left out" in shifts_html(
+        Shifts(shifts.policy, ["long"], shifts.total[:1], shifts.total[:1], "tangent", told_long()), most=8
+    )
+
+
+def told_long():
+    """One example with a thousand characters."""
+    return load_conversations([{"prompt": "short", "response": "x" * 1000}])
+
+
+def test_a_report_holds_the_shifts_where_they_are_given(shifts, tmp_path):
+    result = Attribution(shifts.examples, shifts.scores, QueryCard("a method", "refusing"))
+    page = write_report(result, tmp_path / "with.html", shifts=shifts).read_text()
+    assert page.count('id="policy"') == 1 and 'href="#policy"' in page and shifts_html(shifts) in page
+    assert 'id="policy"' not in write_report(result, tmp_path / "without.html").read_text()
+    broken = Shifts(shifts.policy, shifts.ids, shifts.by_features * np.nan, shifts.by_behaviour, "tangent")
+    for wrong, words in ((shifts.policy, "no table of shifts"), (broken, "not finite")):
+        with pytest.raises(WidgetError, match=words):
+            write_report(result, tmp_path / "wrong.html", shifts=wrong)
+    assert not (tmp_path / "wrong.html").exists()
 
 
 def test_the_page_asks_for_nothing():

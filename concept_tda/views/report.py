@@ -56,11 +56,12 @@ from concept_tda.views.html import (
 from .kinds import chosen_groups, kinds_html
 from .latents import latents_html
 from .map import MAP_SCRIPTS, ExampleMap, MapContents, report_map
+from .policies import shifts_html
 from .review import review_head
 
 # %% ../../nbs/90_views/11_report.ipynb #0005
-_PARTS = ("page", "answer", "asked", "reading", "methods", "latents", "kinds", "map", "examples", "method",
-          "again")
+_PARTS = ("page", "answer", "asked", "reading", "methods", "latents", "shifts", "kinds", "map", "examples",
+          "method", "again")
 
 def _template() -> Template:
     "The page, with its parts where it includes them."
@@ -426,12 +427,13 @@ def write_report(
     groups: Any = None,       # What `score_groups` returned, or a list of such: adds the kinds of example
     map: Any = None,          # Vectors [N, d], an atlas, `Features` or an `ExampleMap`: adds the map
     latents: Any = None,      # What `stages.novel` returned or a `LatentBrowser`: adds what is new
+    shifts: Any = None,       # What `PolicyShift` returned or a `ShiftBrowser`: adds what moves a policy
     queries: Any = None,      # The query answers that were asked about, to be shown
     contrast: Any = None,     # The two sides that the concept was made of: (with it, without it)
 ) -> Path:
     """Write one self-contained HTML file of less than 3 MB.
     Raises `AttributionError` for results on different examples, `WidgetError` for groups or a map of other
-    ones or latents that are no ranking, `StorageError` where it can't be written."""
+    ones, latents that are no ranking or shifts that are none, `StorageError` where it can't be written."""
     if isinstance(attributions, Comparison):
         attributions, comparison = attributions.attributions, attributions
     comparison = comparison or compare(attributions, labels=labels, positive=positive)
@@ -442,7 +444,8 @@ def write_report(
     values = _page_values(comparison, title, marked, examples) | _look_and_script(mapped is not None)
     values |= dict(kinds=_kind_parts(groups, first), mapped=mapped is not None,
                    asked=_asked(queries, contrast),
-                   latents="" if latents is None else Markup(latents_html(latents)))
+                   latents="" if latents is None else Markup(latents_html(latents)),
+                   shifts="" if shifts is None else Markup(shifts_html(shifts)))
     page = _page(values, lambda room: _browser_data(results, chosen, positive, rows, mapped, room))
     with atomic_file(path) as part:
         part.write_bytes(page)
