@@ -39,12 +39,13 @@ PUBLIC = {
     "model.training": "TrainingError TrainingRecipe StepPlan TrainingRun train replay load_run",
     "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
-        "check_one_criterion checked_count cut_rows detection_metrics",
+        "check_one_criterion checked_count cut_rows detection_metrics moderated_variances",
     "results.cards": "ZERO STEPS Cost Null expected_counts QueryCard",
     "results.attribution": "FORMAT_VERSION question_text prompt_text Leading sentence Prediction Attribution "
         "load_attribution",
     "results.duplicates": "near_duplicates",
     "results.comparison": "Comparison results_by_name compare",
+    "results.calibration": "foretold Calibration ensemble",
     "concepts.concept": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
         "tensor_concept random_concepts LayerSweep sweep_layers",
     "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge last_answer_only ContrastJudge "
@@ -121,7 +122,8 @@ PUBLIC = {
         "fitted_line",
     "evidence.figures": "COLOURS finished",
     "evidence.filter_and_retrain": "FilterAndRetrain",
-    "evidence.datamodels": "Removal ActivationJudge LinearDatamodelingScore CounterfactualPrediction",
+    "evidence.datamodels": "Removal ActivationJudge LinearDatamodelingScore CounterfactualPrediction "
+        "left_out calibrate",
     "evidence.tail_patch": "Step TailPatch",
     "evidence.method_comparison": "Scorers baseline_scorers scorer_key MethodComparison",
     "evidence.pareto": "ParetoCurve",

@@ -29,6 +29,7 @@ from concept_tda.results.metrics import (
     checked_count,
     cut_rows,
     detection_metrics,
+    moderated_variances,
     percent_text,
     rank_scores,
     score_percentiles,
@@ -123,6 +124,16 @@ def _check_fit(scores: list, tokens: list, masks: list, shape: tuple[int, ...]) 
                 f"mask of {len(mask)}; expected {list(expected)} and {len(texts)}")
         if not np.isfinite(values).all(): raise AttributionError(f"row {row}: a token score is not finite")
 
+# %% ../../nbs/30_results/02_attribution.ipynb #replicates-code
+def _checked_replicates(replicates, shape: tuple[int, ...]) -> np.ndarray | None:
+    "Replicates as float64 [N, R], or the reason why they can't be that."
+    if replicates is None: return None
+    values = _as_numbers(replicates, np.float64)
+    if values.ndim == 2 and len(values) == shape[0] and values.shape[1] >= 2 and shape[1] == 1 \
+            and np.isfinite(values).all(): return values
+    raise AttributionError(f"replicates of shape {list(values.shape)} for {shape[0]} examples and {shape[1]} "
+                           "queries: give two finite numbers or more for each example of a single query")
+
 # %% ../../nbs/30_results/02_attribution.ipynb #scale
 def _squeezed(values: np.ndarray) -> np.ndarray:
     "A single column as a vector."
@@ -167,6 +178,7 @@ class _Scores:
         token_scores=None,                     # N arrays [T] (or [T, Q]), T differing by example
         tokens: list[list[str]] | None = None, # N lists of T texts; TokenizedConversations bring their own
         response_masks=None,                   # N arrays of booleans [T], True on response tokens
+        replicates=None,                       # [N, R]: the scores by R parts of the queries, or R runs
     ):
         tokens, response_masks = _texts_and_masks(conversations, token_scores, tokens, response_masks)
         self.tokenizer = _tokenizer_of(conversations, token_scores)
@@ -176,6 +188,7 @@ class _Scores:
                                    "use load_conversations")
         self.conversations: Conversations = conversations
         self._take(card, scores, queries, (token_scores, tokens, response_masks))
+        self.replicates = _checked_replicates(replicates, self.values.shape)
 
     def _take(self, card: QueryCard, scores, queries: list[str] | None, tokens: tuple[Any, Any, Any]) -> None:
         "Check the numbers, and compute what depends on all of them."
@@ -333,6 +346,7 @@ class _Parts(_Scale):
         order = np.asarray(order, dtype=np.int64)
         return self._with(
             conversations=self.conversations.select(order),
+            replicates=None if self.replicates is None else self.replicates[order],
             _null_spreads=None if self._null_spreads is None else self._null_spreads[order],
             **{name: getattr(self, name)[order] for name in columns},
             **{name: getattr(self, name) and [getattr(self, name)[i] for i in order] for name in lists})
@@ -715,14 +729,20 @@ class _Correlated(_Judged):
 class Prediction:
     "What leaving examples out of the training should do to a behaviour, to first order."
     behaviour: str # What was asked
-    change: float  # Of it, in `unit`: the sum of the effects of the examples left out
+    change: float  # Of it, in `unit`
     unit: str      # Such as "nats per token"
     n: int         # Examples left out
     of: int        # Examples in the file
+    low: float | None = None  # The interval's ends, where there is one
+    high: float | None = None
+    level: float = .95        # How often such an interval holds what it is for
+    basis: str = "first order, not calibrated by retrainings" # Where change and interval come from
 
     def __str__(self) -> str:
+        known = self.low is not None and self.high is not None
+        between = f", between {self.low:+.3g} and {self.high:+.3g} with {self.level:.0%}" if known else ""
         return (f"training without {self.n} of {self.of} examples should change {self.behaviour!r} by "
-                f"{self.change:+.3g} {self.unit} (first order, to be checked by retraining)")
+                f"{self.change:+.3g} {self.unit}{between} ({self.basis})")
 
 # %% ../../nbs/30_results/02_attribution.ipynb #effects
 class _Effects(_Correlated):
@@ -735,6 +755,64 @@ class _Effects(_Correlated):
         raise AttributionError(
             f"{self.card.method} ranks examples, and does not say by how much: its scores have no unit. "
             "TrainingInfluence gives the change of a behaviour by each example of a fine-tune")
+
+# %% ../../nbs/30_results/02_attribution.ipynb #interval-code
+class _Uncertain(_Effects):
+    "Scores with intervals, from replicates."
+    def _replicated(self) -> np.ndarray: # [N, R]
+        "The replicates, or an error that says how to get them."
+        if self.replicates is not None: return self.replicates
+        raise AttributionError(f"{self.label} was computed once, so nothing is known of its noise: "
+                               "join results of several seeds or checkpoints with `ensemble`")
+
+    @property
+    def standard_errors(self) -> np.ndarray: # [N]
+        "Standard error of each score over the replicates. Raises `AttributionError` without any."
+        variances_N, _ = moderated_variances(self._replicated())
+        return (variances_N/self._replicated().shape[1])**.5
+
+    def intervals(
+        self,
+        level: float = .95, # How often an interval holds the mean over very many replicates
+    ) -> tuple[np.ndarray, np.ndarray]: # Lower and upper ends [N], in units of the score
+        "An interval around every score. Raises `AttributionError` without replicates."
+        from scipy.stats import t
+        _, freedom = moderated_variances(self._replicated())
+        half_N = t.ppf(.5 + level/2, freedom)*self.standard_errors
+        return self.scores - half_N, self.scores + half_N
+
+# %% ../../nbs/30_results/02_attribution.ipynb #sum-interval
+def _sum_interval(result: "_Uncertain", rows: np.ndarray, level: float) -> tuple[float | None, float | None]:
+    "Interval of a sum of effects, over the replicates; twice None without any."
+    from scipy.stats import t
+    if result.replicates is None: return None, None
+    sums_R, change = result.card.effect*result.replicates[rows].sum(0), result.effects[rows].sum()
+    half = t.ppf(.5 + level/2, len(sums_R) - 1)*sums_R.std(ddof=1)/len(sums_R)**.5
+    return float(change - half), float(change + half)
+
+# %% ../../nbs/30_results/02_attribution.ipynb #chance-code
+class _Chanced(_Uncertain):
+    "Scores against those of the null."
+    def above_chance(
+        self,
+        *,
+        false_share: float = .05, # Share of the examples named that are there by luck
+        query: str | None = None, # Which query, where there are several
+    ) -> Self: # A part, the highest first; empty where nothing is
+        """The examples that score higher than their null explains. Raises `AttributionError` without a null
+        (see `with_null`)."""
+        from scipy.stats import t
+        result = self.query(query).whole("compare with chance")
+        if result.null is None or result._null_spreads is None:
+            raise AttributionError(f"{self.label} has no null: give it one with .with_null(...)")
+        draws, variances_N = result.null.draws, result._null_spreads[:, 0]**2
+        noise_N = 0. if result.replicates is None else result.standard_errors**2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            p_N = t.sf((result.scores - result.centre)/np.sqrt(variances_N + noise_N), draws)
+        order, n = np.argsort(p_N, kind="stable"), len(p_N)
+        passed = np.flatnonzero(p_N[order] <= false_share*np.arange(1, n + 1)/n)
+        rows = order[:passed[-1] + 1] if len(passed) else order[:0]
+        return result.select(rows[np.argsort(-result.scores[rows], kind="stable")])
 
 # %% ../../nbs/30_results/02_attribution.ipynb #rows-named
 def _rows_named(result: "_Effects", rows: Any) -> np.ndarray:
@@ -751,20 +829,24 @@ def _rows_named(result: "_Effects", rows: Any) -> np.ndarray:
     return np.unique(np.array(named, int))
 
 # %% ../../nbs/30_results/02_attribution.ipynb #predicted
-class _Predicted(_Effects):
+class _Predicted(_Chanced):
     "Sums of effects."
     def predict(
         self,
         drop: Any,                # A share of the highest scores (0.25), or ids or rows of examples
         *,
         query: str | None = None, # Which query, where there are several
+        calibration: Any = None,  # A `Calibration`, from retrainings; without one the sum is taken as it is
+        level: float = .95,       # Of the interval, which a calibration or replicates give
     ) -> Prediction:
         "What leaving these examples out should do, to first order. Raises `AttributionError`."
         result = self.query(query).whole("predict by")
         share = isinstance(drop, float)
         rows = cut_rows(result.scores, fraction=drop) if share else _rows_named(result, drop)
+        if calibration is not None: return calibration.predict(result, rows, level=level)
         change, unit = float(result.effects[rows].sum()), self.card.unit or "of the query"
-        return Prediction(result.queries[0], change, unit, len(rows), len(result))
+        low, high = _sum_interval(result, rows, level)
+        return Prediction(result.queries[0], change, unit, len(rows), len(result), low, high, level)
 
 # %% ../../nbs/30_results/02_attribution.ipynb #mask-cut
 def _token_weights(
@@ -864,6 +946,8 @@ class _Columned(_Masked):
             columns[name] = [text.encode("utf-8", "backslashreplace").decode() for text in columns[name]]
         columns |= dict(scores=self.values.tolist(), ranks=self._ranks.tolist(),
                         percentiles=self._percentiles.tolist())
+        if self.replicates is not None:
+            columns |= dict(replicates=self.replicates.tolist())
         if self._null_spreads is not None:
             columns["null_spreads"] = self._null_spreads.tolist()
         if self.token_scores is not None and self.response_masks is not None:
@@ -929,13 +1013,13 @@ def _digest_column(digest: Any, column: Any) -> None:
 
 # %% ../../nbs/30_results/02_attribution.ipynb #0074
 def _schema(names) -> "pa.Schema":
-    "The columns of a saved result, in this order; some only where there are token scores, or a null."
+    "The columns of a saved result, in this order; some only where a result has them."
     import pyarrow as pa
     kinds = dict(
         row=pa.int64(), id=pa.string(), messages=pa.string(), metadata=pa.string(), raw=pa.binary(),
         ending=pa.binary(), scores=pa.list_(pa.float64()), ranks=pa.list_(pa.int64()),
         percentiles=pa.list_(pa.float64()), null_spreads=pa.list_(pa.float64()),
-        token_scores=pa.list_(pa.float32()),
+        replicates=pa.list_(pa.float64()), token_scores=pa.list_(pa.float32()),
         tokens=pa.list_(pa.string()), response_mask=pa.list_(pa.bool_()))
     return pa.schema([(name, kinds[name]) for name in kinds if name in names])
 
@@ -1072,6 +1156,7 @@ def load_attribution(
         tokenizer=header.get("tokenizer"), n_total=header["n_total"],
         _ranks=np.array(column["ranks"], dtype=np.int64),
         _percentiles=np.array(column["percentiles"], dtype=np.float64),
+        replicates=np.array(column["replicates"], float) if "replicates" in column else None,
         **_token_fields(column, len(header["queries"])), **_scale_fields(header, card, values),
         **_null_fields(column, header))
     return result

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AttributionError', 'rank_scores', 'score_percentiles', 'percent_text', 'share_text', 'spearman',
-           'check_one_criterion', 'checked_count', 'cut_rows', 'detection_metrics']
+           'check_one_criterion', 'checked_count', 'cut_rows', 'detection_metrics', 'moderated_variances']
 
 # %% ../../nbs/30_results/00_metrics.ipynb #imports
 import numpy as np
@@ -162,3 +162,32 @@ def detection_metrics(
         "AUPRC": float(average_precision_score(labels, scores)),
         **{f"precision@{cut}": found / cut for cut, found in hits.items()},
         **{f"recall@{cut}": found / n_labelled for cut, found in hits.items()}}
+
+# %% ../../nbs/30_results/00_metrics.ipynb #trigamma
+def _inverse_trigamma(value: float) -> float:
+    "The x > 0 at which the trigamma function is `value`, by Newton's method on its reciprocal."
+    from scipy.special import polygamma
+    x = .5 + 1/value
+    for _ in range(50):
+        now = polygamma(1, x)
+        step = now*(1 - now/value)/polygamma(2, x)
+        x += step
+        if abs(step) < 1e-10*x: break
+    return float(x)
+
+# %% ../../nbs/30_results/00_metrics.ipynb #moderated
+def moderated_variances(
+    replicates_NR, # Numbers [N, R]: the same N things measured R times, R at least 2
+) -> tuple[np.ndarray, float]: # Variances [N] of one replicate; degrees of freedom of each, may be infinite
+    "Variance of each row, drawn towards those of all rows as far as these agree (Smyth 2004)."
+    from scipy.special import digamma, polygamma
+    values, own = np.asarray(replicates_NR, float), np.shape(replicates_NR)[1] - 1
+    found = values.var(1, ddof=1)
+    if not (found > 0).any(): return found, float(own)
+    logs = np.log(found[found > 0])
+    excess = logs.var(ddof=1) - polygamma(1, own/2) if len(logs) > 1 else 0.
+    level = logs.mean() - digamma(own/2) + np.log(own/2)
+    if excess <= 0: return np.full(len(found), np.exp(level)), float("inf")
+    prior = 2*_inverse_trigamma(excess)
+    usual = np.exp(level + digamma(prior/2) - np.log(prior/2))
+    return (prior*usual + own*found)/(prior + own), prior + own

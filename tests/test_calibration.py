@@ -1,0 +1,124 @@
+"""Intervals that hold as often as they say, and predictions that come from retrainings."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from concept_tda.data.conversations import load_conversations
+from concept_tda.results.attribution import Attribution, load_attribution
+from concept_tda.results.calibration import Calibration, ensemble, foretold
+from concept_tda.results.cards import QueryCard
+from concept_tda.results.metrics import AttributionError, moderated_variances
+
+
+def chats(n):
+    return load_conversations([{"prompt": f"q {i}", "response": f"a {i}"} for i in range(n)])
+
+
+def card(**more):
+    return QueryCard(
+        more.pop("method", "m"), "kindness", **dict(zero="gradient", effect=-1.0, unit="nats") | more
+    )
+
+
+def covered(n_trials, once):
+    random = np.random.default_rng(0)
+    return np.mean([once(random) for _ in range(n_trials)])
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_a_calibrated_interval_holds_the_next_retraining_as_often_as_it_says(level):
+    def once(random):
+        x = random.normal(size=9)
+        y = 0.3 - 2 * x + random.normal(size=9) * 0.5
+        new = random.normal()
+        _, low, high = Calibration.fit(x, y).interval(new, level)
+        return low < 0.3 - 2 * new + random.normal() * 0.5 < high
+
+    assert abs(covered(5000, once) - level) < 0.02
+
+
+def test_the_line_is_that_of_scipy():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=12), random.normal(size=12)
+    line, ours = stats.linregress(x, y), Calibration.fit(x, y)
+    np.testing.assert_allclose(
+        [ours.slope, ours.intercept, ours.r2], [line.slope, line.intercept, line.rvalue**2], rtol=1e-12
+    )
+
+
+def test_a_sum_over_replicates_has_their_interval_and_a_score_its_own():
+    def once(random, rows=np.arange(5)):
+        true = np.linspace(-1, 1, 30)
+        shared = random.normal(size=6)  # the errors of two examples go together
+        replicates = true[:, None] + shared * 0.5 + random.normal(size=(30, 6)) * 0.2
+        result = Attribution(chats30, replicates.mean(1), card(), replicates=replicates)
+        sums, (low, high) = result.predict(drop=rows), result.intervals()
+        return sums.low < -true[rows].sum() < sums.high, low[3] < true[3] < high[3]
+
+    chats30 = chats(30)
+    both = np.mean([once(np.random.default_rng(trial)) for trial in range(500)], axis=0)
+    assert (abs(both - 0.95) < 0.035).all(), both
+
+
+@pytest.mark.parametrize("prior", [4, 30])
+def test_moderated_variances_cover_and_find_the_prior(prior):
+    random = np.random.default_rng(1)
+    true = prior / random.chisquare(prior, 20_000)
+    replicates = random.normal(size=(20_000, 4)) * true[:, None] ** 0.5
+    variances, freedom = moderated_variances(replicates)
+    inside = abs(replicates.mean(1)) < stats.t.ppf(0.95, freedom) * (variances / 4) ** 0.5
+    assert abs(inside.mean() - 0.9) < 0.01 and abs(freedom - 3 - prior) < 0.35 * prior
+    assert abs(variances - true).mean() < abs(replicates.var(1, ddof=1) - true).mean()
+
+
+def test_what_is_above_chance_is_mostly_there_for_a_reason():
+    random, real = np.random.default_rng(2), np.arange(200) < 40
+    size = random.uniform(0.5, 5, 200)  # long examples score high in any direction
+    null = random.normal(size=(200, 20)) * size[:, None]
+    scores = random.normal(size=200) * size + real * 6 * size
+    result = Attribution(chats(200), scores, card())
+    found = result.with_null(null).above_chance()
+    hits = real[found.rows].sum()
+    assert hits > 35 and len(found) - hits <= 6
+    assert (np.diff(found.scores) <= 0).all()
+    with pytest.raises(AttributionError, match="with_null"):
+        result.above_chance()
+    nothing = Attribution(result.conversations, random.normal(size=200) * size, card())
+    assert len(nothing.with_null(null).above_chance()) <= 3
+
+
+def test_an_ensemble_is_the_mean_in_any_order_and_says_what_it_is(tmp_path):
+    random, data = np.random.default_rng(3), chats(20)
+    copies = [Attribution(data, random.normal(size=20), card()) for _ in range(3)]
+    mean = ensemble([copies[0], copies[1].select(np.arange(20)[::-1]), copies[2]])
+    np.testing.assert_allclose(mean.scores, np.mean([one.scores for one in copies], 0))
+    assert load_attribution(mean.save(tmp_path / "m.parquet")) == mean
+    assert (mean.top(4).replicates == mean.replicates[np.argsort(-mean.scores)[:4]]).all()
+    other = Attribution(data, random.normal(size=20), card(effect=-2.0))
+    with pytest.raises(AttributionError, match="different units"):
+        ensemble([copies[0], other])
+    with pytest.raises(AttributionError, match="of one method"):
+        ensemble([copies[0], Attribution(data, other.scores, card(method="n"))])
+
+
+def test_predictions_say_what_they_rest_on():
+    data, scores = chats(8), np.arange(8.0)
+    result = Attribution(data, scores, card())
+    assert "not calibrated" in str(result.predict(drop=[7])) and result.predict(drop=[7]).low is None
+    line = Calibration.fit([0, 1, 2, 3], [0, -1, -2, -3.5], judge="judge", unit="points", method="m")
+    said = result.predict(drop=[7, 6], calibration=line)
+    assert said.change == pytest.approx(line.intercept - 13 * line.slope)
+    assert "points" in str(said) and "4 retrained sets" in str(said) and said.low < said.change < said.high
+    with pytest.raises(AttributionError, match="made for m"):
+        Attribution(data, scores, card(method="other")).predict(drop=[7], calibration=line)
+    with pytest.raises(AttributionError, match="four retrainings"):
+        Calibration.fit([1, 1, 1, 1], [1, 2, 3, 4])
+
+
+def test_a_projection_foretells_from_its_mean():
+    data = chats(4)
+    projection = Attribution(data, [10.0, 11, 12, 13], card(zero="projection", effect=None, unit=None))
+    assert foretold(projection, [0, 3]) == 0 and foretold(projection, [3]) == pytest.approx(-1.5 / 4)
+    plain = Attribution(data, [10.0, 11, 12, 13], card(effect=None, unit=None))
+    assert foretold(plain, [3]) == -13 / 4
