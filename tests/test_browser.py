@@ -391,6 +391,55 @@ def test_near_duplicates_fold_and_unfold(live):
     assert "folded" not in view.status() and view.value("document.querySelector('.row').ariaSetSize") == "12"
 
 
+def lexical(n=60):
+    """Two methods: the first prefers texts that say "lantern" to those that say "harbour"; the second is the
+    length. Words vary otherwise."""
+    rng = np.random.default_rng(3)
+    told = [
+        f"answer {i} {'lantern' if i % 2 else 'harbour'} {' '.join(rng.choice(list('abcdefghijk'), 4))}"
+        for i in range(n)
+    ]
+    results = several(texts=told, tokens=False)
+    scores = np.arange(n) % 2 + rng.random(n) / 2
+    return [Attribution(results[0].conversations, scores, results[0].card), *results[1:]]
+
+
+ENDS = (
+    "[...document.querySelectorAll('.end-words .two > div')]"
+    ".map(end => [...end.querySelectorAll('bdi')].map(word => word.textContent))"
+)
+
+
+def test_words_beyond_chance_stand_beside_the_list_and_are_searched_for(live):
+    view = live(lexical())
+    assert not view.value("document.querySelector('.end-words').textContent")  # nothing is asked for unseen
+    view.value("document.querySelector('.words-part').open = true")
+    view.wait("document.querySelector('.end-words bdi')")
+    assert view.value(ENDS) == [["lantern"], ["harbour"]]
+    assert "shuffled order" in view.value("document.querySelector('.end-words').textContent")
+    view.page.click(".end-words .two > div:last-child button")
+    view.wait("document.querySelector('.statusline [role=status]').textContent.startsWith('30 of 60')")
+    assert all("harbour" in one for one in view.rows())
+    view.choose("Method", "1")  # noise
+    view.wait("document.querySelector('.end-words').textContent.startsWith('None of')")
+    assert view.value("document.querySelectorAll('.end-words button').length") == 0
+    view.choose("Method", "0")
+    view.wait("document.querySelector('.end-words bdi')?.textContent === 'lantern'")
+
+
+def test_a_page_without_a_kernel_has_the_words_of_every_method(chromium, tmp_path):
+    results = lexical()
+    words = json.loads(embedded_browser(results[0], results[1:]))["words"]
+    assert len(words) == 3 and words[0]["highest"][0][0] == "lantern" and not words[1]["highest"]
+    path = ExampleBrowser(results[0], results[1:]).page().save(tmp_path / "browser.html")
+    page = chromium.open(path.as_uri())
+    page.wait("document.querySelector('.reading .turn')")
+    page.value("document.querySelector('.words-part').open = true")
+    page.wait("document.querySelector('.end-words bdi')")
+    assert page.value(ENDS) == [["lantern"], ["harbour"]] and page.errors == []
+    page.close()
+
+
 # deciding -----------------------------------------------------------------------------------------
 
 
@@ -1159,7 +1208,9 @@ def test_keep_and_drop_in_a_live_jupyterlab_kernel(chromium, lab):
         })()"""
     )
     page.wait("!document.querySelector('.ctda-view .statusline').textContent.includes('1 kept')", 30)
-    assert record() == {29: "drop"} and not any(error.startswith("dialog") for error in page.errors)
+    assert record() == {29: "drop", 28: "drop"} and not any(
+        error.startswith("dialog") for error in page.errors
+    )
     assert all(
         request.startswith((address, address.replace("http", "ws"), "data:", "blob:", "about:"))
         for request in page.requests

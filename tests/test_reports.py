@@ -86,6 +86,26 @@ def without_scripts(page):
     return re.sub(r"<script.*?</script>", "", page, flags=re.S)
 
 
+def test_the_first_screen_says_which_words_are_beyond_chance_or_that_none_is(tmp_path):
+    rng = np.random.default_rng(1)
+    data = chats(
+        [
+            f"{'lantern' if i % 2 else 'harbour'} {' '.join(rng.choice(list('abcdefgh'), 3))}"
+            for i in range(80)
+        ]
+    )
+    card = QueryCard("BM25", "sycophancy", data="train", zero="none")
+    answer = lambda page: re.search(r'<section id="answer".*?</section>', page, flags=re.S)[0]
+    lexical = Attribution(data, np.arange(80) % 2 + rng.random(80) / 2, card)
+    said = answer(write_report(lexical, tmp_path / "lexical.html").read_text())
+    assert re.search(r"beyond chance \(.*\) in the 20 highest: lantern; in the 20 lowest: harbour\.", said)
+    noise = Attribution(data, rng.normal(size=80), card)
+    page = write_report([noise, lexical], tmp_path / "noise.html").read_text()
+    assert "tells the 20 highest from the 20 lowest examples beyond chance" in answer(page)
+    assert "lantern" not in re.search("<p class=.quiet end-words.>.*?</p>", page)[0]
+    assert [bool(one["highest"]) for one in embedded(page)["words"]] == [False, True]
+
+
 def dump(page, tmp_path, *options):
     """The page's elements after a browser has opened it from a file."""
     path = tmp_path / "page.html"

@@ -29,6 +29,8 @@ class ExampleView {
   histogram;
   /** @type {Scatter | null} */
   scatter = null;
+  /** @type {EndWordsPart | null} */
+  words = null;
   /** @type {HTMLInputElement} */
   search;
   /** @type {HTMLElement} */
@@ -128,6 +130,12 @@ class ExampleView {
             onChange: () => this.scatter?.set(this.select.method, this.view.pass),
           })
         : null;
+    this.words = this.source.words
+      ? new EndWordsPart(this.source, {
+          onWord: word => this.searchFor(word),
+          onFail: error => this.fail(error),
+        })
+      : null;
     this.search = el("input", {
       type: "search",
       placeholder: 'words, "a phrase", -without',
@@ -173,6 +181,7 @@ class ExampleView {
         this.buildControls(),
         this.problem,
         this.scatter?.node ?? "",
+        this.words?.node ?? "",
         el("div", {class: "statusline"}, this.status, this.waiting, this.actions),
         el("div", {class: "panes"}, el("div", {class: "left"}, this.buildEnds(), this.list), this.reading),
         this.buildFoot(),
@@ -521,6 +530,12 @@ class ExampleView {
     this.moveTo(0, false);
   }
 
+  /** @param {string} word */
+  searchFor(word) {
+    this.search.value = word;
+    this.runSearch();
+    this.search.focus();
+  }
   searchSoon() {
     clearTimeout(this.searching);
     this.searching = setTimeout(() => this.runSearch(), 120);
@@ -593,6 +608,7 @@ class ExampleView {
       this.histogram.draw();
     }
     this.scatter?.set(select.method, this.view.pass);
+    this.words?.set(select.method);
     this.drawSign();
     this.drawFacets();
     this.drawStatus();

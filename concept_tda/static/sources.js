@@ -6,6 +6,7 @@
 //   source.examples(places)      promise of [{place, row, id, turns, metadata}] to read
 //   source.search(words)         promise of the places whose text holds all the words
 //   source.groups()              promise of one group number for each example; near-duplicates share theirs
+//   source.words(method)         promise of the words that tell a method's highest examples from its lowest
 //   source.marks(), .notes(), .undoable()   decisions: 0 none, 1 keep, 2 drop; notes by place; what undo takes back
 //   source.decide(…), .undo(), .export(path)   absent where nothing can be decided
 //   source.save(by), .ids(places)   in a page without a kernel: decisions as a file, ids to copy
@@ -106,6 +107,7 @@ function kernelSource(model) {
       const known = model.get("groups");
       return copied(known.byteLength ? known : (await ask("groups")).buffers[0], Int32Array);
     },
+    words: async method => (await ask("ends", {method})).ends,
     marks: () => copied(model.get("marks"), Uint8Array),
     notes: () => model.get("notes"),
     undoable: () => model.get("undoable"),
@@ -158,6 +160,7 @@ function embeddedSource(data) {
       return Int32Array.from(all.keys()).filter(place => found(all[place], terms));
     },
     groups: async () => Int32Array.from(data.groups),
+    words: data.words && (async method => /** @type {EndWords[]} */ (data.words)[method]),
     ids: places => places.map(place => data.examples[place].id),
     ...(data.review ? pageReview(data, data.review) : nothing),
     link: FRAMED ? undefined : place => exampleLink(data.examples[place]),

@@ -32,6 +32,7 @@ from concept_tda.views.contents import (
     WidgetError,
     browser_columns,
     browser_table,
+    end_words,
     example_texts,
     example_to_read,
     from_both_ends,
@@ -225,7 +226,8 @@ def _embedded_contents(
     known = near_duplicates(example_texts(contents.result.conversations)) if groups is None else groups
     columns = rounded_columns(browser_columns(contents))
     review = dict(review=review_head(contents.result)) if decide else {}
-    data = dict(table=table, columns=columns, examples=examples, groups=known.tolist())
+    words = [end_words(contents, number) for number in range(len(contents.methods))]
+    data = dict(table=table, columns=columns, examples=examples, groups=known.tolist(), words=words)
     return json_in_script(data | review)
 
 # %% ../../nbs/90_views/03_browser.ipynb #0036
@@ -359,6 +361,7 @@ class _Answering(_Asked):
             return {"examples": [shown(self.result, int(place)) for place in places]}, None
         if kind == "search": return {}, [hits(self._contents.texts(), message["words"]).tobytes()]
         if kind == "groups": return {}, [self.find_groups().tobytes()]
+        if kind == "ends": return {"ends": end_words(self._contents, int(message["method"]))}, None
         if kind == "export": return {"words": self._export_words(*self.export(message["path"]))}, None
         self._act(kind, places, message)
         self._changed()

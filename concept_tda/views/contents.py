@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BROWSER_SCRIPTS', 'WidgetError', 'front_end', 'percentiles_for_length', 'null_z', 'short_name', 'Contents',
-           'example_texts', 'browser_table', 'browser_columns', 'rounded_columns', 'token_turns', 'written_turns',
-           'example_to_read', 'snippet', 'search_terms', 'hits', 'within', 'from_both_ends', 'json_in_script']
+           'example_texts', 'end_words', 'browser_table', 'browser_columns', 'rounded_columns', 'token_turns',
+           'written_turns', 'example_to_read', 'snippet', 'search_terms', 'hits', 'within', 'from_both_ends',
+           'json_in_script']
 
 # %% ../../nbs/90_views/01_contents.ipynb #0003
 import json
@@ -22,6 +23,7 @@ from ..data.conversations import Conversation, Conversations
 from ..data.documents import Window
 from ..foundation.display import visible_text
 from ..foundation.errors import ConceptTDAError
+from ..groups.reading import ReadingError, WordCounts, count_words, words_of_ends
 from ..results.attribution import Attribution, question_text
 from ..results.comparison import Comparison, results_by_name
 from ..results.metrics import detection_metrics, spearman
@@ -32,7 +34,7 @@ class WidgetError(ConceptTDAError):
     "A view that cannot be made, a decision that cannot be taken, or a record that does not fit."
 
 # %% ../../nbs/90_views/01_contents.ipynb #0006
-BROWSER_SCRIPTS = ("parts.js", "sources.js", "selection.js", "charts.js", "browser.js")
+BROWSER_SCRIPTS = ("parts.js", "sources.js", "selection.js", "charts.js", "words.js", "browser.js")
 
 def front_end(
     *names: str, # Files in concept_tda/static, in the order in which they need each other
@@ -178,6 +180,7 @@ class Contents:
         self.lengths, self.length_unit = _lengths(result)
         self.scale = colour_scale(result.token_scores or [], result.card.zero)
         self._texts: list[str] | None = None
+        self._counted: WordCounts | None = None
 
     @property
     def methods(self) -> dict[str, Attribution]:
@@ -190,10 +193,36 @@ class Contents:
             self._texts = [text.lower() for text in example_texts(self.result.conversations)]
         return self._texts
 
+    def counted(self) -> WordCounts:
+        "The words of the texts. Raises `ReadingError` where no word occurs twice."
+        if self._counted is None:
+            self._counted = count_words(self.texts())
+        return self._counted
+
 # %% ../../nbs/90_views/01_contents.ipynb #0014
 def example_texts(conversations: Conversations) -> list[str]:
     "The contents of each conversation, one after the other."
     return ["\n".join(m["content"] for m in c.messages) for c in conversations]
+
+# %% ../../nbs/90_views/01_contents.ipynb #end-words
+def end_words(
+    contents: Contents, # What to show
+    number: int = 0,    # Which of its methods
+    most: int = 24,     # Words of each end
+) -> dict[str, Any]:    # highest, lowest: [word, z, in how many texts of either end]; and all that in words
+    "Words that tell the highest from the lowest examples beyond chance, as JSON."
+    scores = list(contents.methods.values())[number].scores
+    if len(scores) < 20:
+        told = f"{len(scores)} examples are too few to compare their words."
+        return dict(highest=[], lowest=[], words=told)
+    try:
+        found = words_of_ends(contents.counted(), scores)
+    except ReadingError as err:
+        return dict(highest=[], lowest=[], words=visible_text(f"No words to compare: {err}."))
+    rows = {end: [[word, round(z, 2), inside, outside] for word, z, inside, outside
+                  in getattr(found, end).head(most).itertuples(index=False, name=None)]
+            for end in ("highest", "lowest")}
+    return dict(**rows, words=visible_text(found))
 
 # %% ../../nbs/90_views/01_contents.ipynb #detection-sentence
 def _detection_sentence(scores: np.ndarray, labels: np.ndarray) -> str:

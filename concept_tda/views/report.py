@@ -33,6 +33,7 @@ from concept_tda.views.contents import (
     WidgetError,
     browser_columns,
     browser_table,
+    end_words,
     example_texts,
     example_to_read,
     from_both_ends,
@@ -252,7 +253,8 @@ def _browser_data(
     table = _page_table(contents, names, len(places), coloured is not None)
     more: dict[str, Any] = dict(review=review_head(contents.result),
                                 columns=rounded_columns(browser_columns(contents), places),
-                                groups=near_duplicates(example_texts(part.conversations)).tolist())
+                                groups=near_duplicates(example_texts(part.conversations)).tolist(),
+                                words=[end_words(contents, i) for i in range(len(contents.methods))])
     if mapped is not None:
         more["map"] = report_map(mapped, places.tolist())
     return _fitted(table, more, part, room), coloured, len(places)
@@ -335,7 +337,7 @@ def _answer(comparison: Comparison, labels: np.ndarray | None) -> dict[str, Any]
     ends = [_end_part(result.top(3), titles[0], "p5" if signed else ""),
             _end_part(result.bottom(3), titles[1], "n5" if signed else "")]
     return dict(finding=_finding(name, result, labels), ends=ends, warned=_warned(comparison.attributions),
-                sure=_how_sure(name, comparison, labels))
+                sure=_how_sure(name, comparison, labels), words=end_words(Contents(result))["words"])
 
 # %% ../../nbs/90_views/11_report.ipynb #asked
 def _said(conversation: Any) -> dict[str, str]:

@@ -86,6 +86,7 @@ interface Source {
   examples(places: number[]): Promise<Example[]>;
   search(words: string): Promise<Int32Array>; // places whose text holds all the words
   groups(): Promise<Int32Array>; // a group number for each example; near-duplicates share theirs
+  words?(method: number): Promise<EndWords>; // of a method's two ends; absent in views of something else
   marks(): Uint8Array; // decisions: 0 none, 1 keep, 2 drop
   notes(): Record<string, string>; // by place
   undoable(): string; // what undo takes back
@@ -106,7 +107,18 @@ interface EmbeddedData {
   columns: Record<string, (number | null)[]>;
   examples: Example[];
   groups: number[];
+  words?: EndWords[]; // of each method's two ends
   review?: object; // what a file of decisions says of the data; absent where nothing can be decided
+}
+
+/** A word, its z, and in how many of the highest and of the lowest examples it occurs. */
+type WordRow = [string, number, number, number];
+
+/** Words that tell the highest examples from the lowest beyond chance; `words` says it in a sentence. */
+interface EndWords {
+  highest: WordRow[];
+  lowest: WordRow[];
+  words: string;
 }
 
 /** What the list is drawn from. */
@@ -124,6 +136,7 @@ interface Answer {
   reply: string;
   error?: string;
   examples: any[];
+  ends: EndWords;
   words: string;
   buffers: DataView[];
 }
