@@ -6,6 +6,8 @@
 SHELL := /bin/bash
 PYTHON ?=
 BIN := .venv/bin
+# Files of tests are dealt to as many processes as there are cores, four at most; a file stays with one of them.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 STAMP := .venv/.set-up-done
 
 .PHONY: help demo test test-all docs readme export clean
@@ -29,10 +31,10 @@ demo: $(STAMP)
 	@$(BIN)/concept-tda demo
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
 
 test-all: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 # A real quarto on PATH is used; otherwise tools/stand_in/quarto stands in for it (see its head).
 docs: $(STAMP)
