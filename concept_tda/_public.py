@@ -7,6 +7,8 @@ PUBLIC = {
     "foundation.probes": "ProbeError bfloat16_ratio",
     "foundation.display": "visible_text safe_text one_line DisplayError register_view html_of act Table "
         "Sheet Facts",
+    "foundation.processes": "ProcessError n_ranks rank on_its_own wait_for_all by_first own_share "
+        "clear_together in_processes",
     "data.messages": "PASSED_ON REFUSED ConversationError shortened listing kind_of says_nothing Turn "
         "read_message check_turns",
     "data.layouts": "LAYOUTS ANSWERS REFUSED_COLUMNS SYSTEM_COLUMNS Layout is_message_row chats_of_rows Chat "
@@ -46,6 +48,7 @@ PUBLIC = {
     "results.duplicates": "near_duplicates",
     "results.comparison": "Comparison results_by_name compare",
     "results.calibration": "foretold Calibration ensemble",
+    "results.folders": "write_part summary joined write_manifest ScoreFolder",
     "concepts.concept": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
         "tensor_concept random_concepts LayerSweep sweep_layers",
     "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge last_answer_only ContrastJudge "
@@ -83,6 +86,7 @@ PUBLIC = {
     "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
     "influence.pairs": "PairAttribution score_preferences is_of_pairs load_pair_attribution",
     "influence.runs": "RunError adamw_step TrainingInfluence",
+    "influence.streaming": "stream_records score_stream",
     "groups.groups": "GROUP_ORDERS LABEL_COLOURS GroupError Groups column_groups family_groups "
         "cluster_groups GroupScores score_groups union_rows drop_groups coverage_curve compare_groups "
         "random_groups",

@@ -19,10 +19,11 @@ import torch
 from scipy.sparse import csr_matrix
 
 from ..concepts.concept import Concept, tensor_concept
-from ..data.batches import Batch, batches
+from ..data.batches import Batch, batch_of, batches
 from ..data.conversations import Conversations
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
+from ..foundation.processes import by_first, clear_together, own_share, rank, wait_for_all
 from ..foundation.storage import BlockStore, atomic_file, code_version
 from .groups import Groups
 from .sae import SparseAutoencoder, check_sae, read_tokens
@@ -134,15 +135,13 @@ def read_features(
     texts, folder = lm.tokenize(data, max_tokens=max_tokens), Path(folder)
     key = dict(format=_FORMAT, sae=sae.fingerprint, model=lm.fingerprint, data=texts.fingerprint,
                ids=texts.conversations.fingerprint, max_tokens=max_tokens)
-    if (folder/"about.json").exists(): return load_features(folder, data, key)
+    if by_first((folder/"about.json").exists): return load_features(folder, data, key)
     store = BlockStore(folder/"blocks", key | {"code": code_version(), "token_budget": token_budget})
-    for damaged in store.verify():
-        store.discard(damaged)
     names = _fill(lm, sae, texts, store, token_budget, progress)
     about = key | dict(n_features=sae.n_features, n_examples=len(texts), layer=sae.layer, sae_name=sae.name,
                        model_name=lm.name, data_name=texts.conversations.name, cut=len(texts.cut))
-    _assemble(folder, store, names, about)
-    store.clear()
+    by_first(lambda: _assemble(folder, store, names, about))
+    clear_together(store)
     return load_features(folder, data, key)
 
 # %% ../../nbs/60_groups/02_features.ipynb #fill
@@ -151,14 +150,17 @@ def _fill(
     token_budget: int, progress: bool,
 ) -> list[str]:
     "Every block that is not there yet; their names in order."
-    done, names = store.names(), []
-    with lm.undisturbed(), torch.no_grad(), progress_bar(texts.n_tokens, progress, "features") as bar:
-        for batch in batches(texts, token_budget=token_budget):
-            names.append(f"{batch.rows.min():08d}-{len(batch.rows)}")
-            if names[-1] not in done:
-                store.write(names[-1], _read_batch(lm, sae, batch.to(lm.device)))
+    rows = [batch.rows for batch in batches(texts, token_budget=token_budget)]
+    plan = {f"{some.min():08d}-{len(some)}": some.tolist() for some in rows}
+    mine, shown = own_share(store, list(plan))[1], progress and rank() == 0
+    total = int(texts.lengths[sum((plan[name] for name in mine), [])].sum())
+    with lm.undisturbed(), torch.no_grad(), progress_bar(total, shown, "features") as bar:
+        for name in mine:
+            batch = batch_of(texts, plan[name])
+            store.write(name, _read_batch(lm, sae, batch.to(lm.device)))
             bar.update(batch.n_tokens)
-    return names
+    wait_for_all()
+    return list(plan)
 
 # %% ../../nbs/60_groups/02_features.ipynb #assemble
 def _assemble(folder: Path, store: BlockStore, names: list[str], about: dict) -> None:

@@ -32,6 +32,8 @@ from ..data.documents import examples_from_columns
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import Facts, html_of
 from ..foundation.errors import ConceptTDAError
+from ..foundation.processes import by_first, own_share, wait_for_all
+from ..foundation.processes import rank as process_rank
 from ..foundation.storage import BlockStore, atomic_file, code_version, fingerprint
 from .curvature import EKFAC, Identity
 from concept_tda.influence.gradients import (
@@ -719,12 +721,12 @@ def _stored_dtype(lm: LanguageModel) -> str:
 # %% ../../nbs/50_influence/08_atlas.ipynb #reuse
 def _reuse(cls: type[_Opened], folder: Path, key: dict, options: dict) -> Any:
     "What a folder already holds, if it is this very build; None if it is empty or unfinished."
-    if not (folder/"card.json").exists(): return None
+    if not by_first((folder/"card.json").exists): return None
     found = cls(folder, **options)
     if found.header["key"] != fingerprint(key):
         raise AtlasError(f"{folder} already holds another {cls.kind} ({found!r}): choose another folder, "
                          "or delete it")
-    _tidy(folder)
+    by_first(lambda: _tidy(folder))
     return found
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #check-disk-code
@@ -786,21 +788,17 @@ def _collected(
 # %% ../../nbs/50_influence/08_atlas.ipynb #0027
 def _fill(build: _Build, prepare: Callable[[], _Collector]) -> float:
     "Compute the blocks that are missing; returns seconds of the preparation."
-    for damaged in build.store.verify():
-        build.store.discard(damaged)
-    done = build.store.names()
     plan = {f"{i:06d}": rows for i, rows in enumerate(_blocks(build.data, build.token_budget))}
-    missing = {name: rows for name, rows in plan.items() if name not in done}
-    if not missing: return 0.
-    n_tokens, ahead = build.data.n_tokens, int(build.data.lengths[sum(missing.values(), [])].sum())
-    quiet = not build.progress
-    with build.lm.undisturbed(), tqdm(total=n_tokens, desc=build.what, unit="tok", disable=quiet) as bar:
+    mine = own_share(build.store, list(plan))[1]
+    if not mine: return 0.
+    ahead = int(build.data.lengths[sum((plan[name] for name in mine), [])].sum())
+    quiet = not build.progress or process_rank() > 0
+    with build.lm.undisturbed(), tqdm(total=ahead, desc=build.what, unit="tok", disable=quiet) as bar:
         start = time.perf_counter()
         collector = prepare()
         seconds = time.perf_counter() - start
-        bar.update(n_tokens - ahead)
-        for name, rows in missing.items():
-            _fill_block(build, name, rows, collector, bar)
+        for name in mine:
+            _fill_block(build, name, plan[name], collector, bar)
     return seconds
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #fill-block-code
@@ -818,7 +816,7 @@ def _sampled(n: int, sample: int, seed: int) -> np.ndarray:
 
 def _second_opinion(build: _Build, prepare: Callable[[], _Collector], sample_rows: np.ndarray) -> None:
     "The sampled rows by another collector, kept as a block of their own."
-    if not len(sample_rows) or "sample" in build.store.names(): return
+    if not len(sample_rows) or process_rank() > 0 or "sample" in build.store.names(): return
     start = time.perf_counter()
     with build.lm.undisturbed():
         order, values = _collected(build, sample_rows.tolist(), prepare(), tqdm(disable=True))
@@ -857,6 +855,21 @@ def _finish(
     more: dict | None = None,
 ) -> Any:
     "Write the final files out of the finished blocks, the card last; returns the opened folder."
+    wait_for_all()
+    by_first(lambda: _write_all(cls, build, card, sample_rows, measure, preparation, files, more or {}))
+    return cls(build.folder, **options)
+
+def _write_all(
+    cls: type[_Opened],
+    build: _Build,
+    card: QueryCard,
+    sample_rows: np.ndarray,
+    measure: Callable[[np.ndarray], dict],
+    preparation: float,
+    files: tuple[str, ...],
+    more: dict,
+) -> None:
+    "The files themselves."
     rows, written = _write_files(build, len(sample_rows) > 0)
     agreement = measure(rows) if len(sample_rows) else None
     folder, conversations = build.folder, build.data.conversations
@@ -866,11 +879,10 @@ def _finish(
         layout=conversations.layout, rows=[len(build.data), build.columns],
         sample=[len(sample_rows), build.columns], sample_rows=[int(row) for row in sample_rows],
         row_checksums=_row_checksums(rows), n_tokens=build.data.n_tokens, agreement=agreement,
-        files={name: _file_checksum(folder/name) for name in [*written, *files]}, **(more or {}))
+        files={name: _file_checksum(folder/name) for name in [*written, *files]}, **more)
     _write_json(folder/"cost.json", _cost(build.store, preparation))
     _write_json(folder/"card.json", {**header, "checksum": fingerprint(header)})
     _tidy(folder)
-    return cls(folder, **options)
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #cost-code
 def _cost(store: BlockStore, preparation: float) -> dict:
@@ -1431,7 +1443,7 @@ def _index_from(build: _Build, card: QueryCard, pair: list[dict], sample_rows: n
         return _reliability(_restored(build, rows, sample_rows), build.store.read("sample")["values"])
     preparation = _fill(build, by(pair[0]))
     _second_opinion(build, by(pair[1]), sample_rows)
-    _write_sketches(build.folder/"sketches.safetensors", pair)
+    by_first(lambda: _write_sketches(build.folder/"sketches.safetensors", pair))
     return _finish(GradientIndex, build, card, sample_rows, measure, preparation, {"lm": build.lm},
                    files=("sketches.safetensors",), more={"sites": [site.name for site in build.sites]})
 

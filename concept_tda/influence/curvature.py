@@ -23,6 +23,14 @@ from ..data.batches import Batch, batches
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import Facts, html_of
 from ..foundation.errors import ConceptTDAError
+from concept_tda.foundation.processes import (
+    by_first,
+    clear_together,
+    n_ranks,
+    own_share,
+    rank,
+    wait_for_all,
+)
 from concept_tda.foundation.storage import (
     BlockStore,
     atomic_file,
@@ -374,34 +382,37 @@ class FactorStatistics(_Rotated):
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #states
 class _States:
-    "What is on disk of a fit: one state, or for a moment two, of each phase."
+    "What is on disk of a fit: one state, or for a moment two, of each part."
     def __init__(self, store: BlockStore):
         self.store = store
 
-    def names(self, phase: str) -> list[str]:
-        "States of a phase, called after the batches they had done."
-        return [name for name in self.store.names() if name.startswith(f"{phase}-")]
+    def names(self, part: str) -> list[str]:
+        "States of a part, called after how much of it was done."
+        return [name for name in self.store.names() if name.startswith(f"{part}-")]
 
-    def load(self, phase: str, like: torch.Tensor) -> tuple[int, dict[str, torch.Tensor]]:
-        "Batches done and tensors of a phase, on the device of `like`; (0, {}) if there is nothing."
-        name = max(self.names(phase), default=None)
+    def load(self, part: str, like: torch.Tensor) -> tuple[int, dict[str, torch.Tensor]]:
+        "How much was done, and the tensors, on the device of `like`; (0, {}) if there is nothing."
+        name = max(self.names(part), default=None)
         if name is None: return 0, {}
         tensors = {key: torch.from_numpy(array) for key, array in self.store.read(name).items()}
-        return int(name.split("-")[1]), {key: t.to(like.device) for key, t in tensors.items()}
+        return int(name.rpartition("-")[2]), {key: t.to(like.device) for key, t in tensors.items()}
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #000d
 class _Progress(_States):
-    "Writes the latest state of each phase, `every` so many seconds."
+    "Writes the latest state of a part; it is due `every` so many seconds."
     def __init__(self, store: BlockStore, every: float = 30.):
         super().__init__(store)
         self.every, self.written = every, time.monotonic()
 
-    def save(self, phase: str, done: int, tensors: Callable[[], dict[str, torch.Tensor]]) -> None:
-        "Write the state after `done` batches, if it is time; `tensors` is called only then."
-        if time.monotonic() - self.written < self.every: return
-        older = self.names(phase)
-        arrays = {name: t.cpu().numpy() for name, t in tensors().items()}
-        self.store.write(f"{phase}-{done:08d}", arrays)
+    @property
+    def due(self) -> bool:
+        "Whether it is time."
+        return time.monotonic() - self.written >= self.every
+
+    def write(self, part: str, done: int, tensors: dict[str, torch.Tensor]) -> None:
+        "Write the state after so much was done."
+        older = self.names(part)
+        self.store.write(f"{part}-{done:08d}", {name: t.cpu().numpy() for name, t in tensors.items()})
         for name in older:
             self.store.discard(name)
         self.written = time.monotonic()
@@ -414,14 +425,33 @@ class _Fit:
     data: TokenizedConversations
     sites: list[Site]
     labels: str
-    generator: torch.Generator   # draws labels
+    seed: int                    # of the labels
     plan: list[Batch]            # in the order they are run
     statistics: FactorStatistics
     progress: _Progress
     show_progress: bool
-    drawn: list[torch.Tensor] = field(default_factory=list)  # labels of every batch that was run
+    drawn: dict[int, torch.Tensor] = field(default_factory=dict) # labels, by the place of their batch
+    ran: dict[int, int] = field(default_factory=dict)  # which flows a batch's are among those of this process
+    unsaved: tuple | None = None # a sum of stretches that is not on disk yet
+
+    def __post_init__(self):
+        self.stretches = _stretches(self.plan)
+
+# %% ../../nbs/50_influence/01_curvature.ipynb #stretches
+def _stretches(plan: list[Batch], most: int = 16, fewest: int = 32) -> list[range]:
+    "Places of the batches of each stretch, of about equally many tokens."
+    n = max(1, min(most, sum(len(batch) for batch in plan)//fewest))
+    ends_B = torch.tensor([batch.n_tokens for batch in plan]).cumsum(0)
+    aims_n = ends_B[-1]*torch.arange(1, n)/n
+    cuts = sorted({0, *(torch.searchsorted(ends_B, aims_n) + 1).tolist(), len(plan)})
+    return [range(start, stop) for start, stop in zip(cuts, cuts[1:])]
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #run
+def _generator(fit: _Fit, stretch: int) -> torch.Generator:
+    "What draws the labels of a stretch."
+    seed = int(fingerprint(fit.seed, stretch), 16) % 2**63 if stretch else fit.seed
+    return torch.Generator(fit.lm.device).manual_seed(seed)
+
 def _run(fit: _Fit, batch: Batch, labels: Any) -> torch.Tensor:
     "Send a batch through the model and return its labels; its flows are in `statistics` afterwards."
     fit.statistics.begin(batch)
@@ -437,75 +467,166 @@ def _unnamed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
     return {name.split("|", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{prefix}|")}
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #state
-def _factor_state(fit: _Fit) -> dict[str, torch.Tensor]:
-    "All that the first half needs to go on."
+def _factor_state(fit: _Fit, stretch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    "All that the first half needs to go on with a stretch, or to add it to others."
     fit.statistics.fold()
     names, input_of = [s.name for s in fit.sites], fit.statistics.input_of
+    drawn = [fit.drawn[index] for index in fit.stretches[stretch] if index in fit.drawn]
     return _named("A", fit.statistics.A) | _named("S", fit.statistics.S) | {
-        "labels": torch.cat(fit.drawn), "label_counts": torch.tensor([len(d) for d in fit.drawn]),
+        "labels": torch.cat(drawn), "label_counts": torch.tensor([len(d) for d in drawn]),
         "readers": torch.tensor([names.index(input_of[name]) for name in names]),
-        "generator": fit.generator.get_state()}
+        "generator": generator.get_state()}
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #restore-factors
-def _restore_factors(fit: _Fit) -> int:
-    "Go back to the latest state of the first half; how many batches it had done."
-    done, state = fit.progress.load("kronecker", fit.sites[0].weight)
+def _take_labels(fit: _Fit, first: int, state: dict[str, torch.Tensor]) -> None:
+    "Labels and readers of a state whose first batch has this place."
+    names = [s.name for s in fit.sites]
+    parts = state["labels"].split(state["label_counts"].tolist())
+    fit.drawn |= {first + place: labels for place, labels in enumerate(parts)}
+    fit.statistics.input_of = {name: names[reader] for name, reader in zip(names, state["readers"].tolist())}
+
+def _restore_factors(fit: _Fit, stretch: int, generator: torch.Generator) -> int:
+    "Go back to the latest state of a stretch; how many batches it had done."
+    done, state = fit.progress.load(f"kronecker-{stretch:02d}", fit.sites[0].weight)
     fit.statistics.A, fit.statistics.S = _unnamed("A", state), _unnamed("S", state)
     if done:
-        names = [s.name for s in fit.sites]
-        fit.drawn = list(state["labels"].split(state["label_counts"].tolist()))
-        fit.statistics.input_of = {
-            name: names[reader] for name, reader in zip(names, state["readers"].tolist())}
-        fit.generator.set_state(state["generator"].cpu())
+        _take_labels(fit, fit.stretches[stretch].start, state)
+        generator.set_state(state["generator"].cpu())
     return done
 
+# %% ../../nbs/50_influence/01_curvature.ipynb #keep-sum
+def _keep_sum(fit: _Fit) -> None:
+    "Write the sum of the stretches so far, if it is not on disk."
+    if fit.unsaved is None: return
+    phase, done, total = fit.unsaved
+    fit.progress.write(f"{phase}-sum", done, total)
+    for stretch in range(done):
+        for name in fit.progress.names(f"{phase}-{stretch:02d}"):
+            fit.progress.store.discard(name)
+    fit.unsaved = None
+
+def _save(fit: _Fit, part: str, done: int, tensors: Callable[[], dict[str, torch.Tensor]]) -> None:
+    "Write the state of a stretch, if it is time; `tensors` is called only then."
+    if not fit.progress.due: return
+    _keep_sum(fit)
+    fit.progress.write(part, done, tensors())
+
 # %% ../../nbs/50_influence/01_curvature.ipynb #halves
-def _add_factors(fit: _Fit) -> None:
-    "First half: the Kronecker factors."
-    hidden = not fit.show_progress
-    with tqdm(total=fit.data.n_tokens, desc="EK-FAC factors", unit="tok", disable=hidden) as bar:
-        done = _restore_factors(fit)
-        bar.update(sum(batch.n_tokens for batch in fit.plan[:done]))
-        for index, batch in enumerate(fit.plan[done:], done):
-            batch = batch.to(fit.lm.device)
-            fit.drawn.append(_run(fit, batch, batch_labels(batch, fit.labels, fit.generator)))
-            fit.statistics.take()
-            bar.update(batch.n_tokens)
-            fit.progress.save("kronecker", index + 1, lambda: _factor_state(fit))
+def _factors_of(fit: _Fit, stretch: int, bar: tqdm) -> dict[str, torch.Tensor]:
+    "First half: Kronecker sums and labels of one stretch."
+    places, generator, statistics = fit.stretches[stretch], _generator(fit, stretch), fit.statistics
+    done = _restore_factors(fit, stretch, generator)
+    bar.update(done)
+    for index in places[done:]:
+        batch = fit.plan[index].to(fit.lm.device)
+        fit.drawn[index] = _run(fit, batch, batch_labels(batch, fit.labels, generator))
+        fit.ran[index] = len(fit.ran)
+        statistics.take()
+        bar.update(1)
+        _save(fit, f"kronecker-{stretch:02d}", index + 1 - places.start,
+              lambda: _factor_state(fit, stretch, generator))
+    state = _factor_state(fit, stretch, generator)
+    statistics.A, statistics.S = {}, {}
+    return state
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #second
 def _flows_again(fit: _Fit, index: int) -> tuple[_Flows, list[int]]:
     "Flows and lengths of a batch: from memory, or by running it once more on the same labels."
     statistics = fit.statistics
-    place = index - (len(fit.plan) - len(statistics.cache))
-    if place >= 0:
+    if statistics.cache and index in fit.ran:
+        place = fit.ran[index]
         kept, statistics.cache[place] = statistics.cache[place], ({}, [])  # needed no more
         return kept
     _run(fit, fit.plan[index].to(fit.lm.device), fit.drawn[index])
     return statistics.flows, statistics.lengths
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #add-eigenvalues
-def _add_eigenvalues(fit: _Fit) -> None:
-    "Second half: the corrected eigenvalues."
-    total, statistics = len(fit.plan), fit.statistics
-    done, state = fit.progress.load("eigenvalues", fit.sites[0].weight)
+def _eigenvalues_of(fit: _Fit, stretch: int, bar: tqdm) -> dict[str, torch.Tensor]:
+    "Second half: summed squares of the rotated gradients of one stretch."
+    part, places, statistics = f"eigenvalues-{stretch:02d}", fit.stretches[stretch], fit.statistics
+    done, state = fit.progress.load(part, fit.sites[0].weight)
     statistics.eigenvalues = _unnamed("eigenvalues", state)
-    with tqdm(total=total, initial=done, desc="EK-FAC eigenvalues", unit="batch",
-              disable=not fit.show_progress) as bar:
-        for index in range(done, total):
-            statistics.add_eigenvalues(*_flows_again(fit, index))
-            bar.update(1)
-            fit.progress.save("eigenvalues", index + 1, lambda: _named("eigenvalues", statistics.eigenvalues))
+    bar.update(done)
+    for index in places[done:]:
+        statistics.add_eigenvalues(*_flows_again(fit, index))
+        bar.update(1)
+        _save(fit, part, index + 1 - places.start, lambda: _named("eigenvalues", statistics.eigenvalues))
+    found, statistics.eigenvalues = _named("eigenvalues", statistics.eigenvalues), {}
+    return found
+
+# %% ../../nbs/50_influence/01_curvature.ipynb #added
+def _added(total: dict[str, torch.Tensor], part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "The state of some stretches with one more behind them."
+    if not total: return part
+    sums = {name: t.add_(part[name]) for name, t in total.items() if "|" in name}
+    labels = {name: torch.cat([total[name], part[name]]) for name in total
+              if name in ("labels", "label_counts")}
+    return part | sums | labels
+
+def _left_behind(fit: _Fit, phase: str) -> tuple[int, list[int]]:
+    "How many stretches are summed on disk, and which others are finished there."
+    summed = max((int(name.rpartition("-")[2]) for name in fit.progress.names(f"{phase}-sum")), default=0)
+    names = fit.progress.store.names()
+    whole = [stretch for stretch, places in enumerate(fit.stretches)
+             if f"{phase}-{stretch:02d}-{len(places):08d}" in names]
+    return summed, whole
+
+# %% ../../nbs/50_influence/01_curvature.ipynb #summed
+def _summed(fit: _Fit, phase: str, part_of: Callable, bar: tqdm) -> dict[str, torch.Tensor]:
+    "The sum over all stretches of what `part_of` gives, the same to the last bit whoever computes which."
+    like, progress, n = fit.sites[0].weight, fit.progress, len(fit.stretches)
+    start, whole = by_first(lambda: _left_behind(fit, phase))
+    total = progress.load(f"{phase}-sum", like)[1]
+    if n_ranks() > 1:
+        missing = [stretch for stretch in range(start, n) if stretch not in whole]
+        for stretch in missing[rank()::n_ranks()]:
+            part = part_of(fit, stretch, bar)
+            progress.write(f"{phase}-{stretch:02d}", len(fit.stretches[stretch]), part)
+        wait_for_all()
+        whole = range(n)
+    for stretch in range(start, n):
+        known = progress.load(f"{phase}-{stretch:02d}", like)[1] if stretch in whole else None
+        total = _added(total, known or part_of(fit, stretch, bar))
+        if n_ranks() > 1: continue
+        fit.unsaved = phase, stretch + 1, total
+        if progress.due:
+            _keep_sum(fit)
+    fit.unsaved = None  # what is done with the sum changes it
+    return total
+
+# %% ../../nbs/50_influence/01_curvature.ipynb #solved-together
+def _solve(fit: _Fit) -> None:
+    "Eigenvectors of all factors, by whichever process."
+    statistics, store = fit.statistics, fit.progress.store
+    if n_ranks() == 1: return statistics.solve()
+    factors = {f"in {name}": A for name, A in sorted(statistics.A.items())}  # in one order everywhere
+    factors |= {f"out {name}": S for name, S in sorted(statistics.S.items())}
+    blocks = {f"basis-{place:04d}": name for place, name in enumerate(factors)}
+    mine = {block: factors[blocks[block]] for block in own_share(store, list(blocks))[1]}
+    for block, Q in _eigenvectors(mine).items():
+        store.write(block, {"vectors": Q.cpu().numpy()})
+    wait_for_all()
+    Q = {blocks[block]: torch.from_numpy(store.read(block)["vectors"]) for block in blocks}
+    Q = {name: vectors.to(factors[name]) for name, vectors in Q.items()}
+    statistics.Q_in = {name: Q[f"in {name}"] for name in statistics.A}
+    statistics.Q_out = {name: Q[f"out {name}"] for name in statistics.S}
+    statistics.A, statistics.S = {}, {}
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #streaming
 def _fit_streaming(fit: _Fit) -> dict[str, Factors]:
     "Factors in one pass over the data where its flows fit the memory budget, otherwise in two."
-    _add_factors(fit)
     statistics = fit.statistics
-    statistics.solve()
-    _add_eigenvalues(fit)
+    bar: dict[str, Any] = dict(total=len(fit.plan), unit="batch",
+                               disable=not fit.show_progress or rank() > 0)
+    with tqdm(desc="EK-FAC factors", **bar) as shown:
+        state = _summed(fit, "kronecker", _factors_of, shown)
+    _take_labels(fit, 0, state)
+    statistics.A, statistics.S = _unnamed("A", state), _unnamed("S", state)
+    _solve(fit)
+    with tqdm(desc="EK-FAC eigenvalues", **bar) as shown:
+        found = _unnamed("eigenvalues", _summed(fit, "eigenvalues", _eigenvalues_of, shown))
     Q_in, Q_out = statistics.Q_in, statistics.Q_out
-    return {s.name: Factors(Q_in[statistics.input_of[s.name]], Q_out[s.name], statistics.eigenvalues[s.name])
+    return {s.name: Factors(Q_in[statistics.input_of[s.name]], Q_out[s.name], found[s.name])
             for s in fit.sites}
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #000f
@@ -741,13 +862,12 @@ def _fit_resumable(
 ) -> dict[str, Factors]:
     "Our own fit, going on from where the same one was interrupted."
     store = BlockStore(cache_folder("runs"), dict(record, memory_budget=memory_budget))
-    for damaged in store.verify():
-        store.discard(damaged)
+    own_share(store, [])  # throws damaged states away
     factors = _fit_streaming(_Fit(
-        lm, data, sites, record["labels"], torch.Generator(lm.device).manual_seed(record["seed"]),
+        lm, data, sites, record["labels"], record["seed"],
         list(batches(data, token_budget=record["token_budget"])), FactorStatistics(sites, memory_budget),
         _Progress(store), progress))
-    store.clear()
+    clear_together(store)
     return factors
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #measured-code
@@ -802,11 +922,11 @@ class EKFAC(_Loaded):
         settings = dict(seed=seed, backend=backend, token_budget=token_budget)
         record = fitting_record(lm, data, sites, labels, **settings)
         path = cache_folder("curvature")/f"{fingerprint(record)}.safetensors"
-        if cache and path.exists(): return cls.load(path).damped(damping, relative)
+        if cache and by_first(path.exists): return cls.load(path).damped(damping, relative)
         start = time.perf_counter()
         factors = _measured(lm, data, sites, record, memory_budget, progress)
         record["seconds"] = time.perf_counter() - start
         fitted = cls(factors, damping=damping, relative=relative, record=record)
         if cache:
-            fitted.save(path)
+            by_first(lambda: fitted.save(path))
         return fitted

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, batches
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
+from ..foundation.processes import clear_together, own_share, rank, wait_for_all
 from concept_tda.foundation.storage import (
     BlockStore,
     atomic_file,
@@ -657,13 +658,10 @@ def _store(
     token_budget: int,
 ) -> BlockStore:
     "Where the finished blocks of this very pass are."
-    store = BlockStore(cache_folder("runs"), dict(
+    return BlockStore(cache_folder("runs"), dict(
         code=code_version(), model=lm.fingerprint, data=data.fingerprint, tokens=tokens,
         token_budget=token_budget, dtype=str(lm.dtype),
         readouts={name: r.fingerprint for name, r in readouts.items()}))
-    for damaged in store.verify():
-        store.discard(damaged)
-    return store
 
 # %% ../../nbs/50_influence/04_engine.ipynb #001d
 def shared_pass(
@@ -679,13 +677,15 @@ def shared_pass(
     data = lm.tokenize(data)
     store = _store(lm, data, readouts, tokens, token_budget)
     check_sites(lm, list({s.name: s for r in readouts.values() for s in r.sites}.values()), data)
-    done, watch, plan = store.names(), Stopwatch(readouts), _plan(data, token_budget)
+    watch, plan = Stopwatch(readouts), _plan(data, token_budget)
+    done, mine = own_share(store, list(plan))
     resumed = sum(len(batch.rows) for name, batch in plan.items() if name in done)
-    with lm.undisturbed(), tqdm(total=data.n_tokens, desc="scoring", unit="tok", disable=not progress) as bar:
-        for block, batch in plan.items():
-            if block not in done:
-                store.write(block, _run_block(lm, data, batch, readouts, watch, tokens, token_budget))
-            bar.update(batch.n_tokens)
+    total, quiet = sum(plan[name].n_tokens for name in mine), not progress or rank() > 0
+    with lm.undisturbed(), tqdm(total=total, desc="scoring", unit="tok", disable=quiet) as bar:
+        for block in mine:
+            store.write(block, _run_block(lm, data, plan[block], readouts, watch, tokens, token_budget))
+            bar.update(plan[block].n_tokens)
+    wait_for_all()
     found = _gathered(lm, data, readouts, store, plan, resumed)
-    store.clear()
+    clear_together(store)
     return found

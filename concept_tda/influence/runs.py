@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, batches
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
+from ..foundation.processes import n_ranks
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 from .engine import peak_memory
 from .queries import Query
@@ -347,6 +348,13 @@ def _with_share(data: TokenizedConversations, tokens: list[np.ndarray], shared: 
         found.append(tokens_T + counted_T*shared/max(1, counted_T.sum()))
     return found
 
+# %% ../../nbs/50_influence/12_runs.ipynb #alone
+def _check_alone() -> None:
+    "Refuse several processes, which would all do the same and write the same files."
+    if n_ranks() == 1: return
+    raise RunError(f"a run is one chain of steps, which {n_ranks()} processes cannot share: score Training "
+                   "Influence in a process of its own")
+
 # %% ../../nbs/50_influence/12_runs.ipynb #score
 class TrainingInfluence(_Described):
     """Derivative of a query after a LoRA fine-tune by the weight of each example in it, in the query's unit
@@ -361,6 +369,7 @@ class TrainingInfluence(_Described):
         progress: bool = True,    # Show a bar
     ) -> Attribution:
         "Repeat the run and differentiate it. An interrupted call goes on where it stopped when repeated."
+        _check_alone()
         start = time.perf_counter()
         limit = self.settings["max_tokens"] if max_tokens is None else max_tokens
         data = examples if hasattr(examples, "conversations") else self.lm.tokenize(examples, limit)

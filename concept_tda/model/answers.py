@@ -18,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.conversations import Conversation, Conversations
+from ..foundation.processes import by_first, n_ranks, rank, wait_for_all
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 from .loading import LanguageModel, ModelError
 from .tracing import as_prompts, generate
@@ -80,16 +81,21 @@ def answer_records(
     "A record for every prompt: from the disk where it is there, else generated and stored."
     about = dict(kind="answers", code=code_version(), model=lm.fingerprint, dtype=str(lm.dtype), **settings)
     store = BlockStore(folder or cache_folder("answers"), about)
-    known, wanted = _stored_answers(store), _wanted(prompts.ids, settings["temperature"] > 0)
+    known = by_first(lambda: _stored_answers(store))
+    wanted = _wanted(prompts.ids, settings["temperature"] > 0)
     todo = {key: prompt for key, prompt in zip(wanted, prompts) if key not in known}
-    with tqdm(total=len(todo), desc=f"answers of {lm.name}", unit="answer", leave=False,
-              disable=not (progress and todo)) as bar:
-        for block in _blocks(todo, batch_size*_BATCHES_IN_BLOCK):
+    blocks = _blocks(todo, batch_size*_BATCHES_IN_BLOCK)[rank()::n_ranks()]
+    with tqdm(total=sum(map(len, blocks)), desc=f"answers of {lm.name}", unit="answer", leave=False,
+              disable=not (progress and blocks and rank() == 0)) as bar:
+        for block in blocks:
             records = _answer_block(lm, [todo[key] for key in block], block, batch_size, settings)
             written = np.frombuffer(json.dumps(records).encode(), np.uint8)
             store.write(fingerprint(block), {"answers": written})
             known |= {(record["prompt"], record["sample"]): record for record in records}
             bar.update(len(block))
+    if n_ranks() > 1:
+        wait_for_all()
+        known = by_first(lambda: _stored_answers(store))
     return [known[key] for key in wanted]
 
 # %% ../../nbs/20_model/04_answers.ipynb #wanted

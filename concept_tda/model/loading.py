@@ -731,13 +731,20 @@ def _checked_pair(pair: Any) -> tuple[Any, Any]:
 # %% ../../nbs/20_model/00_loading.ipynb #0028-device
 def _moved(model: nn.Module, device: Any) -> None:
     "Put the model on a device; `ModelError` where there is none of that name."
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or _own_device()
     try:
         model.to(device)
     except Exception as err:
         raise ModelError(
             f"device={device!r} cannot be used here: {_first_line(err)}. Leave device out, or name one that "
             "is there, such as \"cpu\" or \"cuda:0\"") from err
+
+# %% ../../nbs/20_model/00_loading.ipynb #own-device
+def _own_device() -> str:
+    "The GPU of this process, the first where nobody says which; the CPU where there is none."
+    if not torch.cuda.is_available(): return "cpu"
+    if "LOCAL_RANK" not in os.environ: return "cuda"
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # as torchrun counts them
 
 # %% ../../nbs/20_model/00_loading.ipynb #slow
 class SlowTypeWarning(UserWarning):
