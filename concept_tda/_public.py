@@ -40,9 +40,11 @@ PUBLIC = {
         "training_checkpoints",
     "model.training": "TrainingError TrainingRecipe StepPlan first_plan TrainingRun train replay load_run",
     "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
+    "model.servers": "ServerError ServedModel",
+    "model.local_server": "LocalServer",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics moderated_variances",
-    "results.cards": "ZERO STEPS Cost Null expected_counts QueryCard",
+    "results.cards": "ZERO STEPS ACCESS Cost Null expected_counts QueryCard",
     "results.attribution": "FORMAT_VERSION question_text prompt_text Leading sentence Prediction Attribution "
         "load_attribution",
     "results.duplicates": "near_duplicates",
@@ -87,6 +89,7 @@ PUBLIC = {
     "influence.pairs": "PairAttribution score_preferences is_of_pairs load_pair_attribution",
     "influence.runs": "RunError adamw_step TrainingInfluence",
     "influence.streaming": "stream_records score_stream",
+    "influence.served": "ServedError ServedQuery write_query load_query ServedCheck ServedInfluence",
     "groups.groups": "GROUP_ORDERS LABEL_COLOURS GroupError Groups column_groups family_groups "
         "cluster_groups GroupScores score_groups union_rows drop_groups coverage_curve compare_groups "
         "random_groups",

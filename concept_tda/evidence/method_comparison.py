@@ -292,7 +292,8 @@ def _null_scores(
     directions_nD = random_directions(acts_ND, null["n"], seed=null["seed"])
     scores_Nn = acts_ND.double() @ directions_nD.double().T
     card = QueryCard("Random direction", "covariance-matched random directions", zero="projection",
-                     model=lm.name, layer=concept.layer, pooling=concept.pooling, data=train.name,
+                     access="activations", model=lm.name, layer=concept.layer, pooling=concept.pooling,
+                     data=train.name,
                      data_fingerprint=train.fingerprint, settings=dict(null),
                      cost=Cost(time.perf_counter() - start, data.n_tokens))
     return Attribution(train, scores_Nn, card, queries=[f"direction {i}" for i in range(null["n"])])

@@ -1128,8 +1128,8 @@ def _atlas_card(asked: _Asked, data: TokenizedConversations, sites: Any, curvatu
     if record:
         settings |= {"curvature_labels": record["labels"], "curvature_examples": record["n_examples"]}
     return QueryCard(
-        method="Influence Atlas", zero="gradient", behaviour="any direction", model=lm.name,
-        model_fingerprint=lm.fingerprint, data=data.conversations.name,
+        method="Influence Atlas", zero="gradient", access="weights", behaviour="any direction",
+        model=lm.name, model_fingerprint=lm.fingerprint, data=data.conversations.name,
         data_fingerprint=data.conversations.fingerprint, layer=asked.layer, pooling=asked.pooling,
         reduction="mean", sites=sites if isinstance(sites, str) else "chosen by name",
         n_sites=len(asked.sites),
@@ -1425,8 +1425,8 @@ def _index_card(build: _Build, sites: Any, settings: dict) -> QueryCard:
     "What the index is."
     lm, data = build.lm, build.data
     return QueryCard(
-        method="Gradient Index", zero="gradient", behaviour="any query", model=lm.name,
-        model_fingerprint=lm.fingerprint, data=data.conversations.name,
+        method="Gradient Index", zero="gradient", access="weights", behaviour="any query",
+        model=lm.name, model_fingerprint=lm.fingerprint, data=data.conversations.name,
         data_fingerprint=data.conversations.fingerprint, reduction="mean",
         sites=sites if isinstance(sites, str) else "chosen by name", n_sites=len(build.sites),
         settings=settings, notes=_cut_note(data) + coverage_notes(lm, sites))

@@ -22,7 +22,7 @@ from ..model.tracing import pooled_activations
 class _Seeded(Scorer):
     "Noise that can be had again."
     method = "Random"
-    zero = "none"
+    zero, access = "none", "text"
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class RandomScore(_Seeded):
 class ResponseLength(Scorer):
     "Number of response tokens."
     method = "Length"
-    zero = "none"
+    zero, access = "none", "text"
 
     def direct(self, data: TokenizedConversations) -> np.ndarray:
         "The number of tokens in the answers of each example."
@@ -59,7 +59,7 @@ class ResponseLength(Scorer):
 class _WordsOfQueries(Scorer):
     "Texts that are searched for."
     method = "BM25"
-    zero = "none"
+    zero, access = "none", "text"
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ def _bm25_scores(queries: list[str], texts: list[str]) -> np.ndarray:
 class _Surprise(Scorer):
     "A model that finds answers likely or unlikely."
     method = "Loss"
-    zero = "none"
+    zero, access = "none", "log-probabilities"
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class MeanLoss(_Surprise):
 class _Similarity(Scorer):
     "Query examples, and where they are compared."
     method = "RepSim"
-    zero = "projection"
+    zero, access = "projection", "activations"
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ from ..model.losses import loss_weights, token_losses
 from ..model.sites import Site, coverage_notes, resolve_sites
 from ..model.tracing import pooling_weights
 from ..results.attribution import Attribution
-from ..results.cards import Cost, QueryCard
+from ..results.cards import ACCESS, Cost, QueryCard
 from ..results.metrics import spearman
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0009
@@ -825,6 +825,7 @@ def _joined(
         "recall_at": scorer.top, "recall": list(recall)}
     card = replace(
         exact.card, method=scorer.method, zero="none", mean=None, data=cheap.card.data,
+        access=min((cheap.card.access, exact.card.access), key=[*ACCESS, None].index),
         data_fingerprint=cheap.card.data_fingerprint, settings=settings, notes=notes + exact.card.notes,
         cost=_both(cheap.card.cost or Cost(), exact.card.cost or Cost()))
     return Attribution(cheap.conversations, _with_cheap_below(cheap, split, picked), card)

@@ -59,6 +59,7 @@ class _Asked:
     method: Any = None           # Name in tables and on the card
     lm: Any = None               # The `LanguageModel`, of a scorer that needs one
     zero: str = "not recorded"   # What the zero of a score means, a key of results.cards.ZERO
+    access: str = "weights"      # What of the model it needs, a key of results.cards.ACCESS
     own_passes: bool = False     # Whether `score` is the scorer's own: one pass is not enough
     extra_seconds: float = 0.    # Work done for the examples outside the pass; counts in the cost
 
@@ -163,8 +164,8 @@ def query_card(
     if getattr(scorer.lm, "chat_template", None):
         settings["chat_template"] = scorer.lm.chat_template
     cost = Cost(seconds=seconds, tokens=data.n_tokens, peak_memory=peak_memory)
-    return QueryCard(method=scorer.method, zero=scorer.zero, code=code_version(), notes=notes,
-                     settings=settings, cost=cost, **_names(scorer.lm, data), **fields)
+    return QueryCard(method=scorer.method, zero=scorer.zero, access=scorer.access, code=code_version(),
+                     notes=notes, settings=settings, cost=cost, **_names(scorer.lm, data), **fields)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #card-parts
 def _names(lm: LanguageModel | None, data: TokenizedConversations) -> dict[str, str | None]:
@@ -269,7 +270,7 @@ def _some_alone(
 class VectorFilter(Scorer):
     "⟨v̂, a(z)⟩: how strongly the example itself activates the concept (Formulas §1, Eq. 15)."
     method = "Vector Filter"
-    zero = "projection"
+    zero, access = "projection", "activations"
 
     def __init__(
         self,
@@ -291,7 +292,7 @@ class VectorFilter(Scorer):
 # %% ../../nbs/50_influence/05_scorers.ipynb #activation-gradient
 class ActivationGradient(VectorFilter):
     "-⟨v̂, ∂L(z)/∂a⟩: would fitting the example move its activation along the concept? (Formulas §1, Eq. 12)"
-    method, zero = "Activation Gradient", "gradient"
+    method, zero, access = "Activation Gradient", "gradient", "weights"
 
     def prepare(self, data: TokenizedConversations) -> Readout:
         "Gradients of the loss with respect to the activations, along the concept."
