@@ -10,7 +10,8 @@ stay in the folder, an interrupted call goes on, and several calls with differen
 
 What would make its numbers wrong: a threshold that a head without a function reaches (the one-layer control
 is there to show); a scoring checkpoint at which the head already exists (`induction_at_scoring`); settings
-chosen on the seeds that are reported (they were chosen on seeds 100 and 101, which are not)."""
+chosen on the seeds that are reported (they were chosen on seeds 100 and 101, which are not). Models of the
+hub, such as EleutherAI/pythia-14m, and real text are the business of documents.py (--model)."""
 
 import argparse
 import json
@@ -22,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from repeats import LENGTH, bigram, config, mixture, repeat, windows
 from sklearn.metrics import roc_auc_score
-from transformers import GPT2Config
 
 from concept_tda.data.documents import token_windows
 from concept_tda.evidence.statistics import t_interval
@@ -48,25 +49,10 @@ from concept_tda.model.training import TrainingRecipe, train
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 
-VOCABULARY, LENGTH, N, PERIODS = 64, 32, 12800, (4, 17)
+N = 12_800  # sequences
 WINDOW, END, THRESHOLD, EVERY = (250, 450), 600, 0.4, 5
 FRACTION, LARGER, EARLIER = 0.1, 0.3, (100, 450)
 FITTED, PROBES, LOOKED_AT = 1500, 256, (200, 250, 300, 350)
-FOLLOW = np.random.default_rng(123).integers(0, VOCABULARY, (VOCABULARY, 4))
-
-
-def repeat(random):
-    """Distinct tokens over and over, and after how many they come again."""
-    period = int(random.integers(*PERIODS))
-    return np.resize(random.choice(VOCABULARY, period, replace=False), LENGTH), period
-
-
-def bigram(random):
-    """Text of a sparse table: each token is followed by one of four."""
-    row = [int(random.integers(VOCABULARY))]
-    while len(row) < LENGTH:
-        row.append(int(FOLLOW[row[-1], random.integers(4)]))
-    return np.array(row)
 
 
 def shuffled(random):
@@ -74,25 +60,6 @@ def shuffled(random):
     row, period = repeat(random)
     cycles = [random.permutation(row[:period]) for _ in range(LENGTH // period + 1)]
     return np.concatenate(cycles)[:LENGTH]
-
-
-def windows(rows, known, name):
-    """Rows of token ids as windows."""
-    return token_windows([torch.from_numpy(row) for row in rows], metadata=known, name=name)
-
-
-def mixture(seed):
-    """Half repeats of distinct tokens with a random period of 4 to 16, half bigram text."""
-    random, rows, known = np.random.default_rng(seed), [], []
-    for _ in range(N):
-        if random.random() < 0.5:
-            row, period = repeat(random)
-            known.append({"kind": "repeat", "period": period})
-        else:
-            row = bigram(random)
-            known.append({"kind": "bigram"})
-        rows.append(row)
-    return windows(rows, known, "repeats and bigrams")
 
 
 def fresh_repeats(n, seed):
@@ -118,24 +85,10 @@ def harder(n, seed):
 
 def trained(seed, layers, data, folder):
     """The recorded run."""
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=LENGTH,
-        n_embd=64,
-        n_layer=layers,
-        n_head=4,
-        n_inner=16,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        attn_implementation="eager",
-    )
     recipe = TrainingRecipe(
         steps=END, batch_size=64, learning_rate=3e-3, warmup_steps=100, schedule="constant", seed=seed
     )
-    return train(config, data, folder / f"run-{seed}-{layers}", recipe, every=50, progress=False)
+    return train(config(layers), data, folder / f"run-{seed}-{layers}", recipe, every=50, progress=False)
 
 
 def wrong_targets(probe_data):
@@ -320,7 +273,7 @@ def looked_at(seed, folder, run, loops):
 
 def of_a_seed(seed, folder):
     """Run, scores and replays of one seed; a dict of plain numbers."""
-    run = trained(seed, 2, mixture(seed), folder)
+    run = trained(seed, 2, mixture(N, seed), folder)
     loops = repeated_sequences(run.lm, 32, LENGTH // 2, seed=1)
     found = kept(folder / f"looked-{seed}.json", lambda: looked_at(seed, folder, run, loops))
     result = scores_of(seed, folder, run)

@@ -1,14 +1,16 @@
 """Training whole models: against plain torch, twice the same, killed and resumed, and replayed with examples
 taken out, doubled and inserted."""
 
+import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from induction import config, copy_accuracy, sequences
+from induction import config, copy_accuracy, mixture
 from transformers import AutoModelForCausalLM
 
 from concept_tda.data.conversations import load_conversations
@@ -19,6 +21,7 @@ from concept_tda.model.training import TrainingError, TrainingRecipe, load_run, 
 
 from tiny import tiny_model, tiny_pair
 
+ROOT = Path(__file__).parent.parent
 RECIPE = TrainingRecipe(steps=12, batch_size=4, learning_rate=3e-3, warmup_steps=3)
 
 
@@ -344,9 +347,23 @@ def test_two_layers_learn_to_copy_at_random_periods_in_a_jump_and_one_layer_neve
     recipe = TrainingRecipe(
         steps=600, batch_size=64, learning_rate=3e-3, warmup_steps=100, schedule="constant"
     )
-    data = sequences(recipe.steps * recipe.batch_size)
+    data = mixture(recipe.steps * recipe.batch_size, seed=0)
     options = dict(every=100, watch={"copy": copy_accuracy}, watch_every=50, progress=False)
     two = train(config(2), data, tmp_path / "two", recipe, **options).steps.set_index("step")["copy"].dropna()
     one = train(config(1), data, tmp_path / "one", recipe, **options).steps.set_index("step")["copy"].dropna()
     assert two.loc[:200].max() < 0.15 and two.loc[600] > 0.9
     assert one.max() < 0.15
+
+
+def test_the_tutorial_writes_out_the_sequences_and_models_of_the_benchmark():
+    cells = json.loads((ROOT / "nbs/tutorials/where_does_an_induction_head_come_from.ipynb").read_text())[
+        "cells"
+    ]
+    source = {cell["id"]: "".join(cell["source"]) for cell in cells}
+    page = {}
+    for code in (source["imports"], source["data"], source["trap"].partition("same_period =")[0]):
+        exec(code, page)
+    theirs, ours = page["sequences"](60, seed=3), mixture(60, seed=3)
+    assert [one.tokens.tolist() for one in theirs] == [one.tokens.tolist() for one in ours]
+    assert [one.metadata["kind"] for one in theirs] == [one.metadata["kind"] for one in ours]
+    assert page["model"](2).to_dict() == config(2).to_dict()
