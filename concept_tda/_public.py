@@ -19,8 +19,8 @@ PUBLIC = {
         "bundled",
     "data.templates": "template_names chat_template_text as_given render TemplateProfile Rendered "
         "rendered_chats",
-    "data.tokens": "response_mask encoded_texts TokenizedConversation readable_tokens TokenizedConversations "
-        "tokenize tokenize_prompts",
+    "data.tokens": "KINDS response_mask encoded_texts TokenizedConversation readable_tokens token_kinds "
+        "TokenizedConversations tokenize tokenize_prompts",
     "data.batches": "Batch batch_of batches",
     "data.preferences": "Pair Preferences load_preferences",
     "data.documents": "DocumentError Document Piece Window Windows Documents load_documents as_examples "
@@ -135,12 +135,13 @@ PUBLIC = {
     "evidence.method_comparison": "Scorers baseline_scorers scorer_key MethodComparison",
     "evidence.pareto": "ParetoCurve",
     "views.html": "ORANGE BLUE VIEW_STYLE page_part colour_limit ColourScale colour_scale legend_html "
-        "conversation_html card_html histogram_svg table_html sheet_html facts_html example_html "
-        "examples_html end_titles attribution_html marked_html show_card show_sheet show_facts "
-        "show_attribution show_comparison show_plan show_diagnosis show_marked",
-    "views.contents": "BROWSER_SCRIPTS WidgetError front_end percentiles_for_length null_z short_name "
-        "Contents example_texts end_words browser_table browser_columns rounded_columns token_turns "
-        "written_turns example_to_read snippet search_terms hits within from_both_ends json_in_script",
+        "conversation_html card_html histogram_svg result_histogram table_html sheet_html facts_html "
+        "ScoreParts score_parts parts_html example_html examples_html end_titles attribution_html "
+        "marked_html show_card show_sheet show_facts show_attribution show_comparison show_plan "
+        "show_diagnosis show_marked",
+    "views.contents": "BROWSER_SCRIPTS WidgetError front_end percentiles_for_length short_name Contents "
+        "example_texts end_words browser_table browser_columns rounded_columns token_turns written_turns "
+        "example_to_read snippet search_terms hits within from_both_ends json_in_script",
     "views.review": "MARKS review_head Review",
     "views.browser": "embedded_browser script_hash OfflinePage offline_page ExampleBrowser",
     "views.mixer": "concepts_by_name mixed_concept ConceptMixer",

@@ -140,7 +140,7 @@ def test_the_report_shows_both_ends_of_every_method_with_their_numbers(tmp_path)
             beats = re.findall(r"<span class='score' title='score ([^']+)'>higher than ([^<]+)<", part)
             assert beats == [(f"{s:.6g}", percent_text(p)) for s, p in zip(end.scores, end.percentiles)]
             spreads = [f"{score / result.scores.std():+.2f} spreads" for score in end.scores]
-            assert re.findall(r">([^<>]+ spreads)<", part) == spreads
+            assert re.findall(r"<span title='score[^']*'>([^<>]+ spreads)<", part) == spreads
             assert re.findall(r"row (\d+) · <code>", part) == [str(row) for row in end.rows]
             assert re.findall(r"rank (\d+) of 40", part) == [str(rank) for rank in end.ranks]
         assert "one example was cut" in section and "feed" in section and "<svg" in section
@@ -149,7 +149,9 @@ def test_the_report_shows_both_ends_of_every_method_with_their_numbers(tmp_path)
         f"rank by BM25: {results[1].ranks[first.rows[0]]}" in page
         and f"labelled: {'yes' if first.rows[0] % 2 == 0 else 'no'}" in page
     )
-    assert all(f"title='{score:+.3g}'" in sections[0] for score in first.token_scores[0])
+    sink, *others = first.token_scores[0]
+    assert all(f"title='{score:+.3g}'" in sections[0] for score in others)
+    assert f"title='{sink:+.3g}, the attention sink: not coloured'" in sections[0]
 
 
 def test_the_rows_side_by_side_show_the_question_each_answer_answers(tmp_path):

@@ -1,14 +1,23 @@
 """The unit of a score: multiples of its null against oracles, planted examples, order, files; which leads."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_attribution import make
 
+from concept_tda.data.conversations import load_conversations
+from concept_tda.data.documents import load_documents
+from concept_tda.data.tokens import token_kinds, tokenize
 from concept_tda.results.attribution import Attribution, load_attribution
 from concept_tda.results.cards import STEPS, Null, QueryCard, expected_counts
-from concept_tda.results.metrics import AttributionError
+from concept_tda.results.metrics import AttributionError, percent_text
+from concept_tda.views.contents import Contents, browser_table, example_to_read
+from concept_tda.views.html import colour_scale, example_html, score_parts
+from concept_tda.views.report import write_report
+
+from tiny import tiny_tokenizer
 
 GRADIENT = QueryCard("Concept Influence", "sycophancy", zero="gradient")
 PROJECTION = replace(GRADIENT, method="Vector Filter", zero="projection")
@@ -146,3 +155,114 @@ def test_what_is_no_null_is_refused():
     same = np.tile(draws[:, :1], 9) * np.append(0, np.ones(29))[:, None]  # an example that no draw moves
     assert np.isnan(result.with_null(same).times_null[0]) and result.with_null(same).distance_words(0) == ""
     assert str(Null("signs", 128, None, [])) == "128 signs"
+
+
+# what lies where
+
+
+def sunk(n=6, kind="gradient"):
+    "Chats in ChatML with made-up token scores, most of them on the first token."
+    data = tokenize(make(n).conversations, tiny_tokenizer())
+    rng = np.random.default_rng(0)
+    scores = [rng.normal(size=length) * np.append(30, np.ones(length - 1)) for length in data.lengths]
+    return data, Attribution(
+        data, [s.sum() for s in scores], replace(GRADIENT, zero=kind), token_scores=scores
+    )
+
+
+def test_parts_add_up_to_the_score_and_each_token_is_of_one_kind(tmp_path):
+    data, result = sunk()
+    parts, sizes = result.parts(), result.parts(absolute=True)
+    assert list(parts) == ["sink", "template", "prompt", "response"] and list(parts.index) == list(range(6))
+    assert np.allclose(parts.sum(axis=1), result.scores, atol=1e-4)  # token scores are kept in float32
+    for row, item in enumerate(data):
+        kinds, texts = result.kinds(row), np.array(data.tokens(row))
+        assert kinds[0] == "sink" and (kinds == "response").tolist() == item.response_mask.tolist()
+        said = lambda kind: "".join("".join(texts[kinds == kind]).split())
+        asked = "".join(m["content"] for m in data.conversations[row].prompt)
+        assert said("prompt") == "".join(asked.split()) and "<|im_start|>" in said("template")
+        by_hand = sum(float(np.float32(s)) for s, k in zip(result.token_scores[row], kinds) if k == "prompt")
+        assert np.isclose(parts["prompt"][row], by_hand)
+    assert np.allclose(result.sink_shares, sizes["sink"] / sizes.sum(axis=1))
+    assert f"{np.median(result.sink_shares):.0%}" in result.sink_words
+    result.save(tmp_path / "scores.parquet")  # known without the tokenizer
+    again = load_attribution(tmp_path / "scores.parquet")
+    assert again.parts().equals(parts) and again.top(2).parts().equals(parts.loc[again.top(2).rows])
+
+
+@pytest.mark.parametrize("asked", ["user", "assistant", "hi", "a\n\n  b", "😀 emoji", "<|im_end|>x", " x "])
+@pytest.mark.parametrize("cut", [None, 25])
+def test_the_kinds_of_prompts_that_look_like_a_template(asked, cut):
+    chats = load_conversations([{"prompt": asked, "response": "yes, " * 20}])
+    tokenizer = tiny_tokenizer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = tokenize(chats, tokenizer, max_tokens=cut)
+    tokens, mask = data.tokens(0), data[0].response_mask
+    kinds = token_kinds(tokens, mask, chats[0].messages)
+    said = "".join(np.array(tokens)[kinds == "prompt"])
+    assert "".join(said.split()) == "".join(asked.split()) or asked in ("assistant", "<|im_end|>x")
+    assert (kinds[mask.numpy()] == "response").all() and len(kinds) == len(tokens)
+
+
+def test_a_cut_prompt_and_a_rewritten_one():
+    tokens = ["<|im_start|>", "user", "\n", "a long", " question th"]
+    long = [{"role": "user", "content": "a long question that was cut"}]
+    kinds = token_kinds(tokens, [False] * 5, long)
+    assert kinds.tolist() == ["sink", "template", "template", "prompt", "prompt"]
+    other = [{"role": "user", "content": "WORDS THAT ARE NOWHERE"}]
+    kinds = token_kinds([*tokens, "<|im_end|>", "yes"], [False] * 6 + [True], other)
+    assert kinds.tolist() == ["sink", *["prompt"] * 4, "template", "response"]
+    assert token_kinds(["a", "b", "c"], [False, True, True], None).tolist() == ["sink", "text", "text"]
+
+
+def test_a_window_of_a_document_has_sink_and_text():
+    texts = [{"text": "one two three four five six seven eight"}] * 2
+    data = tokenize(load_documents(texts, window=16), tiny_tokenizer())
+    scores = [np.arange(1.0, 1 + length) for length in data.lengths]
+    result = Attribution(data, [s.sum() for s in scores], GRADIENT, token_scores=scores)
+    parts = result.parts()
+    assert list(parts) == ["sink", "text"] and (parts["sink"] == 1).all()
+    assert np.allclose(parts.sum(axis=1), result.scores)
+
+
+def test_views_take_a_score_apart_in_the_unit_that_leads():
+    _, result = sunk()
+    draws = np.random.default_rng(1).normal(size=(6, 50)) * 9
+    shifted = Attribution(  # a projection that is read from its mean
+        sunk()[0], result.scores, PROJECTION, token_scores=result.token_scores
+    )
+    unit = {"gradient": "spreads", "null": "× null", "projection": "spreads"}
+    cases = {"gradient": result, "null": result.with_null(draws), "projection": shifted}
+    for name, one in cases.items():
+        found = score_parts(one, 2)
+        assert np.isclose(sum(amount for _, amount in found.parts), found.total, rtol=1e-5)
+        assert found.unit == unit[name] and np.isclose(found.total, one.leading.values[2])
+        page, example = example_html(one, 2), example_to_read(one, 2)
+        assert f"= {found.total:+.2f} {found.unit}" in page and found.sink_words in page
+        assert example["parts"]["unit"] == found.unit and example["turns"][0]["sink"]
+    assert ("mean of the file" in dict(score_parts(shifted, 2).parts)) and "the attention sink" in page
+    assert score_parts(result.without_token_scores(), 2) is None
+
+
+def test_colours_are_scaled_without_the_first_token():
+    _, result = sunk()
+    without = [np.append(0, one[1:]) for one in result.token_scores]
+    assert colour_scale(result.token_scores) == colour_scale(without)
+    assert colour_scale(result.token_scores).limit < max(np.abs(one[0]) for one in result.token_scores) / 5
+    shown = Contents(result)
+    assert shown.scale == colour_scale(without) and browser_table(shown)["sink_words"] == result.sink_words
+
+
+def test_a_report_and_a_figure_draw_the_null(tmp_path):
+    result, rng = make(40), np.random.default_rng(0)
+    draws = rng.normal(size=(40, 100))
+    plain = write_report(result, tmp_path / "plain.html").read_text()
+    page = write_report([result, make(40, seed=1)], tmp_path / "null.html", null=draws).read_text()
+    carried = write_report(result.with_null(draws), tmp_path / "carried.html").read_text()
+    assert "class='null'" not in plain and "× null" not in plain
+    for text in (page, carried):
+        assert text.count("class='null'") == 1 and "where 100 random directions put the examples" in text
+        best = result.with_null(draws).top(1)
+        assert f"higher than {percent_text(best.percentiles[0])} · {best.distance_words(0)}" in text
+        assert '"kind":"null"' in text and "1 × null is how far 100 random directions" in text

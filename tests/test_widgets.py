@@ -11,13 +11,13 @@ from concept_tda.data.conversations import Conversation, Conversations, load_con
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 from concept_tda.results.duplicates import near_duplicates
+from concept_tda.results.metrics import AttributionError
 from concept_tda.views import contents
 from concept_tda.views.browser import ExampleBrowser, embedded_browser
 from concept_tda.views.contents import (
     BROWSER_SCRIPTS,
     WidgetError,
     front_end,
-    null_z,
     percentiles_for_length,
 )
 from concept_tda.views.explorer import ConceptExplorer, concept_reading
@@ -98,24 +98,23 @@ def test_percentiles_for_length_are_those_of_the_neighbours_in_length(n):
         assert np.isclose(found[order[place]], 100 * (np.mean(near < own) + np.mean(near == own) / 2))
 
 
-def test_z_is_against_each_example_s_own_random_scores():
-    result, rng = make(12), np.random.default_rng(0)
-    null = rng.normal(size=(12, 7))
-    expected = [(score - row.mean()) / row.std(ddof=1) for score, row in zip(result.scores, null)]
-    backwards = [
-        Attribution(result.conversations[::-1], column[::-1], CARD) for column in null.T
-    ]  # matched by id, not by place
-    for given in (null, backwards, Attribution(result.conversations, null, CARD)):
-        assert np.allclose(null_z(result, given), expected)
-
-
-@pytest.mark.parametrize(
-    "null, words",
-    [(np.zeros((12, 4)), "at least 5"), (np.zeros((11, 9)), "at least 5"), (np.zeros((12, 9)), "no spread")],
-)
-def test_a_null_that_cannot_be_one(null, words):
-    with pytest.raises(WidgetError, match=words):
-        null_z(make(12), null)
+def test_the_browser_leads_with_multiples_of_the_null_it_is_given():
+    result, null = make(12), np.random.default_rng(0).normal(size=(12, 7))
+    expected = result.with_null(null)
+    backwards = [Attribution(result.conversations[::-1], column[::-1], CARD) for column in null.T]
+    for given in (
+        null,
+        backwards,
+        Attribution(result.conversations, null, CARD),
+    ):  # matched by id, not by place
+        shown = ExampleBrowser(result, [make(12, seed=1)], null=given)
+        assert np.allclose(np.frombuffer(shown.columns["leading0"]), expected.times_null)
+        first, second = shown.table["methods"]
+        assert first["kind"] == "null" and first["null"]["words"] == "7 random directions"
+        assert second["kind"] == "spread" and second["null"] is None
+    for wrong in (np.zeros((12, 4)), np.zeros((11, 9))):
+        with pytest.raises(AttributionError, match="at least 5"):
+            ExampleBrowser(result, null=wrong)
 
 
 def test_columns_hold_the_numbers_of_every_method(browser):

@@ -65,16 +65,20 @@ def examples_text(
     part: "Attribution", # One end of a result
     width: int,          # Of the terminal
 ) -> list[str]:
-    "Lines of one end of a result: rank, score, question, and up to two lines of response."
+    "Lines of one end of a result: rank, percentile, distance, question, and up to two lines of response."
     from concept_tda.foundation.display import one_line
     from concept_tda.results.attribution import question_text
-    text_width, lines = max(30, width - 23), [f"{'rank':>6} {'score':>11}    example"]
+    from concept_tda.results.metrics import percent_text
+    leading = part.leading
+    head = f"{'rank':>6} {'higher than':>12} {leading.heading if leading.unit else '':>{leading.width}}"
+    text_width, lines = max(30, width - len(head) - 4), [f"{head}    example"]
     for i, conversation in enumerate(part.conversations):
         short = one_line(conversation.response, 2*text_width - 8)
         answer = textwrap.wrap(short, text_width - 2) or ["(empty)"]
         question = one_line(question_text(conversation), text_width)
-        lines.append(f"{part.ranks[i]:>6} {part.scores[i]:>+11.4g}    {question}")
-        lines += [f"{'':21} {'→' if line is answer[0] else ' '} {line}" for line in answer[:2]]
+        place = f"{part.ranks[i]:>6} {percent_text(part.percentiles[i]):>12}"
+        lines.append(f"{place} {leading.number(i):>{leading.width}}    {question}")
+        lines += [f"{'':{len(head) + 2}} {'→' if line is answer[0] else ' '} {line}" for line in answer[:2]]
     return lines
 
 # %% ../../nbs/95_commands/02_results.ipynb #9215
@@ -92,5 +96,9 @@ def print_ends(
         typer.echo(f"\n{result.card.method} · {name} · {len(result)} examples{cost}")
         for end in [one.top(n), one.bottom(n)] if bottom else [one.top(n)]:
             typer.echo("\n".join(examples_text(end, width)) + ("\n" if bottom else ""))
+        if one.unit_words:
+            typer.echo(f"  {one.unit_words}")
+        if one.sink_words:
+            typer.echo(f"  {one.sink_words}")
     for text in result.card.notes if note else []:
         typer.echo(f"  note: {text}")

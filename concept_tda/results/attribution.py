@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 
 from ..data.conversations import Conversation, Conversations
-from ..data.documents import examples_from_columns
+from ..data.documents import Window, examples_from_columns
 from ..data.masks import TokenMask, token_mark, tokenizer_record
+from ..data.tokens import KINDS, token_kinds
 from ..foundation.display import act, html_of, one_line
 from ..foundation.storage import atomic_file
 from .cards import STEPS, Null, QueryCard, expected_counts
@@ -458,6 +459,7 @@ class _Numbers:
     "A number for each example, and its unit."
     kind: str          # "effect", "null", "spread" or "none"
     values: np.ndarray # [N]; NaN where there is no number
+    scales: np.ndarray # [N], what a raw score away from the centre is multiplied by to give the number
     unit: str          # What follows the number, such as "× null"; empty for "none"
     words: str         # What one of it is, in a sentence; empty for "none"
 
@@ -496,18 +498,28 @@ class _Led(_WithNull):
     @property
     def leading(self) -> Leading:
         "The number to lead with, its unit and what that is. For one query."
-        card, centre, result = self.card, self.centre, self.query()
+        result, card = self.query(), self.card
+        kind, scales, unit, words = result._best_unit()
+        centre = 0. if card.effect is not None else result.centre or 0.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = (result.scores - centre) * scales
+        return Leading(kind, np.where(np.isfinite(values), values, np.nan), scales, unit, words)
+
+    def _best_unit(self) -> tuple[str, np.ndarray, str, str]:
+        "Kind, scales, unit and its words."
+        card, each = self.card, np.ones(len(self))
         if card.effect is not None:
-            return Leading("effect", -card.effect*result.scores, card.unit or "of the query",
-                           f"The number is in the unit of {result.queries[0]!r}: leaving the example out "
-                           "should change it by as much, with the sign turned.")
-        if self.null is not None:
-            return Leading("null", result.times_null, "× null",
-                           f"1 × null is how far {self.null} put the same example from the centre.")
-        if centre is None or not self.spread > 0:
-            return Leading("none", np.full(len(self), np.nan), "", "")
-        words = f"A spread is {self.spread:.3g}, the standard deviation of all {self.n_total:,} scores."
-        return Leading("spread", result.distances, "spreads", words)
+            return ("effect", -card.effect*each, card.unit or "of the query",
+                    f"The number is in the unit of {self.queries[0]!r}: leaving the example out should "
+                    "change it by as much, with the sign turned.")
+        if self.null is not None and self._null_spreads is not None:
+            with np.errstate(divide="ignore"):
+                scales = 1 / self._null_spreads[:, 0]
+            return ("null", scales, "× null",
+                    f"1 × null is how far {self.null} put the same example from the centre.")
+        if self.centre is None or not self.spread > 0: return "none", np.nan*each, "", ""
+        return ("spread", each/self.spread, "spreads",
+                f"A spread is {self.spread:.3g}, the standard deviation of all {self.n_total:,} scores.")
 
 # %% ../../nbs/30_results/02_attribution.ipynb #004d
 def sentence(
@@ -929,6 +941,65 @@ class _Masked(_Masking):
             else _own_weights(by, scores_R)
         return result._as_mask(counted, weights_R)
 
+# %% ../../nbs/30_results/02_attribution.ipynb #parts-code
+class _ByKind(_Masked):
+    "Scores by kind of token."
+    def kinds(
+        self,
+        position: int, # Which example
+    ) -> np.ndarray:   # [T] of text
+        "What kind each token of an example is. Raises `AttributionError` without token scores."
+        if self.tokens is None or self.response_masks is None:
+            raise AttributionError(f"{self.label} has no token scores, so it can't be said where its scores "
+                                   "lie: score again with tokens=True")
+        one, tokens = self.conversations[position], self.tokens[position]
+        messages = None if isinstance(one, Window) else one.messages
+        return token_kinds(tokens, self.response_masks[position], messages)
+
+# %% ../../nbs/30_results/02_attribution.ipynb #parts-code-2
+class _Split(_ByKind):
+    "Sums by kind of token."
+    def parts(
+        self,
+        query: str | None = None, # Which query, where there are several
+        *,
+        absolute: bool = False,   # Add up the sizes of the token scores instead
+    ) -> pd.DataFrame:            # A row for each example, by row in the file; a column for each kind
+        """How much of each score lies on which kind of token; a row adds up to the score. Raises
+        `AttributionError` without token scores."""
+        result, rows = self.query(query), []
+        for position in range(len(result)):
+            kinds = result.kinds(position)
+            scores = np.asarray((result.token_scores or [])[position], np.float64)
+            sizes = np.abs(scores) if absolute else scores
+            rows.append({kind: sizes[kinds == kind].sum() for kind in _kind_names(kinds)})
+        return pd.DataFrame(rows, index=pd.Index(result.rows, name="row")).fillna(0.)
+
+def _kind_names(kinds: np.ndarray) -> Sequence[str]:
+    "The kinds that an example of this sort can have."
+    return ("sink", "text") if (kinds[1:] == "text").any() else KINDS
+
+# %% ../../nbs/30_results/02_attribution.ipynb #shares
+class _Shares(_Split):
+    "The share of the sink."
+    @property
+    def sink_shares(self) -> np.ndarray:
+        "Share of the first token in the sizes of an example's token scores, [N]; NaN where there are none."
+        sizes = [np.abs(np.asarray(scores, np.float64)) for scores in self.query().token_scores or []]
+        if not sizes: return np.full(len(self), np.nan)
+        totals = np.array([one.sum() for one in sizes])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.array([one[:1].sum() for one in sizes]) / totals
+
+    @property
+    def sink_words(self) -> str:
+        "What the first token carries, in a sentence; empty where it carries nothing."
+        shares = self.sink_shares
+        if not (np.nan_to_num(shares) > 0).any(): return ""
+        return (f"The first token of an example, the attention sink, carries a median "
+                f"{np.nanmedian(shares):.0%} of the sizes of its token scores. It is not coloured, and the "
+                "colours of the others are scaled without it.")
+
 # %% ../../nbs/30_results/02_attribution.ipynb #0071
 FORMAT_VERSION = 1
 
@@ -937,7 +1008,7 @@ def _numbers(values: np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
 
 # %% ../../nbs/30_results/02_attribution.ipynb #content
-class _Columned(_Masked):
+class _Columned(_Shares):
     "The columns of a file."
     def _file_columns(self) -> dict[str, list[Any]]:
         "A row for each example, in plain values."

@@ -216,7 +216,8 @@ class ExampleView {
     const whose = select.method !== 0 && table.has_labels ? `By ${table.methods[0].name}: ` : "";
     this.readingNote.textContent = whose + table.reading; // how well the first method finds the labels
     this.root.setAttribute("aria-label", `Example browser: ${this.title.textContent}`);
-    this.sign.replaceChildren(el("bdi", {}, method.name), ": ", el("bdi", {}, method.reading), " ", ...key);
+    const sink = select.method === 0 && table.sink_words ? `${table.sink_words} ` : "";
+    this.sign.replaceChildren(el("bdi", {}, method.name), ": ", el("bdi", {}, method.reading), ` ${sink}`, ...key);
   }
   /**
    * "more", "less" or, without a sign, "plain".
@@ -227,14 +228,20 @@ class ExampleView {
     return centre === null ? "plain" : score > centre ? "more" : "less";
   }
   /**
-   * The distance from the centre in spreads, or the raw score where there is no centre.
-   * @param {number} score
+   * The number that leads, with its unit: the behaviour's own, multiples of the null, or spreads; empty for a method whose
+   * scores are only an order.
+   * @param {number} place
    */
-  distance(score, method = this.select.method) {
-    const {centre, spread} = this.table.methods[method];
-    return centre === null || spread === null
-      ? general(score)
-      : `${signed((score - centre) / spread, 3)} spreads`;
+  distance(place, method = this.select.method) {
+    const value = this.source.column(`leading${method}`)[place];
+    return Number.isNaN(value) ? "" : `${signed(value, 3)} ${this.table.methods[method].unit}`;
+  }
+  /**
+   * The raw score, for titles.
+   * @param {number} place
+   */
+  raw(place, method = this.select.method) {
+    return `score ${signed(this.source.column(`score${method}`)[place], 6)}`;
   }
 
   buildHead() {
@@ -382,7 +389,7 @@ class ExampleView {
       ["low", "lowest score first"],
       ["strong", "strongest either way"],
       ["similar", "high for its length"],
-      ...(table.has_z ? [["z", "highest z first"]] : []),
+      ...(table.methods[select.method].null ? [["null", "highest above the null first"]] : []),
       ["long", "longest first"],
       ["short", "shortest first"],
       ["file", "as in the file"],
@@ -505,7 +512,8 @@ class ExampleView {
     select.method = method;
     select.brush = null;
     if (select.against === method) Object.assign(select, {against: null, order: "high", gap: 0});
-    if ((select.order === "similar" || select.order === "z") && method !== 0) select.order = "high";
+    const known = select.order === "similar" ? method === 0 : select.order !== "null" || this.table.methods[method].null;
+    if (!known) select.order = "high";
     this.fillOrders();
     this.filtersChanged();
   }
@@ -518,7 +526,7 @@ class ExampleView {
       select.gap = 0;
       this.gapPick.value = "0";
     } else if (this.scatter) this.scatter.other = select.against;
-    if (order === "similar" || order === "z") {
+    if (order === "similar") {
       select.method = 0;
       this.methodPick.value = "0";
     }
@@ -601,7 +609,7 @@ class ExampleView {
         this.view.pass,
         select.brush,
         `scores of ${table.methods[select.method].name}`,
-        table.methods[select.method].centre,
+        table.methods[select.method],
       );
     else {
       this.histogram.pass = this.view.pass;
@@ -675,7 +683,7 @@ class ExampleView {
             low: ["lowest", "highest"],
             strong: ["strongest", "weakest"],
             similar: ["highest for its length", "lowest"],
-            z: ["highest z", "lowest z"],
+            null: ["highest above the null", "lowest"],
             long: ["longest", "shortest"],
             short: ["shortest", "longest"],
             file: ["first row", "last row"],
@@ -855,14 +863,11 @@ class ExampleView {
       box,
       el(
         "span",
-        {class: `score ${this.side(score)}`, title: `score ${signed(score, 6)}`},
+        {class: `score ${this.side(score)}`, title: this.raw(place)},
         percent(column(`percentile${select.method}`)[place]),
       ),
-      el("span", {class: "quiet distance", title: `score ${signed(score, 6)}`}, this.distance(score)),
+      el("span", {class: "quiet distance", title: this.raw(place)}, this.distance(place)),
       el("span", {class: "quiet"}, `#${whole(column(`rank${select.method}`)[place])}`),
-      table.has_z && select.method === 0
-        ? el("span", {class: "quiet"}, `z ${signed(column("z")[place], 2)}`)
-        : null,
       tag,
       labelled,
       same ? el("span", {class: "tag"}, `+${whole(same)} alike`) : null,
@@ -1146,7 +1151,7 @@ class ExampleView {
       );
     };
     const hasTokens = example.turns.some(turn => turn.scores);
-    const head = ["method", "score", "rank", "higher than", ...(table.has_z ? ["z"] : [])];
+    const head = ["method", "higher than", "distance", "rank"];
     const numbers = el(
       "div",
       {class: "wide"},
@@ -1170,14 +1175,9 @@ class ExampleView {
               "tr",
               {class: number === this.select.method ? "here" : ""},
               el("th", {scope: "row"}, el("bdi", {}, method.name)),
-              el(
-                "td",
-                {title: `score ${signed(column(`score${number}`)[place], 6)}`},
-                this.distance(column(`score${number}`)[place], number),
-              ),
+              this.strip(column(`percentile${number}`)[place], this.raw(place, number)),
+              el("td", {title: this.raw(place, number)}, this.distance(place, number) || "–"),
               el("td", {}, `${whole(column(`rank${number}`)[place])} of ${whole(table.n_total)}`),
-              this.strip(column(`percentile${number}`)[place]),
-              table.has_z ? el("td", {}, number ? "–" : signed(column("z")[place], 3)) : null,
             ),
           ),
         ),
@@ -1195,6 +1195,7 @@ class ExampleView {
         source.link ? el("a", {href: source.link(place)}, "link to this example") : null,
       ),
       numbers,
+      example.parts ? partsBar(example.parts, table.methods.length > 1 ? table.methods[0].name : "") : null,
       hasTokens
         ? el(
             "div",
@@ -1215,12 +1216,15 @@ class ExampleView {
         : null,
     ].filter(part => part !== null);
   }
-  /** @param {number} value */
-  strip(value) {
+  /**
+   * @param {number} value
+   * @param {string} title
+   */
+  strip(value, title) {
     const dot = el("span"),
       bar = el("span", {class: "strip", "aria-hidden": "true"}, dot);
     dot.style.left = `${value}%`;
-    return el("td", {class: "with-strip"}, percent(value), bar);
+    return el("td", {class: "with-strip", title}, percent(value), bar);
   }
   /** @param {number} place */
   alike(place) {
@@ -1232,8 +1236,7 @@ class ExampleView {
       if (group === groups[place] && other !== place) others.push(other);
     });
     if (!others.length) return null;
-    const all = [place, ...others],
-      scores = this.select.scores;
+    const all = [place, ...others];
     return el(
       "details",
       {class: "alike"},
@@ -1252,7 +1255,7 @@ class ExampleView {
                 {type: "button", class: "link", onclick: () => this.reveal(other)},
                 `row ${whole(this.source.column("row")[other])}`,
               ),
-              ` ${signed(scores[other])}`,
+              ` ${percent(this.source.column(`percentile${this.select.method}`)[other])} ${this.distance(other)}`,
             ),
           ),
       ),

@@ -15,6 +15,26 @@ function endsOf(values) {
   return [low, high];
 }
 
+/**
+ * The share of a distribution that lies below a value, from its quantiles at equal steps.
+ * @param {number[]} quantiles lowest to highest
+ * @param {number} value
+ */
+function shareBelow(quantiles, value) {
+  const last = quantiles.length - 1;
+  if (value <= quantiles[0]) return 0;
+  if (value >= quantiles[last]) return 1;
+  let low = 0,
+    high = last;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (quantiles[middle] <= value) low = middle;
+    else high = middle;
+  }
+  const gap = quantiles[high] - quantiles[low];
+  return (low + (gap > 0 ? (value - quantiles[low]) / gap : 0)) / last;
+}
+
 /** Histogram of all scores; the part that passes is in colour; a range can be brushed with pointer or arrow keys. */
 class Histogram {
   /** @type {Column} */
@@ -28,6 +48,8 @@ class Histogram {
   label = "";
   /** @type {number | null} */
   centre = null;
+  /** @type {Method | null} */
+  method = null;
   low = 0;
   high = 0;
   span = 0;
@@ -54,7 +76,8 @@ class Histogram {
       ...this.handles,
     );
     this.ends = el("div", {class: "ends quiet"});
-    this.node = el("div", {class: "histogram"}, this.chart, this.ends);
+    this.line = el("div", {class: "null-words quiet", hidden: true});
+    this.node = el("div", {class: "histogram"}, this.chart, this.ends, this.line);
     this.chart.addEventListener("pointerdown", event => this.press(event));
     new ResizeObserver(() => this.values.length && this.draw()).observe(this.chart);
   }
@@ -63,10 +86,13 @@ class Histogram {
    * @param {Uint8Array} pass
    * @param {[number, number] | null} brush
    * @param {string} label
-   * @param {number | null} centre
+   * @param {Method} method
    */
-  set(values, pass, brush, label, centre) {
-    Object.assign(this, {values, pass, brush, label, centre});
+  set(values, pass, brush, label, method) {
+    Object.assign(this, {values, pass, brush, label, method, centre: method.centre});
+    const told = method.null ? `Line: where ${method.null.words} put the examples.` : "";
+    this.line.textContent = told;
+    this.line.hidden = !told;
     this.draw();
   }
   /** @param {number} value */
@@ -129,18 +155,47 @@ class Histogram {
       at = centre === null ? -1 : this.x(centre);
     if (at > 0 && at < 1)
       drawn.push(svg("line", {x1: at * width, x2: at * width, y1: 0, y2: 84, class: "zero"}));
+    if (this.method?.null && centre !== null) drawn.push(this.nullLine(this.method.null, centre, bins, width, height));
     this.bars.replaceChildren(...drawn);
     const zero =
       at > 0.15 && at < 0.85
-        ? el("span", {class: "at-zero"}, centre ? `mean ${general(centre)}` : "0")
+        ? el("span", {class: "at-zero", title: `score ${general(centre ?? 0)}`}, centre ? "mean of the file" : "0")
         : null;
     if (zero) zero.style.insetInlineStart = `${100 * at}%`;
     this.ends.replaceChildren(
-      el("span", {}, signed(this.low)),
+      el("span", {title: `score ${signed(this.low, 6)}`}, this.away(this.low)),
       ...(zero ? [zero] : []),
-      el("span", {}, signed(this.high)),
+      el("span", {title: `score ${signed(this.high, 6)}`}, this.away(this.high)),
     );
     this.drawBrush();
+  }
+  /**
+   * A score as its distance from the centre in spreads; as it is where there is no centre.
+   * @param {number} value
+   */
+  away(value) {
+    const {centre, spread} = this.method ?? {centre: null, spread: null};
+    return centre === null || spread === null
+      ? signed(value)
+      : `${signed((value - centre) / spread, 3)} spreads`;
+  }
+  /**
+   * What the null puts into each bin, as a line of steps over the bars.
+   * @param {Null} chance
+   * @param {number} centre
+   * @param {number} bins
+   * @param {number} width
+   * @param {(count: number) => number} height
+   */
+  nullLine({quantiles}, centre, bins, width, height) {
+    const n = this.values.length,
+      below = (/** @type {number} */ bin) => shareBelow(quantiles, this.low + (this.span * bin) / bins - centre);
+    let path = "M0 84";
+    for (let bin = 0; bin < bins; bin++) {
+      const up = Math.min(82, height(n * (below(bin + 1) - below(bin))));
+      path += `V${(84 - up).toFixed(1)}H${(((bin + 1) * width) / bins).toFixed(1)}`;
+    }
+    return svg("path", {class: "null", d: `${path}V84`});
   }
   drawBrush() {
     const [from, to] = this.brush ?? [this.low, this.high];
@@ -442,7 +497,14 @@ class Scatter {
     clearTimeout(this.telling);
     if (place === null) return this.readout.replaceChildren();
     const {column} = this.source,
-      words = `row ${whole(column("row")[place])} · ${signed(this.acrossValues[place])} (rank ${whole(column(`rank${this.method}`)[place])}) · other: ${signed(column(`score${this.other}`)[place])} (rank ${whole(column(`rank${this.other}`)[place])})`;
+      told = (/** @type {number} */ method) => {
+        const value = column(`leading${method}`)[place],
+          rank = `rank ${whole(column(`rank${method}`)[place])}`;
+        return Number.isNaN(value)
+          ? rank
+          : `${signed(value, 3)} ${this.source.table.methods[method].unit} (${rank})`;
+      },
+      words = `row ${whole(column("row")[place])} · ${told(this.method)} · other: ${told(this.other ?? 0)}`;
     this.readout.replaceChildren(words);
     this.telling = setTimeout(async () => {
       try {

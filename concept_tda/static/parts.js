@@ -144,13 +144,14 @@ function longText(text) {
 }
 
 /**
- * Tokens on coloured ground. `tell(text, value)` is called with the token under the pointer or the token cursor.
+ * Tokens on coloured ground. `tell(text, value)` is called with the token under the pointer or the token cursor. The
+ * attention sink, if the first of them is one, has a frame and no colour.
  * @param {string[]} tokens
  * @param {number[]} scores
  * @param {number | Scale} limit
  * @param {Tell} tell
  */
-function tokenText(tokens, scores, limit, tell) {
+function tokenText(tokens, scores, limit, tell, sink = false) {
   const node = el("div", {
     class: "text tokens",
     dir: "auto",
@@ -169,8 +170,13 @@ function tokenText(tokens, scores, limit, tell) {
       const span = el("span", SPECIAL.test(tokens[drawn]) ? {class: "special"} : {}, tokens[drawn]);
       span.title = signed(scores[drawn], 4);
       span.dataset.at = String(drawn);
-      const colour = ground(scores[drawn], limit);
+      const isSink = sink && drawn === 0,
+        colour = isSink ? "" : ground(scores[drawn], limit);
       if (colour) span.style.background = colour;
+      if (isSink) {
+        span.classList.add("sink");
+        span.title += ", the attention sink: not coloured";
+      }
       spans.push(span);
       part.append(span);
     }
@@ -226,8 +232,37 @@ function conversation(turns, limit, tell) {
       "div",
       {class: `turn ${turn.answer ? "answer" : "question"}`},
       el("div", {class: "role"}, el("bdi", {}, turn.role)),
-      turn.scores ? tokenText(turn.tokens ?? [], turn.scores, limit, tell) : longText(turn.text ?? ""),
+      turn.scores
+        ? tokenText(turn.tokens ?? [], turn.scores, limit, tell, turn.sink)
+        : longText(turn.text ?? ""),
     ),
+  );
+}
+
+/**
+ * A score by kind of token: a small bar, the figures, and what the first token carries.
+ * @param {Parts} found
+ * @param {string} whose the method, where there are several
+ */
+function partsBar({parts, total, unit, sink_words}, whose) {
+  const all = parts.reduce((sum, [, amount]) => sum + Math.abs(amount), 0),
+    bar = el("span", {class: "bar", "aria-hidden": "true"});
+  for (const [kind, amount] of parts) {
+    const piece = el("span", {title: `${kind} ${signed(amount, 3)}`});
+    piece.style.width = `${(100 * Math.abs(amount)) / all}%`;
+    piece.style.background = `rgba(var(--${amount > 0 ? "more" : "less"}),.8)`;
+    bar.append(piece);
+  }
+  return el(
+    "div",
+    {class: "parts", role: "group", "aria-label": "The score by kind of token"},
+    whose ? el("span", {class: "quiet"}, el("bdi", {}, whose), ": ") : null,
+    bar,
+    parts
+      .filter(([, amount]) => amount)
+      .map(([kind, amount]) => el("span", {class: "figure"}, `${kind} ${signed(amount, 3)}`)),
+    el("b", {}, `= ${signed(total, 3)} ${unit}`.trim()),
+    sink_words ? el("span", {class: "quiet"}, sink_words) : null,
   );
 }
 

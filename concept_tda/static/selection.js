@@ -127,8 +127,8 @@ class ExampleSelection {
         return Float64Array.from(this.scores, Math.abs);
       case "similar":
         return column("similar");
-      case "z":
-        return column("z");
+      case "null":
+        return column(`leading${this.method}`);
       case "long":
         return column("length");
       case "short":

@@ -23,7 +23,7 @@ const ROW = 74,
   MIDDLE = -1;
 const KINDS = {
   score: Float64Array,
-  z: Float64Array,
+  leading: Float64Array,
   percentile: Float32Array,
   similar: Float32Array,
   rank: Int32Array,
@@ -288,5 +288,5 @@ function snippetOf(example) {
       : "";
   /** @param {boolean} wanted */
   const last = wanted => [...example.turns].reverse().find(turn => turn.answer === wanted);
-  return {prompt: line(last(false)), response: line(last(true))};
+  return {prompt: example.asked ?? line(last(false)), response: line(last(true))};
 }

@@ -100,7 +100,7 @@ class _Opened(_Grouped):
         query: str | None = None,    # Which query, where the result has several
         labels: Any = None,          # Booleans [N], or the name of a metadata column
         positive: Any = True,        # With a column name: the value that marks the labelled examples
-        null: Any = None,            # Results of the same method for random directions; adds z
+        null: Any = None,            # What chance gives, as `Attribution.with_null` takes it
         by: str | None = None,       # Whose decisions these are; by default the user's name here
         record: str | Path | None = None, # JSON file that decisions are read from (if there) and written to
         saved: int = 30,             # Examples at each end kept in the notebook, readable without a kernel

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ORANGE', 'BLUE', 'VIEW_STYLE', 'page_part', 'colour_limit', 'ColourScale', 'colour_scale', 'legend_html',
-           'conversation_html', 'card_html', 'histogram_svg', 'table_html', 'sheet_html', 'facts_html', 'example_html',
-           'examples_html', 'end_titles', 'attribution_html', 'marked_html', 'show_card', 'show_sheet', 'show_facts',
-           'show_attribution', 'show_comparison', 'show_plan', 'show_diagnosis', 'show_marked']
+           'conversation_html', 'card_html', 'histogram_svg', 'result_histogram', 'table_html', 'sheet_html',
+           'facts_html', 'ScoreParts', 'score_parts', 'parts_html', 'example_html', 'examples_html', 'end_titles',
+           'attribution_html', 'marked_html', 'show_card', 'show_sheet', 'show_facts', 'show_attribution',
+           'show_comparison', 'show_plan', 'show_diagnosis', 'show_marked']
 
 # %% ../../nbs/90_views/00_html.ipynb #0003
 import re
@@ -21,7 +22,7 @@ from ..data.conversations import Conversation
 from ..data.documents import Window
 from ..foundation.display import Facts, Sheet, one_line, safe_text
 from ..results.attribution import Attribution, question_text
-from ..results.cards import QueryCard
+from ..results.cards import Null, QueryCard, expected_counts
 from ..results.comparison import Comparison
 from ..results.metrics import percent_text
 
@@ -46,6 +47,7 @@ font:14px/1.5 system-ui,sans-serif; max-width:64rem; overflow-wrap:anywhere;
 & .response{border-color:currentColor}
 & .role{display:block;font-size:.78em;opacity:.75;letter-spacing:.03em}
 & .special{opacity:.65}
+& .sink{outline:1px dashed rgba(128,128,128,.9);outline-offset:-1px}
 & .turn span{border-radius:2px}
 & summary{cursor:pointer}
 & .turn summary{opacity:.75;font-size:.88em;white-space:normal}
@@ -54,6 +56,7 @@ font:14px/1.5 system-ui,sans-serif; max-width:64rem; overflow-wrap:anywhere;
 # %% ../../nbs/90_views/00_html.ipynb #rules-2
 _MORE_RULES = """
 & svg{display:block;max-width:100%;height:auto}
+& svg .null{stroke-width:1.3}
 & svg text{fill:currentColor;font:11px system-ui,sans-serif}
 & table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.4em 0;color:inherit}
 & th{font-weight:600}
@@ -65,6 +68,8 @@ _MORE_RULES = """
 & thead th{vertical-align:bottom}
 & .legend span{display:inline-block;width:1.1em;height:.9em;vertical-align:-.1em}
 & h4{margin:.9em 0 .2em}
+& .parts{display:flex;flex-wrap:wrap;gap:.1em .9em;align-items:center;font-size:.88em;margin:.2em 0}
+& .parts{font-variant-numeric:tabular-nums}
 """
 
 def _shades() -> str:
@@ -119,7 +124,9 @@ def colour_scale(
     token_scores: Sequence, # Arrays: the token scores of all examples in one view
     zero: str = "gradient", # What their zero means, as in `QueryCard.zero`
 ) -> ColourScale:
-    "The shared scale of a view, from its token scores and the method's declaration."
+    """The shared scale of a view, from its token scores and the method's declaration. The first token of each
+    example, the attention sink, is left out."""
+    token_scores = [np.asarray(scores)[1:] for scores in token_scores]
     if zero != "projection": return ColourScale(colour_limit(token_scores), 0., zero == "gradient")
     values = _counted(token_scores)
     centre = float(values.mean()) if len(values) else 0.
@@ -155,12 +162,14 @@ _Pieces = list[tuple[str, str]]
 def _token_pieces(
     tokens: Sequence[str], scores: Sequence[float] | np.ndarray, scale: ColourScale,
 ) -> _Pieces:
-    "Pairs (text, HTML) of each token: coloured, its exact score as title."
+    "Pairs (text, HTML) of each token: coloured but for the sink, its exact score as title."
     pieces = []
-    for token, score in zip(tokens, scores):
-        classes = [scale.shade(score), "special" if _SPECIAL.fullmatch(token) else ""]
+    for place, (token, score) in enumerate(zip(tokens, scores)):
+        sink = place == 0 and score != 0
+        classes = ["sink" if sink else scale.shade(score), "special" if _SPECIAL.fullmatch(token) else ""]
         colour = f" class='{' '.join(filter(None, classes))}'" if any(classes) else ""
-        pieces.append((token, f"<span{colour} title='{score:+.3g}'>{safe_text(token)}</span>"))
+        title = f"{score:+.3g}{', the attention sink: not coloured' if sink else ''}"
+        pieces.append((token, f"<span{colour} title='{title}'>{safe_text(token)}</span>"))
     return pieces
 
 # %% ../../nbs/90_views/00_html.ipynb #0033
@@ -251,15 +260,34 @@ def _bars(counts: np.ndarray, edges: np.ndarray, centre: float | None, x: Callab
     return "".join(bar(a, b, count) for a, b, count in zip(edges, edges[1:], counts) if count)
 
 # %% ../../nbs/90_views/00_html.ipynb #histogram-parts
-def _axis(low: float, high: float, centre: float | None, x: Callable[[float], float]) -> str:
+def _axis(
+    low: float, high: float, centre: float | None, spread: float | None, x: Callable[[float], float],
+) -> str:
     "Both ends and the centre in numbers, and a dashed line at the centre."
     ends, line = [(low, "start"), (high, "end")], ""
+    def label(value: float) -> str:
+        if centre is None or not spread or value == centre: return f"{value:.3g}"
+        return f"{(value - centre) / spread:+.1f} spreads"
+
     if centre is not None and low < centre < high:
         line = f"<path d='M{x(centre):.1f} 4V82' stroke='currentColor' stroke-dasharray='3 3' opacity='.6'/>"
         if .12 < (centre - low) / (high - low) < .88:
             ends.append((centre, "middle"))
-    return line + "".join(f"<text x='{x(value):.1f}' y='94' text-anchor='{anchor}'>{value:.3g}</text>"
-                          for value, anchor in ends)
+    return line + "".join(f"<text x='{x(value):.1f}' y='94' text-anchor='{anchor}'>{label(value)}"
+                          f"<title>score {value:.6g}</title></text>" for value, anchor in ends)
+
+# %% ../../nbs/90_views/00_html.ipynb #null-line
+def _null_line(
+    null: Null | None, counts: np.ndarray, edges: np.ndarray, centre: float | None,
+    x: Callable[[float], float],
+) -> str:
+    "The null as a line of steps over the bars; empty without one."
+    if null is None or centre is None: return ""
+    expected = expected_counts(null, edges, centre, int(counts.sum()))
+    heights = np.minimum(74, 70*expected/counts.max())
+    steps = "".join(f"V{78 - height:.1f}H{x(end):.1f}" for height, end in zip(heights, edges[1:]))
+    return (f"<path class='null' d='M{x(edges[0]):.1f} 78{steps}V78' fill='none' "
+            f"stroke='currentColor'><title>What {safe_text(null)} give on average</title></path>")
 
 # %% ../../nbs/90_views/00_html.ipynb #0037
 def histogram_svg(
@@ -268,6 +296,8 @@ def histogram_svg(
     bins: int = 48,               # Bars
     label: str = "scores",        # What is counted, for readers who can't see the picture
     centre: float | None = None,  # Where orange begins, from `Attribution.centre`; None draws all in grey
+    spread: float | None = None,  # The ends of the axis are given in it; None gives them as scores
+    null: Null | None = None,     # What chance gives, drawn as a line
 ) -> str:
     "Histogram of all scores as inline SVG: orange above the centre, blue below, ends and centre in numbers."
     scores = np.asarray(scores, float)
@@ -280,7 +310,18 @@ def histogram_svg(
     words = f"Histogram of {len(scores)} {safe_text(label)} from {low:.3g} to {high:.3g}"
     return (f"<svg viewBox='0 0 640 100' width='640' role='img' aria-label='{words}'>"
             "<path d='M10 78.5H630' stroke='currentColor' opacity='.4'/>"
-            f"{_bars(counts, edges, centre, x)}{_axis(low, high, centre, x)}</svg>")
+            f"{_bars(counts, edges, centre, x)}{_null_line(null, counts, edges, centre, x)}"
+            f"{_axis(low, high, centre, spread, x)}</svg>")
+
+# %% ../../nbs/90_views/00_html.ipynb #result-histogram
+def result_histogram(
+    result: Attribution, # One query of a whole file
+) -> str:
+    "The histogram of a result with its null, and a line of words under it that says what the line is."
+    drawn = histogram_svg(result.scores, label=f"scores of {result.label}", centre=result.centre,
+                          spread=result.spread if result.spread > 0 else None, null=result.null)
+    if result.null is None: return drawn
+    return f"{drawn}<div class='quiet'>Line: where {safe_text(result.null)} put the examples.</div>"
 
 # %% ../../nbs/90_views/00_html.ipynb #cell
 def _cell(value: Any, form: str, scale: ColourScale | None) -> str:
@@ -339,6 +380,68 @@ def _numbers_html(result: Attribution, position: int) -> str:
     return (f"<span class='score' title='{raw}'>{beats}</span>{more}"
             f"<span>rank {result.ranks[position]:,} of {result.n_total:,}</span>")
 
+# %% ../../nbs/90_views/00_html.ipynb #score-parts
+@dataclass(frozen=True)
+class ScoreParts:
+    "A score by kind of token."
+    parts: list[tuple[str, float]] # Kind and amount; the amounts add up to `total`
+    total: float                   # The number that leads
+    unit: str                      # Of both; empty for a raw score
+    sink: float                    # Share of the first token in the sizes of the token scores
+
+    @property
+    def sink_words(self) -> str:
+        "What the first token carries; empty where it carries nothing."
+        if not self.sink > 0: return ""
+        return f"The first token (attention sink) carries {self.sink:.0%} of the sizes of the token scores."
+
+# %% ../../nbs/90_views/00_html.ipynb #score-parts-2
+def score_parts(
+    result: Attribution, # One query
+    position: int,       # Which example
+) -> ScoreParts | None:  # None without token scores, or where all lies on one kind of token
+    "The score of an example by kind of token, in the unit that leads."
+    if result.token_scores is None: return None
+    one = result.select([position])
+    parts = {kind: float(amount) for kind, amount in one.parts().iloc[0].items()}
+    if sum(amount != 0 for amount in parts.values()) < 2: return None
+    leading, sink = result.leading, float(one.sink_shares[0])
+    scale = float(leading.scales[position])
+    if leading.kind == "none" or not np.isfinite(scale):
+        return ScoreParts(list(parts.items()), float(one.scores[0]), "", sink)
+    if result.centre and leading.kind != "effect":
+        parts["mean of the file"] = -result.centre
+    amounts = [(kind, amount*scale) for kind, amount in parts.items()]
+    return ScoreParts(amounts, float(leading.values[position]), leading.unit, sink)
+
+# %% ../../nbs/90_views/00_html.ipynb #parts-html
+def _amount(value: float, unit: str) -> str:
+    "A number with its sign; two decimals where the unit is our own."
+    return f"{value:+.2f}" if unit in ("× null", "spreads") else f"{value:+.3g}"
+
+def _parts_bar(found: ScoreParts) -> str:
+    "One rectangle for each part, as wide as it is large: orange above zero, blue below."
+    sizes = np.array([abs(amount) for _, amount in found.parts])
+    ends = 144*np.cumsum(sizes)/sizes.sum()
+    bars = "".join(
+        f"<rect x='{end - 144*size/sizes.sum():.1f}' y='0' height='12' "
+        f"width='{max(.1, 144*size/sizes.sum() - 1):.1f}' fill='rgb({ORANGE if amount > 0 else BLUE})'>"
+        f"<title>{safe_text(kind)} {_amount(amount, found.unit)}</title></rect>"
+        for (kind, amount), size, end in zip(found.parts, sizes, ends))
+    words = "The score by kind of token, in figures beside it"
+    return f"<svg viewBox='0 0 144 12' width='144' role='img' aria-label='{words}'>{bars}</svg>"
+
+# %% ../../nbs/90_views/00_html.ipynb #parts-html-2
+def parts_html(
+    found: ScoreParts, # From `score_parts`
+) -> str:
+    "A small bar of the parts with their figures, and what the first token carries."
+    figures = "".join(f"<span>{safe_text(kind)} {_amount(amount, found.unit)}</span>"
+                      for kind, amount in found.parts if amount)
+    total = f"= {_amount(found.total, found.unit)} {safe_text(found.unit)}".strip()
+    words = f"<span class='quiet'>{found.sink_words}</span>" if found.sink_words else ""
+    return f"<div class='parts'>{_parts_bar(found)}{figures}<b>{total}</b>{words}</div>"
+
 # %% ../../nbs/90_views/00_html.ipynb #facts
 def _details_html(conversation: Conversation, row: int, facts: dict) -> str:
     "Where the example comes from, and the plain values that are known of it."
@@ -364,8 +467,10 @@ def example_html(
     asked = question_text(conversation)
     question = f"<div class='question' dir='auto'>{safe_text(one_line(asked, 240))}</div>" \
         if asked and (tokens or len(conversation.prompt) > 1) else ""
+    found = score_parts(result, position)
+    parts = parts_html(found) if found else ""
     return (f"<article class='example'><div class='facts'>{_numbers_html(result, position)}"
-            f"{_details_html(conversation, int(result.rows[position]), facts or {})}</div>{question}"
+            f"{_details_html(conversation, int(result.rows[position]), facts or {})}</div>{parts}{question}"
             f"{conversation_html(conversation, *tokens, scale=scale, most=most)}</article>")
 
 # %% ../../nbs/90_views/00_html.ipynb #0052
@@ -420,12 +525,13 @@ def attribution_html(
         return (f"{card}<p>{len(result.queries)} queries; "
                 f"choose one with <code>.query(name)</code>: {names}</p>")
     if result.in_file_order:
-        card += histogram_svg(result.scores, label=f"scores of {result.label}", centre=result.centre)
+        card += result_histogram(result)
     card += f"<div class='quiet'>{safe_text(f'{result.reading} {result.unit_words}'.strip())}</div>"
     ends = _ends(result, n)
     scale = colour_scale([s for end in ends.values() for s in end.token_scores or []], result.card.zero)
     parts = "".join(f"<h4>{title}</h4>{examples_html(end, scale=scale)}" for title, end in ends.items())
-    return card + (legend_html(scale) if scale.limit else "") + parts + _not_drawn(result)
+    sink = f"<div class='quiet'>{safe_text(result.sink_words)}</div>" if result.sink_words else ""
+    return card + (legend_html(scale) if scale.limit else "") + sink + parts + _not_drawn(result)
 
 # %% ../../nbs/90_views/00_html.ipynb #marks
 _MARKS = f"""<style>.ctda{{

@@ -9,6 +9,7 @@ __all__ = ['write_report']
 import json
 import platform
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,8 +51,8 @@ from concept_tda.views.html import (
     colour_scale,
     end_titles,
     example_html,
-    histogram_svg,
     legend_html,
+    result_histogram,
     table_html,
 )
 from .kinds import chosen_groups, kinds_html
@@ -124,7 +125,7 @@ def _method_part(
     return dict(
         name=name, anchor=f"method-{number}", open=number == 1, n=len(highest),
         card=Markup(card_html(result.card)),
-        histogram=Markup(histogram_svg(result.scores, label=f"scores of {name}", centre=result.centre)),
+        histogram=Markup(result_histogram(result)), sink=result.sink_words,
         titles=end_titles(result.card), signed=result.card.zero == "gradient",
         legend=Markup(legend_html(scale)) if scale.limit else "",
         highest=_drawn(highest, others, by_row, scale, most),
@@ -374,9 +375,14 @@ def _comparison_values(comparison: Comparison, labels: np.ndarray | None) -> dic
         overlap=Markup(table_html(comparison.overlap, two, heat=1)))
 
 # %% ../../nbs/90_views/11_report.ipynb #signs
+def _reading_of(result: Attribution) -> str:
+    "What the sign means and, where it is no mere spread of the file, what the unit is."
+    unit = result.unit_words if result.leading.kind in ("null", "effect") else ""
+    return f"{sentence(result.card.reading)} {unit}".strip()
+
 def _signs(results: dict[str, Attribution]) -> list[tuple[str, str]]:
     "What the sign means, and the methods of which it holds."
-    readings = {name: sentence(result.card.reading) for name, result in results.items()}
+    readings = {name: _reading_of(result) for name, result in results.items()}
     return [(", ".join(name for name, reading in readings.items() if reading == one), one)
             for one in dict.fromkeys(readings.values())]
 
@@ -415,6 +421,12 @@ def _found_labels(results: dict[str, Attribution], labels: Any, positive: Any) -
         labels = next(iter(results.values())).conversations.labels(labels, positive)
     return None if labels is None else np.asarray(labels, bool)
 
+# %% ../../nbs/90_views/11_report.ipynb #beside-null
+def _beside_null(comparison: Comparison, null: Any) -> Comparison:
+    "The same comparison whose first result knows what chance gives."
+    (name, first), *rest = comparison.attributions.items()
+    return replace(comparison, attributions=dict([(name, first.with_null(null)), *rest]))
+
 # %% ../../nbs/90_views/11_report.ipynb #0017
 def write_report(
     attributions: Any,        # A result, a list of results, a dict of results by name, or a `Comparison`
@@ -432,13 +444,16 @@ def write_report(
     shifts: Any = None,       # What `PolicyShift` returned or a `ShiftBrowser`: adds what moves a policy
     queries: Any = None,      # The query answers that were asked about, to be shown
     contrast: Any = None,     # The two sides that the concept was made of: (with it, without it)
+    null: Any = None,         # What chance gives the first method, as `Attribution.with_null` takes it
 ) -> Path:
-    """Write one self-contained HTML file of less than 3 MB.
+    """Write one self-contained HTML file of less than 3 MB. Results that carry a null show it anyhow.
     Raises `AttributionError` for results on different examples, `WidgetError` for groups or a map of other
     ones, latents that are no ranking or shifts that are none, `StorageError` where it can't be written."""
     if isinstance(attributions, Comparison):
         attributions, comparison = attributions.attributions, attributions
     comparison = comparison or compare(attributions, labels=labels, positive=positive)
+    if null is not None:
+        comparison = _beside_null(comparison, null)
     results = comparison.attributions
     chosen = labels if labels is None or isinstance(labels, str) else np.asarray(labels, bool)
     first, marked = next(iter(results.values())), _found_labels(results, labels, positive)

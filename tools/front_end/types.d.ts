@@ -21,6 +21,21 @@ interface Turn {
   text?: string;
   tokens?: string[];
   scores?: number[];
+  sink?: boolean; // the first token is the attention sink and has a score
+}
+
+/** A score by kind of token; the amounts add up to the total. */
+interface Parts {
+  parts: [string, number][];
+  total: number;
+  unit: string;
+  sink_words: string;
+}
+
+/** What chance gives. */
+interface Null {
+  words: string;
+  quantiles: number[]; // distances from the centre at equal steps of the distribution
 }
 
 interface Snippet {
@@ -33,6 +48,8 @@ interface Example {
   id: string;
   turns: Turn[];
   metadata: [string, string][];
+  asked?: string; // the last question on one line, where the turns are stretches of tokens
+  parts?: Parts; // absent where the whole score lies on one kind of token
 }
 
 interface Method {
@@ -42,6 +59,9 @@ interface Method {
   zero: string; // what the zero means: "gradient", "projection", "none", "not recorded"
   centre: number | null;
   spread: number | null;
+  unit: string; // of the number that leads; empty where there is none
+  kind: string; // "effect", "null", "spread" or "none"
+  null: Null | null;
   length_spearman: number | null;
 }
 
@@ -58,7 +78,7 @@ interface Table {
   facets: {name: string; values: string[]}[];
   n_open_facets: number;
   has_labels: boolean;
-  has_z: boolean;
+  sink_words: string; // what the first tokens carry; empty where nothing
   limit: number;
   token_centre: number;
   token_signed: boolean;
