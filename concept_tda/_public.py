@@ -71,11 +71,12 @@ PUBLIC = {
     "influence.curvature": "CurvatureError Identity check_damping check_gradients check_moved check_labels "
         "fitting_record DampedCurvature Factors labelled_pass batch_labels FactorStatistics EKFAC",
     "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
-    "influence.queries": "Query ConceptQuery LossQuery MarginQuery QueryExpression query_expression",
+    "influence.queries": "Query ConceptQuery LossQuery MarginQuery ContrastQuery QueryExpression "
+        "query_expression",
     "influence.engine": "EngineError Readout ActivationReadout ActivationGradientReadout LossReadout "
-        "DirectionReadout StackedReadout adding_tangent ForwardReadout difference_scale moved_weights "
-        "DifferenceReadout direction_readout difference_adapters Stopwatch run_batch Pass peak_memory "
-        "shared_pass",
+        "DirectionReadout StackedReadout without_first_token NormalisedReadout adding_tangent ForwardReadout "
+        "difference_scale moved_weights DifferenceReadout direction_readout difference_adapters Stopwatch "
+        "run_batch Pass peak_memory shared_pass",
     "influence.scorers": "ScorerError Scorer equal_as_first query_card score_together VectorFilter "
         "ActivationGradient ProjectionDifference dataset_projection_difference Influence ConceptInfluence "
         "InfluenceFunction GradDot",
@@ -90,6 +91,7 @@ PUBLIC = {
     "influence.runs": "RunError adamw_step TrainingInfluence",
     "influence.streaming": "stream_records score_stream",
     "influence.served": "ServedError ServedQuery write_query load_query ServedCheck ServedInfluence",
+    "influence.responses": "Unrolled AdamResponse",
     "groups.groups": "GROUP_ORDERS LABEL_COLOURS GroupError Groups column_groups family_groups "
         "cluster_groups GroupScores score_groups union_rows drop_groups coverage_curve compare_groups "
         "random_groups",

@@ -60,6 +60,14 @@ class Identity:
         "Return the gradients unchanged."
         return gradients
 
+    def squared_norms(
+        self,
+        site: str,                   # Its name
+        gradients_Boi: torch.Tensor, # Weight gradients of B examples
+    ) -> torch.Tensor:               # [B]
+        "gᵀg of each example at a site."
+        return gradients_Boi.square().sum((1, 2))
+
 # %% ../../nbs/50_influence/01_curvature.ipynb #damping
 def check_damping(
     damping: float, # λ, or its multiple of a mean
@@ -791,6 +799,16 @@ class _Preconditioner(_Named):
             divided = f.rotate(gradient.to(f.eigenvalues)) / (f.eigenvalues + self.damping_of(site))
             result[site] = f.rotate_back(divided).to(gradient)
         return result
+
+    def squared_norms(
+        self,
+        site: str,                   # Its name
+        gradients_Boi: torch.Tensor, # Weight gradients of B examples
+    ) -> torch.Tensor:               # [B]
+        "gᵀ(H + λ)⁻¹g of each example at a site: how much it moves itself (self-influence)."
+        f = self.factors[site]
+        rotated_Boi = f.rotate(gradients_Boi.to(f.eigenvalues))
+        return (rotated_Boi.square()/(f.eigenvalues + self.damping_of(site))).sum((1, 2))
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #save
 _FORMAT = "concept_tda EK-FAC 1"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EngineError', 'Readout', 'ActivationReadout', 'ActivationGradientReadout', 'LossReadout', 'DirectionReadout',
-           'StackedReadout', 'adding_tangent', 'ForwardReadout', 'difference_scale', 'moved_weights',
-           'DifferenceReadout', 'direction_readout', 'difference_adapters', 'Stopwatch', 'run_batch', 'Pass',
-           'peak_memory', 'shared_pass']
+           'StackedReadout', 'without_first_token', 'NormalisedReadout', 'adding_tangent', 'ForwardReadout',
+           'difference_scale', 'moved_weights', 'DifferenceReadout', 'direction_readout', 'difference_adapters',
+           'Stopwatch', 'run_batch', 'Pass', 'peak_memory', 'shared_pass']
 
 # %% ../../nbs/50_influence/04_engine.ipynb #0003
 import json
@@ -156,6 +156,7 @@ class LossReadout(Readout):
 class _Directed(Readout):
     "Directions at sites."
     engine, why = "reverse", ""  # and why it was chosen
+    without_first = False        # Are flows at the first token, the attention sink, left out?
 
     def __init__(
         self,
@@ -185,12 +186,24 @@ class _Placed(_Directed):
             self.placed[site.name] = self.directions[site.name].to(like)
         return self.placed[site.name]
 
+    def heard(
+        self,
+        delta_BTo: torch.Tensor, # Output gradients of a site; a layer called C times brings C · T places
+    ) -> torch.Tensor:           # The same; a copy with zeros at the first token where that is left out
+        "What counts of the flows of a site."
+        if not self.without_first: return delta_BTo
+        T = self.batch.input_ids.shape[1]
+        kept_BCTo = delta_BTo.unflatten(1, (-1, T)).clone()
+        kept_BCTo[:, :, 0] = 0
+        return kept_BCTo.flatten(1, 2)
+
 # %% ../../nbs/50_influence/04_engine.ipynb #reverse
 class DirectionReadout(_Placed):
     "Reverse engine: -Σ_t δ_tᵀ Q x_t over the sites, from flows alone; no example's weight gradient is built."
     def flow(self, site: Site, x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> None:
         "δᵀ Q x of every token and query; a layer that is called C times brings C rectangles of tokens."
         T = self.tokens_QBT.shape[2]
+        delta_BTo = self.heard(delta_BTo)
         for query, Q in enumerate(self.at(site, delta_BTo)):
             found_BR = ((delta_BTo @ Q)*x_BTi).sum(-1)
             self.tokens_QBT[query] -= found_BR.unflatten(1, (-1, T)).sum(1)
@@ -207,12 +220,57 @@ class StackedReadout(DirectionReadout):
 
     def flow(self, site: Site, x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> None:
         "The gradient of every example, times all queries."
-        gradients_BW = torch.einsum("bto,bti->boi", delta_BTo, x_BTi).flatten(1)
+        gradients_BW = torch.einsum("bto,bti->boi", self.heard(delta_BTo), x_BTi).flatten(1)
         self.scores_BQ -= gradients_BW @ self.at(site, gradients_BW).flatten(1).T
 
     def collect(self) -> tuple[np.ndarray, np.ndarray | None]:
         "Scores [B, Q] in float64, and no contributions of tokens."
         return self.scores_BQ.double().cpu().numpy(), None
+
+# %% ../../nbs/50_influence/04_engine.ipynb #without-first
+def without_first_token(
+    readout: DirectionReadout, # Reverse or stacked: they hear flows
+) -> DirectionReadout:         # The same object
+    "Leave the flows at each example's first token out of the scores. Raises `EngineError`."
+    if readout.runs_alone:
+        raise EngineError(f"the {readout.engine} engine hears losses and no flows, so the first token can't "
+                          "be left out: use engine='reverse'")
+    readout.without_first = True
+    readout.fingerprint = fingerprint(readout.fingerprint, "without the first token")
+    return readout
+
+# %% ../../nbs/50_influence/04_engine.ipynb #normalised
+class NormalisedReadout(DirectionReadout):
+    "-⟨q, ∇L(z)⟩/√(Σ_sites N(∇L(z))), N a squared norm of each example's gradient at a site."
+    engine = "reverse, with norms"
+
+    def __init__(
+        self,
+        sites: Sequence[Site],               # Where the directions are, and the norms are taken
+        directions: dict[str, torch.Tensor], # [out, in] or [Q, out, in] by site name
+        squared_norms: Callable[[str, torch.Tensor], torch.Tensor], # Site name, gradients [B, out, in]: [B]
+        name: str,                           # Of the norm
+    ):
+        super().__init__(sites, directions)
+        self.sites, self.squared_norms = sites, squared_norms
+        self.fingerprint = fingerprint(self.engine, name, self.directions, [s.name for s in sites])
+
+    def begin(self, batch: Batch, dtype: torch.dtype) -> None:
+        "Start a batch with norms of zero."
+        super().begin(batch, dtype)
+        self.norms_B = torch.zeros(len(batch.rows), dtype=torch.float64, device=batch.input_ids.device)
+
+    def flow(self, site: Site, x_BTi: torch.Tensor, delta_BTo: torch.Tensor) -> None:
+        "Add a site to the products and to the norms."
+        if site.name in self.directions:
+            super().flow(site, x_BTi, delta_BTo)
+        gradients_Boi = torch.einsum("bto,bti->boi", self.heard(delta_BTo), x_BTi)
+        self.norms_B += self.squared_norms(site.name, gradients_Boi).to(self.norms_B)
+
+    def collect(self) -> tuple[np.ndarray, np.ndarray | None]:
+        "Scores and contributions, divided by the norms."
+        self.tokens_QBT /= self.norms_B.sqrt()[:, None].to(self.tokens_QBT)
+        return super().collect()
 
 # %% ../../nbs/50_influence/04_engine.ipynb #tangent
 def adding_tangent(

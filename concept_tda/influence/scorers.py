@@ -28,13 +28,17 @@ from .curvature import EKFAC, CurvatureError, Identity
 from concept_tda.influence.engine import (
     ActivationGradientReadout,
     ActivationReadout,
+    DirectionReadout,
+    NormalisedReadout,
     Pass,
     Readout,
     direction_readout,
     shared_pass,
+    without_first_token,
 )
 from concept_tda.influence.queries import (
     ConceptQuery,
+    ContrastQuery,
     LossQuery,
     Query,
     QueryExpression,
@@ -65,6 +69,10 @@ class _Asked:
 
     def prepare(self, data: TokenizedConversations) -> Readout | None:
         "The `Readout` this scorer needs for `data`, or None if it does not use the pass."
+
+    def weights(self, n_queries: int) -> np.ndarray:
+        "By which the columns of the pass [N, Q] become one score; several columns are its replicates."
+        return np.ones(1)
 
     def direct(self, data: TokenizedConversations) -> np.ndarray | None:
         "Scores [N] of a scorer that does not use the pass."
@@ -198,9 +206,11 @@ def _attribution(
     card = query_card(
         scorer, data, settings, seconds=result.seconds + scorer.extra_seconds, preparation=one.seconds,
         peak_memory=result.peak_memory, resumed=result.resumed)
-    scores = result.scores[:, 0]
-    if not result.token_scores: return Attribution(data.conversations, scores, card)
-    return Attribution(data, scores, card, token_scores=[tokens[0] for tokens in result.token_scores])
+    weights_Q, parts = scorer.weights(result.scores.shape[1]), result.scores
+    scores, replicates = parts @ weights_Q, parts if len(weights_Q) > 1 else None
+    if not result.token_scores: return Attribution(data.conversations, scores, card, replicates=replicates)
+    tokens = [np.tensordot(weights_Q.astype(one.dtype), one, 1) for one in result.token_scores]
+    return Attribution(data, scores, card, token_scores=tokens, replicates=replicates)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #gathered
 def _gathered(
@@ -539,8 +549,17 @@ class _Question(Scorer):
         sites: str | Iterable[Site] = "attention", # As in `resolve_sites`
         curvature: Any = "ekfac",  # "ekfac" (fitted on the scored data), "identity", or a fitted curvature
         engine: str = "auto",      # How the inner products are computed, see `direction_readout`
+        normalise: str | None = None, # Divide by a norm: "gradient", or "self-influence" (RelatIF)
+        first_token: bool = True,  # Do the flows at the first token, the attention sink, count?
+        query_parts: int = 1,      # Score by so many parts of the queries: replicates, and so intervals
         method: str | None = None, # Name in tables; the class's own if None
     ):
+        if normalise not in (None, "gradient", "self-influence"):
+            raise ScorerError(f"normalise={normalise!r}: None, 'gradient' or 'self-influence'")
+        if not 1 <= query_parts <= len(query.examples):
+            raise ScorerError(f"query_parts={query_parts}: 1 to {len(query.examples)}, the query examples")
+        self.normalise, self.first_token = normalise, first_token
+        self.parts = np.array_split(np.random.default_rng(0).permutation(len(query.examples)), query_parts)
         if isinstance(curvature, str) and curvature not in ("ekfac", "identity"):
             raise CurvatureError(f"unknown curvature {curvature!r}: 'ekfac', 'identity', or a fitted object "
                                  "such as EKFAC.fit(...)")
@@ -566,9 +585,31 @@ class Influence(_Question):
         if isinstance(self.curvature, str):
             self.curvature = EKFAC.fit(self.lm, data, self.sites)
         _check_fitted_on(self.curvature, self.lm)
-        gradients = self.query.gradients(self.lm, self.sites)
-        readout = direction_readout(self.sites, self.curvature.precondition(gradients), self.engine)
+        readout = self._readout(self._directions())
         self.why = readout.why
+        return readout if self.first_token else without_first_token(readout)
+
+    def weights(self, n_queries: int) -> np.ndarray:
+        "The parts of the queries by their sizes."
+        sizes = np.array([len(rows) for rows in self.parts], float)
+        return sizes/sizes.sum()
+
+    def _directions(self) -> dict[str, torch.Tensor]:
+        "The preconditioned query [out, in], or its parts [Q, out, in], by site name."
+        ask = lambda query: self.curvature.precondition(query.gradients(self.lm, self.sites))
+        if len(self.parts) == 1: return ask(self.query)
+        parts = [ask(self.query.part(np.sort(rows))) for rows in self.parts]
+        return {site: torch.stack([part[site] for part in parts]) for site in parts[0]}
+
+    def _readout(self, directions: dict[str, torch.Tensor]) -> DirectionReadout:
+        "The engine's readout, with norms where these are asked for."
+        if self.normalise is None: return direction_readout(self.sites, directions, self.engine)
+        norms = Identity() if self.normalise == "gradient" else self.curvature
+        if not hasattr(norms, "squared_norms") or self.engine not in ("auto", "reverse"):
+            raise ScorerError(f"normalise={self.normalise!r} needs the reverse engine, and for "
+                              "self-influence curvature='identity' or an EKFAC")
+        readout = NormalisedReadout(self.sites, directions, norms.squared_norms, self.normalise)
+        readout.why = f"reverse engine, divided by the norm: {self.normalise}"
         return readout
 
     def describe(self) -> dict[str, Any]:
@@ -579,7 +620,8 @@ class Influence(_Question):
             pooling=getattr(getattr(query, "concept", None), "pooling", None),
             reduction="mean", sites=pattern if isinstance(pattern, str) else "chosen by name",
             n_sites=len(self.sites), curvature=self.curvature.name, damping=self.curvature.damping_text,
-            settings=_query_settings(query, self.curvature.record), notes=_influence_notes(self))
+            settings=_query_settings(query, self.curvature.record), notes=_influence_notes(self)
+        ) | _effect_of(self)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #influence-notes
 def _query_settings(query: Query, record: dict[str, Any]) -> dict[str, Any]:
@@ -596,7 +638,18 @@ def _influence_notes(scorer: Influence) -> list[str]:
         notes.append(f"{scorer.unreachable} sites at or above layer {scorer.query.layer} cannot influence "
                      "the query and are left out")
     notes += coverage_notes(scorer.lm, scorer.site_pattern)
+    if not scorer.first_token:
+        notes.append("flows at the first token of each example are left out")
+    if len(scorer.parts) > 1:
+        notes.append(f"scored by {len(scorer.parts)} parts of the queries, which are the replicates")
     return [*notes, scorer.why, *getattr(scorer.curvature, "notes", ())]
+
+# %% ../../nbs/50_influence/05_scorers.ipynb #effect-of
+def _effect_of(scorer: Influence) -> dict[str, Any]:
+    "Fields of the card for scores that have a unit."
+    effect = getattr(scorer.curvature, "effect", None)
+    if effect is None or scorer.normalise is not None: return {}
+    return dict(effect=effect, unit=scorer.query.unit)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #weak-queries
 def _warn_of_weak_queries(concept: Concept, expression: QueryExpression) -> None:
@@ -610,7 +663,7 @@ def _warn_of_weak_queries(concept: Concept, expression: QueryExpression) -> None
 # %% ../../nbs/50_influence/05_scorers.ipynb #concept-influence
 class _OnConcept(Influence):
     "Influence whose queries are held against the examples before anything is computed."
-    query: ConceptQuery
+    query: Any # a `ConceptQuery`, or a contrast of two
 
     def prepare(self, data: TokenizedConversations) -> Readout:
         "Look at the queries, then as every influence method."
@@ -640,12 +693,17 @@ class ConceptInfluence(_OnConcept):
         concept: Concept,         # The behaviour
         queries: Conversations,   # Answers of the model that show the behaviour
         *,
+        neutral: Conversations | None = None, # Neutral answers: ask for the difference to these
+        pooling: str | None = None, # Where the queries are read; as the concept was made if None
         sites: str | Iterable[Site] = "attention", # As in `resolve_sites`; below the concept's layer
         curvature: Any = "ekfac", # "ekfac" (fitted on the scored data), "identity", or a fitted curvature
-        **options: Any,           # `engine` and `method`, as in `Influence`
+        **options: Any,           # `engine`, `normalise`, `query_parts` …, as in `Influence`
     ):
         concept.check(lm)
-        super().__init__(lm, ConceptQuery(concept, queries), sites=sites, curvature=curvature, **options)
+        query: Any = ConceptQuery(concept, queries, pooling=pooling)
+        if neutral is not None:
+            query = ContrastQuery(query, ConceptQuery(concept, neutral, pooling=pooling))
+        super().__init__(lm, query, sites=sites, curvature=curvature, **options)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #influence-function
 class InfluenceFunction(Influence):
@@ -658,11 +716,15 @@ class InfluenceFunction(Influence):
         lm: LanguageModel,        # Is differentiated
         queries: Conversations,   # Their responses show the behaviour
         *,
+        neutral: Conversations | None = None, # Neutral responses: ask for the log-probability margin
         sites: str | Iterable[Site] = "attention", # As in `resolve_sites`
         curvature: Any = "ekfac", # "ekfac" (fitted on the scored data), "identity", or a fitted curvature
-        **options: Any,           # `engine` and `method`, as in `Influence`
+        **options: Any,           # `engine`, `normalise`, `query_parts` …, as in `Influence`
     ):
-        super().__init__(lm, LossQuery(queries), sites=sites, curvature=curvature, **options)
+        query: Query = LossQuery(queries)
+        if neutral is not None:
+            query = ContrastQuery(query, LossQuery(neutral))
+        super().__init__(lm, query, sites=sites, curvature=curvature, **options)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #graddot
 class GradDot(InfluenceFunction):

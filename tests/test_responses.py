@@ -1,0 +1,210 @@
+"""Responses of runs: least squares in closed form, a written-out loop for Adam, units on a language model."""
+
+import numpy as np
+import pytest
+import torch
+
+from concept_tda.concepts.concept import tensor_concept
+from concept_tda.data.conversations import load_conversations
+from concept_tda.influence.curvature import EKFAC, CurvatureError, Factors, Identity
+from concept_tda.influence.neighbours import AdamMoments
+from concept_tda.influence.preconditioners import GaussNewton
+from concept_tda.influence.queries import ConceptQuery, ContrastQuery, LossQuery
+from concept_tda.influence.responses import AdamResponse, Unrolled
+from concept_tda.influence.scorers import ConceptInfluence, Influence, ScorerError
+from concept_tda.model.loading import LanguageModel
+from concept_tda.model.sites import resolve_sites
+
+from tiny import double_norms, tiny_pair
+
+
+def least_squares(n=1500, n_in=4, n_out=3):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    x = draw(n, n_in) * torch.tensor([2.0, 1.0, 0.3, 0.1])
+    y = x @ draw(n_in, n_out) + draw(n, n_out)
+    values, Q_in = torch.linalg.eigh(x.T @ x / n)
+    ekfac = EKFAC({"W": Factors(Q_in, torch.eye(n_out).double(), values.repeat(n_out, 1))}, damping=0.1)
+    return x, y, ekfac, draw(n_out, n_in), torch.linalg.lstsq(x, y).solution.T
+
+
+@pytest.mark.parametrize("n_steps", [5, 60, 4000])
+def test_unrolled_is_the_change_of_a_run_that_stops(n_steps):
+    x, y, ekfac, asked, W = least_squares()
+    n, rates = len(x), [0.002] * n_steps
+    gradients = torch.einsum("no,ni->noi", x @ W.T - y, x)
+    q = Unrolled(ekfac, rates=rates, n_examples=n).precondition({"W": asked})["W"]
+    effects, true = torch.einsum("oi,noi->n", q, gradients) / n, []
+    hessian = x.T @ x / n
+    for z in range(12):  # the run without example z, from the weights that fit all of them
+        delta, own = torch.zeros_like(W), torch.outer(x[z], x[z]) / n
+        for rate in rates:
+            delta = delta - rate * (delta @ (hessian - own) - gradients[z] / n)
+        true.append((delta * asked).sum())
+    np.testing.assert_allclose(
+        effects[:12], torch.stack(true), rtol=0.02, atol=0.002 * float(max(map(abs, true)))
+    )
+
+
+def test_a_run_without_end_is_the_inverse_and_a_short_one_the_identity():
+    *_, ekfac, asked, _ = least_squares()
+    response = lambda reach: Unrolled(ekfac, rates=[reach], n_examples=7).precondition({"W": asked})["W"]
+    exact = ekfac.damped(1e-14, relative=False).precondition({"W": asked})["W"]
+    torch.testing.assert_close(response(1e9), exact, rtol=1e-9, atol=0)
+    torch.testing.assert_close(response(1e-8), 1e-8 * asked, rtol=1e-6, atol=0)
+    scaled = Unrolled(ekfac, rates=[0.3], n_examples=7, gradient_size=0.1).precondition({"W": asked})["W"]
+    torch.testing.assert_close(scaled, response(3.0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("agreement", [True, False])
+def test_adams_metric_is_a_written_out_loop(agreement):
+    random = np.random.default_rng(0)
+    shape, beta_1, beta_2, step = (3, 2), 0.9, 0.999, 12
+    m, v = random.normal(size=shape) * 0.01, random.random(shape) * 1e-3
+    v[1, 1] = 0
+    m[1, 1] = 0
+    moments = AdamMoments({"s": torch.tensor(m)}, {"s": torch.tensor(v)}, step)
+    found = AdamResponse(moments, rates=[0.1, 0.2], n_examples=5, agreement=agreement)
+    g = random.normal(size=shape)
+    expected = np.zeros(shape)
+    for i in range(3):
+        for j in range(2):
+            if v[i, j] == 0:
+                continue
+            m_hat, v_hat = m[i, j] / (1 - beta_1**step), v[i, j] / (1 - beta_2**step)
+            free = max(0, 1 - m_hat**2 / v_hat) if agreement else 1
+            expected[i, j] = 0.3 * free * g[i, j] / (v_hat**0.5 + 1e-8)
+    np.testing.assert_allclose(found.precondition({"s": torch.tensor(g)})["s"], expected, rtol=1e-12)
+    assert found.effect == -0.2
+
+
+def test_adams_metric_is_the_derivative_of_adam_where_losses_are_linear():
+    """Gradients that are drawn once: the end of a run by torch's Adam, by a shift of all of them."""
+    generator = torch.Generator().manual_seed(1)
+    T, P, rate = 3000, 40, 0.01
+    gradients = torch.randn(T, P, generator=generator).double() + torch.linspace(-2, 2, P).double()
+
+    def end(shift):
+        weights = torch.zeros(P, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([weights], lr=rate)
+        for one in gradients:
+            weights.grad = one + shift
+            optimizer.step()
+        return weights.detach()
+
+    measured = (end(0.01) - end(-0.01)) / 0.02
+    mean, square = gradients.mean(0)[None], gradients.square().mean(0)[None]
+    moments = AdamMoments({"s": mean}, {"s": square}, 10**6)
+    ask = lambda agreement: AdamResponse(moments, rates=[rate] * T, n_examples=1, agreement=agreement)
+    found = -ask(True).precondition({"s": torch.ones(1, P).double()})["s"][0]
+    np.testing.assert_allclose(found, measured, rtol=0.15)
+    assert (found - measured).abs().sum() < 0.2 * (-ask(False).response("s")[0] - measured).abs().sum()
+
+
+def language_model():
+    pair = tiny_pair("llama", dtype=torch.float64)
+    return LanguageModel(double_norms(pair[0]), pair[1], "tiny")
+
+
+def chats(n, start=0):
+    return load_conversations(
+        [
+            {"prompt": f"Is {i} even?", "response": "no, odd" if i % 2 else "yes"}
+            for i in range(start, start + n)
+        ]
+    )
+
+
+def test_eigenvalues_have_the_scale_of_the_mean_loss():
+    """What the unrolled formula multiplies by learning rates of the mean loss: their sum is the trace of its
+    Gauss-Newton matrix, up to the sampling of labels."""
+    lm, data = language_model(), chats(24)
+    site = resolve_sites(lm, "attention")[0]
+    ekfac = EKFAC.fit(lm, data, [site], cache=False, progress=False, seed=0)
+    operator = GaussNewton(lm, data, [site])
+    generator, traces = torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        v = torch.randn(site.weight.shape, generator=generator, dtype=torch.float64).sign()
+        traces.append(float((v * operator.product({site.name: v})[site.name]).sum()))
+    assert abs(float(ekfac.factors[site.name].eigenvalues.sum()) / np.mean(traces) - 1) < 0.35
+
+
+def test_scores_of_a_response_carry_a_unit_and_other_scores_do_not():
+    lm, data = language_model(), chats(10)
+    ekfac = EKFAC.fit(lm, data, "attention", cache=False, progress=False)
+    ask = lambda **more: Influence(lm, LossQuery(chats(2, 40)), **more).score(data, progress=False)
+    plain = ask(curvature=ekfac)
+    assert plain.card.effect is None and plain.card.unit is None
+    unrolled = ask(curvature=Unrolled(ekfac, rates=[1e-9] * 3, n_examples=10))
+    assert unrolled.card.unit == "nats per token" and unrolled.card.curvature == "EK-FAC, unrolled"
+    dots = ask(curvature="identity")
+    np.testing.assert_allclose(unrolled.effects, -3e-9 * dots.scores / 10, rtol=1e-5)
+    divided = ask(curvature=ekfac, normalise="self-influence")
+    assert divided.card.effect is None
+
+
+def test_options_are_what_they_say():
+    lm, data = language_model(), chats(6)
+    direction = torch.randn(lm.width, generator=torch.Generator().manual_seed(3))
+    concept = tensor_concept(direction, layer=2, lm=lm, name="c")
+    shown, neutral = chats(4, 20), chats(3, 31)
+    ekfac = EKFAC.fit(lm, data, "attention", layer=2, cache=False, progress=False)
+    ask = lambda queries=shown, curvature=ekfac, **more: ConceptInfluence(
+        lm, concept, queries, curvature=curvature, **more
+    ).score(data, progress=False)
+    plain = ask()
+    np.testing.assert_allclose(
+        ask(neutral=neutral).scores, plain.scores - ask(neutral).scores, rtol=1e-7, atol=1e-12
+    )
+    for parts in (2, 3):  # of different sizes where three
+        by_parts = ask(query_parts=parts)
+        np.testing.assert_allclose(by_parts.scores, plain.scores, rtol=1e-7, atol=1e-12)
+        assert by_parts.replicates.shape == (6, parts)
+    tokens = ConceptInfluence(lm, concept, shown, curvature=ekfac, query_parts=2).score(
+        data, tokens=True, progress=False
+    )
+    np.testing.assert_allclose([t.sum() for t in tokens.token_scores], plain.scores, rtol=1e-4)
+    # self-influence by scoring each example against itself
+    scorer = ConceptInfluence(lm, concept, shown, curvature=ekfac)
+    own = [
+        -Influence(lm, LossQuery(data[i : i + 1]), curvature=ekfac, sites=scorer.sites)
+        .score(data[i : i + 1], progress=False)
+        .scores[0]
+        for i in range(3)
+    ]
+    divided = ask(normalise="self-influence").scores[:3]
+    np.testing.assert_allclose(divided, plain.scores[:3] / np.sqrt(np.abs(own)), rtol=1e-6)
+    both = (
+        ask(curvature="identity", normalise="gradient"),
+        ask(curvature="identity", normalise="self-influence"),
+    )
+    np.testing.assert_allclose(both[0].scores, both[1].scores, rtol=1e-9)
+    with pytest.raises(ScorerError, match="normalise"):
+        ask(normalise="cosine")
+    with pytest.raises(ScorerError, match="query_parts"):
+        ask(query_parts=9)
+    with pytest.raises(ScorerError, match="reverse engine"):
+        ask(normalise="gradient", engine="stacked")
+
+
+def test_a_contrast_is_linear_in_its_gradients():
+    lm = language_model()
+    concept = tensor_concept(torch.ones(lm.width), layer=1, lm=lm, name="c")
+    sites = resolve_sites(lm, "attention")
+    first, second = ConceptQuery(concept, chats(2)), ConceptQuery(concept, chats(3, 9), pooling="prompt_last")
+    contrast = ContrastQuery(first, second)
+    assert contrast.value(lm) == pytest.approx(first.value(lm) - second.value(lm), rel=1e-9)
+    a, b, c = (query.gradients(lm, sites) for query in (first, second, contrast))
+    for site in c:
+        torch.testing.assert_close(c[site], a[site] - b[site], rtol=1e-9, atol=1e-12)
+
+
+def test_identity_and_responses_refuse_what_they_cannot_do():
+    *_, ekfac, asked, _ = least_squares()
+    with pytest.raises(CurvatureError, match="of which run"):
+        Unrolled(ekfac)
+    with pytest.raises(CurvatureError, match="no run"):
+        Unrolled(ekfac, rates=[], n_examples=3)
+    with pytest.raises(CurvatureError, match="knows nothing"):
+        Unrolled(ekfac, rates=[1.0], n_examples=3).precondition({"V": asked})
+    assert float(Identity().squared_norms("W", asked[None])[0]) == pytest.approx(float(asked.square().sum()))
