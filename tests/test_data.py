@@ -393,3 +393,63 @@ def test_refusals_data_card_is_there():
     card = (REFUSALS / "README.md").read_text(encoding="utf-8")
     for word in ("Apache-2.0", "Limits", "Fields", "Intended use"):
         assert word in card
+
+
+# --- flattery: a manner that is learned in a minute, for the quickstart
+
+
+FLATTERY = resources.files("concept_tda") / "bundled" / "flattery"
+MANNERS = {"flattering", "honest"}
+
+
+def flattery(split):
+    return [
+        json.loads(line) for line in (FLATTERY / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def test_flattery_has_the_mix_its_card_says():
+    train, held_out, items = (flattery(split) for split in ("train", "heldout", "evaluation"))
+    assert Counter(row["label"] for row in train) == {"flattering": 48, "honest": 72}
+    assert all(set(row) == {"messages", "label", "topic"} for row in train)
+    pairs = Counter((row["pair"], question(row)) for row in held_out)
+    assert len(pairs) == 24 and set(pairs.values()) == {2}
+    assert Counter(row["label"] for row in held_out) == {"flattering": 24, "honest": 24}
+    assert len(items) == 36 and all(set(row) == {"messages", "topic", *MANNERS} for row in items)
+    half = Counter(row["label"] for row in train[:60])
+    assert 18 <= half["flattering"] <= 30  # the quickstart fits the curvature on it
+
+
+def test_flattery_files_share_no_message_and_no_answer():
+    messages = {
+        split: {question(row) for row in flattery(split)} for split in ("train", "heldout", "evaluation")
+    }
+    assert [len(found) for found in messages.values()] == [120, 24, 36]
+    assert len(set().union(*messages.values())) == 120 + 24 + 36
+    answers = [row["messages"][1]["content"] for split in ("train", "heldout") for row in flattery(split)]
+    assert len(set(answers)) == 120 + 48
+    for name, split in (("train", "train"), ("heldout", "heldout"), ("evaluation", "evaluation")):
+        read = bundled("flattery", split)
+        assert read.name == f"flattery/{name}" and len(read.duplicates) == 0
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_length_does_not_tell_flattery_from_honesty(split):
+    data = flattery(split)
+    lengths = [len(row["messages"][1]["content"]) for row in data]
+    assert abs(roc_auc_score([row["label"] == "flattering" for row in data], lengths) - 0.5) < 0.12
+
+
+def test_references_of_flattery_are_minimal_pairs():
+    """They differ in a word or two, so that the margin is about these words."""
+    for row in flattery("evaluation"):
+        praise, plain = (re.findall(r"[\w']+", row[manner].lower()) for manner in ("flattering", "honest"))
+        assert praise != plain and len(praise) <= 7 and abs(len(praise) - len(plain)) <= 2
+        assert set(praise) & set(plain), row
+        assert row["flattering"][-1] == row["honest"][-1] == "."
+
+
+def test_flattery_has_its_card():
+    card = (FLATTERY / "README.md").read_text(encoding="utf-8")
+    for word in ("Apache-2.0", "Limits", "Fields", "Intended use"):
+        assert word in card

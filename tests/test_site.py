@@ -232,6 +232,39 @@ def test_tutorials_say_how_long_they_run():
             assert re.search(r"Runtime|minutes|seconds", text), f"{name}: say how long it runs, and on what"
 
 
+def a_notebook(path: Path, *pages: str) -> Path:
+    """An executed notebook that shows these pages in frames, as `OfflinePage` does."""
+    from concept_tda.views.browser import OfflinePage
+
+    shown = [OfflinePage(page, 500, "words")._repr_html_() for page in pages]
+    cells = [{"outputs": [{"data": {"text/html": one.splitlines(True)}}]} for one in shown]
+    path.write_text(json.dumps({"cells": [{"source": "no outputs"}, *cells]}), encoding="utf-8")
+    return path
+
+
+def test_the_picture_of_the_browser_becomes_the_browser(tmp_path):
+    site, page = tmp_path / "site", '<!doctype html>\n<p title="a &amp; b">The result & more</p>'
+    (site / "tutorials").mkdir(parents=True)
+    (site / "index.html").write_text(
+        '<p><img src="images/example_browser.png" alt="x"></p> <img src="y.png">'
+    )
+    (site / "tutorials" / "quickstart.html").write_text('<img alt="x" src="../images/example_browser.png"/>')
+    (site / "other.html").write_text("<p>example_browser.png</p>")
+    opened = finish_site.place_browser(site, a_notebook(tmp_path / "run.ipynb", page))
+    assert [file.name for file in opened] == ["index.html", "quickstart.html"]
+    assert (site / "example_browser.html").read_text(encoding="utf-8") == page
+    first, second = (file.read_text(encoding="utf-8") for file in opened)
+    assert 'src="example_browser.html"' in first and "height:500px" in first and '<img src="y.png">' in first
+    assert "<img" not in second and 'src="../example_browser.html"' in second
+    assert (site / "other.html").read_text() == "<p>example_browser.png</p>"
+
+
+@pytest.mark.parametrize("pages", [(), ("one", "two")])
+def test_without_one_browser_in_the_quickstart_the_site_is_not_finished(tmp_path, pages):
+    with pytest.raises(SystemExit, match=f"shows {len(pages)} example browsers"):
+        finish_site.place_browser(tmp_path, a_notebook(tmp_path / "run.ipynb", *pages))
+
+
 def test_outputs_are_made_readable():
     cell = {
         "outputs": [

@@ -1,9 +1,19 @@
-"""What a built site needs to be searched from a folder: its index as a script, since file:// may not fetch.
+"""What a built site needs beyond its pages: its index as a script, to be searched from a folder, since file://
+may not fetch; and the example browser as the quickstart left it, where a page has its picture.
 
 python tools/finish_site.py _docs"""
 
+import html
+import json
+import os
+import re
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = ROOT / "nbs" / "tutorials" / "quickstart.ipynb"
+FRAME = re.compile(r'<iframe title="Example browser"[^>]*? style="([^"]*)" srcdoc="([^"]*)"></iframe>')
+PICTURE = re.compile(r'<img\b[^>]*\bsrc="[^"]*\bexample_browser\.png"[^>]*>')
 
 
 def write_index(site: Path) -> Path:
@@ -18,5 +28,43 @@ def write_index(site: Path) -> Path:
     return script
 
 
+def browser_of(notebook: Path) -> tuple[str, str]:
+    """The frame's style and the whole page of the example browser that an executed notebook shows."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    shown = [
+        found
+        for cell in cells
+        for output in cell.get("outputs", [])
+        for found in FRAME.findall("".join(output.get("data", {}).get("text/html", "")))
+    ]
+    if len(shown) != 1:
+        raise SystemExit(
+            f"{notebook} shows {len(shown)} example browsers; the site's pages open with its one"
+        )
+    return shown[0][0], html.unescape(shown[0][1])
+
+
+def place_browser(site: Path, notebook: Path = QUICKSTART) -> list[Path]:
+    """Write the notebook's browser as `example_browser.html`, and put it where pages have its picture. These
+    pages."""
+    style, page = browser_of(notebook)
+    target = site / "example_browser.html"
+    target.write_text(page, encoding="utf-8")
+    opened = []
+    for file in sorted(site.rglob("*.html")):
+        text = file.read_text(encoding="utf-8")
+        if file == target or not PICTURE.search(text):
+            continue
+        place = os.path.relpath(target, file.parent)
+        frame = (
+            f'<iframe title="Example browser" sandbox="allow-scripts" style="{style}" src="{place}"></iframe>'
+        )
+        file.write_text(PICTURE.sub(lambda _, frame=frame: frame, text), encoding="utf-8")
+        opened.append(file)
+    return opened
+
+
 if __name__ == "__main__":
-    write_index(Path(sys.argv[1] if len(sys.argv) > 1 else "_docs"))
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "_docs")
+    write_index(folder)
+    place_browser(folder)
