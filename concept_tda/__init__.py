@@ -45,6 +45,7 @@ _VIEWS.update({
         "results.attribution.Attribution.inspect": "browser.ExampleBrowser",
         "groups.groups.GroupScores.inspect": "kinds.KindBrowser",
         "results.comparison.Comparison": "html.show_comparison",
+        "results.comparison.Comparison.inspect": "movers.MoverBrowser",
         "influence.planning.Plan": "html.show_plan",
         "influence.doctor.Diagnosis": "html.show_diagnosis",
         "influence.doctor.MarkedExample": "html.show_marked",

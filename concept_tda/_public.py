@@ -155,6 +155,7 @@ PUBLIC = {
     "views.policies": "SHIFT_SCRIPTS quality_words shift_table shift_numbers shift_texts ShiftBrowser "
         "shifts_html",
     "views.report": "write_report",
+    "views.movers": "MOVER_SCRIPTS card_differences mover_words mover_table mover_columns MoverBrowser",
     "commands.terminal": "app CONTINUES help_example plain_errors did_you_mean check_file check_model Told "
         "warnings_told check_out say_json typed command_line say_next",
     "commands.options": "BEHAVIOUR METHOD MODEL PAIRS TRAINING_PANEL option Given",

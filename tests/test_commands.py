@@ -470,6 +470,20 @@ def test_compare_says_what_the_library_says(here):
     assert found["moved"][0]["examples"][0]["id"] == widest["id"].iloc[0]
     assert repr(expected).splitlines()[0] in ok("compare scores").stdout
     assert "nothing to be compared with" in refused(2, "compare scores/length.parquet")
+    assert found["words"].startswith("From Length to Vector Filter: ")
+
+
+def test_compare_writes_a_page_of_what_moved_and_replaces_no_file(here):
+    ok(f"score model train.jsonl {FLATTERY} --methods vector-filter,length,random")
+    pair = "compare scores/length.parquet scores/vector-filter.parquet --page movers.html"
+    assert "movers.html" in ok(pair).stdout
+    page = Path("movers.html").read_text()
+    assert "What moved from Length to Vector Filter" in page
+    assert load_attribution("scores/length.parquet").ids[0] in page
+    assert "exists already" in refused(1, pair)
+    assert Path("movers.html").read_text() == page
+    assert "two different results" in refused(1, "compare scores --page three.html")
+    assert not Path("three.html").exists()
 
 
 def test_show_json_holds_card_and_both_ends(here):

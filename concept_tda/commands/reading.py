@@ -98,6 +98,18 @@ def _print_parted(parts: list[dict[str, Any]]) -> None:
             said = f"{one_line(row['question'], 40)} → {one_line(row['response'], 50)}"
             typer.echo(f"{row[f'rank by {high}']:>6} → {row[f'rank by {low}']:<6} {said}")
 
+# %% ../../nbs/95_commands/06_reading.ipynb #9615-words
+def _shared_words(comparison: Any) -> str:
+    "The words that tell what rose from what fell between the first two results, in a sentence."
+    from concept_tda.views.movers import mover_words
+    (one, first), (other, second) = list(comparison.attributions.items())[:2]
+    return f"From {one} to {other}: {mover_words(first, second)['words']}"
+
+def _write_movers(comparison: Any, page: Path) -> None:
+    "A page of what moved between the two results."
+    from concept_tda.views.movers import MoverBrowser
+    MoverBrowser(comparison).page().save(page)
+
 # %% ../../nbs/95_commands/06_reading.ipynb #9616
 @app.command("compare", rich_help_panel="Look", epilog=help_example(
     "concept-tda compare scores --labels sycophantic"))
@@ -107,22 +119,32 @@ def _compare(
     positive: Given.LabelValue = "true",
     top: _Top = 20,
     n: Annotated[int, typer.Option("--n", "-n", help="Examples that moved, from each side.", min=1)] = 3,
+    page: Annotated[Path | None, typer.Option(
+        help="Write a page of what moved between the two results, example by example.")] = None,
+    overwrite: Given.Overwrite = False,
     json_: Given.Json = False,
     debug: Given.Debug = False,
 ) -> None:
     "Compare several results on the same examples: agreement, detection, price, and what moved."
     with plain_errors(debug):
         from concept_tda.results.comparison import compare
+        if page is not None:
+            check_out(page, overwrite, *results)
         found = compare(read_results(results), top=top, labels=labels, positive=typed(positive))
         if len(found.attributions) < 2:
             raise typer.BadParameter("one result has nothing to be compared with: name two, or a folder.",
                                      param_hint="RESULT")
-        parts = _parted(found, n)
+        parts, words = _parted(found, n), _shared_words(found)
+        if page is not None:
+            _write_movers(found, page)
         if json_:
             tables = {name: getattr(found, name).to_dict() for name in ("table", "spearman", "overlap")}
-            return say_json(tables | {"top": found.top, "moved": parts})
+            return say_json(tables | {"top": found.top, "moved": parts, "words": words})
         typer.echo(repr(found))
         _print_parted(parts)
+        typer.echo(f"\n{words}")
+        if page is not None:
+            typer.echo(f"The page is {page}: open it in a browser")
         say_next(command_line("report", *results), command_line("view", *results))
 
 # %% ../../nbs/95_commands/06_reading.ipynb #9619

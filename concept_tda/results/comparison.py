@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..foundation.display import html_of
+from ..foundation.display import act, html_of
 from .attribution import Attribution
 from .metrics import AttributionError, detection_metrics, spearman
 
@@ -97,6 +97,14 @@ class Comparison(_Disagreements):
         _heat_map(right, self.overlap, f"share of the top {self.top} in common", 0, "Oranges")
         plt.close(figure)   # the figure is returned; a notebook would otherwise draw it twice
         return figure
+
+    def inspect(
+        self,
+        first: str | None = None,  # Name of one result, where there are more than two
+        second: str | None = None, # Name of the other
+    ) -> Any:
+        "Open a `MoverBrowser` on two of the results: which examples moved, and what they have in common."
+        return act(self, "inspect", first, second)
 
 # %% ../../nbs/30_results/04_comparison.ipynb #0087
 def _named_queries(name: str | None, result: Attribution) -> list[tuple[str, Attribution]]:

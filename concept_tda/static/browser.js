@@ -217,7 +217,13 @@ class ExampleView {
     this.readingNote.textContent = whose + table.reading; // how well the first method finds the labels
     this.root.setAttribute("aria-label", `Example browser: ${this.title.textContent}`);
     const sink = select.method === 0 && table.sink_words ? `${table.sink_words} ` : "";
-    this.sign.replaceChildren(el("bdi", {}, method.name), ": ", el("bdi", {}, method.reading), ` ${sink}`, ...key);
+    this.sign.replaceChildren(
+      el("bdi", {}, method.name),
+      ": ",
+      el("bdi", {}, method.reading),
+      ` ${sink}`,
+      ...key,
+    );
   }
   /**
    * "more", "less" or, without a sign, "plain".
@@ -512,7 +518,8 @@ class ExampleView {
     select.method = method;
     select.brush = null;
     if (select.against === method) Object.assign(select, {against: null, order: "high", gap: 0});
-    const known = select.order === "similar" ? method === 0 : select.order !== "null" || this.table.methods[method].null;
+    const known =
+      select.order === "similar" ? method === 0 : select.order !== "null" || this.table.methods[method].null;
     if (!known) select.order = "high";
     this.fillOrders();
     this.filtersChanged();

@@ -155,11 +155,16 @@ class Histogram {
       at = centre === null ? -1 : this.x(centre);
     if (at > 0 && at < 1)
       drawn.push(svg("line", {x1: at * width, x2: at * width, y1: 0, y2: 84, class: "zero"}));
-    if (this.method?.null && centre !== null) drawn.push(this.nullLine(this.method.null, centre, bins, width, height));
+    if (this.method?.null && centre !== null)
+      drawn.push(this.nullLine(this.method.null, centre, bins, width, height));
     this.bars.replaceChildren(...drawn);
     const zero =
       at > 0.15 && at < 0.85
-        ? el("span", {class: "at-zero", title: `score ${general(centre ?? 0)}`}, centre ? "mean of the file" : "0")
+        ? el(
+            "span",
+            {class: "at-zero", title: `score ${general(centre ?? 0)}`},
+            centre ? "mean of the file" : "0",
+          )
         : null;
     if (zero) zero.style.insetInlineStart = `${100 * at}%`;
     this.ends.replaceChildren(
@@ -181,7 +186,7 @@ class Histogram {
   }
   /**
    * What the null puts into each bin, as a line of steps over the bars.
-   * @param {Null} chance
+   * @param {Chance} chance
    * @param {number} centre
    * @param {number} bins
    * @param {number} width
@@ -189,7 +194,8 @@ class Histogram {
    */
   nullLine({quantiles}, centre, bins, width, height) {
     const n = this.values.length,
-      below = (/** @type {number} */ bin) => shareBelow(quantiles, this.low + (this.span * bin) / bins - centre);
+      below = (/** @type {number} */ bin) =>
+        shareBelow(quantiles, this.low + (this.span * bin) / bins - centre);
     let path = "M0 84";
     for (let bin = 0; bin < bins; bin++) {
       const up = Math.min(82, height(n * (below(bin + 1) - below(bin))));

@@ -316,6 +316,31 @@ function kernel(model, onWaiting = (/** @type {boolean} */ state) => {}) {
 }
 
 /**
+ * Words as buttons, each with the numbers of examples of either end that have it.
+ * @param {WordRow[]} rows
+ * @param {[string, string]} ends what the two ends are called
+ * @param {(word: string) => void} pick
+ */
+function wordChips(rows, [first, second], pick) {
+  return el(
+    "p",
+    {class: "chips"},
+    rows.map(([word, z, high, low]) =>
+      el(
+        "button",
+        {
+          type: "button",
+          title: `z ${signed(z, 2)}: in ${whole(high)} of the examples ${first} and ${whole(low)} of those ${second}. Click to list those with it`,
+          onclick: () => pick(word),
+        },
+        el("bdi", {}, word),
+        el("span", {class: "quiet"}, ` ${whole(high)} : ${whole(low)}`),
+      ),
+    ),
+  );
+}
+
+/**
  * A drawing put off to the next frame: asked for several times before that, it happens once.
  * @param {() => void} draw
  */

@@ -52,22 +52,7 @@ class EndWordsPart {
         {},
         el("p", {}, el("span", {class: centre === null ? "" : `key ${kind}`}, title)),
         rows.length
-          ? el(
-              "p",
-              {class: "chips"},
-              rows.map(([word, z, high, low]) =>
-                el(
-                  "button",
-                  {
-                    type: "button",
-                    title: `z ${signed(z, 2)}: in ${whole(high)} of the highest and ${whole(low)} of the lowest examples. Click to search`,
-                    onclick: () => this.onWord(word),
-                  },
-                  el("bdi", {}, word),
-                  el("span", {class: "quiet"}, ` ${whole(high)} : ${whole(low)}`),
-                ),
-              ),
-            )
+          ? wordChips(rows, ["at the top", "at the bottom"], word => this.onWord(word))
           : el("p", {class: "quiet"}, "No word is beyond chance."),
       );
     const any = found.highest.length + found.lowest.length > 0;

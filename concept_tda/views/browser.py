@@ -269,7 +269,7 @@ def _framed(page: str, height: int, title: str) -> str:
     "A document inside a sandboxed frame."
     text = html.escape(page, quote=True).replace("\n", "&#10;")
     look = f'sandbox="allow-scripts" style="width:100%;height:{height}px;border:0"'
-    return f'<iframe title="{title}" {look} srcdoc="{text}"></iframe>'
+    return f'<iframe title="{html.escape(title)}" {look} srcdoc="{text}"></iframe>'
 
 # %% ../../nbs/90_views/03_browser.ipynb #003a
 class OfflinePage:
@@ -313,8 +313,8 @@ def offline_page(
     if not isinstance(height, int) or height < 200:
         raise WidgetError(f"height={height!r}: give at least 200 pixels, as an int")
     script = front_end(*scripts) + _MOUNT.format(call=call)
-    text = _FRAME.format(title=title, hash=script_hash(script), style=front_end(*styles), data=data,
-                         script=script)
+    text = _FRAME.format(title=html.escape(title), hash=script_hash(script), style=front_end(*styles),
+                         data=data, script=script)
     text = text.encode("utf-8", "backslashreplace").decode()   # half a character is no UTF-8
     words = f"{words} without a kernel, {len(text)/1e3:,.0f} kB; drawn where notebooks show HTML"
     return OfflinePage(text, height, words, title)

@@ -33,7 +33,7 @@ interface Parts {
 }
 
 /** What chance gives. */
-interface Null {
+interface Chance {
   words: string;
   quantiles: number[]; // distances from the centre at equal steps of the distribution
 }
@@ -61,7 +61,7 @@ interface Method {
   spread: number | null;
   unit: string; // of the number that leads; empty where there is none
   kind: string; // "effect", "null", "spread" or "none"
-  null: Null | null;
+  null: Chance | null;
   length_spearman: number | null;
 }
 
@@ -299,6 +299,26 @@ interface LatentText {
   base: number[];
   tuned: number[];
 }
+
+/** One of two results side by side; its scale colours tokens. */
+interface MoverResult extends Scale {
+  name: string;
+  reading: string; // what a score above the centre means
+  tokens: boolean; // whether it has token scores
+}
+
+/** Two results on the same examples, as `mover_table` in Python writes them. */
+interface MoverTable {
+  n: number;
+  n_total: number;
+  title: string;
+  subtitle: string;
+  results: [MoverResult, MoverResult];
+  differs: [string, string, string][]; // field, what either card says
+  words: EndWords; // of those that rose most and fell most
+}
+
+type MoverSource = Omit<Source, "table"> & {table: MoverTable};
 
 /** Which part of a shift of a policy: ΔW, ΔW_X, ΔW_Y. */
 type ShiftPart = "both" | "features" | "behaviour";
