@@ -1030,7 +1030,7 @@ def test_tab_reaches_everything_in_reading_order_and_all_controls_have_names(liv
 # the explorer -------------------------------------------------------------------------------------
 
 
-def test_the_explorer_draws_tokens_layers_neighbours_and_the_dial(chromium, tmp_path):
+def test_the_explorer_draws_tokens_layers_neighbours_and_steered_answers_side_by_side(chromium, tmp_path):
     hostile = "<script>alert(1)</script>"
     turn = dict(role="question", answer=False, tokens=["a", hostile], scores=[0.5, -1.0])
     example = dict(row=3, value=2.0, response=hostile, turns=[dict(role="user", answer=False, text=hostile)])
@@ -1051,7 +1051,7 @@ def test_the_explorer_draws_tokens_layers_neighbours_and_the_dial(chromium, tmp_
     )
     view = ConceptView(
         reading=reading,
-        steering=[dict(strength=float(s), text=f"{hostile} {s}", value=1.0 * s) for s in (-1, 0, 1)],
+        steering=[dict(strength=float(s), text=f"{hostile} {s}", value=1.5 * s + 1) for s in (1, 0, -1)],
         status="ready",
     )
     asked = []
@@ -1065,18 +1065,22 @@ def test_the_explorer_draws_tokens_layers_neighbours_and_the_dial(chromium, tmp_
     assert (
         page.value("document.querySelector('.readout').textContent") == f'"{hostile}" −1 (projection −0.75)'
     )
-    assert page.value("document.querySelector('.steered').textContent").startswith("strength +0")
-    page.value("document.querySelector('.dial').focus()")
-    page.press("ArrowRight")
-    assert page.value("document.querySelector('.steered').textContent").endswith(f"{hostile} 1")
+    answers = page.value("[...document.querySelectorAll('.steered')].map(one => one.textContent)")
+    assert answers == [
+        f"strength −1 · concept in it −0.5, −1.5 against 0{hostile} -1",
+        f"strength 0 · concept in it +1{hostile} 0",
+        f"strength +1 · concept in it +2.5, +1.5 against 0{hostile} 1",
+    ]
+    tops = page.value(
+        "[...document.querySelectorAll('.steered')].map(one => one.getBoundingClientRect().top)"
+    )
+    assert len(set(tops)) == 1  # beside each other
     page.value("document.querySelector('.sweep').focus()")
     page.press("ArrowRight")
     stand_in.pump()
     assert [(one["kind"], one["layer"]) for one in asked] == [("layer", 2)]
     page.value("window.assign('reading', {...window.state.reading, layer: 2})")
-    assert page.value("document.activeElement.getAttribute('aria-valuenow')") == "2" and page.value(
-        "document.querySelector('.steered').textContent"
-    ).endswith(f"{hostile} 1")
+    assert page.value("document.activeElement.getAttribute('aria-valuenow')") == "2"
     harmless(page)
     page.close()
 

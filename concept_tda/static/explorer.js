@@ -79,8 +79,6 @@ class ExplorerView {
    */
   constructor(root, model) {
     this.model = model;
-    /** @type {number | null} the strength that is shown */
-    this.dial = null;
     this.root = el("section", {
       class: "ctda-view explorer",
       "aria-label": "Concept explorer",
@@ -115,14 +113,11 @@ class ExplorerView {
     if (reading.turns)
       inside.append(...this.textPart(reading), ...this.sweepPart(reading), ...this.trainPart(reading));
     inside.append(...this.steeringPart());
-    const inDial =
-      this.root.querySelector("input.dial") === document.activeElement && document.activeElement !== null;
     this.root.replaceChildren(inside);
     if (this.refocus) {
       this.refocus = false;
       focusOn(this.root, ".sweep");
     }
-    if (inDial) focusOn(this.root, "input.dial");
   }
 
   /** @param {Reading} reading */
@@ -197,63 +192,43 @@ class ExplorerView {
     ];
   }
 
+  /** The answers side by side, from the lowest strength to the highest. */
   steeringPart() {
     /** @type {Steered[]} */
     const answers = this.model.get("steering");
     if (!answers.length) return [];
-    const zero = answers.findIndex(answer => answer.strength === 0);
-    const start = answers.find(answer => answer.strength === this.dial)
-      ? answers.findIndex(answer => answer.strength === this.dial)
-      : Math.max(0, zero);
-    const shown = el("div", {class: "steered"});
-    const dial = el("input", {
-      type: "range",
-      class: "dial",
-      min: 0,
-      max: answers.length - 1,
-      step: 1,
-      value: String(start),
-      "aria-label": "Steering strength",
-    });
-    const turn = () => {
-      const answer = answers[Number(dial.value)];
-      this.dial = answer.strength;
-      dial.setAttribute("aria-valuetext", `strength ${answer.strength}`);
-      [...marks.children].forEach((mark, at) => {
-        mark.className = at === Number(dial.value) ? "here" : "";
-      });
-      shown.replaceChildren(
-        el(
-          "p",
-          {},
-          el("b", {}, `strength ${signed(answer.strength)}`),
-          answer.value === null
-            ? ""
-            : el(
-                "span",
-                {class: "quiet"},
-                ` · concept in this answer, read by the model without steering: ${signed(answer.value)}`,
-              ),
-        ),
-        longText(answer.text || "(an empty answer)"),
-      );
+    const plain = answers.find(answer => answer.strength === 0)?.value ?? null;
+    const words = (/** @type {Steered} */ {strength, value}) => {
+      if (value === null) return "nothing to read";
+      const away = strength === 0 || plain === null ? "" : `, ${signed(value - plain, 3)} against 0`;
+      return `concept in it ${signed(value)}${away}`;
     };
-    const marks = el(
-      "div",
-      {class: "marks", "aria-hidden": "true"},
-      answers.map(answer => el("span", {}, signed(answer.strength, 2))),
-    );
-    dial.addEventListener("input", turn);
-    turn();
     return [
       el("h4", {}, "Turn the concept up and down"),
       el(
         "p",
         {class: "quiet"},
-        "The model's own answer to the question while the concept is added at its layer, in units of the concept's length; 0 is the model as it is.",
+        "The model's own answer to the question while the concept is added at its layer, in units of the concept's length; 0 is the model as it is. How much of the concept is in an answer is read by the model without steering.",
       ),
-      el("div", {class: "dialbox"}, dial, marks),
-      shown,
+      el(
+        "div",
+        {class: "steered-answers"},
+        [...answers]
+          .sort((a, b) => a.strength - b.strength)
+          .map(answer =>
+            el(
+              "article",
+              {class: answer.strength === 0 ? "steered plain" : "steered"},
+              el(
+                "p",
+                {},
+                el("b", {}, `strength ${answer.strength === 0 ? "0" : signed(answer.strength)}`),
+                el("span", {class: "quiet"}, ` · ${words(answer)}`),
+              ),
+              longText(answer.text || "(an empty answer)"),
+            ),
+          ),
+      ),
     ];
   }
 }

@@ -184,7 +184,7 @@ class _Connected(_Fields):
         train: Any = None,       # Conversations to compare with; the model reads them once
         question: str = _QUESTION, # To begin with
         answer: str = "",        # To begin with; empty: the model answers
-        strengths: tuple[float, ...] = (-2, -1, 0, 1, 2), # Of the dial, in units of the concept's length
+        strengths: tuple[float, ...] = (-2, -1, 0, 1, 2), # In units of the concept's length
         max_new_tokens: int = 60, # Longest answer of the model
         atlas: InfluenceAtlas | None = None, # Adds sliders that mix concepts and rank its examples
         mix: Any = None,         # Concepts for these sliders, of the atlas's layer; by default those explored
