@@ -42,6 +42,7 @@ PUBLIC = {
     "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
     "model.servers": "ServerError ServedModel",
     "model.local_server": "LocalServer",
+    "model.exports": "ExportError ExportedActivations load_activations export_activations",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics moderated_variances",
     "results.cards": "ZERO STEPS ACCESS Cost Null expected_counts QueryCard",

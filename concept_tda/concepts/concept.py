@@ -202,6 +202,7 @@ def _check_concept(concept: Concept, lm: LanguageModel, allow_other_model: bool)
             f"concept {name!r} has width {concept.model_width}, the model {lm.name!r} has width {lm.width}: "
             f"it was made with another model ({made_with or 'unknown'}). Make it again with this one.")
     lm.check_layer(concept.layer)
+    lm.check_pooling(concept.pooling)
     if concept.model_fingerprint is None:
         return [f"concept {name!r} does not record the model it was made with"]
     actual = lm.fingerprint

@@ -145,6 +145,7 @@ def check_sae(
         raise SAEError(f"{sae.name} reads activations of width {sae.width}{trained}, those of {lm.name} have "
                        f"{lm.width}: open an SAE of this model")
     lm.check_layer(sae.layer)
+    lm.check_pooling("tokens")
 
 # %% ../../nbs/60_groups/01_sae.ipynb #tokens
 @torch.no_grad()

@@ -128,6 +128,7 @@ class _Similarity(Scorer):
         layer: int,                     # Where activations are compared
         pooling: str = "response_mean", # How token activations become one vector
     ):
+        lm.check_pooling(pooling)
         self.lm, self.queries, self.layer, self.pooling = lm, queries, lm.check_layer(layer), pooling
 
 # %% ../../nbs/50_influence/07_baselines.ipynb #repsim-class

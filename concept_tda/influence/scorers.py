@@ -21,7 +21,7 @@ import torch
 
 from ..concepts.concept import Concept, random_directions
 from ..data.conversations import Conversation, Conversations, load_conversations
-from ..data.tokens import TokenizedConversations, tokenize
+from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
 from ..foundation.storage import code_version, fingerprint
 from .curvature import EKFAC, CurvatureError, Identity
@@ -400,7 +400,7 @@ def _own_answers(
     spoken = [id for id in different.ids if id not in silent]
     place = {id: row for row, id in enumerate(spoken)}
     return _OwnAnswers(
-        data=tokenize(_answered(lm, different, records), lm.tokenizer, max_tokens=None),
+        data=lm.tokenize(_answered(lm, different, records), max_tokens=None),
         rows=np.array([place.get(id, -1) for id in prompts.ids]),
         seconds=sum(record["seconds"] for record in records),
         settings=(settings if answers is None else {"own_answers": "given"}) | {"empty_own_answers": empty},

@@ -259,10 +259,16 @@ class _Identity(_Numbers):
 # %% ../../nbs/20_model/00_loading.ipynb #lm
 class LanguageModel(_Identity):
     "A causal language model with its tokenizer, and the names of its parts."
+    def check_pooling(
+        self,
+        pooling: str, # How tokens' activations are about to become one vector, or "tokens"
+    ) -> None:
+        "A model can be read in every way; activations from a file (`model.exports`) refuse what they lack."
+
     def tokenize(
         self,
         data: Any,                  # What `load_conversations` reads; `TokenizedConversations` pass through
-        max_tokens: int = 1536,     # Longer examples are treated as `overlong` says
+        max_tokens: int | None = 1536, # Longer examples are treated as `overlong` says
         overlong: str = "truncate", # "truncate" (recorded and shown), "error" or "drop"
     ) -> TokenizedConversations:
         "Token ids and response masks of `data` under this model's chat template."

@@ -187,6 +187,7 @@ def pooled_activations(
 ) -> dict[int, torch.Tensor]:        # {layer: [N, d] on the CPU}, `work_dtype`, rows in the order of `data`
     """One activation vector per conversation and layer: Σ_t w_t h_t with `pooling_weights`. Equal to pooling
     transformers' `hidden_states[layer]`, whatever the batching."""
+    lm.check_pooling(pooling)
     layers, tokenized = _checked_layers(lm, layers), lm.tokenize(data)
     about = {"model": lm.name, "layers": layers, "pooling": pooling, "data": tokenized.fingerprint,
              "ids": tokenized.ids}
