@@ -93,6 +93,7 @@ PUBLIC = {
     "influence.streaming": "stream_records score_stream",
     "influence.served": "ServedError ServedQuery write_query load_query ServedCheck ServedInfluence",
     "influence.responses": "Unrolled AdamResponse",
+    "influence.sets": "SetError stepwise stepwise_change",
     "groups.groups": "GROUP_ORDERS LABEL_COLOURS GroupError Groups column_groups family_groups "
         "cluster_groups GroupScores score_groups union_rows drop_groups coverage_curve compare_groups "
         "random_groups",

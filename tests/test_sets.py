@@ -1,4 +1,4 @@
-"""Sets left out in steps: against closed forms, and against retrainings of a tiny model with copies in its data."""
+"""Sets left out in steps: against closed forms, and retrainings of a tiny model with copies in its data."""
 
 import numpy as np
 import pytest
