@@ -14,7 +14,7 @@ STAMP := .venv/.set-up-done
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo        fine-tune, score, compare and filter on the bundled data; results in demo/"
+	@echo "make demo        fine-tune, score, compare, filter and train again on the bundled data; results in demo/"
 	@echo "make test        the tests that take seconds (pytest's closing line comes last)"
 	@echo "make test-all    the slow tests too"
 	@echo "make docs        the documentation site in _docs/ (Quarto where installed, otherwise pure Python)"
