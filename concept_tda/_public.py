@@ -25,7 +25,7 @@ PUBLIC = {
     "data.preferences": "Pair Preferences load_preferences",
     "data.documents": "DocumentError Document Piece Window Windows Documents load_documents as_examples "
         "load_windows examples_from_columns token_windows number_tokenizer",
-    "data.masks": "MaskError tokenizer_record token_mark TokenMask token_mask",
+    "data.masks": "MaskError tokenizer_record token_mark TokenMask token_mask chosen_tokens",
     "data.stories": "TRIGGER PAYLOAD StoryError story_conversations story_tokenizer",
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel SlowTypeWarning load_model",
     "model.sites": "Site Slice chosen Unit layers_of on_whole_layers Coverage coverage coverage_notes "
@@ -72,7 +72,7 @@ PUBLIC = {
     "influence.curvature": "CurvatureError Identity check_damping check_gradients check_moved check_labels "
         "fitting_record DampedCurvature Factors labelled_pass batch_labels FactorStatistics EKFAC",
     "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
-    "influence.queries": "Query ConceptQuery LossQuery MarginQuery ContrastQuery QueryExpression "
+    "influence.queries": "Query ConceptQuery LossQuery MarginQuery ContrastQuery TokenQuery QueryExpression "
         "query_expression",
     "influence.engine": "EngineError Readout ActivationReadout ActivationGradientReadout LossReadout "
         "DirectionReadout StackedReadout without_first_token NormalisedReadout adding_tangent ForwardReadout "

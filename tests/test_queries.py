@@ -2,13 +2,24 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import mannwhitneyu
 
 from concept_tda.concepts.concept import ConceptError, tensor_concept
 from concept_tda.data.conversations import load_conversations
-from concept_tda.influence.queries import QueryExpression, query_expression
+from concept_tda.data.masks import MaskError, chosen_tokens
+from concept_tda.influence.queries import (
+    ConceptQuery,
+    ContrastQuery,
+    LossQuery,
+    QueryExpression,
+    TokenQuery,
+    query_expression,
+)
+from concept_tda.influence.scorers import Influence
 from concept_tda.model.loading import LanguageModel
 from concept_tda.model.losses import GradientError
+from concept_tda.model.sites import resolve_sites
 from concept_tda.model.tracing import pooled_activations
 
 from tiny import tiny_pair
@@ -83,3 +94,89 @@ def test_nothing_to_project_is_an_error_of_ours():
         query_expression(lm, concept, data[[]], data, progress=False)
     with pytest.raises(GradientError, match="'says yes' has no examples.*training examples"):
         query_expression(lm, concept, data, data[[]], progress=False)
+
+
+# some tokens of an answer -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """A model in float64, two answers, a concept, sites."""
+    model, tokenizer = tiny_pair("llama", n_layers=3)
+    lm = LanguageModel(model.double(), tokenizer, "tiny")
+    answers = load_conversations(
+        [
+            {"prompt": "Am I right?", "response": "You are so right."},
+            {"prompt": "Is it good?", "response": "It is the best I have seen, the best!"},
+        ]
+    )
+    direction = torch.randn(lm.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    concept = tensor_concept(direction, layer=2, lm=lm, name="flattery")
+    return lm, answers, concept, resolve_sites(lm, "mlp")
+
+
+def responses(data):
+    return [np.flatnonzero(item.response_mask.numpy()).tolist() for item in data]
+
+
+@pytest.mark.parametrize("kind", ["concept", "loss"])
+def test_single_tokens_add_up_to_the_whole_in_value_gradient_and_score(exact, kind):
+    lm, answers, concept, sites = exact
+    query = ConceptQuery(concept, answers) if kind == "concept" else LossQuery(answers)
+    data = lm.tokenize(answers)
+    single = [[[place], []] for place in responses(data)[0]] + [[[], [place]] for place in responses(data)[1]]
+    parts = [TokenQuery(query, chosen_tokens(data, places)) for places in single]
+    assert len({part.fingerprint for part in parts} | {query.fingerprint}) == len(parts) + 1
+    assert sum(part.value(lm) for part in parts) == pytest.approx(query.value(lm), rel=1e-9)
+    whole = query.gradients(lm, sites[:2])
+    added = {name: 0 for name in whole}
+    for part in parts:
+        for name, gradient in part.gradients(lm, sites[:2]).items():
+            added[name] = added[name] + gradient
+    for name, gradient in whole.items():
+        torch.testing.assert_close(added[name], gradient, rtol=1e-4, atol=1e-7)
+    half = [places[::2] for places in responses(data)]
+    rest = [places[1::2] for places in responses(data)]
+    scores = [
+        Influence(lm, asked, curvature="identity").score(answers, progress=False).scores
+        for asked in (query, *(TokenQuery(query, chosen_tokens(data, places)) for places in (half, rest)))
+    ]
+    np.testing.assert_allclose(scores[1] + scores[2], scores[0], rtol=1e-6)
+    assert not np.allclose(scores[1], scores[2])
+
+
+def test_a_tokens_share_is_its_log_probability_and_its_activation_by_hand(exact):
+    lm, answers, concept, _ = exact
+    data = lm.tokenize(answers)
+    place, n = responses(data)[1][3], len(responses(data)[1])
+    mask = chosen_tokens(data, [[], [place]])
+    with torch.no_grad():
+        out = lm.model(data[1].input_ids[None], output_hidden_states=True)
+    log_probability = out.logits[0, place - 1].log_softmax(-1)[data[1].input_ids[place]].item()
+    assert TokenQuery(LossQuery(answers), mask).value(lm) == pytest.approx(log_probability / n / 2, rel=1e-9)
+    along = (out.hidden_states[2][0, place] @ concept.direction.double()).item()
+    found = TokenQuery(ConceptQuery(concept, answers), mask)
+    assert found.value(lm) == pytest.approx(along / n / 2, rel=1e-6)
+    assert found.name == f"flattery, 1 of {sum(map(len, responses(data)))} tokens"
+
+
+def test_a_phrase_is_found_in_every_answer_and_only_there(exact):
+    lm, answers, concept, _ = exact
+    data = lm.tokenize(answers)
+    mask = chosen_tokens(data, "the best")
+    said = ["".join(np.array(data.tokens(row))[mask.weights[row] > 0]) for row in range(2)]
+    assert said[0] == "" and said[1].count("the best") == 2
+    with pytest.raises(MaskError, match="no answer"):
+        chosen_tokens(data, "Is it good")  # stands in a prompt
+    with pytest.raises(MaskError, match="no response token at place 0"):
+        chosen_tokens(data, [[0], []])
+    for wrong in ("", [[], []], [[]]):
+        with pytest.raises(MaskError):
+            chosen_tokens(data, wrong)
+    other = lm.tokenize(load_conversations([{"prompt": "Who?", "response": "I."}]))
+    with pytest.raises(MaskError, match="knows nothing"):
+        TokenQuery(LossQuery(answers), chosen_tokens(other, "I")).value(lm)
+    at_prompt = ConceptQuery(concept, answers, pooling="prompt_last")
+    for query in (at_prompt, ContrastQuery(LossQuery(answers), LossQuery(answers))):
+        with pytest.raises(GradientError):
+            TokenQuery(query, mask)
