@@ -78,14 +78,14 @@ PUBLIC = {
         "DirectionReadout StackedReadout without_first_token NormalisedReadout adding_tangent ForwardReadout "
         "difference_scale moved_weights DifferenceReadout direction_readout difference_adapters Stopwatch "
         "run_batch Pass peak_memory shared_pass",
-    "influence.scorers": "ScorerError Scorer equal_as_first query_card score_together VectorFilter "
-        "ActivationGradient ProjectionDifference dataset_projection_difference Influence ConceptInfluence "
-        "InfluenceFunction GradDot",
+    "influence.scorers": "ScorerError NullReadout null_directions Scorer equal_as_first query_card "
+        "score_together VectorFilter ActivationGradient ProjectionDifference dataset_projection_difference "
+        "Influence ConceptInfluence InfluenceFunction GradDot",
     "influence.neighbours": "RESIDUAL_FORMS CosineReadout GradCos ResidualChangeReadout ResidualChange "
         "CheckpointScorer TracIn AdamMoments walsh_hadamard Sketch LessReadout LESS exact_rows "
         "estimated_recall Cascade",
     "influence.baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
-    "influence.atlas": "AtlasError InfluenceAtlas build_atlas GradientIndex build_index",
+    "influence.atlas": "AtlasError DirectionRows InfluenceAtlas build_atlas GradientIndex build_index",
     "influence.planning": "PlanError Plan plan TrainingPlan plan_training",
     "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
     "influence.pairs": "PairAttribution score_preferences is_of_pairs load_pair_attribution",

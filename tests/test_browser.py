@@ -362,10 +362,11 @@ def test_tokens_show_their_exact_scores_on_hover_and_by_key(live):
     )
     assert [s[0] for s in spans] == results[0].tokens[top]
     assert all(
-        np.isclose(float(s[1].replace("−", "-")), score, rtol=1e-3)
+        np.isclose(float(s[1].split(",")[0].replace("−", "-")), score, rtol=1e-3)
         for s, score in zip(spans, results[0].token_scores[top])
     )
-    strongest = int(np.argmax(np.abs(results[0].token_scores[top])))
+    assert spans[0][1].endswith("the attention sink: not coloured") and spans[0][2] == ""
+    strongest = 1 + int(np.argmax(np.abs(results[0].token_scores[top][1:])))
     assert ("--more" if results[0].token_scores[top][strongest] > 0 else "--less") in spans[strongest][2]
     view.page.hover(".reading .turn.answer .tokens span:nth-child(2)")
     exact = lambda: float(view.value("document.querySelector('.readout b').textContent").replace("−", "-"))
@@ -852,9 +853,11 @@ def test_the_report_browses_from_a_file(chromium, tmp_path):
         "s.title, getComputedStyle(s).backgroundColor])"
     )
     assert [s[0] for s in spans] == results[0].tokens[top] and np.allclose(
-        [float(s[1].replace("−", "-")) for s in spans], results[0].token_scores[top], rtol=1e-2
+        [float(s[1].split(",")[0].replace("−", "-")) for s in spans],
+        results[0].token_scores[top],
+        rtol=1e-2,
     )
-    strongest = int(np.argmax(np.abs(results[0].token_scores[top])))
+    strongest = 1 + int(np.argmax(np.abs(results[0].token_scores[top][1:])))  # the sink has no colour
     assert ("238, 112, 20" if results[0].token_scores[top][strongest] > 0 else "42, 120, 220") in spans[
         strongest
     ][2]

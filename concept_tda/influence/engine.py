@@ -61,6 +61,7 @@ class _Wishes:
     wants_gradient = False       # their gradient
     wants_losses = False         # token losses
     runs_alone = False           # passes of its own instead
+    keeps_tokens = True          # whether contributions of tokens are handed on
     n_queries = 1
     fingerprint: str
 
@@ -75,6 +76,7 @@ class _Contributions(_Wishes):
     def collect(self) -> tuple[np.ndarray, np.ndarray | None]:
         "Scores [B, Q] in float64, and contributions [Q, B, T] (None if the scores do not come apart)."
         scores_BQ = self.tokens_QBT.double().sum(2).T
+        if not self.keeps_tokens: return scores_BQ.cpu().numpy(), None
         return scores_BQ.cpu().numpy(), self.tokens_QBT.float().cpu().numpy()
 
 # %% ../../nbs/50_influence/04_engine.ipynb #readout
