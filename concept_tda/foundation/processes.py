@@ -61,11 +61,14 @@ def on_its_own() -> Iterator[None]:
 @lru_cache
 def _group() -> Any:
     "The processes as a group that talks over the CPU."
-    patience = timedelta(days=30)
     if not distributed.is_initialized():
         several = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(several, timeout=patience)
-    return distributed.new_group(backend="gloo", timeout=patience)
+        torch_distributed: Any = distributed  # which does not list all that it offers
+        store, number, size = next(iter(torch_distributed.rendezvous("env://")))
+        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        distributed.init_process_group(
+            several, store=torch_distributed.PrefixStore(attempt, store), rank=number, world_size=size)
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=30))
 
 # %% ../../nbs/00_foundation/04_processes.ipynb #p011
 @contextmanager
@@ -145,15 +148,23 @@ def _own_device(storage: Any, place: str) -> Any:
     if not place.startswith("cuda"): return storage
     return storage.cuda(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
+def _part_ways() -> None:
+    "Leave when all are done, so that nobody's connection breaks off."
+    wait_for_all()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
 def _serve(place: Path) -> None:
     "What each process does."
-    if (place/"error").exists(): return
+    if (place/"error").exists() or (place/"answer").exists(): return
     try:
         task = torch.load(place/"task", weights_only=False, map_location=_own_device)
         function, arguments, options = task
         answer = function(*arguments, **options)
         if rank() == 0:
-            torch.save(answer, place/"answer")
+            torch.save(answer, place/"part")
+            os.replace(place/"part", place/"answer")
+        _part_ways()
     except _Lost:
         if not (place/"error").exists(): raise
     except Exception as err:

@@ -50,6 +50,14 @@ class _Estimate:
     disk: int                  # Bytes of finished blocks on disk while the job runs
     advice: list[str] = field(default_factory=list) # Settings that would help, most helpful first
     slowdown: float | None = None # Of bfloat16: time of a product over float32's; None for other types
+    num_processes: int = 1     # They share the examples; seconds are theirs together, memory that of each
+    price_per_hour: float | None = None # Of each process
+
+    @property
+    def money(self) -> float | None:
+        "What it costs, in the currency of the price; None without a price."
+        if self.price_per_hour is None: return None
+        return (self.seconds + self.fit_seconds)/3600*self.num_processes*self.price_per_hour
 
     @property
     def tokens_per_second(self) -> float:
@@ -88,12 +96,15 @@ class _Worded(_Estimate):
         "What it says, as {what: words}."
         fitting = f", {_clock(self.fit_seconds)} fitting curvature" if self.fit_seconds else ""
         memory = f"{_gibibytes(self.peak_memory)} of {_gibibytes(self.available_memory)} GiB"
+        each = f"{self.num_processes} share the examples; each needs the memory"
         every = {
             "methods": ", ".join(self.methods),
             "data": f"{self.examples:,} examples, {self.tokens:,} tokens",
             "time": f"{_clock(self.seconds)} scoring ({self.tokens_per_second:,.0f} tokens/s){fitting}",
             "memory": f"{memory}: {'fits' if self.fits else 'does not fit'}",
             "disk": f"{self.disk/2**20:.1f} MiB while it runs",
+            "processes": each if self.num_processes > 1 else "",
+            "money": "" if self.money is None else f"{self.money:,.2f} at {self.price_per_hour:g} an hour",
             "type": "" if self.slowdown is None else _precision_words(self),
             "advice": "; ".join(self.advice),
         }
@@ -110,7 +121,7 @@ class Plan(_Worded):
             f"{_gibibytes(self.available_memory)} GiB: {'; or '.join(self.advice)}")
 
     def __repr__(self) -> str:
-        return "\n".join(f"{name:8} {words}" for name, words in self.facts().items())
+        return "\n".join(f"{name:9} {words}" for name, words in self.facts().items())
 
     def _repr_html_(self) -> str:
         return html_of(self)
@@ -299,9 +310,11 @@ def plan(
     tokens: bool = False,      # Will contributions of tokens be kept?
     max_tokens: int = 1536,    # Longer examples will be cut
     token_budget: int = 1024,  # Tokens in a batch
+    num_processes: int = 1,    # How many will share the examples, each on a device of its own
+    price_per_hour: float | None = None, # Of each process
 ) -> Plan:
-    """Estimate seconds, memory and disk of scoring `examples`, from a probe of two batches (and two fitted
-    examples where curvature is missing). Raises `PlanError` where the probe fails, naming the example."""
+    """Estimate seconds, memory, disk and money of scoring `examples`, from a probe of two batches (and two
+    fitted examples where curvature is missing). Raises `PlanError` where it fails, naming the example."""
     _check_scorers(scorers)
     lm = _model_of(scorers)
     data = _tokens_of(lm, examples, max_tokens)
@@ -317,8 +330,9 @@ def plan(
     n_queries = sum(readout.n_queries for readout in readouts.values())
     n_numbers = n_queries*(data.n_tokens if tokens else 0) + n_queries*len(data)*2
     return Plan(
-        [str(scorer.method) for scorer in scorers], len(data), int(data.n_tokens), seconds, fit_seconds,
-        int(peak), int(available), n_numbers*4 + 400*len(queue), advice, _slowdown(lm))
+        [str(scorer.method) for scorer in scorers], len(data), int(data.n_tokens), seconds/num_processes,
+        fit_seconds/num_processes, int(peak), int(available), n_numbers*4 + 400*len(queue), advice,
+        _slowdown(lm), num_processes, price_per_hour)
 
 # %% ../../nbs/50_influence/09_planning.ipynb #training-plan
 @dataclass(repr=False)

@@ -721,6 +721,7 @@ def _from_pair(pair: Any, adapter: Any, merge: bool, chat_template: Any) -> Lang
         model, found = _attach(copy.deepcopy(model), adapter, merge)
         model, name, placed = model.eval(), f"{name} + {adapter}", placed + found
     tokenizer, template = _with_template(tokenizer, chat_template)
+    _check_present(model, name)
     return LanguageModel(model, tokenizer, name, placed, template or (lm.chat_template if lm else None))
 
 # %% ../../nbs/20_model/00_loading.ipynb #checked-pair
@@ -751,6 +752,16 @@ def _own_device() -> str:
     if not torch.cuda.is_available(): return "cpu"
     if "LOCAL_RANK" not in os.environ: return "cuda"
     return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # as torchrun counts them
+
+# %% ../../nbs/20_model/00_loading.ipynb #offloaded
+def _check_present(model: nn.Module, name: str) -> None:
+    "Refuse a model some of whose weights are not where it computes."
+    away = [weight for weight, values in model.named_parameters() if values.is_meta]
+    if not away: return
+    raise ModelError(
+        f"{len(away)} weights of {name} are offloaded (the first: {away[0]}), which this library cannot "
+        "differentiate: spread the model over more GPUs with device_map, open it in dtype=\"bfloat16\", or "
+        "score with a smaller model")
 
 # %% ../../nbs/20_model/00_loading.ipynb #slow
 class SlowTypeWarning(UserWarning):
@@ -801,6 +812,7 @@ def load_model(
     if device_map is None:
         _moved(model, device)
     tokenizer, template = _with_template(tokenizer, chat_template)
+    _check_present(model, shown)
     lm = LanguageModel(model.eval(), tokenizer, shown, placed, template)
     _say_if_slow(lm)
     return lm
