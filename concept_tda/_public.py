@@ -36,13 +36,14 @@ PUBLIC = {
         "layer_activations token_activations left_padded as_prompts generate",
     "model.answers": "answer_records with_record cached_generate",
     "model.finetuning": "GRADIENT_CLIP RECIPES FinetuneError example_losses own_randomness new_adapters "
-        "step_rows step_rate finetune run_settings training_record Retrained finetune_many "
-        "training_checkpoints",
+        "step_rows step_rate write_training_record finetune run_settings training_record Retrained "
+        "finetune_many training_checkpoints",
     "model.training": "TrainingError TrainingRecipe StepPlan first_plan TrainingRun train replay load_run",
     "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
     "model.servers": "ServerError ServedModel",
     "model.local_server": "LocalServer",
     "model.exports": "ExportError ExportedActivations load_activations export_activations",
+    "model.recording": "RecordingError TrainingRecorder",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics moderated_variances",
     "results.cards": "ZERO STEPS ACCESS Cost Null expected_counts QueryCard",
@@ -82,8 +83,8 @@ PUBLIC = {
         "score_together VectorFilter ActivationGradient ProjectionDifference dataset_projection_difference "
         "Influence ConceptInfluence InfluenceFunction GradDot",
     "influence.neighbours": "RESIDUAL_FORMS CosineReadout GradCos ResidualChangeReadout ResidualChange "
-        "CheckpointScorer TracIn AdamMoments walsh_hadamard Sketch LessReadout LESS exact_rows "
-        "estimated_recall Cascade",
+        "CheckpointScorer TracIn AdamMoments recorded_moments walsh_hadamard Sketch LessReadout LESS "
+        "exact_rows estimated_recall Cascade",
     "influence.baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
     "influence.atlas": "AtlasError DirectionRows InfluenceAtlas build_atlas GradientIndex build_index",
     "influence.planning": "PlanError Plan plan TrainingPlan plan_training",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESIDUAL_FORMS', 'CosineReadout', 'GradCos', 'ResidualChangeReadout', 'ResidualChange', 'CheckpointScorer', 'TracIn',
-           'AdamMoments', 'walsh_hadamard', 'Sketch', 'LessReadout', 'LESS', 'exact_rows', 'estimated_recall',
-           'Cascade']
+           'AdamMoments', 'recorded_moments', 'walsh_hadamard', 'Sketch', 'LessReadout', 'LESS', 'exact_rows',
+           'estimated_recall', 'Cascade']
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0003
 import gc
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -38,6 +39,7 @@ from concept_tda.influence.scorers import (
     query_card,
     score_together,
 )
+from ..model.finetuning import training_record
 from ..model.loading import LanguageModel, load_model
 from ..model.losses import loss_weights, token_losses
 from ..model.sites import Site, coverage_notes, resolve_sites
@@ -514,6 +516,30 @@ class AdamMoments(_FromOptimizer):
                 first[name].mul_(betas[0]).add_(gradient, alpha=1 - betas[0])
                 second[name].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
         return cls(first, second, len(chunks), betas=betas, epsilon=epsilon)
+
+# %% ../../nbs/50_influence/06_neighbours.ipynb #recorded-moments
+def _read_moments(folder: Path, sites: list[Site]) -> AdamMoments:
+    "Moments that a `TrainingRecorder` wrote beside a checkpoint."
+    from safetensors import safe_open
+    try:
+        with safe_open(folder/"moments.safetensors", "pt") as file:
+            about = file.metadata()
+            first, second = ({s.name: file.get_tensor(f"{kind} {s.name}.weight") for s in sites}
+                             for kind in ("exp_avg", "exp_avg_sq"))
+    except Exception as err:  # absent, damaged, or of other parameters
+        raise ScorerError(f"{folder} holds no Adam moments of these sites ({err}): record the training with "
+                          "a TrainingRecorder, or use AdamMoments.estimate") from None
+    mean, square = ({s.name: _oriented(s, one[s.name]) for s in sites} for one in (first, second))
+    return AdamMoments(mean, square, int(about["step"]), betas=[float(one) for one in about["betas"].split()],
+                       epsilon=float(about["eps"]))
+
+def recorded_moments(
+    folder: str | Path, # Written by a `TrainingRecorder`
+) -> list[Any]:         # For `LESS(moments=…)`: a function of a checkpoint's model and sites, for each
+    "Adam's moments at the checkpoints that `training_checkpoints` gives."
+    places = [Path(folder)/one["folder"] for one in training_record(folder)["checkpoints"]
+              if one["learning_rate"] > 0]
+    return [lambda lm, sites, place=place: _read_moments(place, sites) for place in places]
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #estimate-parts
 def _zeros(sites: list[Site]) -> dict[str, torch.Tensor]:

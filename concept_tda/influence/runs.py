@@ -273,6 +273,10 @@ def _settings_of(folder: str | Path, lm: LanguageModel) -> tuple[dict[str, Any],
     if key["base_fingerprint"] != lm.fingerprint:
         raise RunError(f"the run in {folder} did not start from {lm.name}: give the model it was trained "
                        "from, before the fine-tune")
+    if "trained_by" in key:
+        raise RunError(f"the run in {folder} was recorded from {key['trained_by']}, whose steps can't be "
+                       "taken again here to the bit: TracIn and LESS read such a folder, or train with "
+                       "finetune")
     names = set(run_settings(lm)) - {"insist", "checkpoints", "micro_batch_size", "chat_template"}
     return {name: value for name, value in key.items() if name in names}, key
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRADIENT_CLIP', 'RECIPES', 'FinetuneError', 'example_losses', 'own_randomness', 'new_adapters', 'step_rows',
-           'step_rate', 'finetune', 'run_settings', 'training_record', 'Retrained', 'finetune_many',
-           'training_checkpoints']
+           'step_rate', 'write_training_record', 'finetune', 'run_settings', 'training_record', 'Retrained',
+           'finetune_many', 'training_checkpoints']
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0003
 import copy
@@ -703,6 +703,15 @@ def _say_untrained(names: list[str]) -> None:
         "was routed to them",
         stacklevel=2)
 
+# %% ../../nbs/20_model/05_finetuning.ipynb #write-record
+def write_training_record(
+    folder: str | Path,     # Of a training, whose checkpoints lie in it
+    record: dict[str, Any], # base, key, saved, checkpoints, steps, and what else is known
+) -> None:
+    "Write down a finished training, for `training_record` and `training_checkpoints`."
+    with atomic_file(Path(folder)/_RECORD) as part:
+        part.write_text(json.dumps({"format": _FORMAT} | record, indent=1), encoding="utf-8")
+
 # %% ../../nbs/20_model/05_finetuning.ipynb #into
 def _train_into(
     place: Path, lm: LanguageModel, tokenized: TokenizedConversations, settings: dict[str, Any],
@@ -727,8 +736,7 @@ def _train_into(
                    for step in keeper.checkpoint_steps(len(steps))]
     record = about | {"seconds": seconds, "tokens_per_second": tokenized.n_tokens*settings["epochs"]/seconds,
                       "checkpoints": checkpoints, "steps": steps, "untrained": untrained}
-    with atomic_file(place/_RECORD) as part:
-        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_training_record(place, record)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #weighted
 def _weighted(tokenized: TokenizedConversations, token_weights: Any) -> TokenizedConversations:
@@ -947,7 +955,8 @@ def training_checkpoints(
             f"{folder} holds no checkpoints. Fine-tune with checkpoints=3, say, into another folder.")
     _check_base(folder, record, lm)
     places = [folder/checkpoint["folder"] for checkpoint in kept]
-    openers = [str(place) if lm is None else _opener(lm, place) for place in places]
+    openers = [str(place) if lm is None or not (place/"adapter_config.json").exists() else _opener(lm, place)
+               for place in places]
     return {"checkpoints": openers, "learning_rates": [checkpoint["learning_rate"] for checkpoint in kept]}
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #check-base

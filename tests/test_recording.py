@@ -1,0 +1,182 @@
+"""A training by transformers' own Trainer, recorded, against what the trainer was seen to do; and what reads
+the folder."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from concept_tda.data.conversations import bundled
+from concept_tda.influence.neighbours import LESS, AdamMoments, TracIn, recorded_moments
+from concept_tda.influence.queries import LossQuery
+from concept_tda.influence.runs import RunError, TrainingInfluence
+from concept_tda.influence.scorers import GradDot, ScorerError
+from concept_tda.model.finetuning import training_checkpoints, training_record
+from concept_tda.model.loading import LanguageModel, load_model
+from concept_tda.model.recording import RecordingError, TrainingRecorder
+from concept_tda.model.sites import resolve_sites
+
+from tiny import tiny_pair
+
+N = 11
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONCEPT_TDA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def train():
+    return bundled("sycophancy")[:N]
+
+
+class Spy(TrainerCallback):
+    """What the trainer does, seen from another side: weights after each step, and the live optimiser."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.optimizer, self.model = kwargs["optimizer"], kwargs["model"]
+        self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+def trained(folder, train, adapter=True, recorder=None, **options):
+    """Train, and return the base model, the spy, the trainer and the row numbers as the collator saw them."""
+    model, tokenizer = tiny_pair("llama")
+    base = LanguageModel(model, tokenizer, "tiny")
+    data = base.tokenize(train)
+    rows = [
+        {
+            "input_ids": item.input_ids,
+            "labels": torch.where(item.response_mask, item.input_ids, -100),
+            "row": row,
+        }
+        for row, item in enumerate(data)
+    ]
+    recorder = recorder or TrainingRecorder(folder, base, checkpoints=2, ids=train.ids)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    seen = []
+
+    def collate(batch):
+        seen.append([one["row"] for one in batch])
+        ids = torch.nn.utils.rnn.pad_sequence([one["input_ids"] for one in batch], batch_first=True)
+        labels = torch.nn.utils.rnn.pad_sequence(
+            [one["labels"] for one in batch], batch_first=True, padding_value=-100
+        )
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(one["input_ids"]) for one in batch], batch_first=True
+        )
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    settings = dict(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        remove_unused_columns=False,
+    )
+    arguments = TrainingArguments(str(folder.parent / "out"), **(settings | options))
+    spy = Spy()
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=[recorder, spy])
+    trainer.train()
+    return base, spy, trainer, seen
+
+
+@pytest.fixture(scope="module")
+def run(train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "recorded"
+    return folder, *trained(folder, train)
+
+
+def test_order_rates_and_losses_are_those_of_the_trainer(run, train):
+    folder, base, spy, trainer, seen = run
+    record = training_record(folder)
+    steps = record["steps"]
+    assert len(steps) == trainer.state.global_step == 6  # 11 rows, 4 in a step, 2 epochs
+    assert sorted(sum(steps.rows[:3], [])) == sorted(sum(steps.rows[3:], [])) == list(range(N))
+    assert sum(steps.rows, []) == sum(seen, [])  # as the collator saw them
+    assert steps.rows[0] != sorted(steps.rows[0]) or steps.rows[1] != sorted(steps.rows[1])  # shuffled
+    assert steps.examples.tolist() == [4, 4, 3, 4, 4, 3]
+    np.testing.assert_allclose(steps.learning_rate, [1e-3 * (1 - i / 6) for i in range(6)], rtol=1e-9)
+    logged = [one["loss"] for one in trainer.state.log_history if "loss" in one]
+    np.testing.assert_allclose(steps.loss, logged)
+    assert (
+        record["ids"] == train.ids
+        and record["key"]["base_fingerprint"] == load_model(tiny_pair("llama")).fingerprint
+    )
+
+
+def test_checkpoints_and_moments_are_those_of_the_moment(run):
+    folder, base, spy, trainer, _ = run
+    lm = load_model(tiny_pair("llama"))
+    history = training_checkpoints(folder, lm)
+    last = history["checkpoints"][-1]()
+    for name, weight in spy.weights.items():
+        assert torch.equal(dict(last.model.named_parameters())[name], weight)
+    sites = resolve_sites(last, "lora")
+    found = recorded_moments(folder)[-1](last, sites)
+    wanted = AdamMoments.from_optimizer(
+        spy.optimizer, resolve_sites(LanguageModel(spy.model, lm.tokenizer, "t"), "lora")
+    )
+    assert found.step == wanted.step == 6 and found.betas == wanted.betas
+    for name in wanted.second:
+        assert torch.equal(found.first[name], wanted.first[name]) and wanted.first[name].any()
+        assert torch.equal(found.second[name], wanted.second[name])
+
+
+def test_tracin_and_less_read_it(run, train):
+    folder = run[0]
+    lm, shown = load_model(tiny_pair("llama")), train[:2]
+    history = training_checkpoints(folder, lm)
+    assert len(history["checkpoints"]) == 2
+    found = TracIn(queries=shown, sites="lora", **history).score(train, progress=False)
+    wanted = sum(
+        rate * GradDot(open_one(), shown, sites="lora").score(train, progress=False).scores
+        for rate, open_one in zip(history["learning_rates"], history["checkpoints"])
+    )
+    np.testing.assert_allclose(found.scores, wanted, rtol=1e-4, atol=1e-7)
+    less = LESS(queries=shown, sites="lora", moments=recorded_moments(folder), projection=None, **history)
+    estimated = [lambda lm, sites: AdamMoments.estimate(lm, train, sites)] * 2
+    other = LESS(queries=shown, sites="lora", moments=estimated, projection=None, **history)
+    scores, guessed = (one.score(train, progress=False).scores for one in (less, other))
+    assert (np.abs(scores) <= 1 + 1e-6).all() and not np.allclose(scores, guessed)
+
+
+def test_training_influence_says_why_it_does_not(run, train):
+    lm = load_model(tiny_pair("llama"))
+    with pytest.raises(RunError, match="transformers.Trainer.*TracIn and LESS"):
+        TrainingInfluence(lm, LossQuery(train[:2]), run=run[0])
+
+
+def test_a_whole_model(train, tmp_path):
+    _, spy, _, _ = trained(tmp_path / "r", train, adapter=False, num_train_epochs=1)
+    history = training_checkpoints(tmp_path / "r")
+    last = load_model(history["checkpoints"][-1])
+    for name, weight in spy.weights.items():
+        assert torch.equal(dict(last.model.named_parameters())[name], weight)
+    found = TracIn(queries=train[:2], **history).score(train, progress=False)
+    assert np.isfinite(found.scores).all()
+    moments = recorded_moments(tmp_path / "r")[-1](last, resolve_sites(last, "attention"))
+    assert moments.step == 3
+    again = training_checkpoints(tmp_path / "r", load_model(tiny_pair("llama")))  # the base does no harm
+    assert again["checkpoints"] == history["checkpoints"]
+
+
+def test_what_cannot_be_recorded(run, train, tmp_path):
+    with pytest.raises(RecordingError, match="another folder"):
+        TrainingRecorder(run[0], run[1])
+    with pytest.raises(RecordingError, match="adamw_torch"):
+        trained(tmp_path / "a", train, optim="adafactor")
+    with pytest.raises(ScorerError, match="no Adam moments of these sites"):
+        lm = load_model(tiny_pair("llama"))
+        last = training_checkpoints(run[0], lm)["checkpoints"][-1]()
+        recorded_moments(run[0])[-1](last, resolve_sites(last, "attention"))
+    recorder = TrainingRecorder(tmp_path / "b", run[1])
+    with pytest.raises(RecordingError, match="2 processes"):
+        recorder.on_train_begin(type("A", (), {"world_size": 2}), None, None)
