@@ -102,6 +102,16 @@ def ceiling(pool):
     return (signal / (signal + float((noise / seeds).mean()))) ** 0.5
 
 
+def chance(pool, n, draws=2000):
+    """The R² that one in twenty random rankings reaches on a pool. It is large where the sets are few, or
+    variations of a few."""
+    member_SN = np.array([np.isin(np.arange(n), rows) for rows in pool["rows"]], float)
+    scores_DN = np.random.default_rng(0).normal(size=(draws, n))
+    sums_DS = (scores_DN - scores_DN.mean(1, keepdims=True)) @ member_SN.T
+    r2 = [np.corrcoef(sums, pool["measured"])[0, 1] ** 2 for sums in sums_DS]
+    return float(np.quantile(r2, 0.95))
+
+
 # ---------------------------------------------------------------- what is foretold
 
 
@@ -306,6 +316,7 @@ def report_of(about, work):
         halves=len(halves),
         noise=float((pool[pool["seeds"] > 1]["spread"] ** 2).mean() ** 0.5),
         ceiling=ceiling(pool),
+        chance=chance(pool, len(train)),
         effects=effects,
         counterfactual={name: {k: v for k, v in one.items() if k != "lds"} for name, one in found.items()},
         lds={name: one["lds"] for name, one in found.items()} | {"ceiling": ceiling(pool)},
@@ -320,8 +331,8 @@ def report_of(about, work):
 
 def zero_of(name):
     "What zero means for the scores that `paper.py` kept."
-    projections = ("Vector Filter", "Projection Difference", "RepSim", "Random direction", "GradCos")
-    return "projection" if name in projections else "gradient"
+    gradient = ("Influence", "Gradient", "Grad", "Residual Change")
+    return "gradient" if any(word in name for word in gradient) else "not recorded"
 
 
 def effects_by_method(experiments, trait, dropped):

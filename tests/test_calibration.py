@@ -122,3 +122,5 @@ def test_a_projection_foretells_from_its_mean():
     assert foretold(projection, [0, 3]) == 0 and foretold(projection, [3]) == pytest.approx(-1.5 / 4)
     plain = Attribution(data, [10.0, 11, 12, 13], card(effect=None, unit=None))
     assert foretold(plain, [3]) == -13 / 4
+    old = Attribution(data, [10.0, 11, 12, 13], card(zero="not recorded", effect=None, unit=None))
+    assert foretold(old, [0, 3]) == 0

@@ -23,8 +23,8 @@ def foretold(
     "What the scores say of leaving a set out: the sum of its effects, or -Σs/N where a score has no unit."
     rows = np.asarray(rows, int)
     if result.card.effect is not None: return float(result.effects[rows].sum())
-    centre = result.centre if result.card.zero == "projection" else None
-    return -float((result.scores[rows] - (centre or 0.)).sum())/len(result)
+    centre = 0. if result.card.zero == "gradient" else result.scores.mean()
+    return -float((result.scores[rows] - centre).sum())/len(result)
 
 # %% ../../nbs/30_results/05_calibration.ipynb #line
 @dataclass(frozen=True)
