@@ -15,7 +15,11 @@ import numpy as np
 import pytest
 from test_attribution import HOSTILE
 
-from concept_tda.data.conversations import Conversation, Conversations
+from concept_tda.data.conversations import Conversation, Conversations, load_conversations
+from concept_tda.data.masks import chosen_tokens
+from concept_tda.influence.queries import LossQuery, TokenQuery
+from concept_tda.influence.scorers import Influence
+from concept_tda.model.loading import LanguageModel
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 from concept_tda.views.browser import ExampleBrowser, embedded_browser
@@ -23,6 +27,7 @@ from concept_tda.views.contents import BROWSER_SCRIPTS, WidgetError, front_end, 
 from concept_tda.views.explorer import ConceptView
 
 from chromium import Chromium, Page, needs_browser
+from tiny import tiny_pair
 
 pytestmark = needs_browser
 
@@ -438,6 +443,49 @@ def test_a_page_without_a_kernel_has_the_words_of_every_method(chromium, tmp_pat
     page.value("document.querySelector('.words-part').open = true")
     page.wait("document.querySelector('.end-words bdi')")
     assert page.value(ENDS) == [["lantern"], ["harbour"]] and page.errors == []
+    page.close()
+
+
+SELECT = """(() => {{
+  const spans = [...document.querySelectorAll('.reading .turn.{turn} .tokens span')];
+  document.getSelection().setBaseAndExtent(spans[{start}].firstChild, 0, spans[{end}].firstChild,
+                                           spans[{end}].textContent.length);
+  document.querySelector('.reading').dispatchEvent(new Event('pointerup'));
+  return spans.slice({start}, {end} + 1).map(span => span.textContent).join('').trim();
+}})()"""
+
+
+def test_selected_words_of_an_answer_offer_the_lines_that_ask_which_data_made_them(chromium, tmp_path):
+    lm = LanguageModel(*tiny_pair("llama"), "tiny")
+    train = load_conversations(
+        [
+            {"prompt": f"Is {i} even?", "response": "yes, it is!" if i % 2 else "no, certainly not."}
+            for i in range(6)
+        ]
+    )
+    data = lm.tokenize(train)
+    scores = [np.arange(len(item.input_ids)) / 9.0 for item in data]
+    result = Attribution(
+        data, np.arange(6.0), QueryCard("GradDot", "x", zero="gradient"), token_scores=scores
+    )
+    path = ExampleBrowser(result).page().save(tmp_path / "browser.html")
+    page = chromium.open(path.as_uri())
+    page.wait("document.querySelector('.reading .turn.answer .tokens span')")
+    assert page.value("document.querySelector('.asking').hidden")
+    page.value(SELECT.format(turn="question", start=1, end=2))  # words of a question were made by no loss
+    assert page.value("document.querySelector('.asking').hidden")
+    words = page.value(SELECT.format(turn="answer", start=1, end=4))
+    code = page.value("document.querySelector('.asking pre').textContent")
+    assert json.dumps(words) in code and "train.select([5])" in code
+    assert words in page.value("document.querySelector('.asking q').textContent")
+    names = dict(lm=lm, train=train)
+    exec(code, names)  # the lines do what they say
+    asked = TokenQuery(LossQuery(train[5:]), chosen_tokens(lm.tokenize(train[5:]), words))
+    np.testing.assert_allclose(names["asked"].scores, Influence(lm, asked).score(train).scores)
+    page.press("ArrowDown")
+    page.value("document.querySelectorAll('.row')[1].click()")
+    page.wait("document.querySelector('.asking').hidden")  # another example, nothing selected
+    assert page.errors == []
     page.close()
 
 

@@ -31,6 +31,8 @@ class ExampleView {
   scatter = null;
   /** @type {EndWordsPart | null} */
   words = null;
+  /** @type {AskingPart} */
+  asking;
   /** @type {HTMLInputElement} */
   search;
   /** @type {HTMLElement} */
@@ -162,6 +164,7 @@ class ExampleView {
     this.spacer = el("div", {class: "spacer", role: "presentation"});
     this.list.append(this.spacer);
     this.reading = el("article", {class: "reading", "aria-label": "The chosen example"});
+    this.asking = new AskingPart(this.reading);
     this.actions = el("div", {class: "actions"});
     this.help = this.buildHelp();
     this.root = el(
@@ -505,6 +508,7 @@ class ExampleView {
           ]
         : []),
       ["← →", "in a text with token scores: read token by token"],
+      ["Select words of an answer", "ask which data made them: the lines of Python"],
       ["Esc", "back to the list, or clear the selection"],
     ];
     return el("details", {class: "help"}, el("summary", {}, "Keys"), facts(keys));
@@ -1212,6 +1216,7 @@ class ExampleView {
           )
         : null,
       el("div", {class: "conversation"}, conversation(example.turns, this.tokenScale, tell)),
+      this.asking.set(Number(column("row")[place])),
       alike,
       example.metadata.length
         ? el(

@@ -33,7 +33,8 @@ class WidgetError(ConceptTDAError):
     "A view that cannot be made, a decision that cannot be taken, or a record that does not fit."
 
 # %% ../../nbs/90_views/01_contents.ipynb #0006
-BROWSER_SCRIPTS = ("parts.js", "sources.js", "selection.js", "charts.js", "words.js", "browser.js")
+BROWSER_SCRIPTS = ("parts.js", "sources.js", "selection.js", "charts.js", "words.js", "asking.js",
+                   "browser.js")
 
 def front_end(
     *names: str, # Files in concept_tda/static, in the order in which they need each other
