@@ -392,6 +392,14 @@ def test_every_command_names_the_next_one_and_it_runs(here):
             assert call(*following.split()[:1], "--help").exit_code == 0 and "scores.parquet" in following
 
 
+def test_two_processes_write_what_one_writes(here):
+    line = f"score model train.jsonl {FLATTERY} {QUERIES} --methods concept-influence"
+    ok(f"{line} --out one.parquet")
+    ok(f"{line} --out two.parquet --num-processes 2")
+    one, two = load_attribution("one.parquet"), load_attribution("two.parquet")
+    assert np.array_equal(one.scores, two.scores) and one.card.command["scores"] == two.card.command["scores"]
+
+
 # ---- plan, doctor, finetune, experiment
 
 

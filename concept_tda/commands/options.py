@@ -79,6 +79,7 @@ class _OfMethod(_OfBehaviour):
         METHOD, "Seed of held-out examples, of the curvature's labels, and of every random draw.")]
     MaxTokens = Annotated[int, option(METHOD, "Longer examples are cut, and the result says so.")]
     TokenBudget = Annotated[int, option(METHOD, "Tokens in a batch; lower it when memory runs out.")]
+    NumProcesses = Annotated[int, option(METHOD, "Processes of this machine that share the work.")]
 
 # %% ../../nbs/95_commands/01_options.ipynb #9115
 class _OfModel(_OfMethod):

@@ -113,12 +113,16 @@ def _opened(asked: Asked) -> "LanguageModel":
                       chat_template=asked.chat_template)
 
 # %% ../../nbs/95_commands/04_scoring.ipynb #9414
-def _scored(asked: Asked, seen: Callable[[dict[str, str]], None]) -> "dict[str, Attribution]":
-    "Score, and say on stdout what was warned of."
+def _scored(
+    asked: Asked, seen: Callable[[dict[str, str]], None], num_processes: int = 1,
+) -> "dict[str, Attribution]":
+    "Score, in several processes if asked, and say on stdout what was warned of."
+    from concept_tda.foundation.processes import in_processes
     with warnings_told() as told:
         import warnings
         warnings.filterwarnings("ignore", message="The query examples show less of")
-        results = score_asked(asked, seen)
+        results = score_asked(asked, seen) if num_processes == 1 else \
+            in_processes(score_asked, asked, num_processes=num_processes)
     told.show()
     return results
 
@@ -176,6 +180,7 @@ def _score(
     seed: Given.Seed = 0,
     max_tokens: Given.MaxTokens = 1536,
     token_budget: Given.TokenBudget = 1024,
+    num_processes: Given.NumProcesses = 1,
     adapter: Given.Adapter = None,
     dtype: Given.Dtype = "float32",
     device: Given.Device = None,
@@ -191,11 +196,13 @@ def _score(
     An interrupted run continues where it stopped when the same command is given again."""
     given = locals()
     with plain_errors(debug, CONTINUES):
+        from concept_tda.foundation.processes import by_first
         asked = _asked_of(given)
         paths = result_paths(out, asked.methods)
         for path in paths.values():
             check_out(path, overwrite, *_sources(asked))
-        _save_scores(_scored(asked, lambda prints: None), paths)
+        results = _scored(asked, lambda prints: None, num_processes)
+        by_first(lambda: _save_scores(results, paths))
 
 # %% ../../nbs/95_commands/04_scoring.ipynb #asked-of
 def _asked_of(given: dict[str, Any]) -> Asked:
@@ -222,7 +229,7 @@ def _plan(**given: Any) -> None:
             at = open_all(asked, read, lm, fit=False)
             scorers = list(make_scorers(asked, at._replace(curvature=_unfitted(asked))).values())
             found = planning.plan(scorers, read.examples, tokens=asked.tokens, max_tokens=asked.max_tokens,
-                                  token_budget=asked.token_budget)
+                                  token_budget=asked.token_budget, num_processes=given["num_processes"])
         _say_plan(found, asked, told, given["json_"])
 
 # %% ../../nbs/95_commands/04_scoring.ipynb #9427
