@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from concept_tda.influence.curvature import EKFAC
 from concept_tda.influence.pairs import load_pair_attribution, score_preferences
 from concept_tda.model.loading import load_model
 from concept_tda.results.attribution import load_attribution
+from concept_tda.results.metrics import percent_text
 
 from tiny import tiny_pair
 
@@ -190,10 +192,14 @@ def test_the_five_most_influential_examples_are_printed_with_text_and_score(scor
         result = load_attribution(path)
         start = printed.index(f"\n{result.card.method} · ")
         lines = printed[start:].split("\n\n")[0].splitlines()
-        rows = [line.split() for line in lines if line[:6].strip().isdigit()]
-        assert [float(row[1]) for row in rows] == pytest.approx(result.top(5).scores.tolist(), rel=1e-3)
-        for row, conversation in zip(rows, result.top(5).conversations):
-            assert " ".join(row[2:]) == conversation.prompt[0]["content"]
+        pattern = r"\s*(\d+) +([\d.]+ %) +([+-][\d.]+)? {4,}(\S.*)"
+        found = [re.fullmatch(pattern, line) for line in lines]
+        best, rows = result.top(5), [one.groups() for one in found if one]
+        assert [row[0] for row in rows] == [str(rank) for rank in best.ranks]
+        assert [row[1] for row in rows] == [percent_text(percentile) for percentile in best.percentiles]
+        assert [row[2] or "" for row in rows] == [best.leading.number(i) for i in range(5)]
+        for row, conversation in zip(rows, best.conversations):
+            assert row[3] == conversation.prompt[0]["content"]
         assert sum("→" in line for line in lines) == 5
     assert str(folder / "loss.parquet") in printed
 

@@ -85,6 +85,7 @@ class Asked(NamedTuple):
     chosen: str
     rejected: str
     seed: int
+    null: int
     max_tokens: int
     token_budget: int
     adapter: str | None

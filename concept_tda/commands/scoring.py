@@ -53,7 +53,7 @@ def _all_scores(asked: Asked, read: Read, at: Opened, scorers: list) -> "dict[st
     from concept_tda.influence.scorers import score_together
     if read.pairs is None:
         return score_together(scorers, at.train, lm=at.lm, tokens=asked.tokens,
-                              token_budget=asked.token_budget)
+                              token_budget=asked.token_budget, null=asked.null, seed=asked.seed)
     from concept_tda.influence.pairs import score_preferences
     options: dict[str, Any] = dict(max_tokens=asked.max_tokens, token_budget=asked.token_budget, lm=at.lm)
     return {str(scorer.method): score_preferences(scorer, read.pairs, **options) for scorer in scorers}
@@ -178,6 +178,7 @@ def _score(
     chosen: Given.Chosen = "chosen",
     rejected: Given.Rejected = "rejected",
     seed: Given.Seed = 0,
+    null: Given.Null = 0,
     max_tokens: Given.MaxTokens = 1536,
     token_budget: Given.TokenBudget = 1024,
     num_processes: Given.NumProcesses = 1,
