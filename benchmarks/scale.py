@@ -3,12 +3,12 @@
     python benchmarks/scale.py --out benchmarks/results/scale.json
     python benchmarks/scale.py --only memory --rows 10000 1000000 --out scale.json
 
-Sections: `equal` (two and three processes against one in float64, and two of which one is killed with kill -9
-at random moments, `--kills` times), `efficiency` (the same scoring by one process and by two, one thread
-each), `memory` (peak of a fresh process that streams so many rows through a tiny model), `plan` (CPU seconds
-a token predicted from the configuration alone against the same model run whole, from 0.4 to 135 million
-weights). The keys of a section replace those of the same name in the file; others, such as those of servers,
-stay as they are.
+Sections: `equal` (two and three processes against one in float64), `kills` (two processes of which one is
+killed with kill -9 at random moments, `--kills` times, against one), `efficiency` (the same scoring by one
+process and by two, one thread each), `memory` (peak of a fresh process that streams so many rows through a
+tiny model), `plan` (CPU seconds a token predicted from the configuration alone against the same model run
+whole, from 0.4 to 135 million weights). The keys of a section replace those of the same name in the file;
+others, such as those of servers, stay as they are.
 
 What would make a number wrong: another process on the machine, for `efficiency` most of all (the load is
 written beside it). `plan` compares CPU seconds of one thread, which others disturb less.
@@ -46,7 +46,7 @@ from concept_tda.model.loading import load_model
 from concept_tda.model.sites import resolve_sites
 from concept_tda.model.tiny import tiny_pair
 
-SECTIONS = ("equal", "efficiency", "memory", "plan")
+SECTIONS = ("equal", "kills", "efficiency", "memory", "plan")
 
 
 def records(n):
@@ -110,25 +110,23 @@ def fresh(name):
 
 
 def equal(args):
-    """Bitwise equality, and what a kill changes."""
+    """Bitwise equality of two and three processes with one."""
     import scale
 
     alone = shared_work(fresh("one"))
-    found = {n: in_processes(scale.shared_work, fresh(f"{n}-"), num_processes=n) for n in (2, 3)}
-    place = fresh("killed")
-    killed = in_processes(
-        scale.shared_work,
-        place,
-        kills=args.kills,
-        seed=args.seed,
-        num_processes=2,
-        restarts=3 * args.kills + 3,
-    )
-    return {
-        "equal_fp64": all(differences(alone, other) == 0 for other in found.values()),
-        "ranks_killed": len(list(place.glob("killed-*"))),
-        "differences": differences(alone, killed),
-    }
+    found = [in_processes(scale.shared_work, fresh(f"{n}-"), num_processes=n) for n in (2, 3)]
+    return {"equal_fp64": all(differences(alone, other) == 0 for other in found)}
+
+
+def kills(args):
+    """What kills at random moments change."""
+    import scale
+
+    alone, place = shared_work(fresh("one")), fresh("killed")
+    options = dict(num_processes=2, restarts=3 * args.kills + 3)
+    killed = in_processes(scale.shared_work, place, kills=args.kills, seed=args.seed, **options)
+    died = len(list(place.glob("killed-*")))
+    return {"ranks_killed": died, "differences": differences(alone, killed)}
 
 
 def timed_scoring(rounds, n_examples=96):
@@ -273,7 +271,9 @@ def main():
     found = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     for section in args.only:
         start = time.perf_counter()
-        found |= {"equal": equal, "efficiency": efficiency, "memory": memory, "plan": plan}[section](args)
+        found |= {"equal": equal, "kills": kills, "efficiency": efficiency, "memory": memory, "plan": plan}[
+            section
+        ](args)
         found[f"{section}_wall_seconds"] = round(time.perf_counter() - start, 1)
         found["machine"] = {
             "cores": os.cpu_count(),
