@@ -143,7 +143,7 @@ def _tried(
                   spearman(found, known["reverse"]))
 
 # %% ../../nbs/50_influence/14_served.ipynb #srv-choose
-_STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # ‖εq‖ as a fraction of the norm of the sites' weights
+_STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6)  # ‖εq‖/‖θ‖ at the sites
 
 def _chosen(trials: Any, least_kept: float, most_error: float) -> _Trial:
     "The first, so the largest, step that is small enough."
@@ -217,7 +217,7 @@ def write_query(
     folder: str | Path,          # Gets the adapters, and what is known of them
     *,
     rank: int = 32,              # Of the adapters; servers have a limit (vLLM: --max-lora-rank)
-    step: float | None = None,   # ‖εq‖/‖θ‖ at the sites; None: the largest of .01 … 1e-4 that will do
+    step: float | None = None,   # ‖εq‖/‖θ‖ at the sites; None: the largest of .01 … 3e-6 that will do
     n_probes: int = 16,          # Texts on which adapters, and later a server, are held against transformers
     least_kept: float = .98,     # Least part of ‖q‖² that the rank must keep
     most_error: float = .05,     # Largest error on the probes, in units of their spread
