@@ -94,7 +94,7 @@ def halves_of(experiments):
 
 def ceiling(pool):
     """Highest rank correlation with the measured changes to be expected of the true ones: τ/√(τ² + σ²), σ the
-    spread between seeds of one subset and τ that of the true effects (METHODS §9)."""
+    spread between seeds of one subset and τ that of the true effects (Formulas §9)."""
     seeds = pool["seeds"].to_numpy()
     repeated = pool[seeds > 1]
     noise = float((repeated["spread"] ** 2).mean())
