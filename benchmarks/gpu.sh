@@ -7,7 +7,7 @@
 # OUT gets one JSON a size. A byte is a token here, so 16 examples are some thousands of tokens.
 set -euo pipefail
 out=${1:?where the JSON goes}; sizes=${2:-135m 1b}; device=${3:-cuda}
-# The middle of each, where the last third is left to differentiate.
+# Two thirds of the way up, as in the studies.
 declare -A layer=([tiny]=2 [135m]=20 [1b]=10)
 cd "$(dirname "$0")/.."
 mkdir -p "$out"

@@ -797,6 +797,17 @@ def open_embedded(chromium, tmp_path, data, **window):
     return page
 
 
+def test_rows_of_a_page_show_what_was_said_without_the_template_s_tokens(chromium, tmp_path):
+    """The stretches of tokens hold `<|im_start|>user` and `<|im_end|>`, the list doesn't."""
+    result = several()[0]
+    for tokens in result.tokens:
+        tokens[-1] += "<|im_end|>"
+    page = open_embedded(chromium, tmp_path, embedded_browser(result))
+    row = "document.querySelector('.row .response')?.textContent"
+    assert page.wait(f"{row}?.startsWith('answer') && {row}") == result.top(1).conversations[0].response
+    page.close()
+
+
 def test_an_address_opens_its_example_in_a_page_of_its_own(chromium, tmp_path):
     results = several()
     page = open_embedded(chromium, tmp_path, embedded_browser(results[0], results[1:], labels="bad"))

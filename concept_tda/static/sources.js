@@ -278,16 +278,8 @@ function pageReview(data, head) {
  */
 function snippetOf(example) {
   /** @param {Turn | undefined} turn */
-  const line = turn =>
-    turn
-      ? textOf(turn)
-          .slice(0, 800)
-          .replace(/(<\|[^|]*\|>|<(start|end)_of_turn>)\s*(system|user|assistant|model)?\b/g, " ")
-          .replace(/\s+/g, " ")
-          .trim()
-          .slice(0, 240)
-      : "";
+  const line = turn => (turn ? textOf(turn).slice(0, 800).replace(/\s+/g, " ").trim().slice(0, 240) : "");
   /** @param {boolean} wanted */
   const last = wanted => [...example.turns].reverse().find(turn => turn.answer === wanted);
-  return {prompt: example.asked ?? line(last(false)), response: line(last(true))};
+  return {prompt: example.asked ?? line(last(false)), response: example.answered ?? line(last(true))};
 }

@@ -360,8 +360,9 @@ def example_to_read(
     metadata = [[visible_text(name), _as_words(value)] for name, value in conversation.metadata.items()]
     found = score_parts(result, place)
     parts: dict[str, Any] = dict(parts=_parts_facts(found)) if found else {}
-    if result.token_scores is not None:   # its stretches begin with the template; a list shows the question
-        parts["asked"] = _on_one_line(question_text(conversation))
+    if result.token_scores is not None:   # its stretches hold the template's tokens; a list, what was said
+        asked, answered = question_text(conversation), conversation.response
+        parts |= dict(asked=_on_one_line(asked), answered=_on_one_line(answered))
     return dict(place=place, id=conversation.id, turns=_turns(result, place), metadata=metadata) | parts
 
 # %% ../../nbs/90_views/01_contents.ipynb #001b

@@ -49,6 +49,7 @@ interface Example {
   turns: Turn[];
   metadata: [string, string][];
   asked?: string; // the last question on one line, where the turns are stretches of tokens
+  answered?: string; // likewise the answer
   parts?: Parts; // absent where the whole score lies on one kind of token
 }
 
