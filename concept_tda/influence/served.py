@@ -306,7 +306,7 @@ def _check_model(gate: _Gate, base: np.ndarray, tolerance: float) -> float:
         f"{gate.lm.name} gives the probe texts other log-probabilities than {gate.query.about['model']} gave "
         f"in transformers: they differ by {gap:.3g} nats (root mean square; largest "
         f"{np.abs(gaps).max():.3g}), and tolerance={tolerance:g}. Is it the same model, merged, with its "
-        "own tokenizer? A server in bfloat16 differs by a few hundredths: serve in float32, or raise "
+        "own tokenizer? A server in bfloat16 rounds more coarsely: serve in float32, or raise "
         "tolerance and rely on the budget")
 
 def _check_adapters(gate: _Gate, base: np.ndarray, plus: np.ndarray, minus: np.ndarray) -> None:
