@@ -134,7 +134,7 @@ PUBLIC = {
     "evidence.subsets": "Attributions Subset share_count random_rows all_but checked_seeds places_of "
         "aligned_scores subset_rows",
     "evidence.statistics": "evaluation_mean paired_change t_interval welch_interval spearman_interval "
-        "fitted_line",
+        "with_intervals fitted_line",
     "evidence.figures": "COLOURS finished",
     "evidence.filter_and_retrain": "FilterAndRetrain",
     "evidence.datamodels": "Removal ActivationJudge LinearDatamodelingScore CounterfactualPrediction "
