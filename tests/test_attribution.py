@@ -832,8 +832,8 @@ def test_terminal_view_shows_both_ends_aligned():
 
 def test_one_colour_scale_symmetric_around_zero():
     result = make(3, tokens=True)
-    part = result._with(token_scores=[np.float32([-2, 2, 1, -1, 0])[: len(t)] for t in result.tokens])
-    limit = colour_limit(part.token_scores)
+    part = result._with(token_scores=[np.float32([9, -2, 2, -1, 0])[: len(t)] for t in result.tokens])
+    limit = colour_limit([scores[1:] for scores in part.token_scores])  # the first is the attention sink
     assert limit == 2
     page = example_html(part, 0, scale=ColourScale(limit))
     assert "class='n9" in page and "class='p9'" in page and page.count("title='+0'") == 1
@@ -842,7 +842,7 @@ def test_one_colour_scale_symmetric_around_zero():
         shade(v).replace("p", "n") for v in (0.1, 0.5, 1, 2, 9)
     ]
     whole = result._repr_html_()  # the exact values are there on hovering
-    assert all(f"title='{score:+.3g}'" in whole for scores in result.token_scores for score in scores)
+    assert all(f"title='{score:+.3g}'" in whole for scores in result.token_scores for score in scores[1:])
 
 
 def test_prompt_and_response_are_told_apart_by_the_mask():

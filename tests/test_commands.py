@@ -66,6 +66,8 @@ NOT_COMMANDS = {
     "Influence": "takes a query that only Python can express",
     "CheckpointScorer": "what TracIn and LESS have in common",
     "UnitInfluence": "asks about a head or a neuron, not about a behaviour",
+    "ServedInfluence": "needs a server that runs, with two adapters written for the question",
+    "Surrogate": "holds the scores of a method in one model, with those of another as a sample",
 }
 
 
@@ -323,7 +325,7 @@ def test_every_option_of_score_is_kept_in_the_card_or_only_about_the_files(here)
     from concept_tda.commands.scoring import _score
 
     parameters = set(inspect.signature(_score).parameters)
-    assert parameters - set(Asked._fields) == {"out", "overwrite", "debug"}
+    assert parameters - set(Asked._fields) == {"out", "overwrite", "debug", "num_processes"}
     assert set(Asked._fields) <= parameters
 
 

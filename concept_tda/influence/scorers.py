@@ -626,7 +626,7 @@ class _Question(Scorer):
     ):
         if normalise not in (None, "gradient", "self-influence"):
             raise ScorerError(f"normalise={normalise!r}: None, 'gradient' or 'self-influence'")
-        if not 1 <= query_parts <= len(query.examples):
+        if not 1 <= query_parts <= max(len(query.examples), 1):  # none at all is refused by the query
             raise ScorerError(f"query_parts={query_parts}: 1 to {len(query.examples)}, the query examples")
         self.normalise, self.first_token = normalise, first_token
         self.parts = np.array_split(np.random.default_rng(0).permutation(len(query.examples)), query_parts)
