@@ -468,6 +468,8 @@ def test_row_and_targets_are_shared_with_python(chromium, shifts, tmp_path):
     view, names = ShiftBrowser(shifts), shifts.policy.features.names
     stand_in = StandIn(chromium, view, tmp_path, ["table", "numbers", "texts", "row", "targets"])
     stand_in.wait("document.querySelector('.heat-row .heat-cell')")
+    # rows are drawn anew when their texts arrive, and a click between press and release would be lost
+    stand_in.wait("(document.querySelector('.heat-row:nth-child(2) .snippet')?.textContent ?? '').length > 3")
     stand_in.page.click(".heat-row:nth-child(2) .snippet")
     until(stand_in, lambda: view.row == int(np.argsort(-shifts.scores)[1]))
     view.select(17)
