@@ -74,7 +74,7 @@ class LatentView {
   /**
    * @param {HTMLElement} root
    * @param {{table: LatentTable, texts: Record<string, LatentText[]>}} data
-   * @param {SharedSelection | null} shared the selection in Python, where there is one: numbers of latents
+   * @param {SharedList | null} shared the selection in Python, where there is one: numbers of latents
    */
   constructor(root, data, shared = null) {
     this.table = data.table;
@@ -174,11 +174,7 @@ class LatentView {
    * @param {BrushMode} mode
    */
   brushed(places, mode) {
-    if (mode === "replace") this.selected = new Set(places);
-    for (const place of places) {
-      if (mode === "remove") this.selected.delete(place);
-      else this.selected.add(place);
-    }
+    this.selected = brushedSelection(this.selected, places, mode);
     this.shared?.set([...this.selected].sort((a, b) => a - b).map(place => this.table.rows[place].latent));
     this.drawSelection();
   }

@@ -1,25 +1,11 @@
 export default {
   /** @param {{model: WidgetModel, el: HTMLElement}} place */
   render({model, el: root}) {
-    /** @type {Set<() => void>} */
-    const calls = new Set();
-    const changed = () => calls.forEach(call => call());
-    model.on("change:selected", changed);
-    const view = new LatentView(
-      root,
-      {table: model.get("table"), texts: model.get("texts")},
-      {
-        get: () => model.get("selected"),
-        set(latents) {
-          model.set("selected", latents);
-          model.save_changes();
-        },
-        onChange: call => calls.add(call),
-        close: () => model.off("change:selected", changed),
-      },
-    );
+    const selected = sharedList(model, "selected"),
+      data = {table: model.get("table"), texts: model.get("texts")};
+    const view = new LatentView(root, data, selected);
     return () => {
-      view.shared?.close();
+      selected.close();
       view.root.remove();
     };
   },

@@ -50,7 +50,7 @@ class MapView {
   /**
    * @param {HTMLElement} root
    * @param {MapSource} source
-   * @param {SharedSelection | null} shared the selection in Python, where there is one
+   * @param {SharedList | null} shared the selection in Python, where there is one
    */
   constructor(root, source, shared = null) {
     this.source = source;
@@ -309,11 +309,7 @@ class MapView {
    * @param {string} how
    */
   brushed(places, mode, how) {
-    if (mode === "replace") this.selected = new Set(places);
-    for (const place of places) {
-      if (mode === "remove") this.selected.delete(place);
-      else this.selected.add(place);
-    }
+    this.selected = brushedSelection(this.selected, places, mode);
     this.how = this.how && mode !== "replace" && this.how !== how ? `${this.how}, ${how}` : how;
     this.shared?.set([...this.selected].sort((a, b) => a - b));
     this.drawSelection();

@@ -33,6 +33,22 @@ const rectangle = ([x0, y0], [x1, y1]) => [
   [x0, y1],
 ];
 
+/**
+ * A selection after a brush: replaced, widened or narrowed.
+ * @param {Set<number>} selected
+ * @param {number[]} places
+ * @param {BrushMode} mode
+ */
+function brushedSelection(selected, places, mode) {
+  if (mode === "replace") return new Set(places);
+  const brushed = new Set(selected);
+  for (const place of places) {
+    if (mode === "remove") brushed.delete(place);
+    else brushed.add(place);
+  }
+  return brushed;
+}
+
 /** Points and a brush. Places lie between 0 and 1 on both axes, the second upwards. */
 class MapPlot {
   /** @type {"rectangle" | "lasso"} */

@@ -1,22 +1,12 @@
 export default {
   /** @param {{model: WidgetModel, el: HTMLElement}} place */
   render({model, el: root}) {
-    const source = kernelSource(model);
-    /** @type {Set<() => void>} */
-    const calls = new Set();
-    const changed = () => calls.forEach(call => call());
-    model.on("change:weights", changed);
-    const view = new MixerView(root, /** @type {any} */ (source), {
-      get: () => model.get("weights"),
-      set(weights) {
-        model.set("weights", weights);
-        model.save_changes();
-      },
-      onChange: call => calls.add(call),
-    });
+    const source = kernelSource(model),
+      weights = sharedList(model, "weights");
+    const view = new MixerView(root, /** @type {any} */ (source), weights);
     return () => {
       source.close();
-      model.off("change:weights", changed);
+      weights.close();
       view.root.remove();
     };
   },

@@ -58,7 +58,7 @@ class MoverView {
   /**
    * @param {HTMLElement} root
    * @param {MoverSource} source
-   * @param {SharedSelection | null} shared the selection in Python, where there is one
+   * @param {SharedList | null} shared the selection in Python, where there is one
    */
   constructor(root, source, shared = null) {
     this.source = source;
@@ -337,11 +337,7 @@ class MoverView {
    * @param {BrushMode} mode
    */
   brushed(places, mode) {
-    if (mode === "replace") this.selected = new Set(places);
-    for (const place of places) {
-      if (mode === "remove") this.selected.delete(place);
-      else this.selected.add(place);
-    }
+    this.selected = brushedSelection(this.selected, places, mode);
     this.shared?.set([...this.selected].sort((a, b) => a - b));
     this.listed = this.selected.size ? "selected" : this.listed === "selected" ? "up" : this.listed;
     this.drawSelection();

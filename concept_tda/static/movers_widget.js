@@ -1,23 +1,12 @@
 export default {
   /** @param {{model: WidgetModel, el: HTMLElement}} place */
   render({model, el: root}) {
-    const source = kernelSource(model);
-    /** @type {Set<() => void>} */
-    const calls = new Set();
-    const changed = () => calls.forEach(call => call());
-    model.on("change:selected", changed);
-    const view = new MoverView(root, /** @type {any} */ (source), {
-      get: () => model.get("selected"),
-      set(places) {
-        model.set("selected", places);
-        model.save_changes();
-      },
-      onChange: call => calls.add(call),
-      close: () => model.off("change:selected", changed),
-    });
+    const source = kernelSource(model),
+      selected = sharedList(model, "selected");
+    const view = new MoverView(root, /** @type {any} */ (source), selected);
     return () => {
       source.close();
-      view.shared?.close();
+      selected.close();
       view.root.remove();
     };
   },

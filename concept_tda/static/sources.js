@@ -58,6 +58,28 @@ function searchTerms(words) {
 const found = (text, terms) => terms.every(term => text.includes(term.text) !== term.absent);
 
 /**
+ * A list that the page and Python share.
+ * @param {WidgetModel} model
+ * @param {string} name of the trait
+ * @returns {SharedList}
+ */
+function sharedList(model, name) {
+  /** @type {Set<() => void>} */
+  const calls = new Set();
+  const changed = () => calls.forEach(call => call());
+  model.on(`change:${name}`, changed);
+  return {
+    get: () => model.get(name),
+    set(values) {
+      model.set(name, values);
+      model.save_changes();
+    },
+    onChange: call => calls.add(call),
+    close: () => model.off(`change:${name}`, changed),
+  };
+}
+
+/**
  * A source that asks a notebook's kernel. The examples saved with the widget are there without one.
  * @param {WidgetModel} model
  * @returns {Source}

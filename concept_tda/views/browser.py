@@ -14,20 +14,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import anywidget
 import numpy as np
 import pandas as pd
 import traitlets
 
 from ..data.conversations import Conversations
 from ..foundation.display import visible_text
-from ..foundation.errors import ConceptTDAError
 from ..foundation.storage import atomic_file
 from ..results.attribution import Attribution
 from ..results.duplicates import near_duplicates
 from ..results.metrics import share_text
 from concept_tda.views.contents import (
     BROWSER_SCRIPTS,
+    AnsweringWidget,
     Contents,
     WidgetError,
     browser_columns,
@@ -59,7 +58,7 @@ def _saved_examples(result: Attribution, n: int, most: int = 600_000) -> list[di
     return examples
 
 # %% ../../nbs/90_views/03_browser.ipynb #0026-traits
-class _Traits(anywidget.AnyWidget):
+class _Traits(AnsweringWidget):
     "What the page and Python share."
     _esm = front_end(*BROWSER_SCRIPTS, "browser_widget.js")
     _css = front_end("views.css")
@@ -379,18 +378,3 @@ class _Worded(_Answering):
 # %% ../../nbs/90_views/03_browser.ipynb #0029
 class ExampleBrowser(_Worded):
     "The notebook view of a result: look, search, compare, decide. `browser.decisions` is what was decided."
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.on_msg(self._receive)
-
-    __init__.__doc__ = _Opened.__init__.__doc__
-
-    def _receive(self, widget: Any, message: dict[str, Any], buffers: Any) -> None:
-        "Answer one question of the front end."
-        try:
-            reply, data = self._answer(message)
-        except ConceptTDAError as err:
-            reply, data = {"error": str(err)}, None
-        except Exception as err:
-            reply, data = {"error": f"{type(err).__name__}: {err}"}, None
-        self.send({"reply": message.get("number"), **reply}, data)

@@ -10,19 +10,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import anywidget
 import numpy as np
 import pandas as pd
 import traitlets
 
 from ..data.conversations import Conversations
 from ..foundation.display import one_line, visible_text
-from ..foundation.errors import ConceptTDAError
 from ..groups.groups import LABEL_COLOURS, Groups, GroupScores
 from ..groups.maps import map_places
 from ..results.attribution import Attribution, question_text
 from .browser import ExampleBrowser, OfflinePage, offline_page
 from concept_tda.views.contents import (
+    AnsweringWidget,
     Contents,
     WidgetError,
     browser_columns,
@@ -168,7 +167,7 @@ MAP_SCRIPTS = ("map_plot.js", "map.js")
 _SCRIPTS = ("parts.js", "sources.js", *MAP_SCRIPTS)
 _STYLES = ("views.css", "map.css")
 
-class _Traits(anywidget.AnyWidget):
+class _Traits(AnsweringWidget):
     "What the page and Python share."
     _esm = front_end(*_SCRIPTS, "map_widget.js")
     _css = front_end(*_STYLES)
@@ -321,37 +320,21 @@ class _Answering(_Paged):
         rows = [int(self.result.rows[place]) for place in places]
         self.browser.decide(rows, MARKS[message["mark"]], None, message.get("why", ""))
 
-    def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, message: dict[str, Any]) -> tuple[dict[str, Any], None]:
         "The reply to a message."
         kind, places = message.get("kind"), [int(place) for place in message.get("places", [])]
         if wrong := [place for place in places if not 0 <= place < len(self.result)]:
             raise WidgetError(f"there is no example at position {wrong[0]}: there are {len(self.result)}")
         if kind in ("snippets", "examples"):
             told = snippet if kind == "snippets" else example_to_read
-            return {"examples": [told(self.result, place) for place in places]}
+            return {"examples": [told(self.result, place) for place in places]}, None
         self._act(kind, places, message)
-        return {}
+        return {}, None
 
 # %% ../../nbs/90_views/08_map.ipynb #whole
 class ExampleMap(_Answering):
     """The training set as a map: hover to read, drag to select. `map.selection` is what is selected,
     `map.decisions` what was decided, here or in `map.browser`."""
-    def __init__(self, vectors: Any, shown: Attribution | ExampleBrowser, **options: Any):
-        super().__init__(vectors, shown, **options)
-        self.on_msg(self._receive)
-
-    __init__.__doc__ = _Made.__init__.__doc__
-
-    def _receive(self, widget: Any, message: dict[str, Any], buffers: Any) -> None:
-        "Answer one question of the front end."
-        try:
-            reply = self._answer(message)
-        except ConceptTDAError as err:
-            reply = {"error": str(err)}
-        except Exception as err:
-            reply = {"error": f"{type(err).__name__}: {err}"}
-        self.send({"reply": message.get("number"), **reply})
-
     def __repr__(self) -> str:
         return (f"ExampleMap of {self.result!r}\n{len(self.selected):,} selected; {len(self.decisions):,} "
                 "decided; drawn where notebooks show widgets")

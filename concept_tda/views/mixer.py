@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import anywidget
 import numpy as np
 import torch
 import traitlets
@@ -18,11 +17,11 @@ import traitlets
 from ..concepts.concept import Concept, LayerSweep
 from ..data.conversations import Conversations
 from ..foundation.display import one_line, visible_text
-from ..foundation.errors import ConceptTDAError
 from ..influence.atlas import InfluenceAtlas
 from ..results.attribution import Attribution
 from .browser import OfflinePage, offline_page
 from concept_tda.views.contents import (
+    AnsweringWidget,
     WidgetError,
     example_to_read,
     from_both_ends,
@@ -96,7 +95,7 @@ def mixed_concept(
 _SCRIPTS = ("parts.js", "sources.js", "mixer.js")
 _STYLES = ("views.css", "mixer.css")
 
-class _Traits(anywidget.AnyWidget):
+class _Traits(AnsweringWidget):
     "What the page and Python share."
     _esm = front_end(*_SCRIPTS, "mixer_widget.js")
     _css = front_end(*_STYLES)
@@ -203,11 +202,10 @@ class ConceptMixer(_Paged):
     def __init__(self, atlas: InfluenceAtlas, concepts: Any, **options: Any):
         super().__init__(atlas, concepts, **options)
         self._shown = self.atlas.score(next(iter(self.concepts.values())))
-        self.on_msg(self._receive)
 
     __init__.__doc__ = _Mixed.__init__.__doc__
 
-    def _examples(self, message: dict[str, Any]) -> list[dict]:
+    def _answer(self, message: dict[str, Any]) -> tuple[dict[str, Any], None]:
         "The texts that the page asks for."
         places = [int(place) for place in message.get("places", [])]
         told = {"snippets": snippet, "examples": example_to_read}.get(str(message.get("kind")))
@@ -216,14 +214,4 @@ class ConceptMixer(_Paged):
                               "concept_tda does not know: reload the page")
         if wrong := [place for place in places if not 0 <= place < len(self._shown)]:
             raise WidgetError(f"no example is at position {wrong[0]}: there are {len(self._shown)}")
-        return [told(self._shown, place) for place in places]
-
-    def _receive(self, widget: Any, message: dict[str, Any], buffers: Any) -> None:
-        "Answer one question of the front end."
-        try:
-            reply: dict[str, Any] = {"examples": self._examples(message)}
-        except ConceptTDAError as err:
-            reply = {"error": str(err)}
-        except Exception as err:
-            reply = {"error": f"{type(err).__name__}: {err}"}
-        self.send({"reply": message.get("number"), **reply})
+        return {"examples": [told(self._shown, place) for place in places]}, None

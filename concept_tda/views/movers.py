@@ -9,13 +9,11 @@ __all__ = ['MOVER_SCRIPTS', 'card_differences', 'mover_words', 'mover_table', 'm
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import anywidget
 import numpy as np
 import pandas as pd
 import traitlets
 
 from ..foundation.display import visible_text
-from ..foundation.errors import ConceptTDAError
 from ..groups.reading import EndWords, ReadingError, words_of_ends
 from ..results.attribution import Attribution, question_text
 from ..results.cards import QueryCard
@@ -23,6 +21,7 @@ from ..results.comparison import Comparison, results_by_name
 from ..results.metrics import spearman
 from .browser import OfflinePage, offline_page
 from concept_tda.views.contents import (
+    AnsweringWidget,
     WidgetError,
     example_texts,
     example_to_read,
@@ -159,7 +158,7 @@ def _both(results: dict[str, Attribution], place: int) -> dict[str, Any]:
 MOVER_SCRIPTS = ("map_plot.js", "movers.js")
 _SCRIPTS, _STYLES = ("parts.js", "sources.js", *MOVER_SCRIPTS), ("views.css", "map.css", "movers.css")
 
-class _Traits(anywidget.AnyWidget):
+class _Traits(AnsweringWidget):
     "What the page and Python share."
     _esm = front_end(*_SCRIPTS, "movers_widget.js")
     _css = front_end(*_STYLES)
@@ -262,22 +261,6 @@ class _Answering(_Paged):
 # %% ../../nbs/90_views/12_movers.ipynb #browser
 class MoverBrowser(_Answering):
     "Two results on the same examples: what moved, by how much, and what the movers have in common."
-    def __init__(self, results: Any, first: str | None = None, second: str | None = None, **options: Any):
-        super().__init__(results, first, second, **options)
-        self.on_msg(self._receive)
-
-    __init__.__doc__ = _Opened.__init__.__doc__
-
-    def _receive(self, widget: Any, message: dict[str, Any], buffers: Any) -> None:
-        "Answer one question of the front end."
-        try:
-            reply, data = self._answer(message)
-        except ConceptTDAError as err:
-            reply, data = {"error": str(err)}, None
-        except Exception as err:
-            reply, data = {"error": f"{type(err).__name__}: {err}"}, None
-        self.send({"reply": message.get("number"), **reply}, data)
-
     def __repr__(self) -> str:
         return (f"MoverBrowser: {self.table['title']}, {self.table['n']:,} examples. "
                 f"{_agreement(self.results)}")

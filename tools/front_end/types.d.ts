@@ -232,10 +232,10 @@ type MapSource = Omit<Source, "table"> & {table: MapTable};
 /** How a stretch of the map changes what is selected. */
 type BrushMode = "replace" | "add" | "remove";
 
-/** The selection as Python has it. */
-interface SharedSelection {
+/** A list as Python has it: a selection, or weights. */
+interface SharedList {
   get(): number[];
-  set(places: number[]): void;
+  set(values: number[]): void;
   onChange(call: () => void): void;
   close(): void;
 }
