@@ -4901,6 +4901,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'concept_tda/influence/scorers.py'),
                                                'concept_tda.influence.scorers._names': ( '50_influence/scorers.html#_names',
                                                                                          'concept_tda/influence/scorers.py'),
+                                               'concept_tda.influence.scorers._note_no_null': ( '50_influence/scorers.html#_note_no_null',
+                                                                                                'concept_tda/influence/scorers.py'),
                                                'concept_tda.influence.scorers._notes_of_the_pass': ( '50_influence/scorers.html#_notes_of_the_pass',
                                                                                                      'concept_tda/influence/scorers.py'),
                                                'concept_tda.influence.scorers._notes_on_answers': ( '50_influence/scorers.html#_notes_on_answers',

@@ -147,9 +147,10 @@ PUBLIC = {
         "ScoreParts score_parts parts_html example_html examples_html end_titles attribution_html "
         "marked_html show_card show_sheet show_facts show_attribution show_comparison show_plan "
         "show_diagnosis show_marked",
-    "views.contents": "BROWSER_SCRIPTS WidgetError front_end percentiles_for_length short_name Contents "
-        "example_texts end_words browser_table browser_columns rounded_columns token_turns written_turns "
-        "example_to_read snippet search_terms hits within from_both_ends json_in_script",
+    "views.contents": "BROWSER_SCRIPTS WidgetError front_end AnsweringWidget percentiles_for_length "
+        "short_name Contents example_texts end_words browser_table browser_columns rounded_columns "
+        "token_turns written_turns example_to_read snippet search_terms hits within from_both_ends "
+        "json_in_script",
     "views.review": "MARKS review_head Review",
     "views.browser": "embedded_browser script_hash OfflinePage offline_page ExampleBrowser",
     "views.mixer": "concepts_by_name mixed_concept ConceptMixer",

@@ -112,6 +112,10 @@ def test_scored_together_each_method_has_its_own_null_and_baselines_have_none(lm
     with_null = {name for name, result in found.items() if result.null is not None}
     assert with_null == {"Vector Filter", "Concept Influence", "Random direction"}
     assert {found[name].null.seed for name in with_null} == {3}
+    said = {
+        name for name, one in found.items() if any("null=100 gave none" in note for note in one.card.notes)
+    }
+    assert said == {"Influence Function", "Length"}  # asked for in vain, and not without a word
     assert found["Length"].leading.kind == "none" and found["Influence Function"].leading.kind == "spread"
     alone = VectorFilter(lm, concept).score(TRAIN, null=100, progress=False)
     assert not np.allclose(alone.times_null, found["Vector Filter"].times_null)  # another seed, other draws

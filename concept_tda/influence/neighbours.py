@@ -860,8 +860,9 @@ def _joined(
 def _with_a_model(scorer: _TwoScorers) -> LanguageModel:
     "The model that reads the examples."
     if scorer.lm is None:
-        raise ScorerError(f"neither {scorer.cheap.method} nor {scorer.exact.method} has a model whose tokens "
-                          "could be counted: tokenise the examples first, with lm.tokenize(examples)")
+        raise ScorerError(f"a cascade spares passes through a model, and neither {scorer.cheap.method} nor "
+                          f"{scorer.exact.method} has a model: score with each of them alone, by "
+                          "score_together([...], examples, lm=lm)")
     return scorer.lm
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #0023

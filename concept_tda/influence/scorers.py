@@ -147,6 +147,7 @@ class _Prepared:
     scores: np.ndarray | None = None    # Of a scorer that needs no pass
     scoring_seconds: float = 0.
     null: NullReadout | None = None     # What gives its null
+    in_vain: int = 0                    # Draws of a null that were asked for, and that it does not have
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #prepare
 def _prepared(scorer: Scorer, data: TokenizedConversations, draws: int, seed: int) -> _Prepared:
@@ -155,9 +156,10 @@ def _prepared(scorer: Scorer, data: TokenizedConversations, draws: int, seed: in
     readout = scorer.prepare(data)
     null = scorer.null(data, draws, seed) if draws and readout is not None else None
     ready = time.perf_counter()
-    if readout is not None: return _Prepared(scorer, readout, ready - start, null=null)
-    scores = scorer.direct(data)
-    return _Prepared(scorer, None, ready - start, scores, time.perf_counter() - ready)
+    in_vain = draws if null is None else 0
+    if readout is not None: return _Prepared(scorer, readout, ready - start, null=null, in_vain=in_vain)
+    scores, seconds = scorer.direct(data), time.perf_counter() - ready
+    return _Prepared(scorer, None, ready - start, scores, seconds, in_vain=in_vain)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #refuse
 def _check_names(names: list[str]) -> None:
@@ -175,7 +177,8 @@ def _common_model(scorers: list[Scorer], lm: LanguageModel | None) -> LanguageMo
                           "in separate calls")
     lm = next(iter(models.values()), lm)
     if lm is None:
-        raise ScorerError("none of these scorers has a model whose tokens could be counted: pass lm=")
+        raise ScorerError("none of these scorers has a model whose tokens could be counted: call "
+                          "score_together and pass lm=")
     return lm
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #equal
@@ -242,11 +245,13 @@ def _attribution(
     scorer = one.scorer
     if one.readout is None:
         card = query_card(scorer, data, {}, seconds=one.scoring_seconds, preparation=one.seconds)
+        _note_no_null(card, one.in_vain)
         return Attribution(data.conversations, one.scores, card)
     result = equal_as_first(data, passed[scorer.method])
     card = query_card(
         scorer, data, settings, seconds=result.seconds + scorer.extra_seconds, preparation=one.seconds,
         peak_memory=result.peak_memory, resumed=result.resumed)
+    _note_no_null(card, one.in_vain)
     weights_Q, parts = scorer.weights(result.scores.shape[1]), result.scores
     scores, replicates = parts @ weights_Q, parts if len(weights_Q) > 1 else None
     tokens = None
@@ -262,6 +267,12 @@ def _attribution(
 def _null_name(scorer: Scorer) -> str:
     "What the pass calls a scorer's null."
     return f"{scorer.method}, null"
+
+def _note_no_null(card: QueryCard, draws: int) -> None:
+    "Say on the card that a null was asked for in vain."
+    if draws:
+        card.notes.append(f"null={draws} gave none: random directions say nothing about this method; "
+                          "Attribution.with_null takes draws of your own")
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #gathered
 def _gathered(
@@ -330,6 +341,7 @@ def _some_alone(
     for scorer in scorers:
         if scorer.own_passes:
             results[scorer.method] = scorer.score(examples, **options)
+            _note_no_null(results[scorer.method].card, chance["null"])
     return {scorer.method: results[scorer.method] for scorer in scorers}
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #0009
