@@ -146,6 +146,14 @@ def test_records_come_out_of_every_kind_of_file(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"a"')
     with pytest.raises(ScorerError, match=r"a\.jsonl, line 2: broken JSON"):
         list(stream_records(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b", "prompt": "c"}\n')
+    with pytest.raises(ScorerError, match="line 1: two fields of one object are called 'prompt'"):
+        list(stream_records(tmp_path / "a.jsonl"))  # as when the file is loaded whole
+    (tmp_path / "rest.csv").write_text("prompt,response\na,b\n")
+    (tmp_path / "README.md").write_text("no data")
+    for source in (tmp_path, [tmp_path / "c.parquet", tmp_path / "rest.csv"]):
+        with pytest.raises(ScorerError, match=r"rest\.csv: cannot be read a piece at a time"):
+            stream_records(source)
 
 
 def test_a_streamed_data_set_is_read_as_it_comes(lm, tmp_path):

@@ -18,6 +18,8 @@ import xxhash
 from tqdm.auto import tqdm
 
 from ..data.conversations import Conversations, load_conversations
+from ..data.files import is_data_file, parse_json
+from ..data.messages import ConversationError
 from ..foundation.processes import by_first, n_ranks, on_its_own, rank, wait_for_all
 from ..foundation.storage import atomic_file, code_version, fingerprint
 from .baselines import MeanLoss
@@ -36,17 +38,21 @@ from ..model.loading import LanguageModel
 from ..results.folders import ScoreFolder, summary, write_manifest, write_part
 
 # %% ../../nbs/50_influence/13_streaming.ipynb #s007
+def _parsed(text: bytes, where: str) -> Any:
+    "A value of JSON, read as in a file that is loaded whole."
+    try:
+        return parse_json(text.decode("utf-8-sig"))
+    except (ConversationError, UnicodeDecodeError) as err:
+        raise ScorerError(f"{where}: {err}: mend or remove it") from None
+
 def _lines(path: Path) -> Iterator[dict]:
     "Records of a JSON lines file, packed or not."
     import gzip
     opened: Any = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip(): continue
-            try:
-                yield json.loads(line)
-            except ValueError as err:
-                raise ScorerError(f"{path}, line {number}: broken JSON ({err}): mend or remove it") from None
+            if line.strip():
+                yield _parsed(line, f"{path}, line {number}")
 
 def _table_rows(path: Path) -> Iterator[dict]:
     "Records of a Parquet file."
@@ -61,7 +67,7 @@ def _tar_members(path: Path) -> Iterator[dict]:
         for member in archive:
             if member.name.endswith(".json"):
                 file: Any = archive.extractfile(member)
-                yield json.loads(file.read())
+                yield _parsed(file.read(), f"{path}, {member.name}")
 
 # %% ../../nbs/50_influence/13_streaming.ipynb #s008
 _READERS = {".jsonl": _lines, ".ndjson": _lines, ".jsonl.gz": _lines, ".parquet": _table_rows,
@@ -81,6 +87,10 @@ def stream_records(
     paths = [Path(source)] if isinstance(source, (str, Path)) else [Path(one) for one in source]
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     chosen = [file for file in files if _reader(file)]
+    left = [file for file in files if not _reader(file) and (file in paths or is_data_file(file))]
+    if chosen and left:  # a README in a folder is no data, and a table beside the parts is
+        raise ScorerError(f"{left[0]}: cannot be read a piece at a time, and would be left out; turn it into "
+                          "Parquet or JSON lines, or name the files to read")
     if not chosen or not all(file.exists() for file in chosen):
         raise ScorerError(f"{source}: nothing there that can be read a piece at a time; a stream is made of "
                           f"files that end in {', '.join(_READERS)}, or of records")
