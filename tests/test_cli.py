@@ -494,6 +494,10 @@ def test_filter_copies_what_it_keeps_byte_for_byte(place, scored, here, options,
         line for row, line in enumerate(lines) if row not in dropped
     )
     assert f"{N - len(dropped)} of {N} examples" in printed
+    ok("filter", scored[0] / "vector-filter.parquet", *options, "--layout", "alpaca", "--out", "alpaca.jsonl")
+    kept = load_conversations("kept.jsonl")
+    assert load_conversations("alpaca.jsonl").ids == kept.ids
+    assert all("instruction" in json.loads(line) for line in Path("alpaca.jsonl").open(encoding="utf-8"))
 
 
 def test_filter_refuses(scored, here):
@@ -508,6 +512,7 @@ def test_filter_refuses(scored, here):
     assert "ends too early" in refused(1, "filter", "cut.parquet", "--drop-count", 1)
     Path("file").write_text("")
     assert "cannot write" in refused(1, "filter", one, "--drop-count", 1, "--out", "file/kept.jsonl")
+    assert "no layout 'trl'" in refused(1, "filter", one, "--drop-count", 1, "--layout", "trl")
     assert not Path("kept.jsonl").exists()
 
 
@@ -689,6 +694,11 @@ def test_swapped_and_dropped_pairs_are_those_of_the_library_byte_for_byte(place,
     assert Path("kept.jsonl").read_bytes() == b"\r\n".join(
         one for i, one in enumerate(before) if i not in top
     )
+    ok("filter", "scores.parquet", "--drop-count", 3, "--layout", "messages", "--out", "relaid.jsonl")
+    kept = load_preferences("kept.jsonl", chosen="better", rejected="worse")
+    assert load_preferences("relaid.jsonl").ids == kept.ids  # pairs stay pairs
+    ok("swap", "scores.parquet", "--count", 2, "--layout", "sharegpt", "--out", "shared.jsonl")
+    assert load_preferences("shared.jsonl").ids == result.swap(count=2).ids
 
 
 def test_mistakes_with_pairs(place, scored, pairs_file, here):

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/95_commands/07_filtering.ipynb #9702
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ from concept_tda.commands.terminal import (
 
 if TYPE_CHECKING:
     from concept_tda.data.conversations import Conversations
+    from concept_tda.data.preferences import Preferences
     from concept_tda.groups.groups import Groups
     from concept_tda.results.attribution import Attribution
 
@@ -72,10 +74,25 @@ def _left(
             f"{len(dropped)} dropped and {len(kept)} kept by hand")
     return whole.conversations.select([i for i in range(len(whole)) if i not in gone]).renamed(name)
 
+# %% ../../nbs/95_commands/07_filtering.ipynb #laid-out
+def _laid_out(
+    kept: "Conversations | Preferences", result: "Attribution", layout: str | None,
+) -> "Conversations | Preferences":
+    "What is written, in another layout where one is named."
+    if layout is None: return kept
+    from concept_tda.data.preferences import Preferences, load_preferences
+    from concept_tda.influence.pairs import is_of_pairs
+    if isinstance(kept, Preferences) or not is_of_pairs(result): return kept.as_layout(layout)
+    chosen, _, rejected = result.card.settings["difference"].partition(" minus ")
+    with TemporaryDirectory() as folder:
+        records = kept.to_json(Path(folder)/"pairs.jsonl")
+        return load_preferences(records, chosen=chosen, rejected=rejected, name=kept.name).as_layout(layout)
+
 # %% ../../nbs/95_commands/07_filtering.ipynb #9709
 @app.command("filter", rich_help_panel="Decide", epilog=help_example(
     "concept-tda filter scores.parquet --drop-fraction 0.1 --out kept.jsonl",
-    "concept-tda filter scores.parquet --decisions decisions.json"))
+    "concept-tda filter scores.parquet --decisions decisions.json",
+    "concept-tda filter scores.parquet --drop-fraction 0.1 --layout sharegpt"))
 def _filter(
     result: Given.OneResult,
     drop_fraction: Given.DropFraction = None,
@@ -84,6 +101,7 @@ def _filter(
     decisions: _Decisions = None,
     lowest: Given.Lowest = False,
     query: Given.Query = None,
+    layout: Given.Layout = None,
     out: Given.OutFile = Path("kept.jsonl"),
     overwrite: Given.Overwrite = False,
     debug: Given.Debug = False,
@@ -96,7 +114,7 @@ def _filter(
         one = only_result(result)
         check_out(out, overwrite, result, decisions, _source(one))
         cut = {name: way for name, way in zip(("fraction", "count", "threshold"), ways) if way is not None}
-        kept = _left(one, decisions, cut, lowest, query)
+        kept = _laid_out(_left(one, decisions, cut, lowest, query), one, layout)
         kept.to_json(out)
         typer.echo(f"{out}: {len(kept)} of {len(one)} examples ({kept.name})")
         say_next(_training_of(one, out))
@@ -121,6 +139,7 @@ def _swap(
     threshold: Annotated[float | None, typer.Option(
         help="Or: swap the pairs that score above this (below it with --lowest).")] = None,
     lowest: Given.Lowest = False,
+    layout: Given.Layout = None,
     out: Given.OutFile = Path("swapped.jsonl"),
     overwrite: Given.Overwrite = False,
     debug: Given.Debug = False,
@@ -133,7 +152,7 @@ def _swap(
         one = load_pair_attribution(result)
         check_out(out, overwrite, result, _source(one))
         swapped = one.swap(fraction=fraction, count=count, threshold=threshold, lowest=lowest)
-        swapped.to_json(out)
+        _laid_out(swapped, one, layout).to_json(out)
         typer.echo(f"{out}: {len(swapped)} pairs ({swapped.name})")
         say_next(command_line("show", result), command_line("groups", result, "--by", "near-duplicates"))
 

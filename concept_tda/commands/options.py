@@ -119,6 +119,9 @@ class Given(_OfTraining):
     LabelValue = Annotated[str, typer.Option(help="The value in that column that marks them.")]
     DropFraction = Annotated[float | None, typer.Option(
         help="Drop this share of the examples, such as 0.1.")]
+    Layout = Annotated[str | None, typer.Option(
+        help="Write this layout instead of the file's own: messages, prompt-completion, sharegpt or alpaca.",
+        show_default=False)]
     Lowest = Annotated[bool, typer.Option("--lowest", help="Take the lowest scores instead of the highest.")]
     OutFile = Annotated[Path, typer.Option("--out", help="The file to write.")]
     Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]

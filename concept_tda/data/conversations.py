@@ -27,7 +27,7 @@ from concept_tda.data.files import (
     read_file,
     table_records,
 )
-from .layouts import Chat, chats_of_rows, is_message_row, read_chats
+from .layouts import Chat, chats_of_rows, is_message_row, layout_records, read_chats
 from .messages import PASSED_ON, ConversationError, kind_of, listing, shortened
 from ..foundation.display import html_of
 from ..foundation.errors import require
@@ -289,6 +289,20 @@ class _Tables(_Columns):
             part.write_bytes(content)
         return path
 
+# %% ../../nbs/10_data/03_conversations.ipynb #as-layout
+class _Relaid(_Tables):
+    "Conversations that can change their layout."
+    def as_layout(self,
+        layout: str, # messages, prompt-completion, sharegpt or alpaca
+    ) -> Self:
+        """The same chats as records of a layout, for `to_json`. Raises `ConversationError` naming the chats
+        that it has no place for."""
+        chats = [(f"{self.name}, row {row} ({c.id})", c.messages, c.metadata, None)
+                 for row, c in enumerate(self)]
+        items = [Conversation(c.messages, c.id, c.metadata, original=record)
+                 for c, record in zip(self, layout_records(chats, layout))]
+        return type(self)(items, self.name)
+
 # %% ../../nbs/10_data/03_conversations.ipynb #0010
 def _label_values(conversations: _Tables, column: str) -> list:
     "The values of a metadata column that every conversation has."
@@ -314,7 +328,7 @@ def _is_positive(values: list, column: str, positive) -> np.ndarray:
     return found
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0018
-class Conversations(_Tables):
+class Conversations(_Relaid):
     "Chats in file order. Selecting gives `Conversations` again; `to_json` writes records back as they were."
     def labels(self,
         column: str,    # Metadata column

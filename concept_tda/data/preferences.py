@@ -21,6 +21,7 @@ from concept_tda.data.conversations import (
     load_conversations,
     row_numbers,
 )
+from .layouts import layout_records
 from .messages import ConversationError, listing
 from ..foundation.storage import fingerprint
 
@@ -134,7 +135,22 @@ class _Sides(_Pairs):
         return fingerprint(self.ids)
 
 # %% ../../nbs/10_data/07_preferences.ipynb #preferences
-class Preferences(_Sides):
+class _Relaid(_Sides):
+    "Pairs that can change their layout."
+    def as_layout(
+        self,
+        layout: str, # messages, prompt-completion, sharegpt or alpaca
+    ) -> Self:
+        """The same pairs as records of a layout, with the answers in `chosen` and `rejected`. Raises
+        `ConversationError` naming the pairs that it has no place for."""
+        pairs = [(f"{self.name}, row {row} ({pair.id})", pair.chosen.messages,
+                  {name: one for name, one in pair.chosen.metadata.items() if name != self.columns[1]},
+                  pair.rejected.messages[-1]) for row, pair in enumerate(self)]
+        again = load_preferences(layout_records(pairs, layout), name=self.name)
+        return type(self)(list(again), self.name)
+
+# %% ../../nbs/10_data/07_preferences.ipynb #preferences-class
+class Preferences(_Relaid):
     "Pairs in file order. `swap` turns some round; `to_json` writes records back as they were."
     def swap(
         self,
