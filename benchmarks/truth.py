@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from advice import advice_right, decisions
 from paper import Study, conversations, read_config
 
 import concept_tda as ct
@@ -321,6 +322,7 @@ def report_of(about, work):
         counterfactual={name: {k: v for k, v in one.items() if k != "lds"} for name, one in found.items()},
         lds={name: one["lds"] for name, one in found.items()} | {"ceiling": ceiling(pool)},
         seconds=seconds,
+        advised=list(decisions(scores.config["name"], (HERE / about["scores"]).parent, experiments, trait)),
         points=dict(
             measured=pool["measured"].tolist(),
             left_out=pool["n"].tolist(),
@@ -376,7 +378,7 @@ def main():
         sets=reports,
         default="Concept Influence",
         coverage=dict(level=0.9, mean=float(np.mean(covered)), lowest=min(covered)),
-        advice_right=None,  # no rule is offered: the retrained sets are too few to measure one on
+        advice_right=advice_right([one for told in reports.values() for one in told["advised"]]),
         code=ct.foundation.storage.code_version(),
         date=time.strftime("%Y-%m-%d"),
         torch=torch.__version__,

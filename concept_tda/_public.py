@@ -53,6 +53,7 @@ PUBLIC = {
     "results.comparison": "Comparison results_by_name compare",
     "results.calibration": "foretold Calibration ensemble",
     "results.folders": "write_part summary joined write_manifest ScoreFolder",
+    "results.advice": "Finding Advice advice",
     "concepts.concept": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
         "tensor_concept random_concepts LayerSweep sweep_layers",
     "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge last_answer_only ContrastJudge "
