@@ -79,6 +79,8 @@ def measured(model, query, train, exact):
     """Scores of a server against the exact ones; the gate measures and refuses nothing here."""
     scorer = ServedInfluence(model, query, tolerance=10.0, budget=1000.0)
     result = scorer.score(train, progress=False)
+    if result.ids != exact.ids:
+        raise SystemExit("--work holds other examples' scores: give the same --examples, or another folder")
     rho = spearman(result.scores, exact.scores)
     off = np.sqrt(np.square(result.scores - exact.scores).mean()) / exact.scores.std()
     return dict(

@@ -42,7 +42,8 @@ PUBLIC = {
     "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
     "model.servers": "ServerError ServedModel",
     "model.local_server": "LocalServer",
-    "model.exports": "ExportError ExportedActivations load_activations export_activations",
+    "model.exports": "ExportError ExportedActivations load_activations export_activations "
+        "export_remote_activations",
     "model.recording": "RecordingError TrainingRecorder",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
         "check_one_criterion checked_count cut_rows detection_metrics moderated_variances",

@@ -18,7 +18,12 @@ from concept_tda.groups.sae import SparseAutoencoder
 from concept_tda.influence.baselines import MeanLoss, RepSim
 from concept_tda.influence.scorers import ActivationGradient, GradDot, ProjectionDifference, VectorFilter
 from concept_tda.model.answers import answer_records, with_record
-from concept_tda.model.exports import ExportError, export_activations, load_activations
+from concept_tda.model.exports import (
+    ExportError,
+    export_activations,
+    export_remote_activations,
+    load_activations,
+)
 from concept_tda.model.loading import LayerError, SiteError, load_model
 from concept_tda.model.tracing import POOLINGS, as_prompts
 
@@ -248,3 +253,95 @@ def test_files_that_do_not_go_together(lm, data, files, tmp_path):
     pq.write_table(pa.table({"id": ["a", "b"], "layer_1": [[1.0], [1.0, 2.0]]}), tmp_path / "c.parquet")
     with pytest.raises(ExportError, match="equally long"):
         load_activations(tmp_path / "c.parquet")
+
+
+# -------------------- from a model on a server
+
+
+@pytest.fixture
+def ndif(lm, tmp_path, monkeypatch):
+    """nnsight's remote backend with a stand-in for the server: requests are kept, unpacked and run on the
+    model there; every other way out of this process is closed. The hub is a folder."""
+    import socket
+
+    import nnsight.modeling.huggingface as hub
+    import transformers
+    import transformers.pipelines
+    from nnsight import TransformersModel
+    from nnsight.intervention.backends.remote import RemoteBackend
+    from nnsight.schema.request import RequestModel
+
+    folder = tmp_path / "hub"
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    for one in (transformers.AutoTokenizer, transformers.AutoConfig):
+        real = one.from_pretrained
+        given = lambda name, *a, real=real, **k: real(folder if name == "org/tiny" else name, *a, **k)
+        monkeypatch.setattr(one, "from_pretrained", given)
+    monkeypatch.setitem(hub._ID_CACHE, "org/tiny", "org/tiny")
+    monkeypatch.setattr(transformers.pipelines, "get_task", lambda *_: "text-generation")
+    sent = []
+
+    def closed(*_, **__):
+        raise AssertionError("something else leaves this machine")
+
+    def answer(backend, request, tracer):
+        blob = RequestModel.serialize(tracer, compress=False)  # what `_serialize` packs
+        sent.append((backend.host, json.loads(request.metadata()), blob))
+        there = TransformersModel(load_model(str(folder)).model, tokenizer=lm.tokenizer)
+        restored = RequestModel.deserialize(blob, there._remoteable_persistent_objects(), compress=False)
+        restored.execute(restored.info.code)
+        return {"found": restored.info.frame.f_locals["found"]}
+
+    monkeypatch.setattr(RemoteBackend, "request", answer)
+    monkeypatch.setattr(socket.socket, "connect", closed)
+    monkeypatch.setattr(socket, "create_connection", closed)
+    return sent
+
+
+def test_activations_of_a_model_on_a_server(lm, data, ndif, tmp_path):
+    """What comes back is what the model gives; what goes out is the block, tokens, mask and weights."""
+    path = export_remote_activations(
+        "org/tiny", data, [0, LAYER], tmp_path / "r.safetensors", token_budget=600, progress=False
+    )
+    export_activations(lm, data, [0, LAYER], tmp_path / "here.safetensors", progress=False)
+    away, here = load_activations(path), load_activations(tmp_path / "here.safetensors")
+    side = lambda model: contrastive_concept(model, data[:6], data[6:12], LAYER, name="side", progress=False)
+    for scorer in (
+        lambda model: VectorFilter(model, side(model)),
+        lambda model: RepSim(model, data[:3], LAYER),
+    ):
+        results = [scorer(one).score(data, progress=False) for one in (away, here)]
+        np.testing.assert_allclose(*(one.scores for one in results), rtol=1e-4, atol=1e-6)
+        assert results[0].card.access == "activations" and results[0].card.model == "org/tiny"
+    again = export_remote_activations(
+        "org/tiny", data[:4], LAYER, tmp_path / "more.safetensors", progress=False
+    )
+    VectorFilter(load_activations(again), side(away))  # another file of the same model takes its concept
+    assert len(ndif) > 1  # a request for each batch
+    for host, envelope, blob in ndif:
+        assert host == "https://api.ndif.us" and json.loads(envelope["model_key"].split(":", 1)[1]) == {
+            "repo_id": "org/tiny",
+            "revision": None,
+            "task": "text-generation",
+        }
+        assert b"einsum" in blob and b"concept_tda.data" not in blob and str(tmp_path).encode() not in blob
+        for one in data:
+            for message in one.messages:
+                assert message["content"][:25].encode() not in blob and one.id.encode() not in blob
+
+
+def test_a_server_that_refuses_or_a_folder(lm, data, ndif, tmp_path, monkeypatch):
+    from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+
+    def refuses(*_):
+        raise RemoteError("org/tiny is not deployed")
+
+    monkeypatch.setattr(RemoteBackend, "request", refuses)
+    with pytest.raises(ExportError, match="not deployed.*nnsight.ndif.status.*set_default_api_key"):
+        export_remote_activations("org/tiny", data, 1, tmp_path / "r.safetensors", progress=False)
+    with pytest.raises(ExportError, match="is a folder here"):
+        export_remote_activations(str(tmp_path / "hub"), data, 1, tmp_path / "r.safetensors")
+    with pytest.raises(LayerError, match="layer 9"):
+        export_remote_activations("org/tiny", data, 9, tmp_path / "r.safetensors")
+    assert not (tmp_path / "r.safetensors").exists()

@@ -168,6 +168,97 @@ def test_a_whole_model(train, tmp_path):
     assert again["checkpoints"] == history["checkpoints"]
 
 
+def test_a_dropped_last_batch_is_in_no_step(train, tmp_path):
+    _, _, trainer, seen = trained(tmp_path / "r", train, dataloader_drop_last=True)
+    steps = training_record(tmp_path / "r")["steps"]
+    assert len(steps) == trainer.state.global_step == 6
+    assert sum(steps.rows, []) == sum(seen, []) and steps.examples.tolist() == [4, 4, 2, 4, 4, 2]
+
+
+def test_rows_that_are_not_those_of_the_ids(train, tmp_path):
+    model, tokenizer = tiny_pair("llama")
+    recorder = TrainingRecorder(tmp_path / "r", LanguageModel(model, tokenizer, "tiny"), ids=train.ids[1:])
+    with pytest.raises(RecordingError, match="has 11 rows and there are 10 ids.*packing"):
+        trained(tmp_path / "r", train, recorder=recorder)
+    assert not (tmp_path / "r").exists()
+
+
+def sft(folder, train, **options):
+    """A training by TRL's own trainer, recorded: spy, trainer and the batches as the collator saw them."""
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    model, tokenizer = tiny_pair("llama")
+    texts = [one.messages for one in train]
+    told = lambda messages: [{"role": one["role"], "content": one["content"]} for one in messages]
+    rows = [{"prompt": told(one[:-1]), "completion": told(one[-1:])} for one in texts]
+    recorder = TrainingRecorder(folder, LanguageModel(model, tokenizer, "tiny"), checkpoints=2, ids=train.ids)
+    settings = dict(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        max_length=512,
+    )
+    arguments = trl.SFTConfig(str(folder.parent / "out"), **(settings | options))
+    spy, seen = Spy(), []
+    trainer = trl.SFTTrainer(
+        model,
+        arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+        callbacks=[recorder, spy],
+    )
+    collate = trainer.data_collator
+
+    def noted(batch):
+        seen.append([one["input_ids"] for one in batch])
+        return collate(batch)
+
+    trainer.data_collator = noted
+    trainer.train()
+    return spy, trainer, seen
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_training_by_trl(train, tmp_path):
+    """Rows, rates, weights and moments are those that TRL's trainer saw; row n is example n of the data."""
+    folder = tmp_path / "r"
+    spy, trainer, seen = sft(folder, train)
+    record = training_record(folder)
+    steps = record["steps"]
+    assert record["ids"] == train.ids and steps.examples.tolist() == [4, 4, 3, 4, 4, 3]
+    np.testing.assert_allclose(steps.learning_rate, [1e-3 * (1 - i / 6) for i in range(6)], rtol=1e-9)
+    logged = [one["loss"] for one in trainer.state.log_history if "loss" in one]
+    np.testing.assert_allclose(steps.loss, np.array(logged, float), rtol=1e-3)
+    lm = load_model(tiny_pair("llama"))
+    own = [item.input_ids.tolist() for item in lm.tokenize(train)]
+    texts = [list(ids) for batch in seen for ids in batch]
+    for ids, row in zip(texts, sum(steps.rows, []), strict=True):
+        shared = min(len(ids), len(own[row]))  # TRL may end a text with one token more or less
+        assert shared > 20 and ids[: shared - 2] == own[row][: shared - 2]
+    last = training_checkpoints(folder, lm)["checkpoints"][-1]()
+    for name, weight in spy.weights.items():
+        assert torch.equal(dict(last.model.named_parameters())[name], weight)
+    found = recorded_moments(folder)[-1](last, resolve_sites(last, "lora"))
+    assert found.step == 6 and all(one.any() for one in found.second.values())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_rows_that_trl_has_packed_or_dropped(train, tmp_path):
+    with pytest.raises(RecordingError, match="11 ids.*packing"):
+        sft(tmp_path / "a", train, packing=True, packing_strategy="wrapped")
+    lm = load_model(tiny_pair("llama"))
+    begins = sorted(int(item.response_mask.int().argmax()) for item in lm.tokenize(train))  # of the answers
+    with pytest.raises(RecordingError, match="11 ids.*without a token to learn"):
+        sft(tmp_path / "b", train, max_length=begins[N // 2])  # half of them are cut off whole
+
+
 def test_what_cannot_be_recorded(run, train, tmp_path):
     with pytest.raises(RecordingError, match="another folder"):
         TrainingRecorder(run[0], run[1])

@@ -27,6 +27,7 @@ from concept_tda.model.servers import ServedModel, ServerError
 from concept_tda.results.attribution import load_attribution
 from concept_tda.results.metrics import spearman
 
+from scripted_server import Server
 from tiny import tiny_pair, tiny_tokenizer
 
 FORMS = ["prompt_logprobs", "echo"]
@@ -244,6 +245,53 @@ def test_a_server_that_is_too_slow_or_gone(lm):
             one.logprobs(ids_of(lm))
     with pytest.raises(ServerError, match="could not be reached"):
         one.logprobs(ids_of(lm))
+
+
+@pytest.mark.parametrize(
+    ("first", "trouble"),
+    [
+        ((200, b"<html>502</html>", {}), "not JSON"),
+        ((200, b'{"choices": [', {}), "not JSON"),
+        ((200, b'{"choices": [', {"Content-Length": "5000"}), "could not be reached.*IncompleteRead"),
+        ((200, b'{"choices": [{"index": 0, "prompt_logprobs": [null, {}]}]}', {}), "malformed"),
+        ((200, b'{"choices": [{"index": 0}]}', {}), "no prompt_logprobs"),
+    ],
+)
+def test_answers_that_break_off_or_are_none(lm, first, trouble):
+    """They are asked for again; what the last one lacked is said."""
+    ids = ids_of(lm)[:1]
+    with LocalServer(lm, "tiny") as own:
+        good = own.answer("/v1/completions", json.dumps(served(own, lm)._request(ids, "tiny")).encode())
+    server = Server([first, (*good, {})])
+    try:
+        with pytest.raises(ServerError, match=trouble):
+            ServedModel("tiny", lm.tokenizer, server.url, retries=0).logprobs(ids)
+        found = ServedModel("tiny", lm.tokenizer, server.url, first_pause=0.001).logprobs(ids)
+        assert len(found[0]) == len(ids[0]) and len(server.requests) == 2
+    finally:
+        server.close()
+
+
+def test_the_pause_is_the_one_the_server_asks_for(lm):
+    ids = ids_of(lm)[:1]
+    with LocalServer(lm, "tiny") as own:
+        good = own.answer("/v1/completions", json.dumps(served(own, lm)._request(ids, "tiny")).encode())
+    server = Server([(429, {}, {"Retry-After": "0.3"}), (*good, {}), (429, {}, {"Retry-After": "600"})])
+    try:
+        asked = ServedModel("tiny", lm.tokenizer, server.url, first_pause=0.001)
+        assert len(asked.logprobs(ids)) == 1 and server.times[1] - server.times[0] >= 0.3
+        with pytest.raises(ServerError, match="wait 600 seconds.*status 429.*longest_wait"):
+            asked.logprobs(ids)
+        assert len(server.requests) == 3
+    finally:
+        server.close()
+
+
+def test_a_text_that_is_longer_than_the_context(lm):
+    said = lambda *_: (400, {"error": {"message": "maximum context length is 8 tokens"}})
+    with Scripted(lm, "tiny", script=said) as server:
+        with pytest.raises(ServerError, match="maximum context length.*--max-model-len"):
+            served(server, lm).logprobs(ids_of(lm))
 
 
 def test_a_pause_that_is_too_long(lm, monkeypatch):

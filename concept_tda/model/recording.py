@@ -24,8 +24,8 @@ class RecordingError(ConceptTDAError):
 
 class _Watched:
     "A sampler whose row numbers are noted, epoch by epoch."
-    def __init__(self, sampler: Any):
-        self.sampler, self.epochs = sampler, []
+    def __init__(self, sampler: Any, whole: int):
+        self.sampler, self.whole, self.epochs = sampler, whole, []
 
     def __iter__(self) -> Iterator[int]:
         self.epochs.append([])
@@ -39,20 +39,26 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["sampler"], name)  # such as set_epoch
 
-def _watched(loader: Any) -> _Watched:
+def _watched(loader: Any, ids: list[str] | None) -> _Watched:
     "The sampler of a data loader, watched from now on."
     batches = loader.batch_sampler
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
     if not hasattr(batches, "sampler"):
-        raise RecordingError("the data loader has no sampler (a stream, perhaps), so the order of the data "
-                             "can't be recorded: train on a data set with a length")
-    batches.sampler = _Watched(batches.sampler)
+        raise RecordingError("the data loader has no sampler of rows (a stream, or batches composed by their "
+                             "lengths), so the order of the data can't be recorded: train on a data set with "
+                             "a length, and not with train_sampling_strategy='batch_rebalance'")
+    if ids is not None and len(ids) != (rows := len(loader.dataset)):
+        raise RecordingError(f"the trainer's data set has {rows} rows and there are {len(ids)} ids. Trainers "
+                             "drop examples (TRL: those without a token to learn) or pack several into a "
+                             "row: train without packing, and give the ids of the rows that are left")
+    batches.sampler = _Watched(batches.sampler, batches.batch_size if batches.drop_last else 1)
     return batches.sampler
 
-def _rows_of_steps(epochs: list[list[int]], size: int) -> list[list[int]]:
-    "The rows of every step."
-    return [rows[start:start + size] for rows in epochs for start in range(0, len(rows), size)]
+def _rows_of_steps(watched: _Watched, size: int) -> list[list[int]]:
+    "The rows of every step; those of a last batch that the loader drops are in none."
+    kept = [rows[:len(rows)//watched.whole*watched.whole] for rows in watched.epochs]
+    return [rows[start:start + size] for rows in kept for start in range(0, len(rows), size)]
 
 # %% ../../nbs/20_model/11_recording.ipynb #rec-moments
 def _moments(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
@@ -101,7 +107,7 @@ class _Recorder(TrainerCallback):
         if args.world_size > 1:
             raise RecordingError(f"{args.world_size} processes train together, one can be recorded: start "
                                  "with one, or record with finetune")
-        self.order = _watched(kwargs["train_dataloader"])
+        self.order = _watched(kwargs["train_dataloader"], self.ids)
         self.due = {-(-state.max_steps*i//self.checkpoints) for i in range(1, self.checkpoints + 1)}
 
 # %% ../../nbs/20_model/11_recording.ipynb #rec-steps
@@ -131,7 +137,7 @@ class TrainingRecorder(_Recorder):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         "Write the record."
-        rows = _rows_of_steps(self.order.epochs, args.train_batch_size*args.gradient_accumulation_steps)
+        rows = _rows_of_steps(self.order, args.train_batch_size*args.gradient_accumulation_steps)
         steps = [step | {"rows": one, "examples": len(one)} for step, one in zip(self.steps, rows)]
         adapted, named = hasattr(kwargs["model"], "peft_config"), Path(self.base).exists() or "/" in self.base
         write_training_record(self.folder, dict(

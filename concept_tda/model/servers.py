@@ -103,7 +103,8 @@ def _values(choice: dict, ids: list[int], asks: str, tokenizer: Any) -> np.ndarr
 
 # %% ../../nbs/20_model/08_servers.ipynb #serve-request
 _HINTS = {
-    400: "; does it know this way to ask? There are asks='prompt_logprobs' and asks='echo'",
+    400: "; is a text longer than its context (vLLM: --max-model-len), or does it not know this way to ask? "
+         "There are asks='prompt_logprobs' and asks='echo'",
     401: "; is the key right?",
     403: "; does this key allow that model?",
     404: "; is the name of the model or adapter right, and does base_url end in /v1? vLLM knows an adapter "
