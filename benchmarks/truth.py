@@ -2,12 +2,14 @@
 
     python benchmarks/truth.py --work build/truth                 # score what is not scored yet, and report
     python benchmarks/truth.py --work build/truth --report        # only the report
+    python benchmarks/truth.py --work build/truth --only careless --groups through-0 lora   # some of it
     python benchmarks/truth.py my-sets.json --work build/truth    # other sets
 
 A **pool** is the retrainings of one data set: `paper.py` and `groups.py` have left hundreds of them behind,
 each with the rows it was trained on and a judge's verdict. One pool serves all variants, since a variant only
 has to score the examples once: the sum of its scores over what was left out is laid against the change that
-was measured. Only new scores are computed here; those that `paper.py` kept are read.
+was measured. Only new scores are computed here; those that `paper.py` kept are read. They come in groups, a
+few scorers at a time, each written as soon as it is there: a run may be killed and started again.
 
 The file of sets is a JSON list of `SETS` below: the study's YAML for `paper.py` (model, data, recipe, judges,
 seeds), the packed retrainings of it, the scores that are there, and the share that filters drop. A larger
@@ -15,9 +17,10 @@ study is a longer file: write a YAML for each set with the seeds and draws that 
 retrain, and name the results here.
 
 What would make the numbers wrong: choosing a variant by the very retrainings it is then praised with (the
-screening here *is* such a choice, so it names candidates); counting seeds of one subset as subsets; comparing
-the sums of scores over sets of different sizes by rank only (the size alone foretells something, and the
-baseline "number left out" says how much).
+screening here *is* such a choice, so it names candidates); counting seeds of one subset as subsets, or sets
+that share most of their examples as independent ones (intervals and comparisons leave out, or draw, whole
+groups of such sets); comparing the sums of scores over sets of different sizes by rank only (the size alone
+foretells something, and the baseline "number left out" says how much).
 """
 
 import argparse
@@ -26,13 +29,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from advice import advice_right, decisions
 from paper import Study, conversations, read_config
+from scipy.sparse.csgraph import connected_components
+from scipy.stats import rankdata
 
 import concept_tda as ct
 from concept_tda.evidence.datamodels import LinearDatamodelingScore, left_out
 from concept_tda.evidence.filter_and_retrain import FilterAndRetrain
+from concept_tda.foundation.errors import ConceptTDAError
 from concept_tda.foundation.storage import atomic_file
 from concept_tda.influence.neighbours import AdamMoments
 from concept_tda.influence.queries import ConceptQuery, ContrastQuery, LossQuery, MarginQuery
@@ -40,7 +47,7 @@ from concept_tda.influence.responses import AdamResponse, Unrolled
 from concept_tda.influence.runs import TrainingInfluence
 from concept_tda.influence.scorers import Influence
 from concept_tda.results.attribution import Attribution
-from concept_tda.results.calibration import Calibration, foretold
+from concept_tda.results.calibration import Calibration, ensemble, foretold
 from concept_tda.results.cards import QueryCard
 from concept_tda.results.metrics import spearman
 
@@ -58,15 +65,18 @@ SETS = [
         scores="results/paper/sycophancy/sycophancy.json",
         pools=["results/paper/sycophancy/retrained.json", "results/kinds/retrained.json"],
         dropped=0.25,
+        draws=3,
     ),
     dict(
         study="paper/careless.yaml",
         scores="results/paper/careless/careless.json",
         pools=["results/paper/careless/retrained.json"],
         dropped=0.5,
+        draws=2,
     ),
 ]
 
+DEFAULT = "Concept Influence"
 
 # ---------------------------------------------------------------- what was measured
 
@@ -93,14 +103,23 @@ def halves_of(experiments):
     return found
 
 
-def ceiling(pool):
-    """Highest rank correlation with the measured changes to be expected of the true ones: τ/√(τ² + σ²), σ the
-    spread between seeds of one subset and τ that of the true effects (Formulas §9)."""
-    seeds = pool["seeds"].to_numpy()
-    repeated = pool[seeds > 1]
-    noise = float((repeated["spread"] ** 2).mean())
-    signal = max(0.0, float(pool["measured"].var(ddof=1)) - float((noise / seeds).mean()))
-    return (signal / (signal + float((noise / seeds).mean()))) ** 0.5
+def noise_of(pool):
+    "Variance between seeds of the change by leaving one set out."
+    return float((pool.loc[pool["seeds"] > 1, "spread"] ** 2).mean())
+
+
+def ceiling(measured, noise):
+    """Highest correlation with the measured changes to be expected of the true ones: τ/√(τ² + σ²), σ² the
+    noise of the measured values and τ the spread of the true effects (Formulas §9)."""
+    whole = float(np.var(measured, ddof=1))
+    return (max(0.0, whole - noise) / whole) ** 0.5
+
+
+def related(pool, n, above=0.5):
+    """A number for each set, the same for sets of which membership correlates beyond a limit, or that are
+    linked by others that do: what one of them shows, the others show too."""
+    member_SN = np.array([np.isin(np.arange(n), rows) for rows in pool["rows"]], float)
+    return connected_components(np.abs(np.corrcoef(member_SN)) >= above)[1]
 
 
 def chance(pool, n, draws=2000):
@@ -119,10 +138,10 @@ def chance(pool, n, draws=2000):
 class Scores:
     "Scores by name of one set, new ones computed in groups and kept."
 
-    def __init__(self, about, work):
+    def __init__(self, about, work, kept=RESULTS / "truth"):
         self.about = about
         self.config = read_config(HERE / about["study"])
-        self.work = Path(work) / self.config["name"]
+        self.work, self.folder = Path(work) / self.config["name"], Path(kept) / self.config["name"]
         self.study = None
 
     def opened(self):
@@ -131,34 +150,39 @@ class Scores:
             self.study = Study(self.config, self.work.parent)
         return self.study
 
-    def kept(self, group, compute):
-        "Scores of a group of variants, from its file or computed."
-        path = self.work / f"scores-{group}.json"
-        if not path.exists():
-            start, cpu = time.perf_counter(), time.process_time()
-            results = compute()
-            spent = dict(seconds=time.perf_counter() - start, cpu=time.process_time() - cpu)
-            record = {
-                name: dict(
-                    scores=result.scores.tolist(),
-                    card=result.card.to_dict(),
-                    replicates=None if result.replicates is None else result.replicates.tolist(),
-                )
-                for name, result in results.items()
-            }
-            self.work.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as part:
-                part.write_text(json.dumps(dict(group=record, spent=spent)))
-        return json.loads(path.read_text())
+    def file(self, group):
+        "Where the scores of a group of variants are kept."
+        return self.folder / f"{group}.json"
+
+    def kept(self, group, computed):
+        "Scores of a group, from its file; what is missing is computed and written, a few scorers at a time."
+        path = self.file(group)
+        told = json.loads(path.read_text()) if path.exists() else dict(group={}, failed={}, finished=False)
+        if told["finished"]:
+            return told
+        for results, failed in computed(told["group"]):
+            told["group"] |= {name: record_of(result) for name, result in results.items()}
+            told["failed"] |= failed
+            self.write(path, told)
+            print(self.config["name"], ", ".join([*results, *failed]), flush=True)
+        told["finished"] = True
+        self.write(path, told)
+        return told
+
+    def write(self, path, told):
+        "A group's file anew."
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as part:
+            part.write_text(json.dumps(told, indent=0))
 
     def tuned(self, merge):
         "The fine-tuned model of the first seed."
         study, config = self.opened(), self.config
         folder = self.work / "lora"
-        told = ct.finetune(
+        adapted = ct.finetune(
             study.lm, study.train, folder, seed=config["seeds"][0], merge=False, **config["recipe"]
         )
-        return ct.load_model(folder, merge=True) if merge else told
+        return ct.load_model(folder, merge=True) if merge else adapted
 
     def asked(self, lm):
         "Concept, answers that show it, neutral ones, and all of them."
@@ -169,16 +193,19 @@ class Scores:
         )
         return study.concept(lm), shows, neutral, both
 
-    def in_weights(self):
-        "Concept Influence in the attention weights of the merged model, one option at a time."
+    def fitted(self, lm):
+        "EK-FAC in the attention weights of a model, as `paper.py` fits it."
         study, config = self.opened(), self.config
-        tuned = self.tuned(merge=True)
-        concept, shows, neutral, both = self.asked(tuned)
         sample = study.train.select(
             np.sort(np.random.default_rng(0).permutation(len(study.train))[: config["curvature_examples"]])
         )
-        ekfac = ct.EKFAC.fit(tuned, sample, damping=config["damping"])
-        judge = next(iter(study.judges.values()))
+        return ct.EKFAC.fit(lm, sample, damping=config["damping"])
+
+    def in_weights(self, done):
+        "Concept Influence in the attention weights of the merged model, one option at a time."
+        tuned = self.tuned(merge=True)
+        concept, shows, neutral, both = self.asked(tuned)
+        ekfac, judge = self.fitted(tuned), next(iter(self.study.judges.values()))
         on = lambda name, queries, **more: ct.ConceptInfluence(
             tuned, concept, queries, **{"curvature": ekfac, "method": name} | more
         )
@@ -188,19 +215,27 @@ class Scores:
             on("Concept Influence, both kinds", both),
             on("Concept Influence, prompts alone", shows, pooling="prompt_last"),
             on("Concept Influence, without the first token", shows, first_token=False),
-            on("Concept Influence, identity", shows, curvature="identity"),
-            on("Concept Influence, norm", shows, normalise="gradient"),
             ct.InfluenceFunction(tuned, shows, neutral=neutral, curvature=ekfac, method="Margin"),
             Influence(tuned, MarginQuery(judge), curvature=ekfac, method="Judge's margin"),
+            on("Concept Influence, identity", shows, curvature="identity"),
+            on("Concept Influence, norm", shows, normalise="gradient"),
         ]
-        found = ct.score_together(scorers, study.train)
-        contrast = found["Concept Influence, query parts"], found["Concept Influence, neutral queries"]
-        found["Concept Influence, contrast"] = Attribution(  # linear: no pass is needed
-            study.train, contrast[0].scores - contrast[1].scores, contrast[0].card
-        )
-        return found
+        yield from self.few_at_a_time(scorers, done, 5)
 
-    def in_lora(self):
+    def in_base(self, done):
+        "The same questions to the model before the fine-tune, where a retraining starts."
+        base = self.opened().lm
+        concept, shows, neutral, _ = self.asked(base)
+        ekfac = self.fitted(base)
+        on = lambda name, queries: ct.ConceptInfluence(base, concept, queries, curvature=ekfac, method=name)
+        scorers = [
+            on("Concept Influence, base model", shows),
+            on("Concept Influence, neutral queries, base model", neutral),
+            ct.InfluenceFunction(base, shows, neutral=neutral, curvature=ekfac, method="Margin, base model"),
+        ]
+        yield from self.few_at_a_time(scorers, done, 3)
+
+    def in_lora(self, done):
         "In the parameters that were trained, by responses that know the run."
         study, folder = self.opened(), self.work / "lora"
         tuned = self.tuned(merge=False)
@@ -226,109 +261,291 @@ class Scores:
             for name, query in queries.items()
             for metric, curvature in curvatures.items()
         ]
-        return ct.score_together(scorers, study.train)
+        yield from self.few_at_a_time(scorers, done, 8)
+
+    def few_at_a_time(self, scorers, done, size):
+        "Results of those that are not done, and what went wrong: a scorer that fails costs only its batch."
+        left = [scorer for scorer in scorers if scorer.method not in done]
+        for batch in (left[i : i + size] for i in range(0, len(left), size)):
+            try:
+                yield ct.score_together(batch, self.opened().train, progress=False), {}
+            except ConceptTDAError as err:
+                results = getattr(err, "results", {})
+                yield results, {one.method: str(err) for one in batch if one.method not in results}
 
     def through(self, seed):
         "The exact derivative of the judge's margin through the whole run."
         study = self.opened()
         judge = next(iter(study.judges.values()))
         scorer = TrainingInfluence(study.lm, MarginQuery(judge), seed=seed, **self.config["recipe"])
-        return {f"Training Influence, seed {seed}": scorer.score(study.train)}
+        yield {f"Training Influence, seed {seed}": scorer.score(study.train)}, {}
 
     def computed(self, groups, only_kept):
         "All groups by name, or those that are there."
-        jobs = {"weights": self.in_weights, "lora": self.in_lora}
-        jobs |= {f"through-{seed}": (lambda seed=seed: self.through(seed)) for seed in self.config["seeds"]}
-        for group in groups:
-            if only_kept and not (self.work / f"scores-{group}.json").exists():
-                continue
-            yield group, self.kept(group, jobs[group])
+        jobs = {"weights": self.in_weights, "lora": self.in_lora, "base": self.in_base}
+        jobs |= {f"through-{seed}": lambda _, seed=seed: self.through(seed) for seed in self.config["seeds"]}
+        for group in groups or jobs:
+            if not only_kept:
+                yield group, self.kept(group, jobs[group])
+            elif self.file(group).exists():
+                yield group, json.loads(self.file(group).read_text())
+
+    def retrain(self, results, dry=False):
+        """Train again without what some results put highest, beside random removal, in a folder with the
+        retrainings of the first pool; pack all of it anew. `dry`: only say how many are to come."""
+        study, about = self.opened(), self.about
+        packed, folder = HERE / about["pools"][0], self.work / "retrained"
+        told = json.loads(packed.read_text())
+        for cell, parts in told["cells"].items():
+            (folder / "cells" / cell).mkdir(parents=True, exist_ok=True)
+            for part, record in parts.items():
+                (folder / "cells" / cell / f"{part}.json").write_text(json.dumps(record))
+        for name, plan in told["plans"].items():
+            (folder / f"{name}.json").write_text(json.dumps(plan))
+        trait = next(iter(study.judges))
+        again = FilterAndRetrain(
+            study.lm,
+            study.train,
+            results,
+            {trait: study.judges[trait]},
+            folder,
+            fractions=[about["dropped"]],
+            arms=["drop-most", "random"],
+            n_random=about["draws"],
+            seeds=self.config["seeds"],
+            recipe=self.config["recipe"],
+            name="finalists",
+        )
+        print(self.config["name"], again.remaining, "retrainings to come", flush=True)
+        if not dry:
+            again.run().pack(packed, overwrite=True)
+
+
+def record_of(result):
+    "Scores, card and replicates as plain values."
+    short = lambda values: [short(x) if isinstance(x, list) else float(f"{x:.7g}") for x in values]
+    replicates = None if result.replicates is None else short(result.replicates.tolist())
+    return dict(scores=short(result.scores.tolist()), card=result.card.to_dict(), replicates=replicates)
 
 
 # ---------------------------------------------------------------- the report
 
 
-def as_result(train, scores, card=None):
+def as_result(train, scores, card=None, replicates=None):
     "An attribution of scores from a file."
-    return Attribution(train, scores, QueryCard.from_dict(card) if isinstance(card, dict) else card)
+    card = QueryCard.from_dict(card) if isinstance(card, dict) else card
+    return Attribution(train, scores, card, replicates=None if replicates is None else np.array(replicates))
 
 
-def verdict(result, labels, pool, halves):
+def seconds_of(card):
+    "What a scorer cost: its part of the pass and its preparation. Curvatures are fitted before."
+    return card.cost.seconds + card.settings.get("preparation_seconds", 0.0)
+
+
+def with_means(kept, seconds):
+    "Means of scores that are there: over the seeds of the run, and over its two ends."
+    seeds = [one for name, one in kept.items() if name.startswith("Training Influence, seed")]
+    if len(seeds) > 1:
+        kept[name := f"Training Influence, {len(seeds)} seeds"] = ensemble(seeds)
+        seconds[name] = sum(seconds[one] for one in kept if one.startswith("Training Influence, seed"))
+    pairs = {
+        "Concept Influence, contrast": ("query parts", "neutral queries", -1, False),
+        "Concept Influence, both models": ("query parts", "base model", 1, True),
+        "Concept Influence, neutral queries, both models": (
+            "neutral queries",
+            "neutral queries, base model",
+            1,
+            True,
+        ),
+    }
+    for name, (one, other, sign, standard) in pairs.items():
+        parts = [f"Concept Influence, {part}" for part in (one, other)]
+        if not set(parts) <= set(kept):
+            continue
+        sizes = [kept[part].scores.std() if standard else 1.0 for part in parts]
+        scores = kept[parts[0]].scores / sizes[0] + sign * kept[parts[1]].scores / sizes[1]
+        kept[name] = Attribution(kept[parts[0]].conversations, scores, kept[parts[0]].card)
+        seconds[name] = sum(seconds[part] for part in parts)
+
+
+def verdict(result, labels, pool, halves, groups, unit):
     "What a variant's scores are worth on a pool."
+    measured = pool["measured"].to_numpy()
     sums = np.array([foretold(result, rows) for rows in pool["rows"]])
-    line = Calibration.fit(sums, pool["measured"].to_numpy())
+    line = Calibration.fit(sums, measured)
     half = np.array([-foretold(result, np.setdiff1d(np.arange(len(result)), rows)) for rows, _ in halves])
     whole = np.array([value for _, value in halves])
+    covered, outside = foretold_by_others(sums, measured, groups)
     found = dict(
         r2=line.r2,
+        r2_outside=outside,
         slope=line.slope,
-        rank=spearman(sums, pool["measured"]),
+        rank=spearman(sums, measured),
         lds=spearman(-half, whole) if len(halves) else None,
         auroc=result.detection(labels)["AUROC"].iloc[0],
         residual=line.residual,
-        covered=cover(sums, pool["measured"].to_numpy()),
+        covered=covered,
     )
-    if result.card.effect is not None:
-        error = pool["measured"].to_numpy() - sums
-        found["r2_uncalibrated"] = float(1 - (error**2).sum() / pool["measured"].var(ddof=0) / len(error))
+    if result.card.effect is not None and result.card.unit == unit:  # the judge's: an amount without any line
+        error = measured - sums
+        found["r2_uncalibrated"] = float(1 - (error**2).mean() / measured.var())
+        if result.replicates is not None:
+            ends = [result.predict(drop=rows, level=0.9) for rows in pool["rows"]]
+            inside = [one.low < value < one.high for one, value in zip(ends, measured)]
+            found["covered_by_seeds"] = float(np.mean(inside))
     return found
 
 
-def cover(sums, measured, level=0.9):
-    "How often the interval of a calibration on the other sets holds a set's change: leave one out."
-    inside = []
-    for left in range(len(sums)):
-        others = np.arange(len(sums)) != left
-        _, low, high = Calibration.fit(sums[others], measured[others]).interval(sums[left], level)
-        inside.append(low < measured[left] < high)
-    return float(np.mean(inside))
+def foretold_by_others(sums, measured, groups, level=0.9):
+    """How often the interval of a calibration holds a set's change, and the R² of its line, where each group
+    of related sets is foretold from the other groups. The R² can be below zero: worse than the mean."""
+    inside, squares = [], 0.0
+    for group in np.unique(groups):
+        left = groups == group
+        line = Calibration.fit(sums[~left], measured[~left])
+        for x, y in zip(sums[left], measured[left]):
+            change, low, high = line.interval(x, level)
+            inside.append(low < y < high)
+            squares += (y - change) ** 2
+    return float(np.mean(inside)), float(1 - squares / ((measured - measured.mean()) ** 2).sum())
 
 
-def report_of(about, work):
-    "Everything about one set, from files."
-    scores = Scores(about, work)
-    told = json.loads((HERE / about["scores"]).read_text())
-    experiments = experiments_of(about["pools"])
+def weighted_correlations(x_MS, y_S, w_DS):
+    "Correlation [D, M] of each row of x with y, for each row of weights."
+    w_DS = w_DS / w_DS.sum(1, keepdims=True)
+    y_D, x_DM = w_DS @ y_S, w_DS @ x_MS.T
+    both = w_DS @ (x_MS * y_S).T - x_DM * y_D[:, None]
+    spread = (w_DS @ (x_MS**2).T - x_DM**2) * (w_DS @ y_S**2 - y_D**2)[:, None]
+    return both / np.sqrt(np.maximum(spread, 1e-300))
+
+
+def against(default, sums, measured, groups, draws=4000):
+    """What each variant has before the default, in R² (a negative slope counts as minus) and in rank
+    correlation, with 95 % intervals over drawn groups of related sets."""
+    names, members = list(sums), np.unique(groups)
+    x_MS = np.array([sums[name] for name in names])
+    x_MS = (x_MS - x_MS.mean(1, keepdims=True)) / x_MS.std(1, keepdims=True)
+    drawn_DG = np.random.default_rng(0).multinomial(
+        len(members), np.full(len(members), 1 / len(members)), draws
+    )
+    w_DS = np.vstack([np.ones(len(measured)), drawn_DG[:, np.searchsorted(members, groups)]])
+    enough = [(row > 0).sum() > 3 for row in w_DS]  # a handful of sets has no correlation
+    r_DM = weighted_correlations(x_MS, measured, w_DS[enough])
+    rank_DM = weighted_correlations(rankdata(x_MS, axis=1), rankdata(measured), w_DS[enough])
+    found, own = {}, names.index(default)
+    for i, name in enumerate(names):
+        found[name] = {}
+        for what, value_DM in dict(r2=np.sign(r_DM) * r_DM**2, rank=rank_DM).items():
+            ahead = value_DM[:, i] - value_DM[:, own]
+            low, high = np.quantile(ahead[1:], [0.025, 0.975])
+            found[name][what] = dict(mean=float(ahead[0]), low=float(low), high=float(high))
+    return found
+
+
+def scored(scores):
+    "Every result that there is for a set, and its seconds."
+    told = json.loads((HERE / scores.about["scores"]).read_text())
     trait = next(iter(scores.config["judges"]))
-    pool, halves = left_out(experiments, trait), halves_of(experiments)
     data = conversations(scores.config["data"], "train")
     train = data.select([data.ids.index(id) for id in told["train_ids"]])
-    labels = [label == scores.config["positive"] for label in told["labels"]]
     kept = {
         name: as_result(train, values, QueryCard(name, trait, zero=zero_of(name)))
         for name, values in told["scores"].items()
     }
     seconds = {row["method"]: row.get("seconds") for row in told["methods"]}
-    groups = ["weights", "lora", *[f"through-{seed}" for seed in scores.config["seeds"]]]
-    for group, record in scores.computed(groups, True):
+    for _, record in scores.computed(None, True):
         for name, one in record["group"].items():
-            kept[name] = as_result(train, one["scores"], one["card"])
-            seconds[name] = record["spent"]["cpu"] / len(record["group"])
+            kept[name] = as_result(train, **one)
+            seconds[name] = seconds_of(kept[name].card)
+    with_means(kept, seconds)
+    return kept, seconds
+
+
+def report_of(scores):
+    "Everything about one set, from files."
+    about = scores.about
+    told = json.loads((HERE / about["scores"]).read_text())
+    experiments = experiments_of(about["pools"])
+    trait = next(iter(scores.config["judges"]))
+    unit = next(one["unit"] for one in experiments[0].judge_records if one["name"] == trait)
+    pool, halves = left_out(experiments, trait), halves_of(experiments)
+    labels = [label == scores.config["positive"] for label in told["labels"]]
+    kept, seconds = scored(scores)
+    train = kept[DEFAULT].conversations
     plain = {"Labels": np.array(labels, float), "Number left out": 1 + 1e-9 * np.arange(len(train))}
     for name, values in plain.items():
         kept[name] = as_result(train, values, QueryCard(name, trait, zero="gradient"))
-    found = {name: verdict(result, labels, pool, halves) for name, result in kept.items()}
+    groups, noise, measured = related(pool, len(train)), noise_of(pool), pool["measured"].to_numpy()
+    found = {name: verdict(one, labels, pool, halves, groups, unit) for name, one in kept.items()}
+    sums = {name: [foretold(one, rows) for rows in pool["rows"]] for name, one in kept.items()}
     labels_effect, effects = effects_by_method(experiments, trait, about["dropped"])
+    top = ceiling(measured, float((noise / pool["seeds"]).mean()))
+    half_top = ceiling([value for _, value in halves], noise) if halves else None
     return dict(
         labels_effect=labels_effect,
         dropped=about["dropped"],
         n=len(train),
         sets_left_out=len(pool),
+        groups=len(np.unique(groups)),
         halves=len(halves),
-        noise=float((pool[pool["seeds"] > 1]["spread"] ** 2).mean() ** 0.5),
-        ceiling=ceiling(pool),
+        noise=noise**0.5,
+        ceiling=top,
         chance=chance(pool, len(train)),
         effects=effects,
         counterfactual={name: {k: v for k, v in one.items() if k != "lds"} for name, one in found.items()},
-        lds={name: one["lds"] for name, one in found.items()} | {"ceiling": ceiling(pool)},
+        against_default=against(DEFAULT, sums, measured, groups),
+        lds={name: one["lds"] for name, one in found.items()} | {"ceiling": half_top},
         seconds=seconds,
         advised=list(decisions(scores.config["name"], (HERE / about["scores"]).parent, experiments, trait)),
+        runs={
+            name: {k: one.card.settings[k] for k in ("query_before", "query_after", "by_log_rate")}
+            for name, one in kept.items()
+            if "query_after" in one.card.settings
+        },
         points=dict(
-            measured=pool["measured"].tolist(),
+            measured=measured.tolist(),
             left_out=pool["n"].tolist(),
-            foretold={name: [foretold(kept[name], rows) for rows in pool["rows"]] for name in kept},
+            group=groups.tolist(),
+            foretold={name: [float(f"{x:.5g}") for x in one] for name, one in sums.items()},
         ),
     )
+
+
+def reason(reports):
+    "Why the default is what it is, from the figures: which variants are ahead of it on every set, surely."
+    names = [
+        name
+        for name in next(iter(reports.values()))["counterfactual"]
+        if name.startswith(DEFAULT)
+        and name != DEFAULT
+        and all(name in told["counterfactual"] for told in reports.values())
+    ]
+    ahead = {name: [told["against_default"][name]["r2"] for told in reports.values()] for name in names}
+    surely = [name for name, one in ahead.items() if all(x["low"] > 0 for x in one)]
+    if surely:
+        return surely, f"ahead of {DEFAULT} on every set with 95 %: {', '.join(surely)}"
+    higher = [name for name, one in ahead.items() if all(x["mean"] > 0 for x in one)]
+    return surely, (
+        f"of {len(names)} variants scored on all {len(reports)} sets, {len(higher)} foretell better than "
+        f"{DEFAULT} on every set, and none so that chance (groups of related sets drawn again) is excluded "
+        "on every set"
+    )
+
+
+def side_by_side(reports):
+    "Each variant's figures as means over the sets that it was scored on, the best first."
+    rows = {}
+    for told in reports.values():
+        for name, one in told["counterfactual"].items():
+            figures = one | dict(lds=told["lds"][name], seconds=told["seconds"].get(name))
+            for key, value in figures.items():
+                if key not in ("slope", "residual") and value is not None:  # those are in units of a set
+                    rows.setdefault(name, {}).setdefault(key, []).append(value)
+    means = {
+        name: dict(sets=len(row["r2"])) | {key: float(np.mean(of)) for key, of in row.items()}
+        for name, row in rows.items()
+    }
+    return dict(sorted(means.items(), key=lambda item: (-item[1]["sets"], -item[1]["r2"])))
 
 
 def zero_of(name):
@@ -359,24 +576,37 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sets", nargs="?", type=Path, help="JSON list of sets; the project's if left out")
-    parser.add_argument("--work", type=Path, default=Path("truth-work"), help="for scores and models")
+    parser.add_argument("--work", type=Path, default=Path("truth-work"), help="for models and retrainings")
+    parser.add_argument("--scores", type=Path, default=RESULTS / "truth", help="where scores are kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "truth.json")
     parser.add_argument("--only", nargs="+", help="names of studies to score")
-    parser.add_argument("--groups", nargs="+", default=["weights", "lora"], help="also through-0 …")
+    parser.add_argument(
+        "--groups", nargs="+", default=["weights", "lora"], help="also base, through-0, through-1 …"
+    )
+    parser.add_argument("--retrain", nargs="+", default=[], help="results to drop the highest share of")
+    parser.add_argument("--dry", action="store_true", help="with --retrain: only say how many are to come")
     parser.add_argument("--report", action="store_true", help="score nothing")
     args = parser.parse_args()
     sets = json.loads(args.sets.read_text()) if args.sets else SETS
-    for about in sets:
-        scores = Scores(about, args.work)
+    every = [Scores(about, args.work, args.scores) for about in sets]
+    for scores in every:
         if args.report or (args.only and scores.config["name"] not in args.only):
             continue
-        for group, _ in scores.computed(args.groups, False):
-            print(scores.config["name"], group, "scored", flush=True)
-    reports = {Scores(about, args.work).config["name"]: report_of(about, args.work) for about in sets}
+        if args.retrain:
+            kept, _ = scored(scores)
+            scores.retrain({name: kept[name] for name in args.retrain}, args.dry)
+            continue
+        for _ in scores.computed(args.groups, False):
+            pass
+    reports = {scores.config["name"]: report_of(scores) for scores in every}
     covered = [one["covered"] for told in reports.values() for one in told["counterfactual"].values()]
+    better, why = reason(reports)
     result = dict(
         sets=reports,
-        default="Concept Influence",
+        means=side_by_side(reports),
+        default=DEFAULT,
+        default_reason=why,
+        better_on_every_set=better,
         coverage=dict(level=0.9, mean=float(np.mean(covered)), lowest=min(covered)),
         advice_right=advice_right([one for told in reports.values() for one in told["advised"]]),
         code=ct.foundation.storage.code_version(),
@@ -385,7 +615,12 @@ def main():
     )
     with atomic_file(args.out) as part:
         part.write_text(json.dumps(result, indent=1))
-    print(f"wrote {args.out}")
+    for name, told in reports.items():
+        print(f"\n{name}: {told['sets_left_out']} sets in {told['groups']} groups, {told['runs']}")
+        print(pd.DataFrame(told["counterfactual"]).T.assign(lds=told["lds"]).to_string(float_format="%.3g"))
+    print("\nmeans over sets")
+    print(pd.DataFrame(result["means"]).T.to_string(float_format="%.3g"))
+    print(f"{why}\nwrote {args.out}")
 
 
 if __name__ == "__main__":
