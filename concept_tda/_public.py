@@ -100,6 +100,8 @@ PUBLIC = {
     "influence.pricing": "Counts count_operations operations_per_token fit_operations_per_token "
         "seconds_per_token plan_model",
     "influence.surrogates": "Surrogate",
+    "influence.other_tools": "OtherToolError load_kronfluence_scores load_bergson_scores "
+        "load_kronfluence_factors",
     "groups.groups": "GROUP_ORDERS LABEL_COLOURS GroupError Groups column_groups family_groups "
         "cluster_groups GroupScores score_groups union_rows drop_groups coverage_curve compare_groups "
         "random_groups",
