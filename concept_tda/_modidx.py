@@ -4787,7 +4787,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'concept_tda/influence/runs.py'),
                                             'concept_tda.influence.runs._Forth.gradient': ( '50_influence/runs.html#_forth.gradient',
                                                                                             'concept_tda/influence/runs.py'),
-                                            'concept_tda.influence.runs._Forth.states': ( '50_influence/runs.html#_forth.states',
+                                            'concept_tda.influence.runs._Forth.walked': ( '50_influence/runs.html#_forth.walked',
                                                                                           'concept_tda/influence/runs.py'),
                                             'concept_tda.influence.runs._Found': ( '50_influence/runs.html#_found',
                                                                                    'concept_tda/influence/runs.py'),

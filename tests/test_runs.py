@@ -163,6 +163,22 @@ def test_a_killed_call_goes_on_to_the_same_numbers(killed, monkeypatch):
     assert full is None or len(calls) - before < full  # what was finished is not done again
 
 
+def test_each_step_is_taken_twice_and_differentiated_once(monkeypatch):
+    taken = {"gradient": 0, "through": 0}
+
+    def counted(name, real):
+        def count(self, *given):
+            taken[name] += 1
+            return real(self, *given)
+
+        return count
+
+    for name in taken:
+        monkeypatch.setattr(runs._StepBack, name, counted(name, getattr(runs._StepBack, name)))
+    TrainingInfluence(model(), query(), **RECIPE | dict(batch_size=2)).score(parity(20), progress=False)
+    assert taken == {"gradient": 20, "through": 10}
+
+
 def test_a_concept_is_asked_where_it_is_read():
     lm, data = model(), parity()
     direction = torch.randn(lm.width, generator=torch.Generator().manual_seed(1))

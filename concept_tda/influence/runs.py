@@ -136,12 +136,13 @@ class _Forth(_AtStep):
         raise RunError(f"the gradient of step {done + 1} is not finite: lower the learning rate, or look at "
                        f"the examples {', '.join(self.data.ids[row] for row in self.steps[done][:5])}")
 
-    def states(self, done: int, until: int, state: _State) -> Iterator[_State]:
-        "The states after each of the steps `done + 1` … `until`."
+    def walked(self, done: int, until: int, state: _State) -> Iterator[tuple[_State, Tensor]]:
+        "The state before each of the steps `done + 1` … `until`, and its gradient there."
         for step in range(done, until):
             self.put(state[0])
-            state = self.after(step, *state, self.gradient(step))
-            yield state
+            gradient_P = self.gradient(step)
+            yield state, gradient_P
+            state = self.after(step, *state, gradient_P)
 
 # %% ../../nbs/50_influence/12_runs.ipynb #start
 class _Kept(_Forth):
@@ -181,9 +182,9 @@ def _walk(run: _Kept, store: BlockStore, bar: tqdm) -> None:
     for done, end in zip(run.marks, [*run.marks[1:], len(run.steps)]):
         if f"state-{end:06d}" not in store.names():
             state = _state_at(run, store, done)
-            for state in run.states(done, end, state):
+            for state, gradient_P in run.walked(done, end, state):
                 bar.update(1)
-            _write_state(store, f"state-{end:06d}", state)
+            _write_state(store, f"state-{end:06d}", run.after(end - 1, *state, gradient_P))
         else:
             bar.update(end - done)
 
@@ -211,10 +212,11 @@ class _Back(_Kept):
 # %% ../../nbs/50_influence/12_runs.ipynb #back-step
 class _StepBack(_Back):
     "One step back."
-    def before(self, done: int, state: _State, known: _State) -> tuple[_State, dict[int, np.ndarray], float]:
+    def before(self, done: int, state: _State, gradient_P: Tensor,
+               known: _State) -> tuple[_State, dict[int, np.ndarray], float]:
         "What is known before a step, from what is known after it; and what its tokens and its rate did."
         self.put(state[0])
-        inputs = [one.clone().requires_grad_() for one in (*state, self.gradient(done))]
+        inputs = [one.clone().requires_grad_() for one in (*state, gradient_P)]
         after = self.after(done, *inputs)
         weights_P, first_P, second_P, along_P = torch.autograd.grad(
             after, inputs, known, allow_unused=True, materialize_grads=True)
@@ -241,9 +243,9 @@ class _Found:
 def _stretch_back(run: _StepBack, done: int, end: int, state: _State, known: _State,
                   bar: tqdm) -> tuple[_State, dict[str, np.ndarray]]:
     "From `end` back to `done`: what is known there, and derivatives by step and row, or rate."
-    states, found = [state, *run.states(done, end - 1, state)], {}
+    steps, found = list(run.walked(done, end, state)), {}
     for step in reversed(range(done, end)):
-        known, tokens, by_rate = run.before(step, states.pop(), known)
+        known, tokens, by_rate = run.before(step, *steps.pop(), known)
         found |= {f"{step} {row}": one for row, one in tokens.items()} | {f"{step} rate": np.array([by_rate])}
         bar.update(1)
     return known, found
