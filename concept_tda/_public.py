@@ -9,6 +9,7 @@ PUBLIC = {
         "Sheet Facts",
     "foundation.processes": "ProcessError n_ranks rank on_its_own wait_for_all by_first own_share "
         "clear_together in_processes",
+    "foundation.offloading": "computes_on fetched weights_of lost away fetched_again present stand_ins",
     "data.messages": "PASSED_ON REFUSED ConversationError shortened listing kind_of says_nothing Turn "
         "read_message check_turns",
     "data.layouts": "LAYOUTS ANSWERS REFUSED_COLUMNS SYSTEM_COLUMNS WRITTEN Layout is_message_row "

@@ -349,19 +349,3 @@ def test_faults_in_files_are_errors_of_ours_at_length(folder, adapter, tmp_path)
     try_mutations(
         range(1000, 2500), folder, place, tmp_path, {folder: losses(load_model(folder)), place: adapted}
     )
-
-
-def test_offloaded_weights_are_refused_by_name(tmp_path):
-    from accelerate import cpu_offload
-
-    model, tokenizer = tiny_pair("llama", n_layers=2)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    places = dict.fromkeys(["model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb"], "cpu")
-    there = places | {"model.layers.0": "cpu", "model.layers.1": "cpu"}
-    assert load_model(tmp_path, device_map=there).fingerprint == load_model(tmp_path).fingerprint
-    with pytest.raises(ModelError, match=r"offloaded \(the first: model\.layers\.1"):
-        load_model(tmp_path, device_map=there | {"model.layers.1": "disk"})
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(ModelError, match="weights of .* are offloaded"):
-        load_model((model, tokenizer))

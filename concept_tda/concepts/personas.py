@@ -31,6 +31,7 @@ from ..data.conversations import Conversation, Conversations
 from ..data.templates import TemplateProfile
 from ..data.tokens import readable_tokens, response_mask, tokenize, tokenize_prompts
 from ..foundation.errors import ConceptTDAError
+from ..foundation.offloading import computes_on
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 from ..model.answers import cached_generate
 from ..model.loading import LanguageModel
@@ -716,7 +717,8 @@ def steer(
     block, name = lm.blocks[max(concept.layer - 1, 0)], f"steering_{positions}_{len(before)}"
     push = _Push(block, name, _TurnFinder(lm) if positions == "response" else None)
     norm = concept.norm or 0.0  # every concept that was made has one
-    vector_d = (strength*norm*concept.direction.double()).to(next(block.parameters()))
+    dtype = next(block.parameters()).dtype
+    vector_d = (strength*norm*concept.direction.double()).to(computes_on(block), dtype)
     with ExitStack() as stack:
         block.register_parameter(name, torch.nn.Parameter(vector_d, requires_grad=False))
         stack.callback(delattr, block, name)

@@ -23,6 +23,7 @@ from .figures import finished
 from .retraining import Experiment, ExperimentError, Judges, Maker, tokenized_whole
 from .statistics import paired_change, t_interval, welch_interval
 from .subsets import Attributions, aligned_scores
+from ..foundation.offloading import present
 from ..foundation.storage import fingerprint
 from ..influence.gradients import SiteGradients
 from ..model.loading import LanguageModel
@@ -80,17 +81,18 @@ class _Moves(_Gradients):
     def _moved(self, gradients: dict[str, torch.Tensor]) -> Iterator[None]:
         "Within the block the weights have moved against the gradients."
         before: dict[str, torch.Tensor] = {}
-        try:
-            with torch.no_grad():
-                for site in self.sites:
-                    before[site.name] = site.weight.clone()
-                    site.weight.sub_(self.learning_rate*gradients[site.name].to(site.weight.dtype))
-            yield
-        finally:
-            with torch.no_grad():
-                for site in self.sites:
-                    if site.name in before:
-                        site.weight.copy_(before[site.name])
+        with present(site.module for site in self.sites):
+            try:
+                with torch.no_grad():
+                    for site in self.sites:
+                        before[site.name] = site.weight.clone()
+                        site.weight.sub_(self.learning_rate*gradients[site.name].to(site.weight.dtype))
+                yield
+            finally:
+                with torch.no_grad():
+                    for site in self.sites:
+                        if site.name in before:
+                            site.weight.copy_(before[site.name])
 
 # %% ../../nbs/80_evidence/06_tail_patch.ipynb #0049
 class Step(_Moves):

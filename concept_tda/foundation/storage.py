@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ def _feed(hasher: xxhash.xxh3_128, part: Any) -> None:
         hasher.update(b"list%d:" % len(part))
         for item in part:
             _feed(hasher, item)
+    elif isinstance(part, partial):
+        _feed(hasher, part())
     elif not (_feed_array(hasher, part) or _feed_plain(hasher, part)):
         raise TypeError(
             f"no fingerprint for a {type(part).__name__}: "
@@ -73,7 +75,7 @@ def _feed(hasher: xxhash.xxh3_128, part: Any) -> None:
 
 # %% ../../nbs/00_foundation/01_storage.ipynb #fingerprint
 def fingerprint(
-    *parts: Any, # Text, bytes, numbers, None, tensors, arrays, and lists or dicts of these
+    *parts: Any, # Text, bytes, numbers, None, tensors, arrays; lists, dicts and partials of these
 ) -> str:       # 16 hexadecimal digits
     "Hash of the content of `parts` (xxh3, 64 of its 128 bits); the order of dict keys does not matter."
     hasher = xxhash.xxh3_128()

@@ -17,6 +17,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from ..foundation.errors import ConceptTDAError
+from ..foundation.offloading import fetched
 from .sae import SparseAutoencoder
 from ..model.loading import LanguageModel
 
@@ -202,7 +203,7 @@ def logit_lens(
 ) -> pd.DataFrame:            # token, cosine with its row of the unembedding; those that gain most first
     "Tokens that a push along a direction favours, and those it works against. Raises `ReadingError`."
     vector_d = torch.as_tensor(direction_d).detach().float().cpu()
-    rows_Vd = lm.model.get_output_embeddings().weight.detach()[:len(lm.tokenizer)].float().cpu()
+    rows_Vd = fetched(lm.model.get_output_embeddings()).detach()[:len(lm.tokenizer)].float().cpu()
     if vector_d.shape != (rows_Vd.shape[1],) or not vector_d.norm() > 0:
         raise ReadingError(f"the direction has shape {tuple(vector_d.shape)} and length "
                            f"{vector_d.norm():.3g}: {lm.name} needs {rows_Vd.shape[1]} numbers that are "

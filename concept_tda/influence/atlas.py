@@ -126,7 +126,7 @@ def _frames(
     if isinstance(curvature, Identity): return {site.name: _Frame() for site in sites}
     placed, frames = {}, {}
     for site in sites:
-        like = site.weight.new_empty(0, dtype=work_dtype(lm))
+        like = site.like.to(work_dtype(lm))
         f = curvature.factors[site.name]
         damping = curvature.damping * (f.eigenvalues.mean() if curvature.relative else 1)
         key = f.Q_in.data_ptr(), like.device
@@ -1276,7 +1276,7 @@ def _random_sketches(
     found = {}
     for site in sites:
         sizes = {"out": site.out_features, "in": site.in_features}
-        P_out, P_in = (_projection(size, rank, seed, site.name, side).to(site.weight.device, dtype)
+        P_out, P_in = (_projection(size, rank, seed, site.name, side).to(site.like.device, dtype)
                        for side, size in sizes.items())
         found[site.name] = _sketch(frames[site.name], P_out, P_in)
     return found

@@ -495,7 +495,7 @@ def _take_labels(fit: _Fit, first: int, state: dict[str, torch.Tensor]) -> None:
 
 def _restore_factors(fit: _Fit, stretch: int, generator: torch.Generator) -> int:
     "Go back to the latest state of a stretch; how many batches it had done."
-    done, state = fit.progress.load(f"kronecker-{stretch:02d}", fit.sites[0].weight)
+    done, state = fit.progress.load(f"kronecker-{stretch:02d}", fit.sites[0].like)
     fit.statistics.A, fit.statistics.S = _unnamed("A", state), _unnamed("S", state)
     if done:
         _take_labels(fit, fit.stretches[stretch].start, state)
@@ -552,7 +552,7 @@ def _flows_again(fit: _Fit, index: int) -> tuple[_Flows, list[int]]:
 def _eigenvalues_of(fit: _Fit, stretch: int, bar: tqdm) -> dict[str, torch.Tensor]:
     "Second half: summed squares of the rotated gradients of one stretch."
     part, places, statistics = f"eigenvalues-{stretch:02d}", fit.stretches[stretch], fit.statistics
-    done, state = fit.progress.load(part, fit.sites[0].weight)
+    done, state = fit.progress.load(part, fit.sites[0].like)
     statistics.eigenvalues = _unnamed("eigenvalues", state)
     bar.update(done)
     for index in places[done:]:
@@ -582,7 +582,7 @@ def _left_behind(fit: _Fit, phase: str) -> tuple[int, list[int]]:
 # %% ../../nbs/50_influence/01_curvature.ipynb #summed
 def _summed(fit: _Fit, phase: str, part_of: Callable, bar: tqdm) -> dict[str, torch.Tensor]:
     "The sum over all stretches of what `part_of` gives, the same to the last bit whoever computes which."
-    like, progress, n = fit.sites[0].weight, fit.progress, len(fit.stretches)
+    like, progress, n = fit.sites[0].like, fit.progress, len(fit.stretches)
     start, whole = by_first(lambda: _left_behind(fit, phase))
     total = progress.load(f"{phase}-sum", like)[1]
     if n_ranks() > 1:

@@ -26,6 +26,7 @@ from ..data.templates import TemplateProfile, chat_template_text, template_names
 from ..data.tokens import TokenizedConversations, readable_tokens, tokenize, tokenize_prompts
 from ..foundation.display import html_of
 from ..foundation.errors import ConceptTDAError
+from ..foundation.offloading import away, lost, weights_of
 from ..foundation.probes import ProbeError, bfloat16_ratio
 from .gradients import check_sites
 from ..model.loading import LanguageModel, SiteError
@@ -166,13 +167,17 @@ def _tied(lm: LanguageModel) -> list[str]:
 # %% ../../nbs/50_influence/10_doctor.ipynb #placement
 def _check_placement(lm: LanguageModel) -> Check:
     "What was placed from where, and what was not placed at all."
-    missing = [name for name, weight in _named_weights(lm) if weight.is_meta]
+    missing, elsewhere = lost(lm.model), away(lm.model)
     if missing:
         said = f"{len(missing)} weights are missing: {listing(missing, 3)} hold no numbers"
         return Check("placement", "error", said,
                      "load the model whole, without device_map or offloading to disk")
     origin = lm.placement or ["nobody recorded where these weights are from"]
     found = "; ".join([*origin, *(f"tied: {one}" for one in _tied(lm))])
+    if elsewhere:
+        said = f"{found}; {len(elsewhere)} weights are fetched when their layer is called"
+        return Check("placement", "note", said,
+                     "each pass reads them anew: a smaller dtype that fits the device is faster")
     if not lm.placement:
         return Check("placement", "warning", found,
                      "open the model with load_model, which compares names and "
@@ -185,8 +190,9 @@ def _check_placement(lm: LanguageModel) -> Check:
 # %% ../../nbs/50_influence/10_doctor.ipynb #numbers
 def _check_numbers(lm: LanguageModel) -> Iterator[Check]:
     "Whether all weights are finite, and what their type is good for."
-    broken = [name for name, weight in lm.model.named_parameters()
-              if not weight.is_meta and not torch.isfinite(weight).all()]
+    every = ((name, weight() if callable(weight) else weight)
+             for name, weight in weights_of(lm.model).items())
+    broken = [name for name, weight in every if not weight.is_meta and not torch.isfinite(weight).all()]
     if broken:
         yield Check("weights", "error", f"{len(broken)} weights are not finite, the first is {broken[0]}",
                     "load or train the model again")
@@ -459,7 +465,7 @@ def _check_mates(lm: LanguageModel, alone: torch.Tensor, together: torch.Tensor)
 # %% ../../nbs/50_influence/10_doctor.ipynb #machinery-3
 def _check_machinery(lm: LanguageModel, data: TokenizedConversations) -> Iterator[Check]:
     "Whether the loss can be computed, twice the same, with and without batch mates."
-    if any(weight.is_meta for _, weight in _named_weights(lm)): return
+    if lost(lm.model): return
     few = _few(data)
     try:
         with lm.undisturbed(), torch.no_grad():
@@ -480,7 +486,7 @@ def _check_flows(
     lm: LanguageModel, data: TokenizedConversations, layer: int | None, sites: Any,
 ) -> Iterator[Check]:
     "Whether every site can be served."
-    if any(weight.is_meta for _, weight in _named_weights(lm)): return
+    if lost(lm.model): return
     try:
         reached = resolve_sites(lm, sites, layer=layer)
     except SiteError:

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, batches
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
+from ..foundation.offloading import fetched, present
 from ..foundation.processes import clear_together, own_share, rank, wait_for_all
 from concept_tda.foundation.storage import (
     BlockStore,
@@ -291,7 +292,7 @@ class _Tangents(DirectionReadout):
         "Derivative of the token losses [B, T] along -q; None where nothing the losses depend on moves."
         with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), ExitStack() as hooks:
             for site in self.watched:
-                hook = adding_tangent(self.at(site, site.weight)[query])
+                hook = adding_tangent(self.at(site, site.like)[query])
                 hooks.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
             try:
                 return forward_ad.unpack_dual(token_losses(lm, batch)).tangent
@@ -320,7 +321,7 @@ def difference_scale(
     step: float = 1e-4,                  # ‖εq‖ as a fraction of the norm of the sites' weights
 ) -> list[float]:                        # ε for each query
     "The step ε of each query that moves the sites' weights by a fraction `step` of their norm."
-    weights = sum(s.weight.double().square().sum().item() for s in sites)**.5
+    weights = sum(fetched(s.module).double().square().sum().item() for s in sites)**.5
     squares: Any = sum(directions[s.name].double().square().sum((1, 2)) for s in sites)
     return [step*weights/square**.5 for square in squares.tolist()]
 
@@ -332,22 +333,20 @@ def moved_weights(
     epsilon: float,                 # How far
 ) -> Iterator[None]:                # Within the context the model is another
     "Within the context each site's weight is θ + εq; then the original tensors are put back."
-    weights: list[Any] = [site.module.weight for site in sites]
-    original = [weight.data for weight in weights]
-    try:
-        for site, weight, q_oi in zip(sites, weights, directions):
+    with ExitStack() as stack:
+        stack.enter_context(present(site.module for site in sites))
+        for site, q_oi in zip(sites, directions):
+            weight: Any = site.module.weight
+            stack.callback(setattr, weight, "data", weight.data)
             weight.data = weight.data + epsilon*(q_oi.T if site.transposed else q_oi)
         yield
-    finally:
-        for weight, data in zip(weights, original):
-            weight.data = data
 
 # %% ../../nbs/50_influence/04_engine.ipynb #difference
 class _Shifted(DirectionReadout):
     "Losses of a model beside the model."
     def _losses(self, lm: LanguageModel, batch: Batch, query: int, epsilon: float) -> torch.Tensor:
         "Token losses [B, T] at θ + εq."
-        directions = [self.at(site, site.weight)[query] for site in self.watched]
+        directions = [self.at(site, site.like)[query] for site in self.watched]
         with torch.no_grad(), moved_weights(self.watched, directions, epsilon):
             return token_losses(lm, batch)
 

@@ -18,6 +18,7 @@ from torch.autograd import Variable
 
 from ..data.batches import Batch, batches
 from ..data.tokens import TokenizedConversations
+from ..foundation.offloading import away, lost, present
 from ..model.loading import LanguageModel, SiteError
 from ..model.losses import GradientError, loss_weights, token_losses
 from ..model.sites import Site, Unit, chosen, layers_of
@@ -178,7 +179,7 @@ class _Sums:
     ):
         self.sites = sites
         self.gradients = {
-            s.name: torch.zeros(s.out_features, s.in_features, device=s.weight.device,
+            s.name: torch.zeros(s.out_features, s.in_features, device=s.like.device,
                                 dtype=torch.promote_types(torch.float32, s.weight.dtype)) for s in sites}
 
     def _add(self, site: Site, x: torch.Tensor, delta: torch.Tensor) -> None:
@@ -204,7 +205,7 @@ class _Products:
         self.dtype = torch.promote_types(torch.float32, site.weight.dtype)
         def draw(n):
             drawn = torch.randn(4, n, generator=generator, dtype=torch.float64)
-            return drawn.to(site.weight.device, self.dtype)
+            return drawn.to(site.like.device, self.dtype)
         self.site, self.left, self.right = site, draw(site.out_features), draw(site.in_features)
         self.flows, self.own, self.size = self.left.new_zeros(4), None, 0.
         self.calls, self.strayed = 0, False
@@ -304,6 +305,16 @@ def _check_differentiable(sites: list[Site]) -> None:
     _refuse(computed, "the weight is computed anew at every call (a parametrization), so it is not what is "
                       "trained")
 
+# %% ../../nbs/50_influence/00_gradients.ipynb #one-of-a-kind
+def _one_of_a_kind(layers: list[Site]) -> tuple[list[Site], list[torch.nn.Module]]:
+    "Layers to probe: of offloaded ones the first of each kind; and the modules that are like those."
+    kinds: dict[str, Site] = {}
+    for layer in layers:
+        kind = re.split(r"\.\d+\.", layer.name, maxsplit=1)[-1] if away(layer.module) else layer.name
+        kinds.setdefault(kind, layer)
+    names = {layer.name for layer in kinds.values()}
+    return list(kinds.values()), [layer.module for layer in layers if layer.name not in names]
+
 # %% ../../nbs/50_influence/00_gradients.ipynb #check-probes
 def _check_probes(probes: list[_Probe]) -> None:
     "Refuse sites where autograd and the flows disagree, with the likeliest reason."
@@ -322,19 +333,21 @@ def _check_probes(probes: list[_Probe]) -> None:
 def check_sites(
     lm: LanguageModel,            # The model
     sites: list[Site],            # To be asked
-    data: TokenizedConversations, # Two of its examples are run, once for each site
+    data: TokenizedConversations, # Two of its examples are run
 ) -> None:
     """Make sure that what flows through the sites is the whole gradient of their weights.
 
     Raises `SiteError`, naming the sites whose module is not called, whose weight is also used elsewhere, or
     whose flows are not laid out by example; `GradientError` for weights that can't be differentiated by."""
     layers = {layer.name: layer for site in sites for layer in layers_of(site)}
-    new = [layer for layer in layers.values() if layer.module not in _CHECKED and not layer.weight.is_meta]
+    new = [layer for layer in layers.values() if layer.module not in _CHECKED and not lost(layer.module)]
     if not new: return
     _check_differentiable(new)
-    probes = _probe(lm, new, _two_examples(lm, data))
+    chosen, like_them = _one_of_a_kind(new)
+    with present(layer.module for layer in chosen):
+        probes = _probe(lm, chosen, _two_examples(lm, data))
     _check_probes(probes)
-    _CHECKED.update(probe.site.module for probe in probes if probe.own is not None)
+    _CHECKED.update([probe.site.module for probe in probes if probe.own is not None] + like_them)
 
 # %% ../../nbs/50_influence/00_gradients.ipynb #0015
 @contextmanager

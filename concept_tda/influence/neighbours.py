@@ -545,7 +545,7 @@ def recorded_moments(
 def _zeros(sites: list[Site]) -> dict[str, torch.Tensor]:
     "A moment of zeros for every site."
     return {s.name: torch.zeros(s.weight.shape, dtype=torch.promote_types(torch.float32, s.weight.dtype),
-                                device=s.weight.device) for s in sites}
+                                device=s.like.device) for s in sites}
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #mean-gradients
 def _mean_gradients(

@@ -157,7 +157,7 @@ def _gathered(
 ) -> dict[str, torch.Tensor]:
     "dict[str, torch.Tensor] of all examples [n, out, in] by site name."
     dtype = _statistics_dtype(sites)
-    kept = {s.name: torch.empty(len(data), s.out_features, s.in_features, dtype=dtype, device=s.weight.device)
+    kept = {s.name: torch.empty(len(data), s.out_features, s.in_features, dtype=dtype, device=s.like.device)
             for s in sites}
     check_sites(lm, sites, data)
     with lm.undisturbed():
@@ -214,7 +214,7 @@ def _projections(
         else:  # eigenvectors come in ascending order
             factors = basis.factors[s.name]
             pair = factors.Q_out[:, -ranks[0]:].T, factors.Q_in[:, -ranks[1]:].T
-        found[s.name] = (pair[0].to(s.weight.device, dtype), pair[1].to(s.weight.device, dtype))
+        found[s.name] = (pair[0].to(s.like.device, dtype), pair[1].to(s.like.device, dtype))
     return found
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #logra
@@ -317,7 +317,7 @@ def _empty_fisher(sites: list[Site], projections: dict) -> dict[str, torch.Tenso
     empty = {}
     for s in sites:
         size = math.prod(len(P) for P in projections[s.name])
-        empty[s.name] = torch.zeros(size, dtype=_statistics_dtype(sites), device=s.weight.device).diag()
+        empty[s.name] = torch.zeros(size, dtype=_statistics_dtype(sites), device=s.like.device).diag()
     return empty
 
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #adding-to

@@ -87,7 +87,7 @@ def _difference(folder: Path, sites: Sequence[Site]) -> list[torch.Tensor]:
     "What an adapter adds to the weight of each site, [out, in]."
     from safetensors.torch import load_file
     found = load_file(folder/"adapter_model.safetensors")
-    pair = lambda site, side: found[f"base_model.model.{site.name}.lora_{side}.weight"].to(site.weight)
+    pair = lambda site, side: found[f"base_model.model.{site.name}.lora_{side}.weight"].to(site.like)
     return [pair(site, "B") @ pair(site, "A") for site in sites]
 
 def _with_adapters(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..foundation.offloading import computes_on
 from ..groups.sae import SparseAutoencoder, check_sae
 from .circuits import CircuitError
 from ..model.loading import LanguageModel
@@ -112,7 +113,7 @@ def latent_units(
     name, parent = f"sae_{sae.fingerprint[:8]}", lm.blocks[block]
     if hasattr(parent, name):
         raise CircuitError(f"{sae.name} is spliced into {lm.name} already: ask for all latents at once")
-    splice = _Splice(sae, numbers, next(parent.parameters()))
+    splice = _Splice(sae, numbers, torch.empty(0, dtype=lm.dtype, device=computes_on(parent)))
     def after(module, args, output):
         return (splice(output[0]), *output[1:]) if isinstance(output, tuple) else splice(output)
     hook = parent.register_forward_hook(after)

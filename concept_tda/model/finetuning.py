@@ -37,6 +37,7 @@ from ..data.documents import as_examples
 from ..data.masks import TokenMask
 from ..data.tokens import TokenizedConversation, TokenizedConversations
 from ..foundation.errors import ConceptTDAError, StorageError
+from ..foundation.offloading import away
 from ..foundation.probes import bfloat16_ratio
 from ..foundation.storage import atomic_file, code_version, fingerprint
 from .loading import BUILT_IN, LanguageModel, load_model
@@ -78,6 +79,10 @@ def _check_answers(tokenized: TokenizedConversations) -> None:
 # %% ../../nbs/20_model/05_finetuning.ipynb #000f
 def _shell(model: nn.Module) -> nn.Module:
     "A copy of `model`, with modules and flags of its own, that shares the memory of its weights."
+    if elsewhere := away(model):
+        raise FinetuneError(f"{len(elsewhere)} weights of the model are offloaded (the first: "
+                            f"{elsewhere[0]}): open it without device_map to fine-tune it or to put an "
+                            "adapter on it")
     # a parameter found in the memo is taken from there instead of being copied
     # tied weights are one entry, so they stay tied
     shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)

@@ -31,6 +31,14 @@ from ..data.templates import chat_template_text, template_names
 from ..data.tokens import TokenizedConversations, tokenize
 from ..foundation.display import Facts, html_of
 from ..foundation.errors import ConceptTDAError
+from concept_tda.foundation.offloading import (
+    away,
+    computes_on,
+    fetched_again,
+    lost,
+    stand_ins,
+    weights_of,
+)
 from ..foundation.probes import ProbeError, bfloat16_ratio
 from ..foundation.storage import cache_folder, fingerprint
 
@@ -113,7 +121,7 @@ def _plain(value: Any) -> Any:
 def _hash_model(model: Any) -> str:
     "16 hexadecimal digits over settings, parameter names, types, shapes and bytes."
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
-    parameters = [[name, parameter] for name, parameter in model.named_parameters()]  # tied weights come once
+    parameters = [[name, weight] for name, weight in weights_of(model).items()]  # tied weights come once
     return fingerprint(_plain({"config": model.config.to_dict(), "adapters": adapters}), parameters)
 
 # %% ../../nbs/20_model/00_loading.ipynb #uncompiled
@@ -127,24 +135,24 @@ def _uncompiled() -> AbstractContextManager[Any]:
 def _undisturbed(model: Any, tokenizer: Any) -> Iterator[None]:
     "Evaluation mode and frozen weights inside; everything as before outside."
     training = [(module, module.training) for module in model.modules()]
-    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    frozen = [(module, name, weight.requires_grad) for module in model.modules()
+              for name, weight in module.named_parameters(recurse=False)]
     configs = list({id(config): config for config in (model.config, _text_config(model))}.values())
     caching = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     try:
         model.eval()
-        for parameter, _ in frozen:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for config, _ in caching:
             config.use_cache = False
         # a caller's inference mode would make every gradient zero
-        with torch.inference_mode(False), _uncompiled():
+        with torch.inference_mode(False), _uncompiled(), fetched_again(model):
             yield
     finally:
         for module, flag in training:
             module.training = flag
-        for parameter, flag in frozen:
-            parameter.requires_grad_(flag)
+        for module, name, flag in frozen:  # by name, since offloaded weights are other objects by now
+            module.get_parameter(name).requires_grad_(flag)
         for config, flag in caching:
             config.use_cache = flag
         tokenizer.padding_side, tokenizer.pad_token = side, pad
@@ -219,7 +227,7 @@ class _Numbers(_Layers):
     @property
     def device(self) -> torch.device:
         "Where token ids go in."
-        return self.model.get_input_embeddings().weight.device
+        return computes_on(self.model.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -237,7 +245,8 @@ class _Identity(_Numbers):
     @property
     def n_parameters(self) -> int:
         "Number of parameters; tied ones count once."
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        every = dict(self.model.named_parameters())
+        return sum(every[name].numel() for name in weights_of(self.model))
 
     @property
     def fingerprint(self) -> str:
@@ -315,7 +324,7 @@ def _convert_once(gguf: Path, folder: Path) -> Path:
     print(f"Unpacking {gguf.name} into {folder} (once; under a minute) ...", flush=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        for piece in _from_pretrained(gguf, torch.float32, "sdpa", None)[:2]:
+        for piece in _from_pretrained(gguf, torch.float32, "sdpa", {})[:2]:
             piece.save_pretrained(part)  # model, then tokenizer
         _put_in_place(part, folder)
     except OSError as err:
@@ -414,18 +423,16 @@ def _as_dtype(dtype: Any) -> torch.dtype | str:
         "\"auto\"")
 
 # %% ../../nbs/20_model/00_loading.ipynb #0025
-def _opened_with(source: Path | str, dtype: Any, attention: str, device_map: Any) -> Any:
+def _opened_with(source: Path | str, dtype: Any, attention: str, places: dict) -> Any:
     "(model, loading info) from files; a model that also sees is opened as what it is."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GgufConfig
     place, file = _place_and_file(source)
     config = AutoConfig.from_pretrained(place, **file)
     _check_architectures(config, source)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **file}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **file, **places}
     options["attn_implementation"] = _attention_for(config, attention, source)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    if device_map is not None:
-        options["device_map"] = device_map
     kind: Any = AutoModelForCausalLM
     known = type(config) in kind._model_mapping.keys()
     if not (known or file) and type(config) in AutoModelForImageTextToText._model_mapping.keys():
@@ -451,14 +458,14 @@ def _from_pretrained(
     source: Path | str, # A folder, a GGUF file, or a hub id
     dtype: Any,         # torch.dtype, or "auto"
     attention: str,     # "sdpa" or "eager"
-    device_map: Any,    # For accelerate
+    places: dict[str, Any], # For accelerate: device_map and offload_folder, or nothing
 ) -> tuple[Any, Any, list[str]]: # Model, tokenizer, what was placed from where
     "Weights and tokenizer from files; `ModelError` where they cannot be opened or are not the model."
     from transformers import AutoTokenizer
     place, file = _place_and_file(source)
     try:
         with _quiet_loading():
-            model, info, prefix = _opened(source, dtype, attention, device_map)
+            model, info, prefix = _opened(source, dtype, attention, places)
             tokenizer = AutoTokenizer.from_pretrained(place, **file)
     except ModelError:
         raise
@@ -474,13 +481,13 @@ def _from_pretrained(
     return model, tokenizer, placed
 
 # %% ../../nbs/20_model/00_loading.ipynb #opened
-def _opened(source: Path | str, dtype: Any, attention: str, device_map: Any) -> tuple[Any, dict, str | None]:
+def _opened(source: Path | str, dtype: Any, attention: str, places: dict) -> tuple[Any, dict, str | None]:
     "(model, loading info, the prefix that was taken off the names in its files)."
-    model, info = _opened_with(source, dtype, attention, device_map)
+    model, info = _opened_with(source, dtype, attention, places)
     prefix = _foreign_prefix(info)
     if prefix and isinstance(source, Path):
         with _without_prefix(source, prefix) as renamed:
-            model, info = _opened_with(renamed, dtype, attention, device_map)
+            model, info = _opened_with(renamed, dtype, attention, places)
     return model, info, prefix
 
 # %% ../../nbs/20_model/00_loading.ipynb #quiet
@@ -689,8 +696,11 @@ def _adapter_weights(adapter: Path | str) -> dict[str, torch.Tensor]:
 def _attach(model: Any, adapter: Path | str, merge: bool) -> tuple[Any, list[str]]:
     "(`model` with the LoRA weights in `adapter` on it, or merged into it; what was placed)."
     from peft import PeftModel
+    if merge and away(model):
+        raise ModelError("merge=True changes weights that are offloaded, and nobody writes them back: leave "
+                         f"the adapter {adapter} beside them (merge=False)")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), stand_ins(model):
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error of ours names them
             adapted: Any = PeftModel.from_pretrained(model, str(adapter))
         placed = _check_adapter(adapted, adapter)
@@ -755,13 +765,13 @@ def _own_device() -> str:
 
 # %% ../../nbs/20_model/00_loading.ipynb #offloaded
 def _check_present(model: nn.Module, name: str) -> None:
-    "Refuse a model some of whose weights are not where it computes."
-    away = [weight for weight, values in model.named_parameters() if values.is_meta]
-    if not away: return
+    "Refuse a model some of whose weights are nowhere."
+    empty = lost(model)
+    if not empty: return
     raise ModelError(
-        f"{len(away)} weights of {name} are offloaded (the first: {away[0]}), which this library cannot "
-        "differentiate: spread the model over more GPUs with device_map, open it in dtype=\"bfloat16\", or "
-        "score with a smaller model")
+        f"{len(empty)} weights of {name} hold no numbers (the first: {empty[0]}): they are on the meta "
+        "device, and nothing fetches them. Open the model from its files, with device_map where it is too "
+        "large")
 
 # %% ../../nbs/20_model/00_loading.ipynb #slow
 class SlowTypeWarning(UserWarning):
@@ -788,7 +798,8 @@ def load_model(
     merge: bool = False,          # Merge the adapter into the weights, instead of keeping it beside them
     dtype: torch.dtype | str = torch.float32, # Or "float16", "bfloat16", "float64", "auto" (as stored)
     device: str | torch.device | None = None, # Where to put it; default: the GPU if there is one
-    device_map: Any = None,       # Spread over several devices by accelerate ("auto"); excludes `device`
+    device_map: Any = None,       # Where accelerate puts each part: "auto" or {part: device, "cpu" or "disk"}
+    offload_folder: str | Path | None = None, # For parts on "disk" that are not in safetensors files already
     attention: str = "sdpa",      # Attention implementation: "sdpa" or "eager"
     chat_template: str | Path | None = None, # For base models: a named template, a file of Jinja, or its text
 ) -> LanguageModel:
@@ -805,7 +816,8 @@ def load_model(
         source, adapter = _find_base(base, source), source
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = _converted(source)
-    model, tokenizer, placed = _from_pretrained(source, dtype, attention, device_map)
+    places = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
+    model, tokenizer, placed = _from_pretrained(source, dtype, attention, places)
     if adapter is not None:
         model, found = _attach(model, adapter, merge)
         tokenizer, placed = _tokenizer_of(adapter) or tokenizer, placed + found

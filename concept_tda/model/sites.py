@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..foundation.offloading import computes_on
 from .loading import LanguageModel, SiteError
 
 # %% ../../nbs/20_model/01_sites.ipynb #0030
@@ -35,6 +36,11 @@ class Site:
         "The weight as [out, in]; a view, never a copy."
         weight = cast(torch.Tensor, self.module.weight)
         return weight.T if self.transposed else weight
+
+    @property
+    def like(self) -> torch.Tensor:
+        "An empty tensor of the weight's type, on the device where it is multiplied."
+        return torch.empty(0, dtype=self.weight.dtype, device=computes_on(self.module))
 
     @property
     def in_features(self) -> int:

@@ -23,6 +23,7 @@ from ..data.batches import Batch, batches
 from ..data.conversations import Conversation, Conversations, load_conversations
 from ..data.tokens import TokenizedConversations, tokenize, tokenize_prompts
 from ..foundation.errors import ConceptTDAError
+from ..foundation.offloading import away
 from ..foundation.storage import atomic_file, fingerprint
 from .loading import LanguageModel, ModelError
 
@@ -76,8 +77,8 @@ def _traceable(lm: LanguageModel) -> Iterator[tuple[Any, str]]:
     "nnsight's view of the model, and the path of its blocks in it; afterwards the model is as before."
     from nnsight import TransformersModel
     model = lm.model.get_base_model() if hasattr(lm.model, "peft_config") else lm.model
-    placed = {} if getattr(model, "hf_device_map", None) else {"device": lm.device}
-    with _owned_slots(model), lm.undisturbed(), torch.no_grad():
+    placed = {} if getattr(model, "hf_device_map", None) or away(model) else {"device": lm.device}
+    with _owned_slots(model), _mapped(model, lm.device), lm.undisturbed(), torch.no_grad():
         traced = TransformersModel(model, tokenizer=lm.tokenizer, **placed)
         lm.tokenizer.padding_side = "right"  # batches are padded already; nothing may pad them again
         yield traced, lm.blocks_path.removeprefix("base_model.model.")
@@ -97,6 +98,24 @@ def _owned_slots(model: torch.nn.Module) -> Iterator[None]:
                     module.__dict__.pop(slot, None)
                 else:
                     module.__dict__[slot] = value
+
+# %% ../../nbs/20_model/03_tracing.ipynb #mapped
+@contextlib.contextmanager
+def _mapped(model: Any, device: torch.device) -> Iterator[None]:
+    "While inside, a model with weights elsewhere says that it is on one device, and nobody moves it."
+    if not away(model):
+        yield
+        return
+    before = vars(model).get("hf_device_map")
+    model.hf_device_map = {"": str(device)}
+    model.register_parameter("computes_here", torch.nn.Parameter(torch.empty(0, device=device), False))
+    try:
+        yield
+    finally:
+        del model.computes_here
+        model.hf_device_map = before
+        if before is None:
+            del model.hf_device_map
 
 # %% ../../nbs/20_model/03_tracing.ipynb #000b
 def _read_layers(

@@ -28,6 +28,7 @@ from ..data.conversations import load_conversations
 from ..data.documents import Windows, number_tokenizer
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
+from ..foundation.offloading import away
 from ..foundation.storage import atomic_file, code_version, fingerprint
 from .finetuning import example_losses, own_randomness
 from .loading import LanguageModel, load_model
@@ -443,6 +444,9 @@ def _start(model: Any, data: Any, tokenizer: Any, recipe: TrainingRecipe) -> Lan
     if hasattr(lm.model, "peft_config"):
         raise TrainingError(f"{lm.name} carries an adapter, and training is of all weights. Merge it first: "
                             "load_model(..., merge=True)")
+    if away(lm.model):
+        raise TrainingError(f"{len(away(lm.model))} weights of {lm.name} are offloaded, and nobody writes "
+                            "them back where they are from: open the model without device_map to train it")
     return LanguageModel(copy.deepcopy(lm.model), lm.tokenizer, lm.name, lm.placement, lm.chat_template)
 
 # %% ../../nbs/20_model/06_training.ipynb #check-data
