@@ -1,7 +1,8 @@
 """Reads the package's metadata, dependencies and extras from settings.ini.
 
 pyproject.toml declares these fields `dynamic`, so that setuptools takes them from here; the fields that never
-change stand in pyproject.toml itself. The extra `all` is everything a user (not a developer) can need."""
+change stand in pyproject.toml itself. The extra `all` is everything a user (not a
+developer) can need on one machine; `ray` is for clusters."""
 
 from configparser import ConfigParser
 from pathlib import Path

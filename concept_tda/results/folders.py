@@ -29,7 +29,7 @@ _EXAMPLE_COLUMNS = "id", "messages", "metadata", "raw", "ending"
 def write_part(
     path: Path,                    # Such as folder/"part-000003.parquet"
     conversations: Any,            # `Conversations` of n examples
-    first_row: int,                # Place of the first of them in the whole stream
+    first_row: int | None,         # Place of the first of them in the whole stream; None: nobody knows
     scores: dict[str, np.ndarray], # Numbers [n] by column name
 ) -> str:                          # Checksum of the file
     "Write one part of a folder of scores."
@@ -38,10 +38,10 @@ def write_part(
     columns = conversations.to_columns()
     for name in ("messages", "metadata"):  # half a surrogate pair fits no file; as a JSON escape it does
         columns[name] = [text.encode("utf-8", "backslashreplace").decode() for text in columns[name]]
-    rows = np.arange(first_row, first_row + len(conversations))
+    rows = {} if first_row is None else {"row": np.arange(first_row, first_row + len(conversations))}
     kinds = [pa.string(), pa.string(), pa.string(), pa.binary(), pa.binary()]
-    table = pa.table({"row": rows} | {name: pa.array(columns[name], kind)
-                                      for name, kind in zip(_EXAMPLE_COLUMNS, kinds)} | scores)
+    table = pa.table(rows | {name: pa.array(columns[name], kind)
+                             for name, kind in zip(_EXAMPLE_COLUMNS, kinds)} | scores)
     with atomic_file(path) as part:
         pq.write_table(table, part, compression="zstd", write_page_checksum=True)
         return xxhash.xxh3_128_hexdigest(part.read_bytes())
