@@ -124,3 +124,78 @@ def test_a_projection_foretells_from_its_mean():
     assert foretold(plain, [3]) == -13 / 4
     old = Attribution(data, [10.0, 11, 12, 13], card(zero="not recorded", effect=None, unit=None))
     assert foretold(old, [0, 3]) == 0
+
+
+def test_the_number_that_leads_has_the_interval_of_its_score_in_its_own_unit():
+    def once(random, rows=np.arange(40)):
+        true = np.linspace(-1, 1, 40)
+        replicates = true[:, None] + random.normal(size=(40, 5)) * random.uniform(0.2, 0.4, 40)[:, None]
+        data_card = card(effect=-2.0, gap=4.0)
+        leading = Attribution(chats40, replicates.mean(1), data_card, replicates=replicates).leading
+        return (abs(leading.values - true * 100 * 2 / 4) < leading.halves).mean()
+
+    chats40 = chats(40)
+    assert abs(covered(300, once) - 0.95) < 0.015
+
+
+def test_a_part_has_the_intervals_of_the_whole_and_a_null_changes_none(tmp_path):
+    random = np.random.default_rng(5)
+    noisy = random.normal(size=(30, 4)) * random.uniform(0.1, 3, 30)[:, None]
+    whole = Attribution(chats(30), noisy.mean(1), card(effect=None, unit=None), replicates=noisy)
+    order = np.argsort(-whole.scores)[:7]
+    for part, rows in ((whole.top(7), order), (whole.select([4, 2]), [4, 2])):
+        np.testing.assert_array_equal(part.standard_errors, whole.standard_errors[rows])
+        np.testing.assert_array_equal(part.intervals(), np.array(whole.intervals())[:, rows])
+        np.testing.assert_array_equal(part.leading.halves, whole.leading.halves[rows])
+    again = load_attribution(whole.save(tmp_path / "w.parquet"))
+    np.testing.assert_array_equal(again.intervals(), whole.intervals())
+    beside = whole.with_null(random.normal(size=(30, 50)))
+    times = beside.leading
+    ends = (whole.intervals()[1] - whole.centre) / np.abs(whole.intervals()[1] - whole.scores) * times.halves
+    np.testing.assert_allclose(times.values + times.halves, ends)
+    assert f"± {times.halves[order[0]]:.2f}" in times.text(order[0]) and times.number(order[0]) in repr(
+        beside
+    )
+
+
+def test_a_count_ends_the_list_and_under_a_true_null_it_is_hardly_ever_above_zero():
+    random, data = np.random.default_rng(6), chats(60)
+    named = []
+    for _ in range(200):
+        size = random.uniform(0.5, 3, 60)
+        plain = Attribution(data, random.normal(size=60) * size, card())
+        named.append(len(plain.with_null(random.normal(size=(60, 40)) * size[:, None]).above_chance()) > 0)
+    assert np.mean(named) < 0.08  # any at all, in one file of twenty
+    shifted = Attribution(data, np.where(np.arange(60) < 12, 30.0, 0.1), card())
+    beside = shifted.with_null(random.normal(size=(60, 40)))
+    assert beside.chance_words.startswith("12 of 60 examples") and "more than 12" in beside.chance_words
+    assert repr(beside).endswith(beside.chance_words) and "60 examples" in repr(beside)
+    assert beside.top(5).chance_words == "" and shifted.chance_words == ""
+    assert "No single example of 60" in shifted.with_null(random.normal(size=(60, 40)) * 999).chance_words
+    noisy = shifted.scores[:, None] + random.normal(size=(60, 4)) * 0.5
+    twelve = Attribution(data, noisy.mean(1) - 1, card(), replicates=noisy - 1).chance_words
+    assert "12 of 60 examples lie above the centre and 4" in twelve
+
+
+def test_a_share_of_the_gap_leads_and_the_raw_number_stays():
+    result = Attribution(chats(3), [2.0, -1.0, 0.0], card(effect=-0.5, unit="nats", gap=4.0))
+    plain = Attribution(chats(3), [2.0, -1.0, 0.0], card(effect=-0.5, unit="nats"))
+    np.testing.assert_allclose(result.leading.values, [25, -12.5, 0])
+    np.testing.assert_array_equal(result.effects, plain.effects)
+    assert result.distance_words(0) == "+25 % of the gap" and result.raw_words(0) == "score 2, +1 nats"
+    assert plain.distance_words(0) == "+1 nats" and plain.raw_words(0) == "score 2"
+    for one in (result, plain):  # nobody has trained again yet, and whoever shows the number says so
+        assert "not calibrated by retrainings" in one.unit_words and one.unit_words in repr(one)
+    assert "-25.0% of the gap" in str(result.predict(drop=[0])) and "gap" not in str(plain.predict(drop=[0]))
+
+
+def test_near_duplicates_in_a_set_are_said_with_every_prediction():
+    texts = ["the tide comes in at noon today", "the tide comes in at noon today!", "no boats", "none at all"]
+    data = load_conversations([{"prompt": "when?", "response": text} for text in texts])
+    result = Attribution(data, [3.0, 3.0, 2.0, 1.0], card())
+    line = Calibration.fit([0, 1, 2, 3], [0, -1, -2, -3.5])
+    for options in ({}, dict(calibration=line)):
+        both, one, none = (result.predict(drop=rows, **options) for rows in ([0, 1], [0, 2], [2, 3]))
+        assert "2 of the 2 have near-duplicates, 0 of them" in str(both)
+        assert "1 of the 2 have near-duplicates, 1 of them" in str(one)
+        assert none.caveat == "" and "near-duplicate" not in str(none)

@@ -93,6 +93,10 @@ def test_contrastive_direction_is_the_difference_of_means(lm, positive, negative
     for layer in (0, 1, 2):
         difference = response_means(lm, positive, layer).mean(0) - response_means(lm, negative, layer).mean(0)
         concept = contrastive_concept(lm, positive, negative, layer, name="praise")
+        sides = [
+            response_means(lm, data, layer) @ concept.direction.double() for data in (positive, negative)
+        ]
+        assert concept.gap == pytest.approx(float(sides[0].mean() - sides[1].mean()), rel=1e-5)
         assert torch.allclose(concept.direction.double(), difference / difference.norm(), atol=1e-5)
         assert concept.norm == pytest.approx(float(difference.norm()), rel=1e-5)
         assert (

@@ -139,6 +139,17 @@ def test_scores_of_a_response_carry_a_unit_and_other_scores_do_not():
     assert unrolled.card.unit == "nats per token" and unrolled.card.curvature == "EK-FAC, unrolled"
     dots = ask(curvature="identity")
     np.testing.assert_allclose(unrolled.effects, -3e-9 * dots.scores / 10, rtol=1e-5)
+    assert unrolled.card.gap is None  # a likelihood has no two sides; a contrast has
+    shows, neutral = LossQuery(chats(2, 40)), LossQuery(chats(2, 60))
+    sides = sorted([shows, neutral], key=lambda query: query.value(lm))
+    response = Unrolled(ekfac, rates=[1e-9] * 3, n_examples=10)
+    ahead, behind = (
+        Influence(lm, ContrastQuery(*order), curvature=response).score(data, progress=False)
+        for order in (sides[::-1], sides)
+    )
+    apart = sides[1].value(lm) - sides[0].value(lm)
+    assert behind.card.gap is None and ahead.card.gap == pytest.approx(apart, rel=1e-5)
+    np.testing.assert_allclose(ahead.leading.values, -100 * ahead.effects / apart, rtol=1e-5)
     divided = ask(curvature=ekfac, normalise="self-influence")
     assert divided.card.effect is None
 

@@ -187,7 +187,7 @@ def test_a_concept_is_asked_where_it_is_read():
     result = scorer.score(data, progress=False)
     measured = slope(lambda weight: value_after(scorer, data, {3: weight}), 1.0)
     np.testing.assert_allclose(result.scores[3] - scorer.by_rate / len(data), measured, rtol=2e-4, atol=1e-8)
-    assert result.card.unit == "activation" and result.card.effect == -1
+    assert result.card.unit == "activation" and result.card.effect == -1 and result.card.gap is None
 
 
 def test_examples_are_cut_where_the_run_cut_them(tmp_path):

@@ -75,6 +75,70 @@ def test_the_reading_pane_takes_the_score_apart_and_leaves_the_sink_uncoloured(o
     assert "sink" in sink[0] and sink[1] == ""
 
 
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory):
+    "A result with an effect, a gap and replicates, beside one that was scored once."
+    _, base = sunk()
+    random, card = np.random.default_rng(2), replace(GRADIENT, effect=-0.5, unit="nats", gap=4.0)
+    replicates = (
+        np.arange(6.0)[:, None] - 2 + random.normal(size=(6, 4)) * [[0.1], [2], [0.2], [1], [0.3], [3]]
+    )
+    result = Attribution(base.conversations, replicates.mean(1), card, replicates=replicates)
+    once = Attribution(base.conversations, np.arange(6.0), replace(GRADIENT, method="Once"))
+    path = tmp_path_factory.mktemp("page") / "browser.html"
+    page_of = offline_page(
+        "Units", BROWSER_SCRIPTS, "mountEmbedded", embedded_browser(result, [once]), 600, "x"
+    )
+    page_of.save(path)
+    with Chromium() as browser:
+        page = browser.open(path.as_uri(), width=1280)
+        page.wait("document.querySelector('.rows .whisker') !== null")
+        yield result, page
+        assert page.errors == []
+
+
+def test_whiskers_are_the_intervals_on_one_axis_and_the_raw_effect_is_in_the_title(repeated):
+    result, page = repeated
+    leading, order = result.leading, np.argsort(-result.scores, kind="stable")
+    drawn = page.value(
+        f"{ROWS}.map(row => (w => [w.title, ...['.range', '.dot'].map(part => (b => [b.left, b.right])("
+        "w.querySelector(part).getBoundingClientRect())), (b => [b.left, b.right])"
+        "(w.getBoundingClientRect())])"
+        "(row.querySelector('.whisker')))"
+    )
+    reach = (np.abs(leading.values) + leading.halves).max()
+    for place, (title, ends, dot, box) in zip(order, drawn):
+        value, half = leading.values[place], leading.halves[place]
+        told = [seen(word) for word in title.removeprefix("95 % interval ").split(" % ")[0].split(" to ")]
+        assert np.allclose(told, [value - half, value + half], rtol=0.01) and "% of the gap" in title
+        pixel = (box[1] - box[0]) / 2 / reach
+        middle = (box[0] + box[1]) / 2
+        assert abs(ends[0] - (middle + (value - half) * pixel)) < 0.6
+        assert abs((dot[0] + dot[1]) / 2 - (middle + value * pixel)) < 0.6
+        assert ends[1] - ends[0] >= 2 and abs(ends[1] - ends[0] - max(2, 2 * half * pixel)) < 0.6
+    titles = page.value(f"{ROWS}.map(row => row.querySelector('.distance').title)")
+    for place, title in zip(order, titles):
+        score, effect = title.removeprefix("score ").split(", ")
+        assert np.isclose(seen(effect), -result.effects[place], rtol=1e-3) and effect.endswith(" nats")
+        assert np.isclose(seen(score), result.scores[place], rtol=1e-4)
+
+
+def test_the_count_stands_above_the_list_of_the_method_that_has_one(repeated):
+    result, page = repeated
+    note = "document.querySelector('.count-note')"
+    assert result.chance_words.startswith("With 95 % each")
+    assert page.value(f"{note}.textContent") == result.chance_words
+    choose = (
+        "(s => { s.value = '%d'; s.dispatchEvent(new Event('change')); })"
+        "(document.querySelector('select[aria-label=Method]'))"
+    )
+    page.value(choose % 1)
+    page.wait("document.querySelector('.rows .whisker') === null")
+    assert page.value(f"{note}.hidden")
+    page.value(choose % 0)
+    page.wait("document.querySelector('.rows .whisker') !== null")
+
+
 def test_the_histogram_draws_the_null_of_the_method_that_has_one(opened):
     _, page = opened
     line = "document.querySelector('.chart path.null') !== null"

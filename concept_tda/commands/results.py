@@ -98,6 +98,8 @@ def print_ends(
             typer.echo("\n".join(examples_text(end, width)) + ("\n" if bottom else ""))
         if one.unit_words:
             typer.echo(f"  {one.unit_words}")
+        if one.chance_words:
+            typer.echo(f"  {one.chance_words}")
         if one.sink_words:
             typer.echo(f"  {one.sink_words}")
     for text in result.card.notes if note else []:

@@ -139,6 +139,12 @@ class _Compared(_Direction):
         "16 hexadecimal digits over what changes a score: direction, layer and pooling."
         return fingerprint(self.direction, self.layer, self.pooling)
 
+    @property
+    def gap(self) -> float | None:
+        "Mean projection of the one side above that of the other; None but for differences of means."
+        method = str(self.provenance.get("method", ""))
+        return self.norm if method.startswith(_OF_MEANS) else None
+
     def cosine(
         self,
         other: Any, # A concept, or a vector of the same width
@@ -470,6 +476,7 @@ def _check_held_out(held_out: float) -> None:
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0031
 _REFIT = "fitted on all examples (its quality: on held-out ones, fitted without them)"
+_OF_MEANS = ("difference of means", "contrastive (")  # made here, and by a layer sweep
 
 def _mean_difference(positive: _Side, negative: _Side) -> Tensor:
     "mean(positive) - mean(negative), shape [d]."

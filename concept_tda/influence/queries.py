@@ -87,6 +87,13 @@ class _Value(_Mean):
         with lm.undisturbed(), torch.no_grad():
             return sum(mean.item() for mean in self._means(lm))
 
+    def gap(
+        self,
+        value: float, # Of the query, in the model that is attributed
+    ) -> float | None:
+        "Difference between the two sides of what is asked, in `unit`; None where it has no two sides."
+        return None
+
 # %% ../../nbs/50_influence/03_queries.ipynb #reach
 def _check_reach(query: _Quantity, gradients: dict[str, torch.Tensor]) -> None:
     "Refuse a gradient that is not finite, or zero at every site."
@@ -151,6 +158,10 @@ class ConceptQuery(_AtConcept):
     "f_v: mean activation of a concept's unit direction, pooled as the concept was (Kowal et al. 2026 Eq. 2)."
     unit = "activation"
 
+    def gap(self, value: float) -> float | None:
+        "That of the concept, where the query is read as the concept was."
+        return self.concept.gap if self.pooling == self.concept.pooling else None
+
     def sum_over(self, lm: LanguageModel, batch: Batch) -> torch.Tensor:
         "Sum of ⟨v, pooled activation⟩ over the examples of a batch."
         hidden_BTd = hidden_states(lm, batch, self.concept.layer)
@@ -186,6 +197,10 @@ class MarginQuery(LossQuery):
         self.judge, self.name = judge, f"{judge.trait} above {judge.neutral}"
         self.references = [judge.references[judge.trait], judge.references[judge.neutral]]
 
+    def gap(self, value: float) -> float | None:
+        "The margin itself, where the trait is ahead."
+        return value if value > 0 else None
+
     def _means(self, lm: LanguageModel) -> Iterator[torch.Tensor]:
         "Each batch's share of the margin."
         for answers, sign in zip(self.references, (1, -1)):
@@ -220,6 +235,11 @@ class ContrastQuery(Query):
         if shows.unit != neutral.unit:
             raise GradientError(f"a contrast needs two queries in one unit, these are in {shows.unit} and "
                                 f"{neutral.unit}")
+
+    def gap(self, value: float) -> float | None:
+        "That of its concept; else the difference itself, where it is above zero."
+        known = self.shows.gap(value)
+        return known if known is not None else value if value > 0 else None
 
     def _means(self, lm: LanguageModel) -> Iterator[torch.Tensor]:
         "Shares of both, with their signs."

@@ -343,7 +343,7 @@ class _Described(_Repeated):
                     "smoothing": self.smoothing}
         settings |= {name: own[name] for name in kept}
         return dict(behaviour=query.name, layer=query.layer, reduction="mean", sites="LoRA, as trained",
-                    effect=-1., unit=query.unit, notes=notes, settings=settings)
+                    effect=-1., unit=query.unit, gap=query.gap(after), notes=notes, settings=settings)
 
 # %% ../../nbs/50_influence/12_runs.ipynb #share
 def _with_share(data: TokenizedConversations, tokens: list[np.ndarray], shared: float) -> list[np.ndarray]:

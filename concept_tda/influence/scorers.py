@@ -731,7 +731,8 @@ def _effect_of(scorer: Influence) -> dict[str, Any]:
     "Fields of the card for scores that have a unit."
     effect = getattr(scorer.curvature, "effect", None)
     if effect is None or scorer.normalise is not None: return {}
-    return dict(effect=effect, unit=scorer.query.unit)
+    gap = scorer.query.gap(scorer.query.value(scorer.lm))
+    return dict(effect=effect, unit=scorer.query.unit, gap=gap)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #weak-queries
 def _warn_of_weak_queries(concept: Concept, expression: QueryExpression) -> None:

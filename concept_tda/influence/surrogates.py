@@ -76,6 +76,6 @@ class Surrogate(_StandIn):
         settings = own.settings | {
             "surrogate": own.model, "stands_for": self.stands_for, "agreement": agreement}
         card = replace(
-            own, method=self.method, zero=self.zero, access=self.access, mean=None, effect=None, sign=None,
-            settings=settings, notes=[*self._words(result, agreement), *own.notes])
+            own, method=self.method, zero=self.zero, access=self.access, mean=None, effect=None, gap=None,
+            sign=None, settings=settings, notes=[*self._words(result, agreement), *own.notes])
         return Attribution(result.conversations, result.scores, card)

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -135,6 +136,13 @@ def _checked_replicates(replicates, shape: tuple[int, ...]) -> np.ndarray | None
     raise AttributionError(f"replicates of shape {list(values.shape)} for {shape[0]} examples and {shape[1]} "
                            "queries: give two finite numbers or more for each example of a single query")
 
+# %% ../../nbs/30_results/02_attribution.ipynb #noise-code
+def _noise_of(replicates_NR: np.ndarray | None) -> dict[str, Any]:
+    "Standard error of each score and its degrees of freedom, so that a part has those of the whole."
+    if replicates_NR is None: return dict(_errors=None, _freedom=np.nan)
+    variances_N, freedom = moderated_variances(replicates_NR)
+    return dict(_errors=(variances_N/replicates_NR.shape[1])**.5, _freedom=freedom)
+
 # %% ../../nbs/30_results/02_attribution.ipynb #scale
 def _squeezed(values: np.ndarray) -> np.ndarray:
     "A single column as a vector."
@@ -190,6 +198,9 @@ class _Scores:
         self.conversations: Conversations = conversations
         self._take(card, scores, queries, (token_scores, tokens, response_masks))
         self.replicates = _checked_replicates(replicates, self.values.shape)
+        self._errors: np.ndarray | None
+        self._freedom: float
+        self.__dict__ |= _noise_of(self.replicates)
 
     def _take(self, card: QueryCard, scores, queries: list[str] | None, tokens: tuple[Any, Any, Any]) -> None:
         "Check the numbers, and compute what depends on all of them."
@@ -348,6 +359,7 @@ class _Parts(_Scale):
         return self._with(
             conversations=self.conversations.select(order),
             replicates=None if self.replicates is None else self.replicates[order],
+            _errors=None if self._errors is None else self._errors[order],
             _null_spreads=None if self._null_spreads is None else self._null_spreads[order],
             **{name: getattr(self, name)[order] for name in columns},
             **{name: getattr(self, name) and [getattr(self, name)[i] for i in order] for name in lists})
@@ -462,6 +474,7 @@ class _Numbers:
     scales: np.ndarray # [N], what a raw score away from the centre is multiplied by to give the number
     unit: str          # What follows the number, such as "× null"; empty for "none"
     words: str         # What one of it is, in a sentence; empty for "none"
+    halves: np.ndarray # [N], half of its 95 % interval, in the same unit; NaN without replicates
 
     @property
     def heading(self) -> str:
@@ -471,7 +484,7 @@ class _Numbers:
     @property
     def width(self) -> int:
         "Of such a column."
-        return max(8, len(self.heading))
+        return max(8 if np.isnan(self.halves).all() else 16, len(self.heading))
 
 # %% ../../nbs/30_results/02_attribution.ipynb #measure-text
 class Leading(_Numbers):
@@ -479,10 +492,12 @@ class Leading(_Numbers):
     def number(
         self,
         position: int, # Which example
-    ) -> str:          # Such as "+4.20"; empty where there is none
+    ) -> str:          # Such as "+4.20", or "+4.20 ± 0.31"; empty where there is none
         "The number as text."
-        value = self.values[position]
-        return "" if np.isnan(value) else f"{value:+.3g}" if self.kind == "effect" else f"{value:+.2f}"
+        value, half = self.values[position], self.halves[position]
+        if np.isnan(value): return ""
+        form = ".3g" if self.kind == "effect" else ".2f"
+        return f"{value:+{form}}" + ("" if np.isnan(half) else f" ± {half:{form.replace('3', '2')}}")
 
     def text(
         self,
@@ -503,15 +518,20 @@ class _Led(_WithNull):
         centre = 0. if card.effect is not None else result.centre or 0.
         with np.errstate(divide="ignore", invalid="ignore"):
             values = (result.scores - centre) * scales
-        return Leading(kind, np.where(np.isfinite(values), values, np.nan), scales, unit, words)
+            halves = np.abs(scales) * result._half_widths(.95)
+        values, halves = (np.where(np.isfinite(one), one, np.nan) for one in (values, halves))
+        return Leading(kind, values, scales, unit, words, halves)
+
+    def _half_widths(self, level: float) -> np.ndarray:
+        "Half of each score's interval [N]; NaN without replicates."
+        from scipy.stats import t
+        if self._errors is None: return np.full(len(self), np.nan)
+        return t.ppf(.5 + level/2, self._freedom)*self._errors
 
     def _best_unit(self) -> tuple[str, np.ndarray, str, str]:
         "Kind, scales, unit and its words."
         card, each = self.card, np.ones(len(self))
-        if card.effect is not None:
-            return ("effect", -card.effect*each, card.unit or "of the query",
-                    f"The number is in the unit of {self.queries[0]!r}: leaving the example out should "
-                    "change it by as much, with the sign turned.")
+        if card.effect is not None: return _in_own_unit(card, each, self.queries[0])
         if self.null is not None and self._null_spreads is not None:
             with np.errstate(divide="ignore"):
                 scales = 1 / self._null_spreads[:, 0]
@@ -520,6 +540,17 @@ class _Led(_WithNull):
         if self.centre is None or not self.spread > 0: return "none", np.nan*each, "", ""
         return ("spread", each/self.spread, "spreads",
                 f"A spread is {self.spread:.3g}, the standard deviation of all {self.n_total:,} scores.")
+
+# %% ../../nbs/30_results/02_attribution.ipynb #own-unit
+def _in_own_unit(card: QueryCard, each: np.ndarray, name: str) -> tuple[str, np.ndarray, str, str]:
+    "Kind, scales, unit and its words of scores with a unit; `each` is one for every example."
+    unit, effect = card.unit or "of the query", card.effect or 0.
+    follows = ("leaving the example out should change it by as much, with the sign turned: to first order, "
+               "not calibrated by retrainings.")
+    if card.gap is None:
+        return "effect", -effect*each, unit, f"The number is in the unit of {name!r}: {follows}"
+    return ("effect", -100*effect/card.gap*each, "% of the gap",
+            f"The gap is the difference between the two sides of {name!r}, {card.gap:.3g} {unit}: {follows}")
 
 # %% ../../nbs/30_results/02_attribution.ipynb #004d
 def sentence(
@@ -552,6 +583,16 @@ class _Sized(_Words):
     ) -> str:          # Such as "+4.20 × null"; empty for scores without a sign
         "How far the score lies from the centre, in the unit of `leading`."
         return self.leading.text(position)
+
+    def raw_words(
+        self,
+        position: int, # Which example
+    ) -> str:          # Such as "score +0.012", with the effect in its own unit where a share of a gap leads
+        "The number behind the one that leads, for whoever points at it. For one query."
+        card, score = self.card, self.query().scores[position]
+        told = f"score {score:.6g}"
+        return told if card.effect is None or card.gap is None else \
+            f"{told}, {-card.effect*score:+.4g} {card.unit or 'of the query'}"
 
 # %% ../../nbs/30_results/02_attribution.ipynb #rows-shown
 class _ShownRows(_Sized):
@@ -749,12 +790,16 @@ class Prediction:
     high: float | None = None
     level: float = .95        # How often such an interval holds what it is for
     basis: str = "first order, not calibrated by retrainings" # Where change and interval come from
+    caveat: str = ""          # What the sum does not see in this set, in a sentence
+    gap: float | None = None  # Difference between the two sides of the behaviour, in `unit`, where known
 
     def __str__(self) -> str:
         known = self.low is not None and self.high is not None
         between = f", between {self.low:+.3g} and {self.high:+.3g} with {self.level:.0%}" if known else ""
-        return (f"training without {self.n} of {self.of} examples should change {self.behaviour!r} by "
-                f"{self.change:+.3g} {self.unit}{between} ({self.basis})")
+        share = "" if self.gap is None else f", {self.change/self.gap:+.1%} of the gap"
+        told = (f"training without {self.n} of {self.of} examples should change {self.behaviour!r} by "
+                f"{self.change:+.3g} {self.unit}{share}{between} ({self.basis})")
+        return f"{told}. {self.caveat}" if self.caveat else told
 
 # %% ../../nbs/30_results/02_attribution.ipynb #effects
 class _Effects(_Correlated):
@@ -780,17 +825,16 @@ class _Uncertain(_Effects):
     @property
     def standard_errors(self) -> np.ndarray: # [N]
         "Standard error of each score over the replicates. Raises `AttributionError` without any."
-        variances_N, _ = moderated_variances(self._replicated())
-        return (variances_N/self._replicated().shape[1])**.5
+        self._replicated()
+        return np.asarray(self._errors)
 
     def intervals(
         self,
         level: float = .95, # How often an interval holds the mean over very many replicates
     ) -> tuple[np.ndarray, np.ndarray]: # Lower and upper ends [N], in units of the score
         "An interval around every score. Raises `AttributionError` without replicates."
-        from scipy.stats import t
-        _, freedom = moderated_variances(self._replicated())
-        half_N = t.ppf(.5 + level/2, freedom)*self.standard_errors
+        self._replicated()
+        half_N = self._half_widths(level)
         return self.scores - half_N, self.scores + half_N
 
 # %% ../../nbs/30_results/02_attribution.ipynb #sum-interval
@@ -826,6 +870,32 @@ class _Chanced(_Uncertain):
         rows = order[:passed[-1] + 1] if len(passed) else order[:0]
         return result.select(rows[np.argsort(-result.scores[rows], kind="stable")])
 
+# %% ../../nbs/30_results/02_attribution.ipynb #counted
+class _Counted(_Chanced):
+    "A result that says where its ranking ends."
+    @property
+    def chance_words(self) -> str:
+        "How many examples stand out, and what follows for leaving out; empty where nothing is known."
+        if len(self.queries) > 1 or len(self) < self.n_total: return ""
+        if self.null is not None: return _above_words(len(self.above_chance()), len(self), str(self.null))
+        if self.replicates is None or self.centre is None: return ""
+        low_N, high_N = self.intervals()
+        above, below = int((low_N > self.centre).sum()), int((high_N < self.centre).sum())
+        return (f"With 95 % each, {above:,} of {len(self):,} examples lie above the centre and {below:,} "
+                f"below it over {self.replicates.shape[1]} replicates; the rest could lie on either side.")
+
+    def __repr__(self) -> str:
+        return "\n".join(filter(None, (super().__repr__(), self.chance_words)))
+
+# %% ../../nbs/30_results/02_attribution.ipynb #above-words
+def _above_words(count: int, n: int, null: str) -> str:
+    "A count of examples above chance, in a sentence or two."
+    if not count:
+        return (f"No single example of {n:,} is above what {null} explain with 95 %; whether the highest "
+                "count together, a retraining can say.")
+    return (f"{count:,} of {n:,} examples are above what {null} explain (95 %: of those named, one in twenty "
+            f"is there by luck). Leaving out more than {count:,} by this ranking alone has no support.")
+
 # %% ../../nbs/30_results/02_attribution.ipynb #rows-named
 def _rows_named(result: "_Effects", rows: Any) -> np.ndarray:
     "Positions of examples given as positions or as ids, each once."
@@ -840,8 +910,30 @@ def _rows_named(result: "_Effects", rows: Any) -> np.ndarray:
                                f"{strange[0]!r}")
     return np.unique(np.array(named, int))
 
+# %% ../../nbs/30_results/02_attribution.ipynb #twins
+_MOST_SEARCHED = 20_000
+
+@lru_cache(maxsize=4)
+def _families(texts: tuple[str, ...]) -> np.ndarray:
+    "Numbers of near-duplicates [N]."
+    from concept_tda.results.duplicates import near_duplicates
+    return near_duplicates(list(texts))
+
+def _twin_words(conversations: Conversations, rows: np.ndarray) -> str:
+    "What near-duplicates do to the sum of a set, in a sentence; empty where it has none."
+    n = len(conversations)
+    if n > _MOST_SEARCHED:
+        return f"Near-duplicates were not looked for among {n:,} examples (near_duplicates finds them)."
+    families_N = _families(tuple(one.text for one in conversations))
+    sizes_N, here_N = np.bincount(families_N, minlength=n), np.bincount(families_N[rows], minlength=n)
+    twins = int((sizes_N[families_N[rows]] > 1).sum())
+    if not twins: return ""
+    stay = int((sizes_N - here_N)[families_N[rows]].astype(bool).sum())
+    return (f"{twins} of the {len(rows)} have near-duplicates, {stay} of them one that stays: a sum takes "
+            "each example as if the others stayed, so families that go together do more than it says.")
+
 # %% ../../nbs/30_results/02_attribution.ipynb #predicted
-class _Predicted(_Chanced):
+class _Predicted(_Counted):
     "Sums of effects."
     def predict(
         self,
@@ -855,10 +947,13 @@ class _Predicted(_Chanced):
         result = self.query(query).whole("predict by")
         share = isinstance(drop, float)
         rows = cut_rows(result.scores, fraction=drop) if share else _rows_named(result, drop)
-        if calibration is not None: return calibration.predict(result, rows, level=level)
+        if calibration is not None:
+            told = calibration.predict(result, rows, level=level)
+            return replace(told, caveat=_twin_words(result.conversations, rows))
         change, unit = float(result.effects[rows].sum()), self.card.unit or "of the query"
         low, high = _sum_interval(result, rows, level)
-        return Prediction(result.queries[0], change, unit, len(rows), len(result), low, high, level)
+        return Prediction(result.queries[0], change, unit, len(rows), len(result), low, high, level,
+                          caveat=_twin_words(result.conversations, rows), gap=self.card.gap)
 
 # %% ../../nbs/30_results/02_attribution.ipynb #mask-cut
 def _token_weights(
@@ -1219,6 +1314,7 @@ def load_attribution(
     table, header = _checked_file(Path(path))
     column, card = table.to_pydict(), QueryCard.from_dict(header["card"])
     values = np.array(column["scores"], dtype=np.float64)
+    replicates = np.array(column["replicates"], float) if "replicates" in column else None
     values.flags.writeable = False
     result = object.__new__(Attribution)
     result.__dict__ = dict(
@@ -1227,7 +1323,7 @@ def load_attribution(
         tokenizer=header.get("tokenizer"), n_total=header["n_total"],
         _ranks=np.array(column["ranks"], dtype=np.int64),
         _percentiles=np.array(column["percentiles"], dtype=np.float64),
-        replicates=np.array(column["replicates"], float) if "replicates" in column else None,
+        replicates=replicates, **_noise_of(replicates),
         **_token_fields(column, len(header["queries"])), **_scale_fields(header, card, values),
         **_null_fields(column, header))
     return result

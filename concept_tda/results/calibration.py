@@ -111,5 +111,5 @@ def ensemble(
     scale = [one.scores.std() if standardise else 1. for one in aligned]
     replicates_NR = np.stack([one.scores/size for one, size in zip(aligned, scale)], axis=1)
     notes = [*first.card.notes, f"mean of {len(aligned)} results, which are its replicates"]
-    card = replace(first.card, notes=notes, **(dict(effect=None, unit=None) if standardise else {}))
+    card = replace(first.card, notes=notes, **(dict(effect=None, unit=None, gap=None) if standardise else {}))
     return Attribution(first.conversations, replicates_NR.mean(1), card, replicates=replicates_NR)

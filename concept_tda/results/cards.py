@@ -106,6 +106,7 @@ class _Fields:
     mean: list[float] | None = None      # Mean score of each query over all examples, for projections
     effect: float | None = None          # Times a score: change of the query if the example is left out
     unit: str | None = None              # Of the query, and so of that change
+    gap: float | None = None             # Between the two sides of the behaviour, in that unit, where known
     sign: str | None = None              # What a positive score means, where the method has words of its own
     settings: dict = field(default_factory=dict)    # Everything else that was chosen
     notes: list[str] = field(default_factory=list)  # Whatever was cut, skipped or approximated

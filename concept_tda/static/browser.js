@@ -56,6 +56,8 @@ class ExampleView {
   /** @type {HTMLElement} */
   sign;
   /** @type {HTMLElement} */
+  countNote;
+  /** @type {HTMLElement} */
   readingNote;
   /** @type {HTMLSelectElement} */
   methodPick;
@@ -217,6 +219,8 @@ class ExampleView {
           : [];
     this.title.textContent = `${method.name}: ${table.behaviour}`;
     const whose = select.method !== 0 && table.has_labels ? `By ${table.methods[0].name}: ` : "";
+    this.countNote.textContent = method.counted;
+    this.countNote.hidden = !method.counted;
     this.readingNote.textContent = whose + table.reading; // how well the first method finds the labels
     this.root.setAttribute("aria-label", `Example browser: ${this.title.textContent}`);
     const sink = select.method === 0 && table.sink_words ? `${table.sink_words} ` : "";
@@ -246,17 +250,39 @@ class ExampleView {
     return Number.isNaN(value) ? "" : `${signed(value, 3)} ${this.table.methods[method].unit}`;
   }
   /**
-   * The raw score, for titles.
+   * The raw score, for titles; with the effect in its own unit where a share of a gap leads.
    * @param {number} place
    */
   raw(place, method = this.select.method) {
-    return `score ${signed(this.source.column(`score${method}`)[place], 6)}`;
+    const score = this.source.column(`score${method}`)[place],
+      {raw} = this.table.methods[method];
+    return `score ${signed(score, 6)}${raw ? `, ${signed(raw[0] * score)} ${raw[1]}` : ""}`;
+  }
+  /**
+   * The interval of a score as a whisker, on one axis for all examples with the centre in its middle.
+   * @param {number} place
+   */
+  whisker(place, method = this.select.method) {
+    const {reach, unit} = this.table.methods[method];
+    if (reach === null) return null;
+    const value = this.source.column(`leading${method}`)[place],
+      half = this.source.column(`half${method}`)[place],
+      at = (/** @type {number} */ x) => 50 + (50 * x) / reach;
+    if (Number.isNaN(value) || Number.isNaN(half)) return null;
+    const words = `95 % interval ${signed(value - half, 3)} to ${signed(value + half, 3)} ${unit}`,
+      range = el("span", {class: "range"}),
+      dot = el("span", {class: "dot"});
+    range.style.left = `${at(value - half)}%`;
+    range.style.width = `${at(value + half) - at(value - half)}%`;
+    dot.style.left = `${at(value)}%`;
+    return el("span", {class: "whisker", role: "img", "aria-label": words, title: words}, range, dot);
   }
 
   buildHead() {
     const {table} = this;
     this.title = el("bdi", {}, table.title);
     this.sign = el("p", {class: "sign"});
+    this.countNote = el("p", {class: "count-note"});
     this.readingNote = el("p", {class: "reading-note"}, table.reading);
     return el(
       "header",
@@ -264,6 +290,7 @@ class ExampleView {
       el("h3", {}, this.title),
       el("p", {class: "quiet"}, el("bdi", {}, table.subtitle)),
       this.sign,
+      this.countNote,
       this.readingNote,
       el("details", {}, el("summary", {}, "Query card: what was computed"), facts(table.card)),
     );
@@ -878,6 +905,7 @@ class ExampleView {
         percent(column(`percentile${select.method}`)[place]),
       ),
       el("span", {class: "quiet distance", title: this.raw(place)}, this.distance(place)),
+      this.whisker(place),
       el("span", {class: "quiet"}, `#${whole(column(`rank${select.method}`)[place])}`),
       tag,
       labelled,
@@ -1187,7 +1215,12 @@ class ExampleView {
               {class: number === this.select.method ? "here" : ""},
               el("th", {scope: "row"}, el("bdi", {}, method.name)),
               this.strip(column(`percentile${number}`)[place], this.raw(place, number)),
-              el("td", {title: this.raw(place, number)}, this.distance(place, number) || "–"),
+              el(
+                "td",
+                {title: this.raw(place, number)},
+                this.distance(place, number) || "–",
+                this.whisker(place, number),
+              ),
               el("td", {}, `${whole(column(`rank${number}`)[place])} of ${whole(table.n_total)}`),
             ),
           ),

@@ -24,6 +24,7 @@ const ROW = 74,
 const KINDS = {
   score: Float64Array,
   leading: Float64Array,
+  half: Float64Array,
   move: Float64Array,
   percentile: Float32Array,
   similar: Float32Array,

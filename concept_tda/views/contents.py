@@ -25,7 +25,7 @@ from ..data.documents import Window
 from ..foundation.display import visible_text
 from ..foundation.errors import ConceptTDAError
 from ..groups.reading import ReadingError, WordCounts, count_words, words_of_ends
-from ..results.attribution import Attribution, question_text
+from ..results.attribution import Attribution, Leading, question_text
 from ..results.comparison import Comparison, results_by_name
 from ..results.metrics import detection_metrics, spearman
 from .html import ScoreParts, colour_scale, score_parts
@@ -245,6 +245,18 @@ def _null_facts(result: Attribution) -> dict | None:
     steps = [float(f"{value:.6g}") for value in result.null.quantiles[0]]
     return dict(words=visible_text(str(result.null)), quantiles=steps)
 
+# %% ../../nbs/90_views/01_contents.ipynb #reach
+def _reach(leading: Leading) -> float | None:
+    "How far the intervals go from the centre; None without any."
+    ends = np.abs(leading.values) + leading.halves
+    return None if np.isnan(ends).all() or not np.nanmax(ends) > 0 else float(np.nanmax(ends))
+
+def _raw_unit(result: Attribution) -> list | None:
+    "Times a score: the effect in its own unit, and that unit, where a share of the gap leads."
+    card = result.card
+    if card.effect is None or card.gap is None: return None
+    return [-card.effect, visible_text(card.unit or "of the query")]
+
 # %% ../../nbs/90_views/01_contents.ipynb #0017-reading
 def _method_facts(name: str, result: Attribution, lengths: np.ndarray) -> dict:
     "What the browser says of a method."
@@ -253,6 +265,7 @@ def _method_facts(name: str, result: Attribution, lengths: np.ndarray) -> dict:
                 reading=visible_text(f"{result.reading} {result.unit_words}".strip()), zero=result.card.zero,
                 centre=result.centre, spread=result.spread if result.spread > 0 else None,
                 unit=visible_text(leading.unit), kind=leading.kind, null=_null_facts(result),
+                reach=_reach(leading), raw=_raw_unit(result), counted=visible_text(result.chance_words),
                 length_spearman=None if np.isnan(with_length) else with_length)
 
 # %% ../../nbs/90_views/01_contents.ipynb #0017
@@ -303,6 +316,8 @@ def browser_columns(
         columns[f"rank{number}"] = one.ranks.astype(np.int32)
         columns[f"percentile{number}"] = one.percentiles.astype(np.float32)
         columns[f"leading{number}"] = one.leading.values
+        if one.replicates is not None:
+            columns[f"half{number}"] = one.leading.halves
     columns |= {f"facet{number}": codes for number, (_, _, codes) in enumerate(contents.facets)}
     return columns
 

@@ -372,7 +372,7 @@ def facts_html(
 # %% ../../nbs/90_views/00_html.ipynb #numbers-html
 def _numbers_html(result: Attribution, position: int) -> str:
     "Percentile, distance and rank of an example; the raw score in the titles."
-    raw = f"score {result.scores[position]:.6g}"
+    raw = safe_text(result.raw_words(position))
     beats = f"higher than {percent_text(result.percentiles[position])}"
     distance = result.distance_words(position)
     more = f"<span title='{raw}; {safe_text(result.unit_words)}'>{distance}</span>" if distance \
@@ -526,7 +526,8 @@ def attribution_html(
                 f"choose one with <code>.query(name)</code>: {names}</p>")
     if result.in_file_order:
         card += result_histogram(result)
-    card += f"<div class='quiet'>{safe_text(f'{result.reading} {result.unit_words}'.strip())}</div>"
+    words = " ".join(filter(None, (result.reading, result.unit_words, result.chance_words)))
+    card += f"<div class='quiet'>{safe_text(words)}</div>"
     ends = _ends(result, n)
     scale = colour_scale([s for end in ends.values() for s in end.token_scores or []], result.card.zero)
     parts = "".join(f"<h4>{title}</h4>{examples_html(end, scale=scale)}" for title, end in ends.items())

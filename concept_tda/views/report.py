@@ -308,7 +308,8 @@ def _how_sure(name: str, comparison: Comparison, labels: np.ndarray | None) -> l
     if labels is not None and "AUROC" in comparison.table:
         found = (f"It puts a labelled example above another one with probability "
                  f"{float(comparison.table.loc[name, 'AUROC']):.2f} (AUROC; guessing gives 0.50).")
-    return [found, _beside_baselines(name, comparison, labels),
+    counted = comparison.attributions[name].chance_words
+    return [found, *([counted] if counted else []), _beside_baselines(name, comparison, labels),
             "A score estimates what training would do. The test is to train again without the highest "
             "examples, and without as many random ones."]
 

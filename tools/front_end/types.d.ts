@@ -63,6 +63,9 @@ interface Method {
   unit: string; // of the number that leads; empty where there is none
   kind: string; // "effect", "null", "spread" or "none"
   null: Chance | null;
+  reach: number | null; // how far the intervals go from the centre, in `unit`; null without intervals
+  raw: [number, string] | null; // what a score is multiplied by to be an effect in this unit, where a share leads
+  counted: string; // how many examples stand out; empty where that is not known
   length_spearman: number | null;
 }
 
