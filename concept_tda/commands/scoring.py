@@ -55,7 +55,8 @@ def _all_scores(asked: Asked, read: Read, at: Opened, scorers: list) -> "dict[st
         return score_together(scorers, at.train, lm=at.lm, tokens=asked.tokens,
                               token_budget=asked.token_budget, null=asked.null, seed=asked.seed)
     from concept_tda.influence.pairs import score_preferences
-    options: dict[str, Any] = dict(max_tokens=asked.max_tokens, token_budget=asked.token_budget, lm=at.lm)
+    options: dict[str, Any] = dict(max_tokens=asked.max_tokens, token_budget=asked.token_budget, lm=at.lm,
+                                   null=asked.null, seed=asked.seed)
     return {str(scorer.method): score_preferences(scorer, read.pairs, **options) for scorer in scorers}
 
 # %% ../../nbs/95_commands/04_scoring.ipynb #9407

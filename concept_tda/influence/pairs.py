@@ -115,6 +115,8 @@ def score_preferences(
     token_budget: int = 1024, # Tokens in a batch
     progress: bool = True,    # Show a progress bar
     lm: LanguageModel | None = None, # Counts the tokens, needed only if the scorer has no model
+    null: int = 0,            # Draws of the null, such as 100; see `score_together`
+    seed: int = 0,            # Of the null
 ) -> PairAttribution:
     """Score every pair as score(chosen) - score(rejected). For gradient methods that is the derivative along
     the difference of the two SFT losses (Formulas §12). Raises `ScorerError`."""
@@ -124,10 +126,14 @@ def score_preferences(
     if not isinstance(pairs, Preferences):
         raise ScorerError(f"pairs are Preferences, not a {type(pairs).__name__}: use load_preferences")
     both = Conversations([*pairs.chosen, *pairs.rejected], pairs.name)
-    options: dict[str, Any] = dict(max_tokens=max_tokens, token_budget=token_budget, progress=progress)
+    options: dict[str, Any] = dict(max_tokens=max_tokens, token_budget=token_budget, progress=progress,
+                                   null=null, seed=seed)
     result = score_together([scorer], both, lm=lm, **options)[scorer.method]
     chosen, rejected = np.split(result.scores, 2)
-    return PairAttribution(pairs, chosen - rejected, _pair_card(result.card, pairs))
+    found = PairAttribution(pairs, chosen - rejected, _pair_card(result.card, pairs))
+    if result.null is None or result.draws is None: return found
+    chosen_NK, rejected_NK = np.split(result.draws, 2)
+    return found.with_null(chosen_NK - rejected_NK, of=result.null.of, seed=seed)
 
 # %% ../../nbs/50_influence/11_pairs.ipynb #pairs-load
 def is_of_pairs(
@@ -156,4 +162,5 @@ def load_pair_attribution(
         raise ScorerError(f"{path} holds scores of single answers ({result.label}), not of preference pairs: "
                           "open it with load_attribution, or score pairs with score_preferences")
     whole = result.whole("open the pairs of")
-    return PairAttribution(_reopened(whole, path), whole.scores, whole.card)
+    found = PairAttribution(_reopened(whole, path), whole.scores, whole.card)
+    return found._with(null=whole.null, _null_spreads=whole._null_spreads)

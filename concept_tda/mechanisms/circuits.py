@@ -517,6 +517,13 @@ class UnitInfluence(Influence):
             self.curvature = self.curvature.of_sums()
         return _SummedLosses(super().prepare(data))
 
+    def null(self, data: TokenizedConversations, draws: int, seed: int) -> Any:
+        "As for every influence, over the same losses."
+        found: Any = super().null(data, draws, seed)
+        if found is not None and found.readout is not None and self.reduction == "sum":
+            found.readout = _SummedLosses(found.readout)
+        return found
+
     def describe(self) -> dict[str, Any]:
         "As for every influence; the units by name."
         names = [site.name for site in self.sites]
