@@ -24,7 +24,7 @@ from concept_tda.influence.preconditioners import ConjugateGradient, DataInf, Lo
 from concept_tda.influence.scorers import Scorer
 from concept_tda.model.finetuning import training_checkpoints, training_record
 from concept_tda.model.loading import load_model
-from concept_tda.results.attribution import load_attribution
+from concept_tda.results.attribution import Attribution, load_attribution
 from concept_tda.results.comparison import compare
 from concept_tda.views.review import Review
 
@@ -503,6 +503,19 @@ def test_show_json_holds_card_and_both_ends(here):
     highest = found["queries"][0]["highest"]
     assert [row["row"] for row in highest] == result.top(3).rows.tolist()
     assert highest[0]["question"] == result.top(1).questions[0]
+    assert list(highest[0])[:5] == ["row", "rank", "percentile", "distance", "raw_score"]
+    assert highest[0]["percentile"] == result.top(1).percentiles[0]
+    assert highest[0]["raw_score"] == result.top(1).scores[0] and highest[0]["distance"] is None
+    assert found["queries"][0]["unit_of_distance"] is None and "order" in found["queries"][0]["reading"]
+    result.card.zero = "gradient"
+    draws = np.random.default_rng(0).normal(size=(len(result), 50))
+    drawn = Attribution(result.conversations, result.scores - 20, result.card).with_null(draws)
+    drawn.save("drawn.parquet")
+    (shown,) = json.loads(ok("show drawn.parquet -n 3 --json").stdout)
+    (query,) = shown["queries"]
+    assert query["unit_of_distance"] == "× null" and query["null"] == "50 random directions"
+    for end, rows in ((drawn.top(3), query["highest"]), (drawn.bottom(3), query["lowest"])):
+        assert [row["distance"] for row in rows] == end.times_null.tolist()
     assert found["card"]["command"]["line"] == "concept-tda score model train.jsonl --methods length"
     assert "exists already" in refused(1, "show scores.parquet --card train.jsonl")
     ok("score model train.jsonl --methods loss,length --out several")

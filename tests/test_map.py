@@ -275,9 +275,35 @@ def test_the_point_under_the_pointer_shows_question_and_answer(live):
         == said.response.strip()
     )
     told = view.value("document.querySelector('.told-line').textContent")
-    assert told.startswith(f"row {row} · score") and f"kind: kind {row % 3}" in told
+    result = view.widget.result
+    higher = np.floor(10 * result.percentiles[row]) / 10
+    distance = f"{result.leading.values[row]:+.3g}".replace("-", "−")
+    assert told.startswith(f"row {row} · higher than {higher:.1f} % · {distance} spreads (rank")
+    assert f"kind: kind {row % 3}" in told and " · raw score " in told
     press_at(view.page, *spots[row])
     view.wait(f"document.querySelector('.map-reading').textContent.includes('id {said.id}')")
+
+
+@needs_browser
+def test_the_map_leads_with_multiples_of_the_null_and_labels_the_raw_number(live):
+    result = several()[0]
+    draws = np.random.default_rng(1).normal(size=(N, 50)) * np.linspace(0.2, 3, N)[:, None]
+    view = live(ExampleBrowser(result.with_null(draws), by="grace"))
+    result = view.widget.result
+    view.widget.select([0, 1, 2])
+    view.share()
+    view.settle()
+    mean = np.floor(10 * np.mean(result.percentiles[:3].astype(np.float32))) / 10
+    assert f"3 of {N} selected; on average higher than {mean:.1f} %" in status(view)
+    lines = view.value("[...document.querySelectorAll('.picked .one')].map(one => one.textContent)")
+    for line, row in zip(lines, sorted(range(3), key=lambda row: -result.scores[row])):
+        times = f"{result.times_null[row]:+.3g}".replace("-", "−")
+        assert (
+            f"{times} × null row {row}" in line
+            and f"{np.floor(10 * result.percentiles[row]) / 10:.1f} %" in line
+        )
+    titles = view.value("[...document.querySelectorAll('.picked .one b')].map(one => one.title)")
+    assert all(title.startswith("raw score ") for title in titles)
 
 
 # deciding -----------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from concept_tda.concepts.concept import LayerSweep, tensor_concept
 from concept_tda.data.conversations import Conversation, Conversations, load_conversations
 from concept_tda.influence.atlas import AtlasError, build_atlas
 from concept_tda.influence.scorers import ConceptInfluence
+from concept_tda.model.tracing import pooled_activations
+from concept_tda.results.metrics import score_percentiles
 from concept_tda.views.contents import WidgetError, front_end
 from concept_tda.views.explorer import ConceptExplorer
 from concept_tda.views.mixer import ConceptMixer, mixed_concept
@@ -137,11 +139,40 @@ def test_a_slider_ranks_at_once_and_tells_python(chromium, tmp_path, mixer):
     top = int(np.argmax(mixer.scores))
     line = view.value("document.querySelector('.neighbour summary').textContent")
     assert mixer.conversations[top].response in line
+    shown = mixer.scores[top] / mixer.scores.std()
+    assert f"{shown:+.3g} spreads" in line and line.startswith("97.9 %")  # above 23 of 24, itself by half
     view.page.click(".neighbour summary")
     view.wait("document.querySelector('.neighbour .turn.answer')")
     assert TRAIN[top]["prompt"] in view.value("document.querySelector('.neighbour .turn').textContent")
     assert view.page.errors == []
     view.page.close()
+
+
+@needs_browser
+def test_one_null_serves_every_mixture(chromium, tmp_path, lm, atlas, train, answers, concepts):
+    acts = pooled_activations(lm, train, 2, "response_mean", progress=False)[2]
+    mixer = ConceptMixer(atlas, concepts, activations=acts)
+    assert mixer.page().save(tmp_path / "mixer.html")
+    for weights in ([1.0, 0.0, 0.0], [0.6, -0.3, 0.4]):
+        mixer.weights = weights
+        scorer = ConceptInfluence(lm, mixer.concept, answers, curvature="identity")
+        expected = scorer.score(train, null=100, progress=False)
+        assert np.allclose(mixer.scores / mixer.null_spreads, expected.times_null, rtol=1e-3)
+    path = mixer.page().save(tmp_path / "mixer.html")
+    page = chromium.open(path.as_uri())
+    page.wait("document.querySelector('.two .neighbour')")
+    order, higher = np.argsort(-mixer.scores, kind="stable"), score_percentiles(mixer.scores[:, None])[:, 0]
+    lines = page.value(
+        "[...document.querySelectorAll('.two .neighbour summary')].map(one => one.textContent)"
+    )
+    for line, row in zip(lines, [*order[:8], *order[::-1][:8]]):
+        times = f"{mixer.scores[row] / mixer.null_spreads[row]:+.3g}".replace("-", "−")
+        assert line.startswith(f"{np.floor(10 * higher[row]) / 10:.1f} % {times} × null · row {row} ")
+    titles = page.value("[...document.querySelectorAll('.two .neighbour b')].map(one => one.title)")
+    assert all(title.startswith("raw score ") for title in titles)
+    page.close()
+    with pytest.raises(WidgetError, match=r"the null needs \[M, \d+\]"):
+        ConceptMixer(atlas, concepts, activations=acts[:, :3])
 
 
 @needs_browser

@@ -34,12 +34,17 @@ def _as_json(result: "Attribution", n: int) -> dict[str, Any]:
     "A result for a script: the card, and both ends of each query."
     def rows(end: "Attribution") -> list[dict[str, Any]]:
         answers = [conversation.response for conversation in end.conversations]
-        columns = dict(row=end.rows, rank=end.ranks, score=end.scores, percentile=end.percentiles)
+        columns = dict(row=end.rows, rank=end.ranks, percentile=end.percentiles, distance=end.leading.values,
+                       raw_score=end.scores)
         lists = [*(column.tolist() for column in columns.values()), end.ids, end.questions, answers]
         return [dict(zip((*columns, "id", "question", "response"), one)) for one in zip(*lists)]
 
-    queries = [dict(query=name, highest=rows(result.top(n, query=name)),
-                    lowest=rows(result.bottom(n, query=name))) for name in result.queries]
+    queries = []
+    for name in result.queries:
+        one = result.query(name)
+        queries.append(dict(query=name, reading=one.reading, unit_of_distance=one.leading.unit or None,
+                            null=None if one.null is None else str(one.null), highest=rows(one.top(n)),
+                            lowest=rows(one.bottom(n))))
     return dict(card=result.card.to_dict(), n=len(result), queries=queries)
 
 # %% ../../nbs/95_commands/06_reading.ipynb #9608

@@ -258,7 +258,7 @@ class MapView {
         "p",
         {class: "quiet"},
         el("bdi", {}, name),
-        `: ${signed(centre - limit, 3)} or less `,
+        `, raw score: ${signed(centre - limit, 3)} or less `,
         bar,
         ` ${signed(centre + limit, 3)} or more; pale at ${from}. ${this.markWords}`,
       ),
@@ -321,13 +321,13 @@ class MapView {
   }
   drawSelection() {
     const {plot, chosen} = this,
-      scores = this.source.column("score0");
+      higher = this.source.column("percentile0");
     Object.assign(plot, {selected: this.selected, marks: this.marks});
     plot.drawSoon();
     const mean = (/** @type {ArrayLike<number>} */ values) =>
       Array.from(values).reduce((sum, value) => sum + value, 0) / values.length;
     this.status.textContent = chosen.length
-      ? `${whole(chosen.length)} of ${whole(this.table.n)} selected; mean score ${signed(mean(chosen.map(place => scores[place])), 3)}, of all ${signed(mean(scores), 3)}`
+      ? `${whole(chosen.length)} of ${whole(this.table.n)} selected; on average higher than ${percent(mean(chosen.map(place => higher[place])))} of the file`
       : `${counted(this.table.n, "example")}; drag over the map to select`;
     this.idBox.value = chosen.map(place => this.table.ids[place]).join("\n");
     this.copied.textContent = "";
@@ -358,15 +358,15 @@ class MapView {
     const asked = places.join();
     this.listed = asked;
     if (!places.length) return this.list.replaceChildren();
-    const scores = this.source.column("score0"),
+    const higher = this.source.column("percentile0"),
       rows = this.source.column("row");
     const words = places.map(() => el("span", {class: "words", dir: "auto"}));
     const lines = places.map((place, at) =>
       el(
         "button",
         {type: "button", class: "one", onclick: () => this.plot.moveTo(place)},
-        el("b", {}, signed(scores[place], 3)),
-        el("span", {class: "quiet"}, ` row ${whole(rows[place])} `),
+        el("b", {title: this.raw(place)}, percent(higher[place])),
+        el("span", {class: "quiet"}, ` ${this.distance(place)} row ${whole(rows[place])} `),
         words[at],
       ),
     );
@@ -461,8 +461,21 @@ class MapView {
         const name = colour.values[column(colour.column)[place]];
         return name === undefined ? "" : ` · ${colour.name}: ${name}`;
       });
-    const rank = `rank ${whole(column("rank0")[place])} of ${whole(this.table.n_total)}`;
-    return `row ${whole(column("row")[place])} · score ${signed(column("score0")[place])} (${rank})${classes.join("")}${mark}`;
+    const rank = `rank ${whole(column("rank0")[place])} of ${whole(this.table.n_total)}`,
+      place_words = [`higher than ${percent(column("percentile0")[place])}`, this.distance(place)];
+    return `row ${whole(column("row")[place])} · ${place_words.filter(Boolean).join(" · ")} (${rank})${classes.join("")}${mark} · ${this.raw(place)}`;
+  }
+  /**
+   * The number that leads, with its unit; empty for scores that are only an order.
+   * @param {number} place
+   */
+  distance(place) {
+    const value = this.source.column("leading0")[place];
+    return Number.isNaN(value) ? "" : `${signed(value, 3)} ${this.table.unit}`;
+  }
+  /** @param {number} place */
+  raw(place) {
+    return `raw score ${signed(this.source.column("score0")[place])}`;
   }
   /** @param {number} place */
   tell(place) {

@@ -38,10 +38,27 @@ function mixedScores(weights, gram, columns) {
   return scores;
 }
 
+/**
+ * Share of the examples that score lower, in percent, ties counted half.
+ * @param {Float64Array} scores
+ * @param {number[]} order places, the highest first
+ */
+function percentilesOf(scores, order) {
+  const found = new Float64Array(scores.length);
+  for (let from = 0; from < order.length; ) {
+    let to = from + 1;
+    while (to < order.length && scores[order[to]] === scores[order[from]]) to += 1;
+    const lower = order.length - to + (to - from) / 2;
+    for (; from < to; from++) found[order[from]] = (100 * lower) / order.length;
+  }
+  return found;
+}
+
 class MixerView {
   /** @type {Map<number, Snippet>} */
   snippets = new Map();
   drawn = 0;
+  higher = new Float64Array();
 
   /**
    * @param {HTMLElement} root
@@ -163,7 +180,22 @@ class MixerView {
     );
     const order = Array.from(scores.keys()).sort((a, b) => scores[b] - scores[a] || a - b);
     const n = Math.min(LISTED, Math.floor(order.length / 2));
+    this.higher = percentilesOf(scores, order);
     this.list(order.slice(0, n), order.slice(-n).reverse(), scores);
+  }
+  /**
+   * Distance from zero: in multiples of the example's own null where there is one, else in spreads of all scores.
+   * @param {Float64Array} scores
+   * @returns {(place: number) => string}
+   */
+  distances(scores) {
+    const nulls = this.table.unit === "× null" ? this.source.column("spread") : null,
+      mean = scores.reduce((sum, score) => sum + score, 0) / scores.length,
+      spread = Math.sqrt(scores.reduce((sum, score) => sum + (score - mean) ** 2, 0) / scores.length);
+    return place => {
+      const value = scores[place] / (nulls ? nulls[place] : spread);
+      return Number.isFinite(value) ? `${signed(value, 3)} ${this.table.unit}` : "";
+    };
   }
   /**
    * @param {number[]} highest
@@ -172,6 +204,7 @@ class MixerView {
    */
   async list(highest, lowest, scores) {
     const drawn = this.drawn,
+      distance = this.distances(scores),
       /** @type {Map<number, HTMLElement>} */
       words = new Map();
     const one = (/** @type {number} */ place) => {
@@ -184,8 +217,8 @@ class MixerView {
         el(
           "summary",
           {},
-          el("b", {}, signed(scores[place])),
-          ` row ${whole(this.source.column("row")[place])} `,
+          el("b", {title: `raw score ${signed(scores[place], 6)}`}, percent(this.higher[place])),
+          ` ${distance(place)} · row ${whole(this.source.column("row")[place])} `,
           text,
         ),
       );

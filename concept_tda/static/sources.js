@@ -9,6 +9,7 @@
 //   source.words(method)         promise of the words that tell a method's highest examples from its lowest
 //   source.marks(), .notes(), .undoable()   decisions: 0 none, 1 keep, 2 drop; notes by place; what undo takes back
 //   source.decide(…), .undo(), .export(path)   absent where nothing can be decided
+//   source.askWords(place, words)   absent where nobody can be asked which data made some words of an answer
 //   source.save(by), .ids(places)   in a page without a kernel: decisions as a file, ids to copy
 //   source.onChange(call), .onWaiting(call), .close()
 //
@@ -26,6 +27,7 @@ const KINDS = {
   leading: Float64Array,
   half: Float64Array,
   move: Float64Array,
+  spread: Float64Array,
   percentile: Float32Array,
   similar: Float32Array,
   rank: Int32Array,
@@ -138,6 +140,9 @@ function kernelSource(model) {
     decide: values => act("decide", values),
     undo: () => act("undo", {}),
     export: path => ask("export", {path}),
+    askWords: model.get("table").asks
+      ? async (place, words) => (await ask("ask", {place, words})).asked
+      : undefined,
     onChange: call => changed.add(call),
     onWaiting: call => waiting.add(call),
     close() {

@@ -150,7 +150,8 @@ def map_table(
     words = (f"{size} examples of {result.conversations.name}, near each other where their vectors are; the "
              f"two axes carry {carried.sum():.0%} of the spread")
     return dict(n=len(result), n_total=result.n_total, axes=axes, ids=result.ids, colours=contents.colours,
-                title=visible_text(f"{result.label}: {result.card.behaviour}"), subtitle=visible_text(words))
+                unit=visible_text(result.leading.unit), subtitle=visible_text(words),
+                title=visible_text(f"{result.label}: {result.card.behaviour}"))
 
 # %% ../../nbs/90_views/08_map.ipynb #table-2
 def map_columns(
@@ -160,7 +161,8 @@ def map_columns(
     known, places = browser_columns(contents.contents), contents.places
     span = float(np.ptp(places, axis=0).max())
     axes = {name: _between(values, span).astype(np.float32) for name, values in zip("xy", places.T)}
-    return axes | {name: known[name] for name in ("row", "score0", "rank0")} | contents.classes
+    shown = ("row", "score0", "rank0", "percentile0", "leading0")
+    return axes | {name: known[name] for name in shown} | contents.classes
 
 # %% ../../nbs/90_views/08_map.ipynb #traits
 MAP_SCRIPTS = ("map_plot.js", "map.js")

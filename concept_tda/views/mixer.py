@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import traitlets
 
-from ..concepts.concept import Concept, LayerSweep
+from ..concepts.concept import Concept, LayerSweep, random_directions
 from ..data.conversations import Conversations
 from ..foundation.display import one_line, visible_text
 from ..influence.atlas import InfluenceAtlas
@@ -112,6 +112,17 @@ class _Traits(AnsweringWidget):
         raise WidgetError(f"weights={weights}: give {len(names)} finite numbers, one for each of "
                           f"{', '.join(names)}")
 
+# %% ../../nbs/90_views/04_mixer.ipynb #mixer-null
+def _null_spreads(atlas: InfluenceAtlas, activations: Any, draws: int = 100) -> np.ndarray | None: # [N]
+    "How far random directions put each example from zero; None without activations to draw them from."
+    if activations is None: return None
+    acts_Md = torch.as_tensor(activations)
+    if acts_Md.ndim != 2 or acts_Md.shape[1] != atlas.width:
+        raise WidgetError(f"activations of shape {list(acts_Md.shape)}: the null needs [M, "
+                          f"{atlas.width}], as pooled_activations gives them at layer {atlas.layer}")
+    directions_Kd = random_directions(acts_Md, draws, seed=0)
+    return np.sqrt((atlas.score_many(directions_Kd)**2).mean(1))
+
 # %% ../../nbs/90_views/04_mixer.ipynb #made
 class _Mixed(_Traits):
     "A mixer with its atlas and concepts."
@@ -122,12 +133,13 @@ class _Mixed(_Traits):
         *,
         weights: Sequence[float] | None = None, # To begin with; by default all of the first
         data: Conversations | None = None, # Refuse an atlas of other examples than these
+        activations: Any = None, # [M, d] of the data at the atlas's layer: their covariance makes the null
     ):
         _checked_data(atlas, data)
         self.atlas, self.concepts = atlas, _at_layer(concepts, atlas)
         rows_Kd = _unit_rows(self.concepts)
         self.scores_NK = atlas.score_many(rows_Kd)
-        self.conversations = atlas.conversations
+        self.conversations, self.null_spreads = atlas.conversations, _null_spreads(atlas, activations)
         start = [1.] + [0.]*(len(rows_Kd) - 1) if weights is None else [float(one) for one in weights]
         columns = {name: values.tobytes() for name, values in self._columns().items()}
         super().__init__(table=self._table(rows_Kd @ rows_Kd.T, start), columns=columns, weights=start)
@@ -135,14 +147,16 @@ class _Mixed(_Traits):
     def _columns(self) -> dict[str, np.ndarray]:
         "Scores by concept, and row numbers."
         scores = {f"score{number}": column.copy() for number, column in enumerate(self.scores_NK.T)}
-        return scores | {"row": np.arange(len(self.scores_NK), dtype=np.int32)}
+        null = {} if self.null_spreads is None else {"spread": self.null_spreads}
+        return scores | null | {"row": np.arange(len(self.scores_NK), dtype=np.int32)}
 
     def _table(self, gram_KK: np.ndarray, weights: list[float]) -> dict[str, Any]:
         "Names, cosines and sizes, as JSON."
         words = (f"{len(self.atlas):,} examples of {self.conversations.name}, influence on a direction at "
                  f"layer {self.atlas.layer} of {self.atlas.card['model']}; concepts count at unit length")
         return dict(n=len(self.atlas), names=[visible_text(one_line(name, 60)) for name in self.concepts],
-                    gram=gram_KK.tolist(), weights=weights, subtitle=visible_text(words))
+                    gram=gram_KK.tolist(), weights=weights, subtitle=visible_text(words),
+                    unit="spreads" if self.null_spreads is None else "× null")
 
 # %% ../../nbs/90_views/04_mixer.ipynb #python
 class _Answering(_Mixed):
