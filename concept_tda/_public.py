@@ -82,14 +82,15 @@ PUBLIC = {
         "DirectionReadout StackedReadout without_first_token NormalisedReadout adding_tangent ForwardReadout "
         "difference_scale moved_weights DifferenceReadout direction_readout difference_adapters Stopwatch "
         "run_batch Pass peak_memory shared_pass",
-    "influence.scorers": "ScorerError NullReadout null_directions Scorer equal_as_first query_card "
-        "score_together VectorFilter ActivationGradient ProjectionDifference dataset_projection_difference "
-        "Influence ConceptInfluence InfluenceFunction GradDot",
+    "influence.scorers": "ScorerError NullReadout sign_flips null_directions Scorer equal_as_first "
+        "query_card score_together VectorFilter ActivationGradient ProjectionDifference "
+        "dataset_projection_difference Influence ConceptInfluence InfluenceFunction GradDot",
     "influence.neighbours": "RESIDUAL_FORMS CosineReadout GradCos ResidualChangeReadout ResidualChange "
         "CheckpointScorer TracIn AdamMoments recorded_moments walsh_hadamard Sketch LessReadout LESS "
         "exact_rows estimated_recall Cascade",
     "influence.baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
-    "influence.atlas": "AtlasError DirectionRows InfluenceAtlas build_atlas GradientIndex build_index",
+    "influence.atlas": "AtlasError DirectionRows PartRows InfluenceAtlas build_atlas GradientIndex "
+        "build_index",
     "influence.planning": "PlanError Plan plan TrainingPlan plan_training",
     "influence.doctor": "SEVERITIES PARTS SIGNS DoctorError Check MarkedExample Diagnosis doctor",
     "influence.pairs": "PairAttribution score_preferences is_of_pairs load_pair_attribution",
@@ -157,7 +158,7 @@ PUBLIC = {
         "token_turns written_turns example_to_read snippet search_terms hits within from_both_ends "
         "json_in_script",
     "views.review": "MARKS review_head Review",
-    "views.browser": "embedded_browser script_hash OfflinePage offline_page ExampleBrowser",
+    "views.browser": "words_asker embedded_browser script_hash OfflinePage offline_page ExampleBrowser",
     "views.mixer": "concepts_by_name mixed_concept ConceptMixer",
     "views.explorer": "concept_reading ConceptView ConceptExplorer",
     "views.chats": "show_conversation show_conversations show_tokens",

@@ -478,6 +478,8 @@ def test_selected_words_of_an_answer_offer_the_lines_that_ask_which_data_made_th
     code = page.value("document.querySelector('.asking pre').textContent")
     assert json.dumps(words) in code and "train.select([5])" in code
     assert words in page.value("document.querySelector('.asking q').textContent")
+    page.click(".asking button")  # a real press: the button must survive the release of the pointer
+    page.wait("/copied|copy them/i.test(document.querySelector('.asking').lastChild.textContent)")
     names = dict(lm=lm, train=train)
     exec(code, names)  # the lines do what they say
     asked = TokenQuery(LossQuery(train[5:]), chosen_tokens(lm.tokenize(train[5:]), words))
@@ -487,6 +489,98 @@ def test_selected_words_of_an_answer_offer_the_lines_that_ask_which_data_made_th
     page.wait("document.querySelector('.asking').hidden")  # another example, nothing selected
     assert page.errors == []
     page.close()
+
+
+def test_the_kernel_is_asked_which_data_made_selected_words_and_answers_beside_the_result(live):
+    results = several()
+    shown, called = results[0], []
+
+    def ask(answer, words):
+        called.append((answer.ids, words))
+        if len(called) == 2:
+            raise WidgetError("no such <b>words</b>")
+        scores = np.arange(len(shown), dtype=float)[::-1] - 15.5
+        return Attribution(shown.conversations, scores, QueryCard("By words", "x", zero="gradient"))
+
+    view = live(results, ask=ask)
+    order = np.argsort(-shown.scores)
+    words = view.value(SELECT.format(turn="answer", start=1, end=3))
+    assert view.value("document.querySelector('.asked').hidden")
+    assert "train.select" in view.value("document.querySelector('.asking pre').textContent")
+    view.page.click(".asking .ask")
+    view.wait("document.querySelector('.asked .beside')")
+    (asked,) = view.widget.asked
+    assert called == [([shown.ids[order[0]]], words)]
+    assert words in view.value("document.querySelector('.asked h4 q').textContent")
+    for column, result, other in (("words", asked, shown), ("here", shown, asked)):
+        told = view.value(
+            f"[...document.querySelectorAll('.asked .{column} .one')].map(one => [one.title, one.innerText])"
+        )
+        ends = [*result.top(5).rows, *result.bottom(5).rows]
+        assert len(told) == 10
+        for (title, text), row in zip(told, ends):
+            higher = f"{np.floor(10 * result.percentiles[row]) / 10:.1f} %"
+            assert text.startswith(higher) and f"#{other.ranks[row]} by" in text
+            assert (
+                f"question {row}" in text and " ".join(shown.conversations[row].response.split())[:40] in text
+            )
+            assert title == "raw score " + f"{result.scores[row]:+.6g}".replace("-", "−")
+    assert "By words" in view.value("document.querySelector('.asked .words .name').textContent")
+    view.value(
+        "document.querySelectorAll('.asked .words .one')[1].click()"
+    )  # the example opens, the answer stays
+    view.settle()
+    assert reading_id(view) == shown.ids[1] and not view.value("document.querySelector('.asked').hidden")
+    view.wait("document.querySelector('.reading .turn.answer .tokens span')")
+    view.value(SELECT.format(turn="answer", start=0, end=2))
+    view.page.click(".asking .ask")
+    view.wait("document.querySelector('.asked .problem')")
+    assert view.value("document.querySelector('.asked .problem').textContent") == "no such <b>words</b>"
+    view.value("[...document.querySelectorAll('.asked button')].at(-1).click()")
+    assert view.value("document.querySelector('.asked').hidden") and len(view.widget.asked) == 1
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_of_an_answer_about_words_is_cut(live, width):
+    results = several()
+    view = live(
+        results,
+        window={"width": width},
+        ask=lambda answer, words: results[1].query(),  # of the same file
+    )
+    view.value(SELECT.format(turn="answer", start=1, end=3))
+    view.value("document.querySelector('.asking .ask').click()")
+    view.wait("document.querySelector('.asked .beside')")
+    assert view.value("document.documentElement.scrollWidth") <= width
+    boxes = "[...document.querySelectorAll('.asked, .asked *')].map(one => one.getBoundingClientRect().right)"
+    assert max(view.value(boxes)) <= width + 1
+
+
+def test_a_model_given_as_ask_scores_by_the_likelihood_of_the_words():
+    lm = LanguageModel(*tiny_pair("llama"), "tiny")
+    train = load_conversations(
+        [
+            {"prompt": f"Is {i} even?", "response": "yes, it is!" if i % 2 else "no, certainly not."}
+            for i in range(6)
+        ]
+    )
+    result = Attribution(train, np.arange(6.0), QueryCard("GradDot", "x", zero="gradient"))
+    browser = ExampleBrowser(result, ask=lm)
+    found = browser.ask(2, "certainly")
+    query = TokenQuery(LossQuery(train[2:3]), chosen_tokens(lm.tokenize(train[2:3]), "certainly"))
+    np.testing.assert_allclose(found.scores, Influence(lm, query).score(train, progress=False).scores)
+    assert browser.asked == [found]
+    reply, _ = browser._answer({"kind": "ask", "place": 2, "words": "certainly"})
+    top = reply["asked"]["ends"][0]["sides"][0][0]
+    assert top["place"] == int(np.argmax(found.scores)) and top["rank"] == [
+        1,
+        int(result.ranks[top["place"]]),
+    ]
+    for wrong, words in ((7, "nobody"), ("lm", "a str: give the model"), (lambda *_: 3, "gave a int")):
+        with pytest.raises(WidgetError, match="nobody can be asked" if wrong == 7 else words):
+            (ExampleBrowser(result) if wrong == 7 else ExampleBrowser(result, ask=wrong)).ask(2, "certainly")
+    with pytest.raises(WidgetError, match="row 9 is not"):
+        browser.ask(9, "certainly")
 
 
 # deciding -----------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class _OfMethod(_OfBehaviour):
     Seed = Annotated[int, option(
         METHOD, "Seed of held-out examples, of the curvature's labels, and of every random draw.")]
     Null = Annotated[int, option(
-        METHOD, "Random directions that scores of concept methods are held against, such as 100; 0: none.")]
+        METHOD, "Draws of chance that scores are held against, such as 100; 0: none.")]
     MaxTokens = Annotated[int, option(METHOD, "Longer examples are cut, and the result says so.")]
     TokenBudget = Annotated[int, option(METHOD, "Tokens in a batch; lower it when memory runs out.")]
     NumProcesses = Annotated[int, option(METHOD, "Processes of this machine that share the work.")]

@@ -114,6 +114,11 @@ class GradCos(Influence):
     ):
         super().__init__(lm, _as_query(queries), sites=sites, curvature=Identity(), method=method)
 
+    no_null = "its scores are divided by lengths; those of GradDot have a null"
+
+    def null(self, data: TokenizedConversations, draws: int, seed: int) -> None:
+        "None: the parts of the query have lengths of their own."
+
     def prepare(self, data: TokenizedConversations) -> Readout:
         "Differentiate the query; its norm and those of the examples are taken over the same sites."
         self.why = "cosine: divided by the norms of query and example over all sites"

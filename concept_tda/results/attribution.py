@@ -213,6 +213,7 @@ class _Scores:
         self._centres, self._spreads = _centres(self.card, shape[1]), self.values.std(0)
         self.null: Null | None = None                   # What chance gives, see `with_null`
         self._null_spreads: np.ndarray | None = None    # [N, Q], the spread of that for each example
+        self.draws: np.ndarray | None = None            # [N, K], the null's own scores; no file keeps them
 
     def __len__(self) -> int:
         return len(self.values)
@@ -361,6 +362,7 @@ class _Parts(_Scale):
             replicates=None if self.replicates is None else self.replicates[order],
             _errors=None if self._errors is None else self._errors[order],
             _null_spreads=None if self._null_spreads is None else self._null_spreads[order],
+            draws=None if self.draws is None else self.draws[order],
             **{name: getattr(self, name)[order] for name in columns},
             **{name: getattr(self, name) and [getattr(self, name)[i] for i in order] for name in lists})
 
@@ -462,7 +464,7 @@ class _WithNull(_Aligned):
         spread_N1 = np.sqrt((away_NK**2).mean(1, keepdims=True))
         quantiles = np.quantile(away_NK, np.linspace(0, 1, STEPS + 1)).tolist()
         return self._with(
-            null=Null(of, draws_NK.shape[1], seed, [quantiles]*len(self.queries)),
+            draws=draws_NK, null=Null(of, draws_NK.shape[1], seed, [quantiles]*len(self.queries)),
             _null_spreads=np.repeat(spread_N1, len(self.queries), axis=1))
 
 # %% ../../nbs/30_results/02_attribution.ipynb #measure
@@ -1275,8 +1277,9 @@ def _scale_fields(header: dict, card: QueryCard, values: np.ndarray) -> dict[str
 # %% ../../nbs/30_results/02_attribution.ipynb #null-fields
 def _null_fields(column: dict[str, list], header: dict) -> dict[str, Any]:
     "The null and its spreads, where a file has one."
-    if "null" not in header: return dict(null=None, _null_spreads=None)
-    return dict(null=Null(**header["null"]), _null_spreads=np.array(column["null_spreads"], np.float64))
+    if "null" not in header: return dict(null=None, _null_spreads=None, draws=None)
+    return dict(null=Null(**header["null"]), draws=None,
+                _null_spreads=np.array(column["null_spreads"], np.float64))
 
 # %% ../../nbs/30_results/02_attribution.ipynb #0077
 class Attribution(_Saved):
@@ -1293,7 +1296,7 @@ class Attribution(_Saved):
     def inspect(
         self,
         others=(),      # Other results on the same examples: a list, a dict by name, or a `Comparison`
-        **options: Any, # Passed to `ExampleBrowser`: query, labels, positive, null, by, record
+        **options: Any, # Passed to `ExampleBrowser`: query, labels, positive, null, by, record, ask
     ) -> Any:
         "Open an `ExampleBrowser` on this result; what is decided there is in its `decisions`."
         return act(self, "inspect", others, **options)

@@ -166,7 +166,7 @@ class ExampleView {
     this.spacer = el("div", {class: "spacer", role: "presentation"});
     this.list.append(this.spacer);
     this.reading = el("article", {class: "reading", "aria-label": "The chosen example"});
-    this.asking = new AskingPart(this.reading);
+    this.asking = new AskingPart(this.reading, this.source, place => this.reveal(place));
     this.actions = el("div", {class: "actions"});
     this.help = this.buildHelp();
     this.root = el(
@@ -189,6 +189,7 @@ class ExampleView {
         this.words?.node ?? "",
         el("div", {class: "statusline"}, this.status, this.waiting, this.actions),
         el("div", {class: "panes"}, el("div", {class: "left"}, this.buildEnds(), this.list), this.reading),
+        this.asking.answer,
         this.buildFoot(),
         this.help,
       ),
@@ -256,7 +257,7 @@ class ExampleView {
   raw(place, method = this.select.method) {
     const score = this.source.column(`score${method}`)[place],
       {raw} = this.table.methods[method];
-    return `score ${signed(score, 6)}${raw ? `, ${signed(raw[0] * score)} ${raw[1]}` : ""}`;
+    return `raw score ${signed(score, 6)}${raw ? `, ${signed(raw[0] * score)} ${raw[1]}` : ""}`;
   }
   /**
    * The interval of a score as a whisker, on one axis for all examples with the centre in its middle.
@@ -535,7 +536,10 @@ class ExampleView {
           ]
         : []),
       ["← →", "in a text with token scores: read token by token"],
-      ["Select words of an answer", "ask which data made them: the lines of Python"],
+      [
+        "Select words of an answer",
+        this.source.askWords ? "ask which data made them" : "ask which data made them: the lines of Python",
+      ],
       ["Esc", "back to the list, or clear the selection"],
     ];
     return el("details", {class: "help"}, el("summary", {}, "Keys"), facts(keys));
@@ -1249,7 +1253,7 @@ class ExampleView {
           )
         : null,
       el("div", {class: "conversation"}, conversation(example.turns, this.tokenScale, tell)),
-      this.asking.set(Number(column("row")[place])),
+      this.asking.set(Number(column("row")[place]), place),
       alike,
       example.metadata.length
         ? el(

@@ -69,6 +69,24 @@ interface Method {
   length_spearman: number | null;
 }
 
+/** An example by some words of an answer, and by the result that is shown: two numbers each. */
+interface AskedRow {
+  place: number;
+  percentile: [number, number];
+  distance: [string, string];
+  rank: [number, number];
+  raw: [number, number];
+}
+
+/** Which data made some words, beside the result that is shown. */
+interface AskedWords {
+  name: string; // of the method that was asked
+  here: string; // of the one that is shown
+  reading: string;
+  agreement: number | null; // Spearman
+  ends: {title: string; sides: [AskedRow[], AskedRow[]]}[];
+}
+
 /** Names and sizes, as `browser_table` in Python writes them. */
 interface Table {
   n: number;
@@ -91,6 +109,7 @@ interface Table {
   lengths: [number, number];
   fold_up_to: number;
   export_path: string;
+  asks?: boolean; // whether the kernel answers which data made some words
 }
 
 type Column = Float64Array | Float32Array | Int32Array | Int16Array;
@@ -117,6 +136,7 @@ interface Source {
   decide?(values: Decision): Promise<unknown>; // absent where nothing can be decided
   undo?(): Promise<unknown>;
   export?(path: string): Promise<{words: string}>;
+  askWords?: (place: number, words: string) => Promise<AskedWords>;
   save?(by: string): string; // the file of decisions, of a page without a kernel
   ids?(places: number[]): string[];
   link?(place: number): string; // the end of the page's address that opens an example; absent in a notebook
@@ -227,6 +247,7 @@ interface MapTable {
   subtitle: string;
   axes: [string, string];
   ids: string[];
+  unit: string; // of the column leading0
   colours: MapColour[];
 }
 
@@ -264,6 +285,7 @@ interface MixerTable {
   gram: number[][]; // cosines of the concepts
   weights: number[]; // to begin with
   subtitle: string;
+  unit: string; // of the distances: "× null" where the column `spread` holds each example's null, or "spreads"
 }
 
 type MixerSource = Omit<Source, "table"> & {table: MixerTable};
