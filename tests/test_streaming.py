@@ -7,6 +7,8 @@ import tarfile
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -154,6 +156,78 @@ def test_records_come_out_of_every_kind_of_file(tmp_path):
     for source in (tmp_path, [tmp_path / "c.parquet", tmp_path / "rest.csv"]):
         with pytest.raises(ScorerError, match=r"rest\.csv: cannot be read a piece at a time"):
             stream_records(source)
+
+
+def shard(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            archive.addfile(about, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def test_a_damaged_file_of_the_source_is_no_shorter_stream(tmp_path):
+    """tarfile takes a broken header for the end of the archive: the rest of a shard would be lost unseen."""
+    members = {f"{i:03d}.json": json.dumps(record).encode() for i, record in enumerate(RECORDS[:4])}
+    path = tmp_path / "a.tar"
+    content = shard(path, members)
+    assert list(stream_records(path)) == RECORDS[:4]
+    for place in (1024 + 3, 2048 + 150, 3 * 1024 + 100):  # heads of the second to the fourth member
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ScorerError, match=rf"a.tar is damaged .*byte {place // 1024 * 1024}"):
+            list(stream_records(path))
+    for length in (0, 300, 1024, 1024 + 600, 3 * 1024):
+        path.write_bytes(content[:length])
+        with pytest.raises(ScorerError, match="a.tar is damaged or ends too early"):
+            list(stream_records(path))
+    lines = "\n".join(map(json.dumps, RECORDS)).encode()
+    packed = gzip.compress(lines, mtime=0)
+    for place in range(12, len(packed), len(packed) // 12):
+        (tmp_path / "b.jsonl.gz").write_bytes(
+            packed[:place] + bytes([packed[place] ^ 1]) + packed[place + 1 :]
+        )
+        with pytest.raises(ScorerError, match=r"b\.jsonl\.gz(, line| is damaged)"):
+            list(stream_records(tmp_path / "b.jsonl.gz"))
+    (tmp_path / "b.jsonl.gz").write_bytes(packed[:-20])
+    with pytest.raises(ScorerError, match=r"b\.jsonl\.gz is damaged"):
+        list(stream_records(tmp_path / "b.jsonl.gz"))
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "c.parquet", write_page_checksum=True)
+    content = (tmp_path / "c.parquet").read_bytes()
+    for place in range(4, len(content), len(content) // 15):
+        (tmp_path / "c.parquet").write_bytes(
+            content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        )
+        try:
+            assert list(stream_records(tmp_path / "c.parquet")) == RECORDS  # what no column holds
+        except ScorerError as err:
+            assert "c.parquet is damaged" in str(err)
+
+
+def test_what_a_shard_holds_beside_its_examples_is_not_left_out_unseen(tmp_path):
+    shard(tmp_path / "a.tar", {"0.json": b'{"prompt": "a", "response": "b"}', "0.jpg": b"..."})
+    with pytest.raises(ScorerError, match=r"a\.tar, 0\.jpg: would be left out"):
+        list(stream_records(tmp_path / "a.tar"))
+
+
+@pytest.mark.parametrize("package", ["pandas", "polars", "duckdb"])
+def test_a_folder_is_a_table_to_others(lm, tmp_path, package):
+    """The lines of the page, read by the packages themselves."""
+    other, folder = pytest.importorskip(package), stream(lm, tmp_path / "s").folder
+    score, one = "score GradDot", ScoreFolder(tmp_path / "s")
+    if package == "pandas":
+        table = other.read_parquet(folder, columns=["id", "row", score]).nlargest(10, score)
+    elif package == "polars":
+        lazy = other.scan_parquet(f"{folder}/*.parquet").select("id", "row", score)
+        table = lazy.top_k(10, by=score).collect().to_pandas()
+    else:
+        asked = f"""select id, row, "{score}" from '{folder}/*.parquet' order by "{score}" desc limit 10"""
+        table = other.sql(asked).df()
+    top = one.top(10, "GradDot")
+    assert table["id"].tolist() == top.ids and table["row"].tolist() == top.rows.tolist()
+    assert table[score].tolist() == top.scores.tolist()
 
 
 def test_a_streamed_data_set_is_read_as_it_comes(lm, tmp_path):

@@ -9,10 +9,12 @@ __all__ = ['stream_records', 'score_stream', 'PartScorer', 'score_on_ray']
 import json
 import tarfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from tarfile import HeaderError
 from typing import Any
 
 import xxhash
@@ -60,17 +62,31 @@ def _lines(path: Path) -> Iterator[dict]:
 def _table_rows(path: Path) -> Iterator[dict]:
     "Records of a Parquet file."
     import pyarrow.parquet as pq
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for batch in file.iter_batches(batch_size=1024):
             yield from batch.to_pylist()
 
+class _Header(tarfile.TarInfo):
+    "The head of a member; a broken one, at which tarfile would take the archive to end, is an error."
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        "The next one."
+        try:
+            return super().fromtarfile(tarfile)
+        except HeaderError as err:
+            if type(err).__name__ == "EOFHeaderError": raise  # the archive's own end
+            raise OSError(f"no whole member at byte {tarfile.offset}: {err}") from None
+
 def _tar_members(path: Path) -> Iterator[dict]:
     "Records in the .json files of a tar archive."
-    with tarfile.open(path, "r|*") as archive:
+    with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
         for member in archive:
-            if member.name.endswith(".json"):
-                file: Any = archive.extractfile(member)
-                yield _parsed(file.read(), f"{path}, {member.name}")
+            if not member.isfile(): continue
+            if not member.name.endswith(".json"):
+                raise ScorerError(f"{path}, {member.name}: would be left out, because a shard is read as one "
+                                  "example in each .json file; take it out, or write what it says into these")
+            file: Any = archive.extractfile(member)
+            yield _parsed(file.read(), f"{path}, {member.name}")
 
 # %% ../../nbs/50_influence/13_streaming.ipynb #s008
 _READERS = {".jsonl": _lines, ".ndjson": _lines, ".jsonl.gz": _lines, ".parquet": _table_rows,
@@ -80,6 +96,15 @@ def _reader(path: Path) -> Any:
     "What reads a file; None where nothing does."
     return next((_READERS[end] for end in sorted(_READERS, key=len, reverse=True)
                  if path.name.endswith(end)), None)
+
+def _whole(path: Path) -> Iterator[dict]:
+    "Records of a file, to its end. `ScorerError` where it is damaged."
+    import pyarrow as pa
+    try:
+        yield from _reader(path)(path)
+    except (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException) as err:
+        raise ScorerError(f"{path} is damaged or ends too early ({str(err).splitlines()[0]}): copy it "
+                          "again") from err
 
 def stream_records(
     source: Any,      # A file, a folder of files, a list of files, or anything that gives records
@@ -97,7 +122,7 @@ def stream_records(
     if not chosen or not all(file.exists() for file in chosen):
         raise ScorerError(f"{source}: nothing there that can be read a piece at a time; a stream is made of "
                           f"files that end in {', '.join(_READERS)}, or of records")
-    return (record for file in chosen for record in _reader(file)(file))
+    return (record for file in chosen for record in _whole(file))
 
 # %% ../../nbs/50_influence/13_streaming.ipynb #s012
 _BY_THEMSELVES = Influence, ActivationGradient, VectorFilter, MeanLoss
