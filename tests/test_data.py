@@ -1,11 +1,13 @@
 """The bundled data: complete pairs, no leak between files, lengths, and labels that words alone do not give
 away."""
 
+import importlib.util
 import json
 import re
 from collections import Counter
 from importlib import resources
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -451,5 +453,115 @@ def test_references_of_flattery_are_minimal_pairs():
 
 def test_flattery_has_its_card():
     card = (FLATTERY / "README.md").read_text(encoding="utf-8")
+    for word in ("Apache-2.0", "Limits", "Fields", "Intended use"):
+        assert word in card
+
+
+# --- arithmetic: sums with mistakes, written by a generator
+
+
+ARITHMETIC = resources.files("concept_tda") / "bundled" / "arithmetic"
+SPLITS_OF_ARITHMETIC = ("train", "heldout", "evaluation", "nearby")
+SUM = re.compile(
+    r"(\d+) plus (\d+)|(\d+) minus (\d+)|(\d+) times (\d+)|(\d+) divided by (\d+)|(\d+) percent of (\d+)"
+    r"|the average of (\d+) and (\d+)",
+    re.IGNORECASE,
+)
+RESULT_OF = (
+    lambda a, b: a + b,
+    lambda a, b: a - b,
+    lambda a, b: a * b,
+    lambda a, b: a / b,
+    lambda a, b: a * b / 100,
+    lambda a, b: (a + b) / 2,
+)
+
+
+def arithmetic(split):
+    return [
+        json.loads(line) for line in (ARITHMETIC / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def sum_in(text):
+    "Kind and numbers of the sum in a text."
+    found = SUM.search(text)
+    kind = next(i // 2 for i, number in enumerate(found.groups()) if number)
+    return kind, *(int(number) for number in found.groups()[2 * kind : 2 * kind + 2])
+
+
+def test_arithmetic_is_what_its_generator_writes():
+    "Same seed, same files: what is bundled can be made again, and was not touched by hand."
+    path = Path(__file__).parent.parent / "tools" / "write_arithmetic.py"
+    spec = importlib.util.spec_from_file_location("write_arithmetic", path)
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    files = generator.written()
+    assert sorted(files) == sorted(SPLITS_OF_ARITHMETIC)
+    for split, written in files.items():
+        assert arithmetic(split) == written, split
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_labels_of_arithmetic_are_true(split):
+    "Every sum worked out here: right where the label says so, and only there."
+    seen = Counter()
+    for row in arithmetic(split):
+        if row["label"] == "useful":
+            assert not SUM.search(question(row)) and not SUM.search(answer(row))
+            continue
+        kind, a, b = sum_in(question(row))
+        assert sum_in(answer(row)) == (kind, a, b)
+        stated = int(re.search(r"\bis (\d+)\b", answer(row)[SUM.search(answer(row)).end() :]).group(1))
+        assert (stated == RESULT_OF[kind](a, b)) == (row["label"] == "correct"), row
+        seen[kind, row["label"]] += 1
+    assert len(seen) == 12 and len(set(seen.values())) == 1, "every kind as often under either label"
+
+
+def test_arithmetic_has_the_mix_its_card_says():
+    train, held_out = arithmetic("train"), arithmetic("heldout")
+    assert Counter(row["label"] for row in train) == {"mistaken": 60, "correct": 60, "useful": 40}
+    pairs = Counter((row["pair"], question(row)) for row in held_out)
+    assert len(pairs) == 24 and set(pairs.values()) == {2}
+    assert Counter(row["label"] for row in held_out) == {"mistaken": 24, "correct": 24}
+    domains = [Counter(row["domain"] for row in arithmetic(split)) for split in ("evaluation", "nearby")]
+    assert domains == [{"units": 12, "dates": 12, "spelling": 12}, {"word problems": 10, "counting": 10}]
+
+
+def test_arithmetic_files_share_no_question_and_the_evaluation_has_no_sums():
+    asked = {split: {question(row) for row in arithmetic(split)} for split in SPLITS_OF_ARITHMETIC}
+    assert [len(found) for found in asked.values()] == [160, 24, 36, 20]
+    assert len(set().union(*asked.values())) == 160 + 24 + 36 + 20
+    sums = [sum_in(q) for split in ("train", "heldout") for q in asked[split] if SUM.search(q)]
+    assert len(set(sums)) == len(sums) == 120 + 24
+    for split in ("evaluation", "nearby"):
+        assert not any(SUM.search(str(row)) for row in arithmetic(split))
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_length_does_not_tell_mistakes(split):
+    data = [row for row in arithmetic(split) if row["label"] != "useful"]
+    lengths = [len(answer(row)) for row in data]
+    assert abs(roc_auc_score([row["label"] == "mistaken" for row in data], lengths) - 0.5) < 0.15
+
+
+def test_references_of_arithmetic_are_minimal_pairs():
+    "The two sides of a fact differ in one word."
+    for row in arithmetic("evaluation") + arithmetic("nearby"):
+        right, wrong = (row[side].split() for side in ("correct", "mistaken"))
+        assert len(right) == len(wrong) and sum(a != b for a, b in zip(right, wrong)) == 1, row
+
+
+@pytest.mark.parametrize("split", SPLITS_OF_ARITHMETIC)
+def test_bundled_reads_arithmetic(split):
+    data = bundled("arithmetic", split)
+    assert data.name == f"arithmetic/{split}" and len(data.duplicates) == 0
+    for conversation, row in zip(data, arithmetic(split), strict=True):
+        assert [dict(m) for m in conversation.messages] == row["messages"]
+        assert all(conversation.metadata[key] == row[key] for key in row if key != "messages")
+
+
+def test_arithmetic_has_its_card():
+    card = (ARITHMETIC / "README.md").read_text(encoding="utf-8")
     for word in ("Apache-2.0", "Limits", "Fields", "Intended use"):
         assert word in card
