@@ -16,7 +16,7 @@ STATUSES = {
     "4": "4 - Beta",
     "5": "5 - Production/Stable",
 }
-USER_EXTRAS = ("sae", "judge")
+USER_EXTRAS = ("sae", "judge", "quantised")
 
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")

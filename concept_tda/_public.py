@@ -29,8 +29,8 @@ PUBLIC = {
     "data.masks": "MaskError tokenizer_record token_mark TokenMask token_mask chosen_tokens",
     "data.stories": "TRIGGER PAYLOAD StoryError story_conversations story_tokenizer",
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel SlowTypeWarning load_model",
-    "model.sites": "Site Slice chosen Unit layers_of on_whole_layers Coverage coverage coverage_notes "
-        "resolve_sites",
+    "model.sites": "Site Slice chosen Unit layers_of on_whole_layers is_quantised Coverage coverage "
+        "coverage_notes resolve_sites",
     "model.losses": "GradientError predicted_mask response_logits cross_entropy_in_place token_losses "
         "loss_weights",
     "model.tracing": "POOLINGS TracingError pooling_weights work_dtype progress_bar pooled_activations "

@@ -147,7 +147,7 @@ def test_setup_reads_settings(tmp_path):
         )
     assert {
         line.removeprefix("Provides-Extra: ") for line in metadata if line.startswith("Provides-Extra")
-    } == {"sae", "judge", "ray", "docs", "bench", "dev", "all"}
+    } == {"sae", "judge", "ray", "quantised", "docs", "bench", "dev", "all"}
     everything = [line for line in metadata if 'extra == "all"' in line]
     assert any("sae-lens" in line for line in everything) and any("openai" in line for line in everything)
 

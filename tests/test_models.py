@@ -390,7 +390,7 @@ def test_quantised_weights_are_refused():
     lm = make("llama")
     weight = lm.model.model.layers[0].self_attn.q_proj
     weight.weight = torch.nn.Parameter(weight.weight.detach().to(torch.int8), requires_grad=False)
-    with pytest.raises(SiteError, match="layers.0.self_attn.q_proj holds torch.int8"):
+    with pytest.raises(SiteError, match="layers.0.self_attn.q_proj holds a quantised weight .torch.int8"):
         resolve_sites(lm)
 
 

@@ -68,6 +68,9 @@ def _feed(hasher: xxhash.xxh3_128, part: Any) -> None:
             _feed(hasher, item)
     elif isinstance(part, partial):
         _feed(hasher, part())
+    elif hasattr(part, "__tensor_flatten__"):
+        names, settings = part.__tensor_flatten__()
+        _feed(hasher, [type(part).__name__, {name: getattr(part, name) for name in names}, repr(settings)])
     elif not (_feed_array(hasher, part) or _feed_plain(hasher, part)):
         raise TypeError(
             f"no fingerprint for a {type(part).__name__}: "

@@ -31,7 +31,7 @@ from ..foundation.probes import ProbeError, bfloat16_ratio
 from .gradients import check_sites
 from ..model.loading import LanguageModel, SiteError
 from ..model.losses import loss_weights, token_losses
-from ..model.sites import Site, coverage, resolve_sites
+from ..model.sites import Site, coverage, is_quantised, resolve_sites
 
 # %% ../../nbs/50_influence/10_doctor.ipynb #checks
 SEVERITIES = ("error", "warning", "note", "ok")  # worst first; the last one is no finding
@@ -192,7 +192,8 @@ def _check_numbers(lm: LanguageModel) -> Iterator[Check]:
     "Whether all weights are finite, and what their type is good for."
     every = ((name, weight() if callable(weight) else weight)
              for name, weight in weights_of(lm.model).items())
-    broken = [name for name, weight in every if not weight.is_meta and not torch.isfinite(weight).all()]
+    broken = [name for name, weight in every
+              if not weight.is_meta and not is_quantised(weight) and not torch.isfinite(weight).all()]
     if broken:
         yield Check("weights", "error", f"{len(broken)} weights are not finite, the first is {broken[0]}",
                     "load or train the model again")

@@ -117,12 +117,23 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     return value if isinstance(value, (int, float, bool, type(None))) else str(value)
 
+# %% ../../nbs/20_model/00_loading.ipynb #beside
+def _beside(model: Any) -> list:
+    "What layers keep beside a quantised weight: the scales and tables of bitsandbytes, by name."
+    owners = {path: module for path, module in model.named_modules()
+              if any(not weight.is_floating_point() for weight in module.parameters(recurse=False))}
+    kept = [[f"{path}.{name}", value] for path, module in owners.items()
+            for name, value in module.state_dict().items()]
+    own = dict(model.named_parameters())
+    return [[name, value] for name, value in kept if name not in own]
+
 # %% ../../nbs/20_model/00_loading.ipynb #hash-model
 def _hash_model(model: Any) -> str:
     "16 hexadecimal digits over settings, parameter names, types, shapes and bytes."
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
     parameters = [[name, weight] for name, weight in weights_of(model).items()]  # tied weights come once
-    return fingerprint(_plain({"config": model.config.to_dict(), "adapters": adapters}), parameters)
+    settings, beside = _plain({"config": model.config.to_dict(), "adapters": adapters}), _beside(model)
+    return fingerprint(settings, parameters, *([beside] if beside else []))
 
 # %% ../../nbs/20_model/00_loading.ipynb #uncompiled
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -458,7 +469,7 @@ def _from_pretrained(
     source: Path | str, # A folder, a GGUF file, or a hub id
     dtype: Any,         # torch.dtype, or "auto"
     attention: str,     # "sdpa" or "eager"
-    places: dict[str, Any], # For accelerate: device_map and offload_folder, or nothing
+    places: dict[str, Any], # Options that say where weights go and in which form they are kept
 ) -> tuple[Any, Any, list[str]]: # Model, tokenizer, what was placed from where
     "Weights and tokenizer from files; `ModelError` where they cannot be opened or are not the model."
     from transformers import AutoTokenizer
@@ -800,6 +811,7 @@ def load_model(
     device: str | torch.device | None = None, # Where to put it; default: the GPU if there is one
     device_map: Any = None,       # Where accelerate puts each part: "auto" or {part: device, "cpu" or "disk"}
     offload_folder: str | Path | None = None, # For parts on "disk" that are not in safetensors files already
+    quantization: Any = None,     # A config of transformers, such as `TorchAoConfig`: quantise while opening
     attention: str = "sdpa",      # Attention implementation: "sdpa" or "eager"
     chat_template: str | Path | None = None, # For base models: a named template, a file of Jinja, or its text
 ) -> LanguageModel:
@@ -816,12 +828,16 @@ def load_model(
         source, adapter = _find_base(base, source), source
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = _converted(source)
-    places = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
+    places: dict[str, Any] = {}
+    if device_map is not None:
+        places |= {"device_map": device_map, "offload_folder": offload_folder}
+    if quantization is not None:
+        places["quantization_config"] = quantization
     model, tokenizer, placed = _from_pretrained(source, dtype, attention, places)
     if adapter is not None:
         model, found = _attach(model, adapter, merge)
         tokenizer, placed = _tokenizer_of(adapter) or tokenizer, placed + found
-    if device_map is None:
+    if device_map is None and (device or not getattr(model, "is_quantized", False)):
         _moved(model, device)
     tokenizer, template = _with_template(tokenizer, chat_template)
     _check_present(model, shown)
