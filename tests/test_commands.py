@@ -161,6 +161,8 @@ def test_training_influence_repeats_the_run_from_the_model_before_it(here):
     expected = TrainingInfluence(lm, query, run="tuned").score("train.jsonl", progress=False)
     np.testing.assert_allclose(saved.scores, expected.scores, rtol=1e-3, atol=1e-6)
     assert saved.card.unit == "nats per token" and saved.predict(drop=0.2).n == round(0.2 * len(saved))
+    told = ok("filter one.parquet --drop-fraction 0.2 --out kept.jsonl").stdout
+    assert str(saved.predict(drop=0.2)) in " ".join(told.split()) and "not calibrated by retrainings" in told
     assert "did not start from" in refused(1, f"score tuned {asked} two.parquet")
 
 

@@ -490,6 +490,21 @@ def test_the_first_screen_says_what_was_found_and_how_sure(tmp_path):
     assert "No baseline was scored" in alone and "No known examples are labelled" in alone
 
 
+def test_a_prediction_says_what_it_rests_on_and_what_twins_do_and_counts_end_the_list(tmp_path):
+    texts = [f"{word} is what the tide table of {word} says" for word in map(chr, range(97, 117))]
+    texts[1] = texts[0] + "!"
+    scores = np.append([50.0, 40.0], np.linspace(1, -1, 18))
+    card = QueryCard("Unrolled", "sycophancy", zero="gradient", effect=-0.5, unit="nats", gap=50.0)
+    result = Attribution(chats(texts), scores, card).with_null(np.random.default_rng(0).normal(size=(20, 40)))
+    said = html.unescape(first_screen(write_report(result, tmp_path / "unit.html").read_text())[2])
+    assert "by -45 nats, -90.0% of the gap (first order, not calibrated by retrainings)" in said
+    assert "2 of the 2 have near-duplicates, 0 of them one that stays" in said
+    assert result.chance_words in said and "2 of 20 examples are above" in said
+    order_only = Attribution(chats(texts), scores, QueryCard("GradDot", "sycophancy", zero="gradient"))
+    plain = first_screen(write_report(order_only, tmp_path / "plain.html").read_text())[2]
+    assert "not calibrated" not in plain and "should change" not in plain and "above what" not in plain
+
+
 def test_the_finding_says_no_more_than_the_scores_can(tmp_path):
     data = chats([f"answer {i}" for i in range(20)])
     scores = np.arange(20.0) + 5

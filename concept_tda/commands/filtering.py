@@ -88,6 +88,14 @@ def _laid_out(
         records = kept.to_json(Path(folder)/"pairs.jsonl")
         return load_preferences(records, chosen=chosen, rejected=rejected, name=kept.name).as_layout(layout)
 
+# %% ../../nbs/95_commands/07_filtering.ipynb #filter-foretold
+def _foretold(result: "Attribution", left: Any, query: str | None) -> str | None:
+    "What training on what is left should do; None for scores without a unit, and where nothing goes."
+    if result.card.effect is None or (query is None and len(result.queries) > 1): return None
+    kept = set(left.ids)
+    gone = [row for row, id in enumerate(result.whole("predict by").ids) if id not in kept]
+    return str(result.predict(drop=gone, query=query)) if gone else None
+
 # %% ../../nbs/95_commands/07_filtering.ipynb #9709
 @app.command("filter", rich_help_panel="Decide", epilog=help_example(
     "concept-tda filter scores.parquet --drop-fraction 0.1 --out kept.jsonl",
@@ -114,9 +122,12 @@ def _filter(
         one = only_result(result)
         check_out(out, overwrite, result, decisions, _source(one))
         cut = {name: way for name, way in zip(("fraction", "count", "threshold"), ways) if way is not None}
-        kept = _laid_out(_left(one, decisions, cut, lowest, query), one, layout)
+        left = _left(one, decisions, cut, lowest, query)
+        kept = _laid_out(left, one, layout)
         kept.to_json(out)
         typer.echo(f"{out}: {len(kept)} of {len(one)} examples ({kept.name})")
+        if told := _foretold(one, left, query):
+            typer.echo(f"  {told}")
         say_next(_training_of(one, out))
 
 def _source(result: "Attribution") -> str | None:

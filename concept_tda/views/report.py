@@ -301,6 +301,12 @@ def _beside_baselines(name: str, comparison: Comparison, labels: np.ndarray | No
         "so nothing here shows that it knows more than that one"
     return f"The best baseline, {best}, finds the labelled examples with AUROC {other:.2f}, {verdict}."
 
+# %% ../../nbs/90_views/11_report.ipynb #foretold
+def _foretold(result: Attribution) -> str:
+    "What leaving out the highest tenth should do; empty for scores without a unit, a part, or few examples."
+    if result.card.effect is None or len(result) < max(10, result.n_total): return ""
+    return sentence(str(result.predict(drop=.1)))
+
 # %% ../../nbs/90_views/11_report.ipynb #sure-2
 def _how_sure(name: str, comparison: Comparison, labels: np.ndarray | None) -> list[str]:
     "What speaks for the order and what against it, a sentence each."
@@ -308,8 +314,9 @@ def _how_sure(name: str, comparison: Comparison, labels: np.ndarray | None) -> l
     if labels is not None and "AUROC" in comparison.table:
         found = (f"It puts a labelled example above another one with probability "
                  f"{float(comparison.table.loc[name, 'AUROC']):.2f} (AUROC; guessing gives 0.50).")
-    counted = comparison.attributions[name].chance_words
-    return [found, *([counted] if counted else []), _beside_baselines(name, comparison, labels),
+    result = comparison.attributions[name]
+    told = [text for text in (result.chance_words, _foretold(result)) if text]
+    return [found, *told, _beside_baselines(name, comparison, labels),
             "A score estimates what training would do. The test is to train again without the highest "
             "examples, and without as many random ones."]
 
