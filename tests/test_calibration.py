@@ -102,6 +102,32 @@ def test_an_ensemble_is_the_mean_in_any_order_and_says_what_it_is(tmp_path):
         ensemble([copies[0], Attribution(data, other.scores, card(method="n"))])
 
 
+def test_the_null_of_an_ensemble_is_a_bound_and_above_chance_counts_both_noises(tmp_path):
+    random, data, true = np.random.default_rng(5), chats(80), np.where(np.arange(80) < 12, 6.0, 0.0)
+    directions = random.normal(
+        size=(80, 40)
+    )  # what random directions share over the runs, and what they don't
+    runs = []
+    for scale in (1.0, 1.0, 1.0):
+        scores = true + random.normal(size=80) * scale
+        null = directions + random.normal(size=(80, 40)) * 0.3
+        runs.append(Attribution(data, scores, card()).with_null(null, seed=0))
+    mean = ensemble([runs[0], runs[1].select(np.arange(80)[::-1]), runs[2]])
+    own = [np.sqrt((one.scores / one.times_null) ** 2) for one in runs]  # spreads of the nulls
+    np.testing.assert_allclose(np.abs(mean.scores / mean.times_null), np.mean(own, 0), rtol=1e-9)
+    found = set(mean.above_chance().rows)
+    assert len(found & set(range(12))) >= 10 and len(found - set(range(12))) <= 1
+    noisy = [
+        Attribution(data, true + sign * 40.0, card()).with_null(directions) for sign in (-1, 0, 1)
+    ]  # the same mean, by runs that contradict each other
+    assert len(ensemble(noisy).above_chance()) == 0 < len(noisy[1].above_chance())
+    assert load_attribution(mean.save(tmp_path / "m.parquet")).above_chance().ids == mean.above_chance().ids
+    without = Attribution(data, true, card())
+    assert ensemble([runs[0], without]).null is None
+    halved = ensemble([runs[0], runs[0]], standardise=True)
+    np.testing.assert_allclose(halved.times_null, runs[0].times_null, rtol=1e-9)
+
+
 def test_predictions_say_what_they_rest_on():
     data, scores = chats(8), np.arange(8.0)
     result = Attribution(data, scores, card())

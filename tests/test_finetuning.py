@@ -20,6 +20,7 @@ from concept_tda.model.finetuning import (
     FinetuneError,
     finetune,
     finetune_many,
+    run_segments,
     training_checkpoints,
     training_record,
 )
@@ -948,16 +949,57 @@ def test_tracin_takes_them(saved_base, lm, data, tmp_path, in_memory):
     assert len({model.fingerprint for model in models}) == 2
 
 
+@pytest.mark.parametrize("base", [True, False])
+def test_segments_share_the_steps_of_a_run(lm, data, tmp_path, base):
+    """Each step to the checkpoint nearest to its middle, and TracIn over them as a loop."""
+    from concept_tda.concepts.concept import tensor_concept
+    from concept_tda.influence.neighbours import TracIn
+    from concept_tda.influence.queries import ConceptQuery
+    from concept_tda.influence.scorers import Influence
+
+    finetune(lm, data, tmp_path / "ft", **FAST, checkpoints=2)  # after 4 and 8 steps
+    rates = training_record(tmp_path / "ft")["steps"]["learning_rate"].tolist()
+    pieces = run_segments(tmp_path / "ft", lm, base=base)
+    sums = [sum(rates[:2]), sum(rates[2:6]), sum(rates[6:])] if base else [sum(rates[:6]), sum(rates[6:])]
+    np.testing.assert_allclose(pieces["learning_rates"], sums, rtol=1e-12)
+    models = [checkpoint() for checkpoint in pieces["checkpoints"]]
+    batch = next(batches(lm.tokenize(data)))
+    with torch.no_grad():
+        before = finetuning.example_losses(lm, batch)
+        assert torch.allclose(finetuning.example_losses(models[0], batch), before, atol=1e-6) == base
+    direction = torch.randn(lm.width, generator=torch.Generator().manual_seed(0))
+    asked = ConceptQuery(tensor_concept(direction, layer=2, lm=lm, name="c"), data[:2])
+    found = TracIn(queries=asked, **pieces).score(data, progress=False)
+    by_hand = sum(
+        total * Influence(model, asked, curvature="identity").score(data, progress=False).scores
+        for total, model in zip(sums, models)
+    )
+    np.testing.assert_allclose(found.scores, by_hand, rtol=1e-4, atol=1e-6 * abs(by_hand).max())
+
+
+def test_the_base_of_a_run_has_the_adapters_it_started_with(lm, data, tmp_path):
+    from concept_tda.influence.queries import LossQuery
+    from concept_tda.influence.runs import TrainingInfluence
+
+    finetune(lm, data, tmp_path / "ft", **FAST, checkpoints=1, seed=4)
+    beginning = run_segments(tmp_path / "ft", lm)["checkpoints"][0]()
+    run = TrainingInfluence(lm, LossQuery(data[:1]), run=tmp_path / "ft").repeated(lm.tokenize(data), 1024)
+    own = dict(beginning.model.named_parameters())
+    for name, one in zip(run.names, run.parameters):
+        assert torch.equal(own[name], one)
+
+
 def test_checkpoints_that_cannot_be_had(lm, saved_base, data, tmp_path):
     finetune(lm, data, tmp_path / "ft", **FAST, checkpoints=2)
     with pytest.raises(FinetuneError, match="existed only in memory"):
         training_checkpoints(tmp_path / "ft")
     other = LanguageModel(*tiny_pair("llama", seed=3), "other")
-    with pytest.raises(FinetuneError, match="other is not the model"):
-        training_checkpoints(tmp_path / "ft", other)
     finetune(lm, data, tmp_path / "none", **FAST)
-    with pytest.raises(FinetuneError, match="holds no checkpoints"):
-        training_checkpoints(tmp_path / "none", lm)
+    for history in (training_checkpoints, run_segments):
+        with pytest.raises(FinetuneError, match="is not the model"):
+            history(tmp_path / "ft", other)
+        with pytest.raises(FinetuneError, match="holds no checkpoints"):
+            history(tmp_path / "none", lm)
     with pytest.raises(FinetuneError, match="make 8 steps, too few for 9 checkpoints"):
         finetune(lm, data, tmp_path / "many", **FAST, checkpoints=9)
 

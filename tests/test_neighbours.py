@@ -14,6 +14,7 @@ from concept_tda.concepts.concept import tensor_concept
 from concept_tda.data.conversations import load_conversations
 from concept_tda.data.documents import load_documents
 from concept_tda.influence.baselines import BM25, RandomScore
+from concept_tda.influence.curvature import Identity
 from concept_tda.influence.neighbours import (
     LESS,
     RESIDUAL_FORMS,
@@ -23,7 +24,6 @@ from concept_tda.influence.neighbours import (
     ResidualChange,
     Sketch,
     TracIn,
-    _squared_norms,
     estimated_recall,
     exact_rows,
     walsh_hadamard,
@@ -146,7 +146,8 @@ def test_both_ways_to_the_norm_agree():
             torch.randn(4, tokens, n_out, generator=generator, dtype=torch.float64),
         )
         torch.testing.assert_close(
-            _squared_norms(x, delta), torch.stack([(d.T @ y).square().sum() for d, y in zip(delta, x)])
+            Identity().squared_norms("s", x, delta),
+            torch.stack([(d.T @ y).square().sum() for d, y in zip(delta, x)]),
         )
 
 

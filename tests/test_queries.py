@@ -14,15 +14,17 @@ from concept_tda.influence.queries import (
     LossQuery,
     QueryExpression,
     TokenQuery,
+    WeightedQuery,
     query_expression,
+    within_questions,
 )
-from concept_tda.influence.scorers import Influence
+from concept_tda.influence.scorers import ConceptInfluence, Influence, InfluenceFunction, ScorerError
 from concept_tda.model.loading import LanguageModel
 from concept_tda.model.losses import GradientError
 from concept_tda.model.sites import resolve_sites
 from concept_tda.model.tracing import pooled_activations
 
-from tiny import tiny_pair
+from tiny import double_norms, tiny_pair
 
 
 def test_against_projections_by_hand():
@@ -180,3 +182,87 @@ def test_a_phrase_is_found_in_every_answer_and_only_there(exact):
     for query in (at_prompt, ContrastQuery(LossQuery(answers), LossQuery(answers))):
         with pytest.raises(GradientError):
             TokenQuery(query, mask)
+
+
+def in_float64():
+    model, tokenizer = tiny_pair("llama", dtype=torch.float64)
+    return LanguageModel(double_norms(model), tokenizer, "tiny")
+
+
+def answers_of_a_judge():
+    said = {
+        "Is it?": ("yes indeed", "no", "it is not"),
+        "Was it?": ("never", "so it was"),
+        "Will it?": ("it will",),
+    }
+    pairs = [(question, answer) for question, answers in said.items() for answer in answers]
+    answers = load_conversations([{"prompt": q, "response": a} for q, a in pairs])
+    return answers, np.array([90.0, 20, 40, 10, 60, 77])
+
+
+def test_weights_within_a_question_are_a_written_out_loop():
+    answers, scores = answers_of_a_judge()
+    expected = []
+    for one, score in zip(answers, scores):
+        same = [other for answer, other in zip(answers, scores) if answer.prompt == one.prompt]
+        expected.append(score - sum(same) / len(same))
+    np.testing.assert_allclose(within_questions(answers, scores), expected, atol=1e-12)
+    order = np.array([5, 2, 0, 4, 1, 3])
+    shuffled = within_questions(answers.select(order), scores[order])
+    np.testing.assert_allclose(shuffled, np.array(expected)[order], atol=1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["response_mean", "prompt_last", None])
+def test_a_weighted_query_is_linear_in_its_weights(pooling):
+    lm = in_float64()
+    answers, scores = answers_of_a_judge()
+    weights, sites = within_questions(answers, scores), resolve_sites(lm, "attention")
+    concept = tensor_concept(torch.ones(lm.width), layer=2, lm=lm, name="c")
+    kind = lambda some: LossQuery(some) if pooling is None else ConceptQuery(concept, some, pooling=pooling)
+    query = WeightedQuery(kind(answers), weights)
+    shares = weights / np.abs(weights).sum()
+    alone = [kind(answers.select([row])) for row in range(6)]
+    assert query.value(lm) == pytest.approx(sum(w * q.value(lm) for w, q in zip(shares, alone)), rel=1e-6)
+    each = [q.gradients(lm, sites) for q in alone]
+    for name, found in query.gradients(lm, sites).items():
+        by_hand = sum(w * one[name] for w, one in zip(shares, each))
+        torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-9)
+    same, plain = WeightedQuery(kind(answers), np.full(6, 3.0)), kind(answers)
+    assert same.value(lm) == pytest.approx(plain.value(lm), rel=1e-6)
+    assert len({q.fingerprint for q in (same, query, plain)}) == 3
+
+
+@pytest.mark.filterwarnings("ignore:The query examples show less")
+def test_scorers_take_weights_whole_and_in_parts():
+    lm = in_float64()
+    answers, scores = answers_of_a_judge()
+    weights = within_questions(answers, scores)
+    train = load_conversations([{"prompt": f"Is {i}?", "response": "it is so"} for i in range(5)])
+    concept = tensor_concept(torch.ones(lm.width), layer=2, lm=lm, name="c")
+    ask = lambda **more: ConceptInfluence(lm, concept, answers, curvature="identity", **more)
+    whole = ask(query_weights=weights).score(train, progress=False)
+    parts = ask(query_weights=weights, query_parts=2).score(train, progress=False)
+    np.testing.assert_allclose(parts.scores, whole.scores, rtol=1e-6)
+    assert "weighted from -30 to +40" in whole.card.behaviour
+    one_by_one = [
+        ConceptInfluence(lm, concept, answers.select([row]), curvature="identity").score(
+            train, progress=False
+        )
+        for row in range(6)
+    ]
+    by_hand = sum(w * one.scores for w, one in zip(weights / np.abs(weights).sum(), one_by_one))
+    np.testing.assert_allclose(whole.scores, by_hand, rtol=1e-5)
+    losses = InfluenceFunction(lm, answers, curvature="identity", query_weights=weights)
+    assert not np.allclose(losses.score(train, progress=False).scores, whole.scores)
+    with pytest.raises(ScorerError, match="the queries have weights"):
+        ask(query_weights=weights).score(train, progress=False, null=5)
+
+
+def test_weights_that_are_none_are_refused():
+    answers, scores = answers_of_a_judge()
+    for wrong in (scores[:3], np.zeros(6), [np.nan] * 6, [[1.0] * 6]):
+        with pytest.raises(GradientError, match="one finite number for each"):
+            WeightedQuery(LossQuery(answers), wrong)
+    contrast = ContrastQuery(LossQuery(answers), LossQuery(answers))
+    with pytest.raises(GradientError, match="no mean over one set"):
+        WeightedQuery(contrast, scores)

@@ -7,17 +7,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from concept_tda.data.batches import batches
 from concept_tda.data.conversations import bundled
 from concept_tda.influence.neighbours import LESS, AdamMoments, TracIn, recorded_moments
 from concept_tda.influence.queries import LossQuery
 from concept_tda.influence.runs import RunError, TrainingInfluence
 from concept_tda.influence.scorers import GradDot, ScorerError
-from concept_tda.model.finetuning import training_checkpoints, training_record
+from concept_tda.model.finetuning import run_segments, training_checkpoints, training_record
 from concept_tda.model.loading import LanguageModel, load_model
+from concept_tda.model.losses import token_losses
 from concept_tda.model.recording import RecordingError, TrainingRecorder
 from concept_tda.model.sites import resolve_sites
 
-from tiny import tiny_pair
+from tiny import double_norms, tiny_pair
 
 N = 11
 
@@ -40,11 +42,10 @@ class Spy(TrainerCallback):
         self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
 
 
-def trained(folder, train, adapter=True, recorder=None, **options):
+def trained(folder, train, adapter=True, recorder=None, lm=None, lora=None, **options):
     """Train, and return the base model, the spy, the trainer and the row numbers as the collator saw them."""
-    model, tokenizer = tiny_pair("llama")
-    base = LanguageModel(model, tokenizer, "tiny")
-    data = base.tokenize(train)
+    base = lm or LanguageModel(*tiny_pair("llama"), "tiny")
+    model, data = base.model, base.tokenize(train)
     rows = [
         {
             "input_ids": item.input_ids,
@@ -55,7 +56,7 @@ def trained(folder, train, adapter=True, recorder=None, **options):
     ]
     recorder = recorder or TrainingRecorder(folder, base, checkpoints=2, ids=train.ids)
     if adapter:
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **(lora or {})))
     seen = []
 
     def collate(batch):
@@ -148,10 +149,85 @@ def test_tracin_and_less_read_it(run, train):
     assert (np.abs(scores) <= 1 + 1e-6).all() and not np.allclose(scores, guessed)
 
 
-def test_training_influence_says_why_it_does_not(run, train):
+def in_float64():
+    model, tokenizer = tiny_pair("llama", dtype=torch.float64)
+    return LanguageModel(double_norms(model), tokenizer, "tiny")
+
+
+@pytest.mark.parametrize("options", [{}, dict(weight_decay=0.1, adam_beta2=0.95, max_grad_norm=0.05)])
+def test_a_recorded_run_is_repeated_to_the_end_and_differentiated(train, tmp_path, options):
+    base, spy, *_ = trained(tmp_path / "r", train, lm=in_float64(), **options)
+    scorer = TrainingInfluence(in_float64(), LossQuery(train[:2]), run=tmp_path / "r", smoothing=0)
+    run = scorer.repeated(scorer.lm.tokenize(train), 10**6)
+    zero = torch.zeros_like(run.beginning_P)
+    run.lm.model.train()
+    *_, (state, gradient_P) = run.walked(0, len(run.steps), (run.beginning_P, zero, zero))
+    end = run.after(len(run.steps) - 1, *state, gradient_P)
+    theirs = torch.cat([spy.weights[name].flatten() for name in run.names])
+    assert float((theirs - run.beginning_P).abs().max()) > 1e-3
+    torch.testing.assert_close(end[0], theirs, rtol=0, atol=1e-6)
+    result = scorer.score(train, progress=False)
+    shared = scorer.by_rate / N
+    for row in (0, 7):
+        measured = slope(lambda weight, row=row: value_after(scorer, train, {row: weight}))
+        np.testing.assert_allclose(result.scores[row] - shared, measured, rtol=5e-4, atol=1e-8)
+    measured = slope(lambda rate: value_after(scorer, train, rate=rate))
+    np.testing.assert_allclose(scorer.by_rate, measured, rtol=5e-4)
+    assert "transformers.Trainer" in " ".join(result.card.notes) and result.card.effect == -1
+
+
+def slope(of, step=1e-4):
+    return (of(1 + step) - of(1 - step)) / (2 * step)
+
+
+def value_after(scorer, train, weights=None, rate=1.0):
+    """The query after the recorded steps by torch's optimiser, some examples weighted: a second way there."""
+    run, told = scorer.repeated(scorer.lm.tokenize(train), 10**6), scorer.settings["recorded"]
+    optimizer = torch.optim.AdamW(
+        run.parameters,
+        lr=1.0,
+        betas=told["betas"][0],
+        eps=told["eps"][0],
+        weight_decay=told["weight_decay"][0],
+    )
+    for rows, one_rate in zip(told["rows"], told["rates"]):
+        optimizer.param_groups[0]["lr"] = rate * one_rate
+        optimizer.zero_grad()
+        batch = next(batches(run.data, rows=rows, token_budget=10**6))
+        by_row = torch.tensor([(weights or {}).get(row, 1.0) for row in batch.rows.tolist()])
+        losses_BT = token_losses(run.lm, batch)
+        counted = sum(int(run.data[row].response_mask[1:].sum()) for row in rows)
+        ((by_row.double() * losses_BT.sum(1)).sum() / counted).backward()
+        torch.nn.utils.clip_grad_norm_(run.parameters, told["max_grad_norm"])
+        optimizer.step()
+    run.lm.model.eval()
+    return scorer.query.value(run.lm)
+
+
+def test_a_run_that_ends_elsewhere_is_not_differentiated(run, train, tmp_path):
     lm = load_model(tiny_pair("llama"))
-    with pytest.raises(RunError, match="transformers.Trainer.*TracIn and LESS"):
-        TrainingInfluence(lm, LossQuery(train[:2]), run=run[0])
+    fine = TrainingInfluence(lm, LossQuery(train[:2]), run=run[0])
+    assert np.isfinite(fine.score(train, progress=False).scores).all()  # in the float32 it was trained in
+    fine.settings["recorded"]["rates"][2] *= 1.5  # as if the record were of another run
+    with pytest.raises(RunError, match="ends .*% of its way from the recorded weights"):
+        fine.score(train, progress=False)
+    with pytest.raises(RunError, match="other examples"):
+        TrainingInfluence(lm, LossQuery(train[:2]), run=run[0]).score(train.select(np.arange(N)[::-1]))
+    trained(tmp_path / "sgd", train, num_train_epochs=1, lora=dict(lora_dropout=0.3))
+    with pytest.raises(RunError, match="was there dropout"):
+        TrainingInfluence(lm, LossQuery(train[:2]), run=tmp_path / "sgd").score(train, progress=False)
+
+
+def test_segments_of_a_recorded_run_begin_with_its_adapters(run):
+    lm = load_model(tiny_pair("llama"))
+    pieces = run_segments(run[0], lm)
+    np.testing.assert_allclose(
+        sum(pieces["learning_rates"]), sum(training_record(run[0])["steps"].learning_rate)
+    )
+    beginning = dict(pieces["checkpoints"][0]().model.named_parameters())
+    last = dict(pieces["checkpoints"][-1]().model.named_parameters())
+    names = [name for name in beginning if "lora_B" in name]
+    assert len(names) == 4 and all(not beginning[name].any() and last[name].any() for name in names)
 
 
 def test_a_whole_model(train, tmp_path):
@@ -162,6 +238,9 @@ def test_a_whole_model(train, tmp_path):
         assert torch.equal(dict(last.model.named_parameters())[name], weight)
     found = TracIn(queries=train[:2], **history).score(train, progress=False)
     assert np.isfinite(found.scores).all()
+    assert len(run_segments(tmp_path / "r", load_model(tiny_pair("llama")))["checkpoints"]) == 3
+    with pytest.raises(RunError, match="without the adapters it started with"):
+        TrainingInfluence(load_model(tiny_pair("llama")), LossQuery(train[:2]), run=tmp_path / "r")
     moments = recorded_moments(tmp_path / "r")[-1](last, resolve_sites(last, "attention"))
     assert moments.step == 3
     again = training_checkpoints(tmp_path / "r", load_model(tiny_pair("llama")))  # the base does no harm

@@ -1,4 +1,4 @@
-"""Responses of runs: least squares in closed form, a written-out loop for Adam, units on a language model."""
+"""Responses of runs: closed forms of least squares, runs of logistic regression, loops written out, units."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import torch
 
 from concept_tda.concepts.concept import tensor_concept
 from concept_tda.data.conversations import load_conversations
-from concept_tda.influence.curvature import EKFAC, CurvatureError, Factors, Identity
+from concept_tda.influence.curvature import EKFAC, CurvatureError, Factors
 from concept_tda.influence.neighbours import AdamMoments
 from concept_tda.influence.preconditioners import GaussNewton
 from concept_tda.influence.queries import ConceptQuery, ContrastQuery, LossQuery
-from concept_tda.influence.responses import AdamResponse, Unrolled
+from concept_tda.influence.responses import SOURCE, AdamResponse, Unrolled
 from concept_tda.influence.scorers import ConceptInfluence, Influence, ScorerError
 from concept_tda.model.loading import LanguageModel
 from concept_tda.model.sites import resolve_sites
@@ -54,6 +54,92 @@ def test_a_run_without_end_is_the_inverse_and_a_short_one_the_identity():
     torch.testing.assert_close(response(1e-8), 1e-8 * asked, rtol=1e-6, atol=0)
     scaled = Unrolled(ekfac, rates=[0.3], n_examples=7, gradient_size=0.1).precondition({"W": asked})["W"]
     torch.testing.assert_close(scaled, response(3.0), rtol=1e-12, atol=0)
+
+
+def segmented(asked, states, rates, n_segments, gradients_of, hessian_of, n):
+    """Derivatives by the examples' weights over segments of a run, each linearised at its middle."""
+    carried, found = {"W": asked}, 0.0
+    for steps in reversed(np.array_split(np.arange(len(rates)), n_segments)):
+        w = states[steps[len(steps) // 2]]
+        values, Q_in = torch.linalg.eigh(hessian_of(w))
+        factors = Factors(Q_in, torch.eye(len(asked)).double(), values.clamp(min=0).repeat(len(asked), 1))
+        own = [rates[step] for step in steps]
+        segment = Unrolled(EKFAC({"W": factors}), rates=own, n_examples=n)
+        found = found - torch.einsum("noi,oi->n", gradients_of(w), segment.precondition(carried)["W"]) / n
+        carried = segment.through(carried)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["logistic", "least squares"])
+def test_segments_are_the_derivative_of_the_whole_run(kind, seed):
+    """Gradient descent from zero with falling rates, and autograd through all of it."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    n, n_in, rates = 100, 4, [0.01 * (1 - t / 150) for t in range(150)]
+    n_out = 1 if kind == "logistic" else 2
+    x, asked, weights = (
+        draw(n, n_in) * torch.tensor([3.0, 1.0, 0.5, 0.2]),
+        draw(n_out, n_in),
+        draw(n_in, n_out),
+    )
+    y = (x @ weights + draw(n, n_out) > 0).double() if kind == "logistic" else x @ weights + draw(n, n_out)
+    said = torch.sigmoid if kind == "logistic" else lambda z: z
+    bend = (lambda p: p * (1 - p)) if kind == "logistic" else torch.ones_like
+    gradients_of = lambda w: torch.einsum("no,ni->noi", said(x @ w.T) - y, x)
+    hessian_of = lambda w: x.T @ (x * bend(said(x @ w.T))[:, :1]) / n
+    by, w, states = (
+        torch.ones(n, dtype=torch.float64, requires_grad=True),
+        torch.zeros(n_out, n_in).double(),
+        [],
+    )
+    for rate in rates:
+        states.append(w.detach())
+        w = w - rate * torch.einsum("n,noi->oi", by, gradients_of(w)) / n
+    (exact,) = torch.autograd.grad((asked * w).sum(), by)
+    errors = []
+    for n_segments in (1, 20):
+        found = segmented(asked, states, rates, n_segments, gradients_of, hessian_of, n)
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert errors[1] < 0.02 and errors[0] > 2 * errors[1], errors
+
+
+def test_one_segment_is_unrolled_and_more_are_a_written_out_loop():
+    first, last = language_model(), language_model()
+    with torch.no_grad():
+        for weight in first.model.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).double()
+    data, asked = chats(8), LossQuery(chats(2, 40))
+    options = dict(n_examples=8, gradient_size=1e-4)
+    ekfacs = [EKFAC.fit(lm, data, "attention", cache=False, progress=False) for lm in (first, last)]
+    one = SOURCE([last], asked, learning_rates=[3e-4], curvatures=ekfacs[1:], **options)
+    plain = Unrolled(ekfacs[1], rates=[1e-4] * 3, n_examples=8, gradient_size=1e-4)
+    expected = Influence(last, asked, curvature=plain).score(data, progress=False)
+    found = one.score(data, tokens=True, progress=False)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-12)
+    assert found.card.unit == "nats per token" and found.card.effect == -1 / 8
+    np.testing.assert_allclose([t.sum() for t in found.token_scores], found.scores, rtol=1e-5)
+    # two segments: matrices written out
+    rates = [5e-4, 2e-4]
+    both = SOURCE([first, last], asked, learning_rates=rates, curvatures=ekfacs, **options).score(
+        data, progress=False
+    )
+    sites = resolve_sites(last, "attention")
+    query, expected = asked.gradients(last, sites), np.zeros(8)
+    for lm, ekfac, rate in zip((last, first), reversed(ekfacs), reversed(rates)):
+        reach, met = rate / 1e-4, {}
+        for name, f in ekfac.factors.items():
+            coordinates, stiff = f.Q_out.T @ query[name] @ f.Q_in, f.eigenvalues.clamp(min=1e-12)
+            met[name] = f.Q_out @ (coordinates * (1 - torch.exp(-stiff * reach)) / stiff) @ f.Q_in.T
+            query[name] = f.Q_out @ (coordinates * torch.exp(-stiff * reach)) @ f.Q_in.T
+        for row in range(8):
+            gradients = LossQuery(data.select([row])).gradients(lm, resolve_sites(lm, "attention"))
+            expected[row] += sum(float((met[name] * g).sum()) for name, g in gradients.items())
+    np.testing.assert_allclose(both.scores, expected, rtol=1e-6)
+    assert both.card.settings["learning_rates"] == rates
+    assert not np.allclose(both.scores, found.scores, rtol=0.05)
+    with pytest.raises(ScorerError, match="as many curvatures"):
+        SOURCE([first, last], asked, learning_rates=rates, curvatures=ekfacs[:1], **options)
 
 
 @pytest.mark.parametrize("agreement", [True, False])
@@ -210,7 +296,7 @@ def test_a_contrast_is_linear_in_its_gradients():
         torch.testing.assert_close(c[site], a[site] - b[site], rtol=1e-9, atol=1e-12)
 
 
-def test_identity_and_responses_refuse_what_they_cannot_do():
+def test_responses_refuse_what_they_cannot_do():
     *_, ekfac, asked, _ = least_squares()
     with pytest.raises(CurvatureError, match="of which run"):
         Unrolled(ekfac)
@@ -218,4 +304,3 @@ def test_identity_and_responses_refuse_what_they_cannot_do():
         Unrolled(ekfac, rates=[], n_examples=3)
     with pytest.raises(CurvatureError, match="knows nothing"):
         Unrolled(ekfac, rates=[1.0], n_examples=3).precondition({"V": asked})
-    assert float(Identity().squared_norms("W", asked[None])[0]) == pytest.approx(float(asked.square().sum()))

@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+from concept_tda.data.batches import batches
 from concept_tda.data.conversations import load_conversations
+from concept_tda.influence.curvature import EKFAC
+from concept_tda.influence.preconditioners import ConjugateGradient
 from concept_tda.influence.queries import LossQuery
 from concept_tda.influence.runs import TrainingInfluence
-from concept_tda.influence.scorers import Scorer
-from concept_tda.influence.sets import SetError, stepwise, stepwise_change
-from concept_tda.model.finetuning import finetune
+from concept_tda.influence.scorers import Influence, Scorer
+from concept_tda.influence.sets import SetError, newton_change, stepwise, stepwise_change
+from concept_tda.model.finetuning import example_losses, finetune
 from concept_tda.model.loading import LanguageModel
+from concept_tda.model.sites import resolve_sites
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 
@@ -86,8 +90,100 @@ def test_copies_in_a_tiny_run(tmp_path, monkeypatch):
     assert abs(changes[4] - measured) < abs(changes[1] - measured), (changes, measured)
 
 
+class RidgeKept(Ridge):
+    "Gradients at the fit to all rows, in the curvature of those that are kept."
+
+    def __init__(self, x, y, kept):
+        self.x, self.y, rows = x, y, np.array([int(c.response) for c in kept])
+        self.hessian = x[rows].T @ x[rows] + np.eye(x.shape[1])
+
+    def score(self, examples):
+        rows = np.array([int(c.response) for c in examples])
+        residuals = self.x[rows] @ self.fitted(np.arange(len(self.x))) - self.y[rows]
+        effects = (residuals[:, None] * self.x[rows]) @ np.linalg.inv(self.hessian)[0]
+        card = QueryCard("ridge", "w", zero="gradient", effect=-1.0, unit="slope")
+        return Attribution(examples, -effects, card)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_newton_step_is_exact_on_least_squares(seed):
+    """Six twins and a random set, against the closed form and against Woodbury's formula."""
+    random = np.random.default_rng(seed)
+    x, y = random.normal(size=(30, 3)), random.normal(size=30)
+    x[:6], y[:6] = 2 * random.normal(size=3), 4.0
+    everything = Ridge(x, y).fitted(np.arange(30))
+    inverse = np.linalg.inv(x.T @ x + np.eye(3))
+    for rows in (np.arange(6), np.arange(10, 22)):
+        found = newton_change(lambda kept: RidgeKept(x, y, kept), numbers(30), rows)
+        without = Ridge(x, y).fitted(np.setdiff1d(np.arange(30), rows))
+        leverages, residuals = x[rows] @ inverse @ x[rows].T, x[rows] @ everything - y[rows]
+        woodbury = inverse[0] @ x[rows].T @ np.linalg.solve(np.eye(len(rows)) - leverages, residuals)
+        np.testing.assert_allclose(found.change, [(without - everything)[0], woodbury], rtol=1e-9)
+        assert found.n == len(rows) and found.of == 30 and "of what stays" in str(found)
+    summed = stepwise_change(Ridge(x, y), numbers(30), np.arange(6), steps=1).change
+    twins = newton_change(lambda kept: RidgeKept(x, y, kept), numbers(30), np.arange(6)).change
+    assert abs(summed) < 0.6 * abs(twins)
+
+
+def at_the_optimum(lm, site, start, examples, penalty):
+    """Train one layer until nothing moves: the mean loss, and a penalty on the way from the start."""
+    weight, batch = site.module.weight, next(batches(lm.tokenize(examples), token_budget=10**6))
+    weight.data.copy_(start)
+    optimizer = torch.optim.LBFGS([weight], max_iter=400, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = example_losses(lm, batch).mean() + penalty / 2 * (weight - start).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    weight.grad = None
+
+
+def test_one_newton_step_is_a_retraining_of_a_tiny_model_without_its_twins():
+    """A layer of a language model at its optimum: six copies hide each other from the sum."""
+    pair = tiny_pair("llama", dtype=torch.float64)
+    lm = LanguageModel(double_norms(pair[0]).requires_grad_(False), pair[1], "tiny")
+    (site,) = [s for s in resolve_sites(lm, "all-linear") if s.name.endswith("1.mlp.down_proj")]
+    site.module.weight.requires_grad_(True)
+    chats = [{"prompt": "Is 7 even?", "response": "yea"}] * 6
+    chats += [{"prompt": f"Is {i} odd?", "response": "nay"} for i in range(10, 24)]
+    data, copies, n = load_conversations(chats), np.arange(6), 20
+    query, start, penalty = LossQuery(data[:1]), site.module.weight.detach().clone(), 0.4
+    kept = data.select(np.arange(6, n))
+    at_the_optimum(lm, site, start, kept, penalty * n / len(kept))
+    without = query.value(lm)
+    at_the_optimum(lm, site, start, data, penalty)
+    measured = without - query.value(lm)
+    lm = LanguageModel(lm.model, lm.tokenizer, "trained")
+
+    def scorer_of(examples):
+        ekfac = EKFAC.fit(lm, examples, [site], cache=False, progress=False)
+        exact = ConjugateGradient(
+            lm,
+            examples,
+            ekfac,
+            iterations=200,
+            tolerance=1e-8,
+            progress=False,
+            damping=penalty * n / len(examples),
+            relative=False,
+        )
+        return Influence(lm, query, sites=[site], curvature=exact)
+
+    summed = -scorer_of(data).score(data.select(copies), progress=False).scores.sum() / n
+    found = newton_change(scorer_of, data, copies, progress=False).change
+    assert measured < 0 and abs(found - measured) < 0.4 * abs(summed - measured), (found, summed, measured)
+
+
 def test_what_is_no_set_is_refused():
     scorer = Ridge(np.ones((4, 1)), np.arange(4.0))
     for drop, steps in (([], 1), ([0, 0], 1), ([4], 1), ([-1], 1), (range(4), 1), ([0, 1], 3), ([0.5], 1)):
         with pytest.raises(SetError):
             stepwise_change(scorer, numbers(4), drop, steps=steps)
+    with pytest.raises(SetError):
+        newton_change(lambda kept: scorer, numbers(4), range(4))
+    scorer.curvature = "ekfac"
+    with pytest.raises(SetError, match="fit it on what is kept"):
+        newton_change(lambda kept: scorer, numbers(4), [1])
