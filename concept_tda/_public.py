@@ -38,7 +38,7 @@ PUBLIC = {
     "model.answers": "answer_records with_record cached_generate",
     "model.finetuning": "GRADIENT_CLIP RECIPES FinetuneError example_losses own_randomness new_adapters "
         "step_rows step_rate write_training_record finetune run_settings training_record Retrained "
-        "finetune_many training_checkpoints",
+        "finetune_many training_checkpoints run_beginning run_segments",
     "model.training": "TrainingError TrainingRecipe StepPlan first_plan TrainingRun train replay load_run",
     "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
     "model.servers": "ServerError ServedModel",
@@ -76,8 +76,8 @@ PUBLIC = {
     "influence.curvature": "CurvatureError Identity check_damping check_gradients check_moved check_labels "
         "fitting_record DampedCurvature Factors labelled_pass batch_labels FactorStatistics EKFAC",
     "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
-    "influence.queries": "Query ConceptQuery LossQuery MarginQuery ContrastQuery TokenQuery QueryExpression "
-        "query_expression",
+    "influence.queries": "Query ConceptQuery LossQuery MarginQuery ContrastQuery TokenQuery WeightedQuery "
+        "within_questions QueryExpression query_expression",
     "influence.engine": "EngineError Readout ActivationReadout ActivationGradientReadout LossReadout "
         "DirectionReadout StackedReadout without_first_token NormalisedReadout adding_tangent ForwardReadout "
         "difference_scale moved_weights DifferenceReadout direction_readout difference_adapters Stopwatch "
@@ -85,9 +85,9 @@ PUBLIC = {
     "influence.scorers": "ScorerError NullReadout sign_flips null_directions Scorer equal_as_first "
         "query_card score_together VectorFilter ActivationGradient ProjectionDifference "
         "dataset_projection_difference Influence ConceptInfluence InfluenceFunction GradDot",
-    "influence.neighbours": "RESIDUAL_FORMS CosineReadout GradCos ResidualChangeReadout ResidualChange "
-        "CheckpointScorer TracIn AdamMoments recorded_moments walsh_hadamard Sketch LessReadout LESS "
-        "exact_rows estimated_recall Cascade",
+    "influence.neighbours": "RESIDUAL_FORMS GradCos ResidualChangeReadout ResidualChange CheckpointScorer "
+        "TracIn AdamMoments recorded_moments walsh_hadamard Sketch LessReadout LESS exact_rows "
+        "estimated_recall Cascade",
     "influence.baselines": "RandomScore ResponseLength BM25 MeanLoss RepSim RandomDirection",
     "influence.atlas": "AtlasError DirectionRows PartRows InfluenceAtlas build_atlas GradientIndex "
         "build_index",
@@ -97,8 +97,8 @@ PUBLIC = {
     "influence.runs": "RunError adamw_step TrainingInfluence",
     "influence.streaming": "stream_records score_stream PartScorer score_on_ray",
     "influence.served": "ServedError ServedQuery write_query load_query ServedCheck ServedInfluence",
-    "influence.responses": "Unrolled AdamResponse",
-    "influence.sets": "SetError stepwise stepwise_change",
+    "influence.responses": "Unrolled SOURCE AdamResponse",
+    "influence.sets": "SetError stepwise stepwise_change newton_change",
     "influence.pricing": "Counts count_operations operations_per_token fit_operations_per_token "
         "seconds_per_token plan_model",
     "influence.surrogates": "Surrogate",

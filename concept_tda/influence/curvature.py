@@ -62,11 +62,16 @@ class Identity:
 
     def squared_norms(
         self,
-        site: str,                   # Its name
-        gradients_Boi: torch.Tensor, # Weight gradients of B examples
-    ) -> torch.Tensor:               # [B]
-        "gᵀg of each example at a site."
-        return gradients_Boi.square().sum((1, 2))
+        site: str,               # Its name
+        x_BTi: torch.Tensor,     # Its inputs, of B examples
+        delta_BTo: torch.Tensor, # Gradients of its outputs
+    ) -> torch.Tensor:           # [B]
+        "gᵀg of each example's g = Σ_t δ_t x_tᵀ at a site."
+        tokens, n_in, n_out = x_BTi.shape[1], x_BTi.shape[2], delta_BTo.shape[2]
+        if tokens*(n_in + n_out) >= n_in*n_out:
+            return torch.einsum("bto,bti->boi", delta_BTo, x_BTi).square_().sum((1, 2))
+        gram_BTT = (delta_BTo @ delta_BTo.mT)*(x_BTi @ x_BTi.mT)  # smaller than the weight
+        return gram_BTT.sum((1, 2)).clamp(min=0)
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #damping
 def check_damping(
@@ -802,12 +807,13 @@ class _Preconditioner(_Named):
 
     def squared_norms(
         self,
-        site: str,                   # Its name
-        gradients_Boi: torch.Tensor, # Weight gradients of B examples
-    ) -> torch.Tensor:               # [B]
-        "gᵀ(H + λ)⁻¹g of each example at a site: how much it moves itself (self-influence)."
+        site: str,               # Its name
+        x_BTi: torch.Tensor,     # Its inputs, of B examples
+        delta_BTo: torch.Tensor, # Gradients of its outputs
+    ) -> torch.Tensor:           # [B]
+        "gᵀ(H + λ)⁻¹g of each example's g = Σ_t δ_t x_tᵀ at a site: how much it moves itself."
         f = self.factors[site]
-        rotated_Boi = f.rotate(gradients_Boi.to(f.eigenvalues))
+        rotated_Boi = f.rotate(torch.einsum("bto,bti->boi", delta_BTo, x_BTi).to(f.eigenvalues))
         return (rotated_Boi.square()/(f.eigenvalues + self.damping_of(site))).sum((1, 2))
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #save

@@ -244,14 +244,15 @@ def without_first_token(
 
 # %% ../../nbs/50_influence/04_engine.ipynb #normalised
 class NormalisedReadout(DirectionReadout):
-    "-⟨q, ∇L(z)⟩/√(Σ_sites N(∇L(z))), N a squared norm of each example's gradient at a site."
+    """-⟨q, ∇L(z)⟩/√(Σ_sites N(∇L(z))), N a squared norm of each example's gradient at a site.
+    Contributions of tokens add up to it."""
     engine = "reverse, with norms"
 
     def __init__(
         self,
         sites: Sequence[Site],               # Where the directions are, and the norms are taken
         directions: dict[str, torch.Tensor], # [out, in] or [Q, out, in] by site name
-        squared_norms: Callable[[str, torch.Tensor], torch.Tensor], # Site name, gradients [B, out, in]: [B]
+        squared_norms: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor], # Name, x_BTi, δ_BTo: [B]
         name: str,                           # Of the norm
     ):
         super().__init__(sites, directions)
@@ -267,8 +268,9 @@ class NormalisedReadout(DirectionReadout):
         "Add a site to the products and to the norms."
         if site.name in self.directions:
             super().flow(site, x_BTi, delta_BTo)
-        gradients_Boi = torch.einsum("bto,bti->boi", self.heard(delta_BTo), x_BTi)
-        self.norms_B += self.squared_norms(site.name, gradients_Boi).to(self.norms_B)
+        like = self.tokens_QBT
+        norms_B = self.squared_norms(site.name, x_BTi.to(like), self.heard(delta_BTo).to(like))
+        self.norms_B += norms_B.to(self.norms_B)
 
     def collect(self) -> tuple[np.ndarray, np.ndarray | None]:
         "Scores and contributions, divided by the norms."

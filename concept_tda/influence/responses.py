@@ -134,7 +134,7 @@ class _Segmented(CheckpointScorer):
         *,
         learning_rates: Iterable[float],  # Sum of the rates of each checkpoint's segment
         n_examples: int,                  # On which the run trained
-        curvatures: Iterable[Any] | None = None, # `EKFAC`s or functions of (lm, sites); None: of the scored data
+        curvatures: Iterable[Any] | None = None, # `EKFAC`s or functions of (lm, sites); None: of scored data
         gradient_size: float = 1.,        # Root mean square coordinate of Adam's gradients; 1: plain
         sites: str | Iterable[Site] = "attention", # As in `resolve_sites`
         method: str | None = None,        # Name in tables

@@ -6,9 +6,10 @@
 __all__ = ['RunError', 'adamw_step', 'TrainingInfluence']
 
 # %% ../../nbs/50_influence/12_runs.ipynb #imports
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ from concept_tda.model.finetuning import (
     GRADIENT_CLIP,
     new_adapters,
     own_randomness,
+    run_beginning,
     run_settings,
     step_rate,
     step_rows,
+    training_checkpoints,
     training_record,
 )
 from ..model.loading import LanguageModel
@@ -57,28 +60,32 @@ def adamw_step(
     step: int,          # Number of this step, from 1
     rate: float,        # Learning rate
     decay: float = 0.,  # Weight decay
+    betas: Sequence[float] = (.9, .999), # Decay of the two moments
+    epsilon: float = 1e-8, # Added to Adam's denominator
+    clip: float | None = GRADIENT_CLIP, # Largest norm of the gradient; None: any
     smoothing: float = 0., # Of the derivative: added to Adam's denominator, in multiples of its typical size
 ) -> tuple[Tensor, Tensor, Tensor]: # Weights and both moments after it
     "AdamW with clipped gradients as `finetune` takes it, differentiable in all four tensors."
-    gradient_P = gradient_P*(GRADIENT_CLIP/(gradient_P.norm() + 1e-6)).clamp(max=1.)
-    first_P = .9*first_P + .1*gradient_P
-    second_P = .999*second_P + .001*gradient_P.square()
+    if clip is not None:
+        gradient_P = gradient_P*(clip/(gradient_P.norm() + 1e-6)).clamp(max=1.)
+    b1, b2 = betas
+    first_P = b1*first_P + (1 - b1)*gradient_P
+    second_P = b2*second_P + (1 - b2)*gradient_P.square()
     moved_P = second_P.detach() > 0
-    root_P = torch.where(moved_P, second_P, 1.).sqrt()/math.sqrt(1 - .999**step) + 1e-8
+    root_P = torch.where(moved_P, second_P, 1.).sqrt()/math.sqrt(1 - b2**step) + epsilon
     softer = smoothing*root_P.detach()[moved_P].square().mean().sqrt() if smoothing else 0.
-    change_P = torch.where(moved_P, first_P/(1 - .9**step)/(root_P + softer), 0.)
+    change_P = torch.where(moved_P, first_P/(1 - b1**step)/(root_P + softer), 0.)
     if smoothing:  # the value of the step as it is taken
-        change_P = change_P + torch.where(moved_P, first_P/(1 - .9**step)/root_P - change_P, 0.).detach()
+        change_P = change_P + torch.where(moved_P, first_P/(1 - b1**step)/root_P - change_P, 0.).detach()
     return weights_P*(1 - rate*decay) - rate*change_P, first_P, second_P
 
 # %% ../../nbs/50_influence/12_runs.ipynb #loss
-def _weighted_loss(lm: LanguageModel, batch: Batch, weights_BT: Tensor, n_rows: int) -> Tensor:
-    "Sum of the batch's losses, each token times its weight, divided by the number of examples of the step."
+def _weighted_loss(lm: LanguageModel, batch: Batch, weights_BT: Tensor) -> Tensor:
+    "Sum of the batch's losses, each token times its weight."
     predicted_BT, logits_RV = predicted_mask(batch), response_logits(lm, batch)
     logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     losses_R = F.cross_entropy(logits_RV, batch.input_ids[predicted_BT], reduction="none")
-    share_BT = loss_weights(batch, dtype=losses_R.dtype).to(losses_R)
-    return (losses_R*(share_BT*weights_BT)[predicted_BT]).sum()/n_rows
+    return (losses_R*weights_BT[predicted_BT]).sum()
 
 # %% ../../nbs/50_influence/12_runs.ipynb #run
 @dataclass
@@ -114,11 +121,21 @@ class _AtStep(_Run):
         for batch in batches(self.data, rows=sorted(self.steps[done]), token_budget=self.token_budget):
             yield batch.to(self.lm.device)
 
+    def shares(self, done: int, batch: Batch) -> Tensor:
+        "What each token's loss counts in the step after `done` steps, [B, T]: a mean of examples' means."
+        return loss_weights(batch, dtype=self.beginning_P.dtype).to(self.lm.device)/len(self.steps[done])
+
+    def optimizer(self, done: int) -> dict[str, Any]:
+        "How the step after `done` steps is taken, as `adamw_step` is told."
+        return dict(rate=step_rate(self.settings, done, len(self.steps)), decay=self.settings["weight_decay"])
+
     def after(self, done: int, *state_and_gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Weights and moments after the step that follows `done` steps."
-        rate = step_rate(self.settings, done, len(self.steps))
-        return adamw_step(*state_and_gradient, step=done + 1, rate=rate, decay=self.settings["weight_decay"],
-                          smoothing=self.smoothing)
+        taken = self.optimizer(done)
+        return adamw_step(*state_and_gradient, step=done + 1, smoothing=self.smoothing, **taken)
+
+    def check_end(self, weights_P: Tensor) -> None:
+        "Nothing to hold against the end of a run that `finetune` makes."
 
 # %% ../../nbs/50_influence/12_runs.ipynb #forth
 _State = tuple[Tensor, Tensor, Tensor] # weights and both moments [P] between two steps
@@ -129,8 +146,7 @@ class _Forth(_AtStep):
         "Gradient [P] of the loss of the step after `done` steps, at the weights that are put."
         total = torch.zeros_like(parameters_to_vector(self.parameters))
         for batch in self.pieces(done):
-            ones_BT = torch.ones(batch.input_ids.shape, dtype=total.dtype, device=total.device)
-            loss = _weighted_loss(self.lm, batch, ones_BT, len(self.steps[done]))
+            loss = _weighted_loss(self.lm, batch, self.shares(done, batch))
             total += torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.parameters)])
         if torch.isfinite(total).all(): return total
         raise RunError(f"the gradient of step {done + 1} is not finite: lower the learning rate, or look at "
@@ -199,7 +215,7 @@ class _Back(_Kept):
             weights_BT = torch.ones(batch.input_ids.shape, dtype=along_P.dtype, device=along_P.device)
             weights_BT.requires_grad_()
             with sdpa_kernel(SDPBackend.MATH):
-                loss = _weighted_loss(self.lm, batch, weights_BT, len(self.steps[done]))
+                loss = _weighted_loss(self.lm, batch, self.shares(done, batch)*weights_BT)
                 gradients = torch.autograd.grad(loss, self.parameters, create_graph=True)
                 inner = torch.stack([(g.flatten()*u).sum() for g, u in zip(gradients, parts)]).sum()
                 *pulled, tokens_BT = torch.autograd.grad(inner, [*self.parameters, weights_BT])
@@ -268,6 +284,66 @@ def _return(run: _StepBack, store: BlockStore, gradient_P: Tensor, name: str, ba
         total.take(found)
     return total
 
+# %% ../../nbs/50_influence/12_runs.ipynb #recorded-settings
+def _recorded_settings(folder: Path) -> dict[str, Any]:
+    "Settings of a recorded run, or the reason why it can't be repeated."
+    record = training_record(folder)
+    by, steps, optimizer = record["key"]["trained_by"], record["steps"], record.get("optimizer") or {}
+    if not record.get("start"):
+        raise RunError(f"the run in {folder} was recorded from {by} without the adapters it started with (a "
+                       "whole model was trained, or the record is of an older version): TracIn and LESS read "
+                       "such a folder, or train adapters with a TrainingRecorder of today")
+    several = [name for name in ("betas", "eps", "weight_decay", "lr") if len(optimizer[name]) > 1]
+    if several or "AdamW" not in optimizer["name"] or optimizer["bf16"] or optimizer["fp16"]:
+        what = f"groups of parameters with a {several[0]} of their own" if several else \
+            optimizer["name"] + (", in half precision" if "AdamW" in optimizer["name"] else "")
+        raise RunError(f"the run in {folder} can't be repeated, {by} trained with {what}: one group, AdamW "
+                       "and full precision can be; TracIn and LESS read such a folder")
+    own = json.loads((folder/record["start"]/"adapter_config.json").read_text(encoding="utf-8"))
+    told = dict(folder=str(folder), trained_by=by, rows=steps.rows.tolist(), ids=record["ids"],
+                rates=steps.learning_rate.tolist(), **optimizer)
+    return dict(recorded=told, rank=own["r"], alpha=own["lora_alpha"], rslora=own["use_rslora"],
+                learning_rate=max(told["rates"]), weight_decay=optimizer["weight_decay"][0],
+                batch_size=max(map(len, told["rows"])), seed=0, precision="fp32", max_tokens=None,
+                chat_template=None)
+
+# %% ../../nbs/50_influence/12_runs.ipynb #recorded
+class _Recorded(_StepBack):
+    "A run of a Trainer, taken again."
+    def __post_init__(self) -> None:
+        own = self.settings["recorded"]
+        self.lm, self.steps = run_beginning(own["folder"], self.base), own["rows"]
+        trained = [(name, p) for name, p in self.lm.model.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in trained], [p for _, p in trained]
+        self.beginning_P = parameters_to_vector(self.parameters).detach().clone()
+        if own["ids"] not in (None, self.data.ids) or {*range(len(self.data))} != {*sum(self.steps, [])}:
+            raise RunError(f"the run in {own['folder']} was trained on other examples than "
+                           f"{self.data.conversations.name}, or on these in another order of the file: score "
+                           "what it was trained on")
+        counted = [int((one.response_mask[1:]).sum()) for one in self.data]
+        self.n_tokens = [sum(counted[row] for row in rows) for rows in self.steps]
+
+    def shares(self, done: int, batch: Batch) -> Tensor:
+        "A mean over all response tokens of the step."
+        return predicted_mask(batch).to(self.beginning_P)/self.n_tokens[done]
+
+    def optimizer(self, done: int) -> dict[str, Any]:
+        "As it was recorded."
+        own = self.settings["recorded"]
+        return dict(rate=own["rates"][done], decay=own["weight_decay"][0], betas=own["betas"][0],
+                    epsilon=own["eps"][0], clip=own["max_grad_norm"] or None)
+
+    def check_end(self, weights_P: Tensor) -> None:
+        "Refuse a run that does not end where the recorded one did."
+        folder = self.settings["recorded"]["folder"]
+        last = dict(training_checkpoints(folder, self.base)["checkpoints"][-1]().model.named_parameters())
+        there_P = torch.cat([last[name].detach().flatten() for name in self.names]).to(weights_P)
+        off = float((weights_P - there_P).norm()/(there_P - self.beginning_P).norm())
+        if off <= .01: return
+        raise RunError(f"repeated from its record, the run in {folder} ends {off:.1%} of its way from the "
+                       "recorded weights: was there dropout, a loss of the trainer's own, or other response "
+                       "tokens than those of these examples? TracIn and LESS read such a folder")
+
 # %% ../../nbs/50_influence/12_runs.ipynb #settings
 def _settings_of(folder: str | Path, lm: LanguageModel) -> tuple[dict[str, Any], dict[str, Any]]:
     "Settings and key of a finished run that started from this model."
@@ -275,10 +351,7 @@ def _settings_of(folder: str | Path, lm: LanguageModel) -> tuple[dict[str, Any],
     if key["base_fingerprint"] != lm.fingerprint:
         raise RunError(f"the run in {folder} did not start from {lm.name}: give the model it was trained "
                        "from, before the fine-tune")
-    if "trained_by" in key:
-        raise RunError(f"the run in {folder} was recorded from {key['trained_by']}, whose steps can't be "
-                       "taken again here to the bit: TracIn and LESS read such a folder, or train with "
-                       "finetune")
+    if "trained_by" in key: return _recorded_settings(Path(folder)), key
     names = set(run_settings(lm)) - {"insist", "checkpoints", "micro_batch_size", "chat_template"}
     return {name: value for name, value in key.items() if name in names}, key
 
@@ -309,7 +382,9 @@ class _Repeated(Scorer):
             raise RunError("say either run=, whose settings are taken, or settings of your own, not both")
         self.lm, self.query, self.method, self.folder = lm, query, method or self.method, run
         settings, self.key = (settings, None) if run is None else _settings_of(run, lm)
-        self.settings, self.smoothing = run_settings(lm, **settings), float(smoothing)
+        recorded = "recorded" in settings and self.key is not None
+        self.settings = settings if recorded else run_settings(lm, **settings)
+        self.smoothing = float(smoothing)
         if self.settings["chat_template"] is not None:
             raise RunError("chat_template= belongs to the model: load_model(..., chat_template=...)")
         if not 0 <= self.smoothing < math.inf:
@@ -317,6 +392,8 @@ class _Repeated(Scorer):
 
     def repeated(self, data: TokenizedConversations, token_budget: int) -> _StepBack:
         "The run on these data; refused where they are not those of the folder."
+        if "recorded" in self.settings:
+            return _Recorded(self.lm, data, self.settings, token_budget, self.smoothing)
         if self.key is not None and self.key["data_fingerprint"] != data.fingerprint:
             raise RunError(f"the run in {self.folder} was trained on other data than "
                            f"{data.conversations.name} (or the same ones cut or templated in another way): "
@@ -341,7 +418,9 @@ class _Described(_Repeated):
         settings = {"query_examples": len(query.examples), "query_data": query.examples.name,
                     "query_before": before, "query_after": after, "by_log_rate": self.by_rate,
                     "smoothing": self.smoothing}
-        settings |= {name: own[name] for name in kept}
+        settings |= {name: own[name] for name in kept if name in own}
+        if "recorded" in own:
+            notes.append(f"a run of {own['recorded']['trained_by']}, repeated from its record")
         return dict(behaviour=query.name, layer=query.layer, reduction="mean", sites="LoRA, as trained",
                     effect=-1., unit=query.unit, gap=query.gap(after), notes=notes, settings=settings)
 
@@ -399,6 +478,7 @@ class TrainingInfluence(_Described):
             before = self.query.value(run.lm)
             _walk(run, store, bar)
             weights_P = _state_at(run, store, len(run.steps))[0]
+            run.check_end(weights_P)
             gradient_P = _gradient_of(self.query, run, weights_P)
             self.values = before, self.query.value(run.lm)
             found = _return(run, store, gradient_P, self.query.fingerprint, bar)

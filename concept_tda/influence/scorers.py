@@ -10,7 +10,7 @@ __all__ = ['ScorerError', 'NullReadout', 'sign_flips', 'null_directions', 'Score
 # %% ../../nbs/50_influence/05_scorers.ipynb #0003
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from concept_tda.influence.queries import (
     LossQuery,
     Query,
     QueryExpression,
+    WeightedQuery,
     query_expression,
 )
 from ..model.answers import answer_records, with_record
@@ -810,6 +811,10 @@ def _warn_of_weak_queries(concept: Concept, expression: QueryExpression) -> None
         stacklevel=5)  # whoever called `score_together`
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #concept-influence
+def _weighted(query: Query, weights: Sequence[float] | None) -> Query:
+    "The query, with weights where there are any."
+    return query if weights is None else WeightedQuery(query, weights)
+
 class _OnConcept(Influence):
     "Influence whose queries are held against the examples before anything is computed."
     query: Any # a `ConceptQuery`, or a contrast of two
@@ -819,8 +824,9 @@ class _OnConcept(Influence):
         rows = np.unique(np.linspace(0, len(data) - 1, 16).astype(int)).tolist()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            shown = getattr(self.query, "showing", self.query.examples)
             self.expression = query_expression(
-                self.lm, self.query.concept, self.query.examples, data.select(rows), progress=False)
+                self.lm, self.query.concept, shown, data.select(rows), progress=False)
         _warn_of_weak_queries(self.query.concept, self.expression)
         return super().prepare(data)
 
@@ -834,6 +840,9 @@ class _OnConcept(Influence):
             raise ScorerError(f"null={draws}: random directions go with EK-FAC and with identity curvature, "
                               f"not with {self.curvature.name}: say null=0, or give a null to the result "
                               "with Attribution.with_null")
+        if isinstance(self.query, WeightedQuery):
+            raise ScorerError(f"null={draws}: the queries have weights, which random directions don't know "
+                              "yet: say null=0, or give a null to the result with Attribution.with_null")
         directions_Kd, of = null_directions(self.lm, data, self.query.concept, draws, seed)
         shows, neutral = getattr(self.query, "shows", self.query), getattr(self.query, "neutral", None)
         readout = DirectionRows(
@@ -861,13 +870,14 @@ class ConceptInfluence(_OnConcept):
         queries: Conversations,   # Answers of the model that show the behaviour
         *,
         neutral: Conversations | None = None, # Neutral answers: ask for the difference to these
+        query_weights: Sequence[float] | None = None, # Of each query, as in `WeightedQuery`
         pooling: str | None = None, # Where the queries are read; as the concept was made if None
         sites: str | Iterable[Site] = "attention", # As in `resolve_sites`; below the concept's layer
         curvature: Any = "ekfac", # "ekfac" (fitted on the scored data), "identity", or a fitted curvature
         **options: Any,           # `engine`, `normalise`, `query_parts` …, as in `Influence`
     ):
         concept.check(lm)
-        query: Any = ConceptQuery(concept, queries, pooling=pooling)
+        query: Any = _weighted(ConceptQuery(concept, queries, pooling=pooling), query_weights)
         if neutral is not None:
             query = ContrastQuery(query, ConceptQuery(concept, neutral, pooling=pooling))
         super().__init__(lm, query, sites=sites, curvature=curvature, **options)
@@ -884,11 +894,12 @@ class InfluenceFunction(Influence):
         queries: Conversations,   # Their responses show the behaviour
         *,
         neutral: Conversations | None = None, # Neutral responses: ask for the log-probability margin
+        query_weights: Sequence[float] | None = None, # Of each query, as in `WeightedQuery`
         sites: str | Iterable[Site] = "attention", # As in `resolve_sites`
         curvature: Any = "ekfac", # "ekfac" (fitted on the scored data), "identity", or a fitted curvature
         **options: Any,           # `engine`, `normalise`, `query_parts` …, as in `Influence`
     ):
-        query: Query = LossQuery(queries)
+        query: Query = _weighted(LossQuery(queries), query_weights)
         if neutral is not None:
             query = ContrastQuery(query, LossQuery(neutral))
         super().__init__(lm, query, sites=sites, curvature=curvature, **options)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRADIENT_CLIP', 'RECIPES', 'FinetuneError', 'example_losses', 'own_randomness', 'new_adapters', 'step_rows',
            'step_rate', 'write_training_record', 'finetune', 'run_settings', 'training_record', 'Retrained',
-           'finetune_many', 'training_checkpoints']
+           'finetune_many', 'training_checkpoints', 'run_beginning', 'run_segments']
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0003
 import copy
@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -982,6 +983,53 @@ def _opener(lm: LanguageModel, path: Path) -> Callable[[], LanguageModel]:
     def open_checkpoint() -> LanguageModel:
         return LanguageModel(_with_adapter(lm, path).eval(), copy.deepcopy(lm.tokenizer), str(path))
     return open_checkpoint
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #beginning
+def run_beginning(
+    folder: str | Path,  # Folder of a fine-tune, or of a recorded training
+    lm: LanguageModel,   # Its base model
+) -> LanguageModel:
+    "The model before the first step, with the adapters as they were drawn. Raises `FinetuneError`."
+    record = _read_record(Path(folder))
+    _check_base(Path(folder), record, lm)
+    key = record["key"]
+    if record.get("start"): return _opener(lm, Path(folder)/record["start"])()
+    if record["saved"] == "whole checkpoints": return lm
+    if "rank" not in key:
+        raise FinetuneError(f"{folder} was recorded from {key.get('trained_by')}, and how its adapters were "
+                            "drawn is not in the record: take base=False")
+    with own_randomness(key["seed"]):
+        adapted = new_adapters(lm, key["rank"], key["alpha"], key["rslora"])
+    return LanguageModel(adapted.eval(), copy.deepcopy(lm.tokenizer), f"{lm.name}, before the run")
+
+def _nearest(places: list[int], n_steps: int) -> list[int]:
+    "Which of the places, numbers of steps taken, is nearest to the middle of each step; of two the later."
+    return [min(range(len(places)), key=lambda i: (abs(places[i] - step - .5), -places[i]))
+            for step in range(n_steps)]
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #segments
+def run_segments(
+    folder: str | Path,  # Folder given to `finetune(..., checkpoints=n)`
+    lm: LanguageModel,   # The base model in memory: the adapters are put on it one by one
+    *,
+    base: bool = True,   # Is the model before the first step among the checkpoints?
+) -> dict[str, list]:    # `checkpoints` and `learning_rates` in order, each the sum over the nearest steps
+    """A run in pieces, for `TracIn` and `SOURCE`. Checkpoints that are nearest to no step with a rate above 0
+    are left out. Raises `FinetuneError`."""
+    folder, record = Path(folder), _read_record(Path(folder))
+    kept = record.get("checkpoints", [])
+    if not kept: raise FinetuneError(f"{folder} holds no checkpoints: fine-tune with checkpoints=3, say")
+    _check_base(folder, record, lm)
+    places, openers = [one["step"] for one in kept], [_opener(lm, folder/one["folder"]) for one in kept]
+    if record["saved"] == "whole checkpoints":
+        openers = [str(folder/one["folder"]) for one in kept]
+    if base:
+        places, openers = [0, *places], [partial(run_beginning, folder, lm), *openers]
+    sums = [0.]*len(places)
+    for nearest, step in zip(_nearest(places, len(record["steps"])), record["steps"]):
+        sums[nearest] += step["learning_rate"]
+    chosen = [(opener, total) for opener, total in zip(openers, sums) if total > 0]
+    return {"checkpoints": [opener for opener, _ in chosen], "learning_rates": [total for _, total in chosen]}
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0047
 RECIPES: dict[str, dict[str, Any]] = {

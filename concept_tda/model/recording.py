@@ -74,6 +74,14 @@ def _moments(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
                   for kind in ("exp_avg", "exp_avg_sq")}
     return found
 
+def _optimizer_record(args: Any, optimizer: Any) -> dict[str, Any]:
+    "What its steps depend on beside rates and gradients; where groups of parameters differ, all there is."
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    kept = {name: [list(one) if isinstance(one, tuple) else one for one in {group[name] for group in groups}]
+            for name in ("betas", "eps", "weight_decay", "lr")}
+    name = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    return kept | {"name": name, "max_grad_norm": args.max_grad_norm, "bf16": args.bf16, "fp16": args.fp16}
+
 def _save(folder: Path, model: Any, tokenizer: Any, optimizer: Any, step: int) -> None:
     "Weights and moments."
     from safetensors.torch import save_file
@@ -107,7 +115,10 @@ class _Recorder(TrainerCallback):
         if args.world_size > 1:
             raise RecordingError(f"{args.world_size} processes train together, one can be recorded: start "
                                  "with one, or record with finetune")
-        self.order = _watched(kwargs["train_dataloader"], self.ids)
+        self.order, model = _watched(kwargs["train_dataloader"], self.ids), kwargs["model"]
+        self.start = "start" if hasattr(model, "peft_config") else None
+        if self.start:
+            model.save_pretrained(self.folder/self.start)
         self.due = {-(-state.max_steps*i//self.checkpoints) for i in range(1, self.checkpoints + 1)}
 
 # %% ../../nbs/20_model/11_recording.ipynb #rec-steps
@@ -124,6 +135,7 @@ class TrainingRecorder(_Recorder):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if len(self.steps) == 1:
             _moments(model, optimizer)
+            self.optimizer = _optimizer_record(args, optimizer)
         if state.global_step not in self.due: return
         place = f"checkpoints/step-{state.global_step:06d}"
         _save(self.folder/place, model, self.tokenizer, optimizer, state.global_step)
@@ -144,4 +156,4 @@ class TrainingRecorder(_Recorder):
             base=self.base, key={"base_fingerprint": self.fingerprint, "trained_by": "transformers.Trainer"},
             saved="whole model" if adapted and not named else "adapter" if adapted else "whole checkpoints",
             arguments={name: str(value) for name, value in args.to_dict().items()}, ids=self.ids,
-            checkpoints=self.kept, steps=steps))
+            start=self.start, optimizer=self.optimizer, checkpoints=self.kept, steps=steps))

@@ -92,6 +92,16 @@ class Calibration(_Line):
         basis = f"calibrated on {self.n} retrained sets, slope {self.slope:.3g}, R² {self.r2:.2f}"
         return Prediction(self.judge, change, self.unit, len(rows), len(result), low, high, level, basis)
 
+# %% ../../nbs/30_results/05_calibration.ipynb #common-null
+def _common_null(results: Sequence[Attribution], scale: Sequence[float]) -> dict[str, Any]:
+    "A null of the mean, from above: the mean of the nulls. Nothing where a result has none."
+    nulls = [one.null for one in results if one.null is not None]
+    if len(nulls) < len(results): return {}
+    spreads_N1 = np.mean([np.asarray(one._null_spreads)/size for one, size in zip(results, scale)], axis=0)
+    quantiles = np.mean([np.array(null.quantiles)/size for null, size in zip(nulls, scale)], axis=0)
+    null = replace(nulls[0], draws=min(null.draws for null in nulls), quantiles=quantiles.tolist())
+    return dict(null=null, _null_spreads=spreads_N1)
+
 # %% ../../nbs/30_results/05_calibration.ipynb #ensemble
 def ensemble(
     results: Sequence[Attribution], # On the same examples, one query each, two or more
@@ -112,4 +122,5 @@ def ensemble(
     replicates_NR = np.stack([one.scores/size for one, size in zip(aligned, scale)], axis=1)
     notes = [*first.card.notes, f"mean of {len(aligned)} results, which are its replicates"]
     card = replace(first.card, notes=notes, **(dict(effect=None, unit=None, gap=None) if standardise else {}))
-    return Attribution(first.conversations, replicates_NR.mean(1), card, replicates=replicates_NR)
+    mean = Attribution(first.conversations, replicates_NR.mean(1), card, replicates=replicates_NR)
+    return mean._with(**_common_null(aligned, scale))
