@@ -476,7 +476,9 @@ def test_the_first_screen_says_what_was_found_and_how_sure(tmp_path):
     share = result.scores[top].clip(0).sum() / result.scores[up].sum()
     assert f"{up.sum()} of 40 examples would raise {result.queries[0]}" in finding
     assert f"the highest tenth carries {share:.0%}" in finding
-    assert f"Of the 4 highest, {labels[top].sum()} are labelled" in finding
+    assert f"Of the 4 highest, {labels[top].sum()} are labelled" in answer
+    assert finding.count(". ") == 0 and finding.endswith(".")  # one sentence
+    assert "No null was drawn" in answer and "chance" not in finding
     ends = [*result.top(3).conversations, *result.bottom(3).conversations]
     assert len(said) == 6
     for (question, text), conversation in zip(said, ends):
@@ -518,6 +520,26 @@ def test_the_finding_says_no_more_than_the_scores_can(tmp_path):
     assert f"lies {spreads:.1f} spreads above the mean of the file along kindness" in found["projection"]
     assert "an order without a sign" in found["none"] and "raise" not in found["none"]
     assert "20 of 20 examples would raise kindness" in found["gradient"]
+
+
+def test_the_first_screen_counts_what_lies_beyond_chance_where_a_null_was_drawn(tmp_path):
+    rng, data = np.random.default_rng(0), chats([f"answer {i}" for i in range(40)])
+    scores = np.where(np.arange(40) < 7, 9.0, rng.normal(size=40))
+    for zero in ("gradient", "projection"):
+        drawn = Attribution(data, scores, QueryCard("Method", "kindness", zero=zero)).with_null(
+            rng.normal(size=(40, 200)), of="sign flips of the 9 query examples"
+        )
+        page = write_report(drawn, tmp_path / f"{zero}.html").read_text()
+        finding, _, answer = first_screen(page)
+        above = len(drawn.above_chance())
+        assert above == 7 and html.escape(drawn.chance_words, quote=False) in answer
+        if zero == "gradient":
+            assert f"({above} of them by more than chance explains)" in finding
+        else:
+            assert f"lies {drawn.top(4).times_null.mean():.1f} × null above the mean" in html.unescape(
+                finding
+            )
+        assert html.unescape(answer).count("× null ·") == 6 and "No null was drawn" not in answer
 
 
 def test_queries_and_pairs_are_in_the_page(tmp_path):

@@ -265,21 +265,24 @@ def _tenth(result: Attribution) -> np.ndarray:
     "Positions of the highest tenth, at least one."
     return np.argsort(-result.scores, kind="stable")[:max(1, len(result)//10)]
 
-def _finding(name: str, result: Attribution, labels: np.ndarray | None) -> str:
-    "What was found, in a sentence or two."
+def _above(result: Attribution) -> int | None:
+    "How many examples score above what their null explains; None without a null."
+    return None if result.null is None else len(result.above_chance())
+
+def _finding(name: str, result: Attribution) -> str:
+    "What was found, in a sentence."
     n, behaviour, scores, top = len(result), result.queries[0], result.scores, _tenth(result)
-    text = f"By {name}, the {n:,} examples stand in an order without a sign; the first of it are below."
     if result.card.zero == "gradient" and (scores > 0).any():
-        share = scores[top].clip(0).sum()/scores.clip(0).sum()
-        text = (f"By {name}, training more on {int((scores > 0).sum()):,} of {n:,} examples would raise "
-                f"{behaviour}; the highest tenth carries {share:.0%} of what raises it.")
-    elif result.card.zero == "projection":
-        text = (f"By {name}, the highest tenth of {n:,} examples lies {result.distances[top].mean():.1f} "
-                f"spreads above the mean of the file along {behaviour}.")
-    if labels is None: return text
-    found = int(labels[top].sum())
-    return (f"{text} Of the {len(top):,} highest, {found:,} are labelled; of the whole file, "
-            f"{labels.mean():.0%}.")
+        share, above = scores[top].clip(0).sum()/scores.clip(0).sum(), _above(result)
+        chance = "" if above is None else f" ({above:,} of them by more than chance explains)"
+        return (f"By {name}, training more on {int((scores > 0).sum()):,} of {n:,} examples would raise "
+                f"{behaviour}{chance}, and the highest tenth carries {share:.0%} of what raises it.")
+    if result.card.zero == "projection":
+        far = f"{np.nanmean(result.leading.values[top]):.1f} {result.leading.unit}"
+        return (f"By {name}, the highest tenth of {n:,} examples lies {far} above the mean of the file along "
+                f"{behaviour}.")
+    return f"By {name}, the {n:,} examples stand in an order without a sign; the first of it are below."
+
 
 # %% ../../nbs/90_views/11_report.ipynb #sure
 _BASELINES = ("Random", "Length", "Loss", "BM25", "RepSim", "Random direction")
@@ -308,22 +311,36 @@ def _foretold(result: Attribution) -> str:
     return sentence(str(result.predict(drop=.1)))
 
 # %% ../../nbs/90_views/11_report.ipynb #sure-2
-def _how_sure(name: str, comparison: Comparison, labels: np.ndarray | None) -> list[str]:
-    "What speaks for the order and what against it, a sentence each."
-    found = "No known examples are labelled, so nothing on this page says whether the order is right."
-    if labels is not None and "AUROC" in comparison.table:
-        found = (f"It puts a labelled example above another one with probability "
-                 f"{float(comparison.table.loc[name, 'AUROC']):.2f} (AUROC; guessing gives 0.50).")
-    result = comparison.attributions[name]
-    told = [text for text in (result.chance_words, _foretold(result)) if text]
-    return [found, *told, _beside_baselines(name, comparison, labels),
-            "A score estimates what training would do. The test is to train again without the highest "
-            "examples, and without as many random ones."]
+def _beside_labels(name: str, comparison: Comparison, labels: np.ndarray | None) -> str:
+    "How the order stands to what is known of the examples."
+    if labels is None or "AUROC" not in comparison.table:
+        return "No known examples are labelled, so nothing on this page says whether the order is right."
+    top = _tenth(comparison.attributions[name])
+    return (f"Of the {len(top):,} highest, {int(labels[top].sum()):,} are labelled; of the whole file, "
+            f"{labels.mean():.0%}. It puts a labelled example above another one with probability "
+            f"{float(comparison.table.loc[name, 'AUROC']):.2f} (AUROC; guessing gives 0.50).")
+
+def _beside_chance(result: Attribution) -> str:
+    "How the scores stand to their null."
+    if result.card.zero not in ("gradient", "projection") or result.leading.kind == "effect":
+        return result.chance_words
+    return result.chance_words or (
+        "No null was drawn, so the distances are those within the file: score(…, null=100) says how far "
+        "chance alone puts each example.")
 
 def _warned(results: dict[str, Attribution]) -> list[str]:
     "Notes of the cards that put the scores in doubt."
     notes = [note for one in results.values() for note in one.card.notes]
     return [sentence(note) for note in dict.fromkeys(notes) if "DO NOT express" in note]
+
+# %% ../../nbs/90_views/11_report.ipynb #how-sure-2
+def _how_sure(name: str, comparison: Comparison, labels: np.ndarray | None) -> list[str]:
+    "What speaks for the order and what against it, a sentence or two each."
+    said = [_beside_labels(name, comparison, labels), _beside_chance(comparison.attributions[name]),
+            _foretold(comparison.attributions[name]), _beside_baselines(name, comparison, labels),
+            "A score estimates what training would do. The test is to train again without the highest "
+            "examples, and without as many random ones."]
+    return [text for text in said if text]
 
 # %% ../../nbs/90_views/11_report.ipynb #first-examples
 def _place_words(end: Attribution, i: int) -> str:
@@ -345,7 +362,7 @@ def _answer(comparison: Comparison, labels: np.ndarray | None) -> dict[str, Any]
     titles, signed = end_titles(result.card), result.card.zero == "gradient"
     ends = [_end_part(result.top(3), titles[0], "p5" if signed else ""),
             _end_part(result.bottom(3), titles[1], "n5" if signed else "")]
-    return dict(finding=_finding(name, result, labels), ends=ends, warned=_warned(comparison.attributions),
+    return dict(finding=_finding(name, result), ends=ends, warned=_warned(comparison.attributions),
                 sure=_how_sure(name, comparison, labels), words=end_words(Contents(result))["words"])
 
 # %% ../../nbs/90_views/11_report.ipynb #asked
