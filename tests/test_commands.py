@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from concept_tda.influence.preconditioners import ConjugateGradient, DataInf, Lo
 from concept_tda.influence.scorers import Scorer
 from concept_tda.model.finetuning import training_checkpoints, training_record
 from concept_tda.model.loading import load_model
+from concept_tda.results.advice import advice
 from concept_tda.results.attribution import Attribution, load_attribution
 from concept_tda.results.comparison import compare
 from concept_tda.views.review import Review
@@ -483,6 +485,14 @@ def test_compare_says_what_the_library_says(here):
     assert repr(expected).splitlines()[0] in ok("compare scores").stdout
     assert "nothing to be compared with" in refused(2, "compare scores/length.parquet")
     assert found["words"].startswith("From Length to Vector Filter: ")
+    assert found["advice"] is None and "Advice" not in ok("compare scores").stdout
+    filtered = both[1]
+    card = replace(filtered.card, method="Concept Influence", zero="gradient", mean=None)
+    moves = Attribution(filtered.conversations, -filtered.scores, card)
+    moves.save("scores/influence.parquet")
+    expected = advice(filtered, moves)
+    assert json.loads(ok("compare scores --json").stdout)["advice"] == expected.facts
+    assert str(expected) in ok("compare scores").stdout
 
 
 def test_compare_writes_a_page_of_what_moved_and_replaces_no_file(here):

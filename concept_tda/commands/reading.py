@@ -115,6 +115,16 @@ def _write_movers(comparison: Any, page: Path) -> None:
     from concept_tda.views.movers import MoverBrowser
     MoverBrowser(comparison).page().save(page)
 
+# %% ../../nbs/95_commands/06_reading.ipynb #advised
+def _advised(comparison: Any) -> Any:
+    "Advice on the first projection and Concept Influence; None without both, or with few examples."
+    from concept_tda.results.advice import advice
+    results = list(comparison.attributions.values())
+    shows = next((one for one in results if one.card.zero == "projection"), None)
+    moves = next((one for one in results if one.card.method == "Concept Influence"), None)
+    if shows is None or moves is None or len(shows) < 8: return None
+    return advice(shows, moves)
+
 # %% ../../nbs/95_commands/06_reading.ipynb #9616
 @app.command("compare", rich_help_panel="Look", epilog=help_example(
     "concept-tda compare scores --labels sycophantic"))
@@ -139,15 +149,16 @@ def _compare(
         if len(found.attributions) < 2:
             raise typer.BadParameter("one result has nothing to be compared with: name two, or a folder.",
                                      param_hint="RESULT")
-        parts, words = _parted(found, n), _shared_words(found)
+        parts, words, advised = _parted(found, n), _shared_words(found), _advised(found)
         if page is not None:
             _write_movers(found, page)
         if json_:
             tables = {name: getattr(found, name).to_dict() for name in ("table", "spearman", "overlap")}
-            return say_json(tables | {"top": found.top, "moved": parts, "words": words})
+            told = None if advised is None else advised.facts
+            return say_json(tables | {"top": found.top, "moved": parts, "words": words, "advice": told})
         typer.echo(repr(found))
         _print_parted(parts)
-        typer.echo(f"\n{words}")
+        typer.echo(f"\n{words}" + ("" if advised is None else f"\n\nAdvice\n{advised}"))
         if page is not None:
             typer.echo(f"The page is {page}: open it in a browser")
         say_next(command_line("report", *results), command_line("view", *results))
