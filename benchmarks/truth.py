@@ -138,8 +138,8 @@ def chance(pool, n, draws=2000):
 class Scores:
     "Scores by name of one set, new ones computed in groups and kept."
 
-    def __init__(self, about, work, kept=RESULTS / "truth"):
-        self.about = about
+    def __init__(self, about, work, kept=RESULTS / "truth", at_once=16):
+        self.about, self.at_once = about, at_once
         self.config = read_config(HERE / about["study"])
         self.work, self.folder = Path(work) / self.config["name"], Path(kept) / self.config["name"]
         self.study = None
@@ -185,13 +185,9 @@ class Scores:
         return ct.load_model(folder, merge=True) if merge else adapted
 
     def asked(self, lm):
-        "Concept, answers that show it, neutral ones, and all of them."
+        "Concept, answers that show it, and neutral ones."
         study, n = self.opened(), self.config["queries"]
-        shows, neutral = study.positive[:n], study.negative[:n]
-        both = ct.load_conversations(
-            [{"messages": c.messages} for part in (shows, neutral) for c in part], name="both"
-        )
-        return study.concept(lm), shows, neutral, both
+        return study.concept(lm), study.positive[:n], study.negative[:n]
 
     def fitted(self, lm):
         "EK-FAC in the attention weights of a model, as `paper.py` fits it."
@@ -204,69 +200,82 @@ class Scores:
     def in_weights(self, done):
         "Concept Influence in the attention weights of the merged model, one option at a time."
         tuned = self.tuned(merge=True)
-        concept, shows, neutral, both = self.asked(tuned)
+        concept, shows, neutral = self.asked(tuned)
         ekfac, judge = self.fitted(tuned), next(iter(self.study.judges.values()))
-        on = lambda name, queries, **more: ct.ConceptInfluence(
-            tuned, concept, queries, **{"curvature": ekfac, "method": name} | more
+        asked, unasked = once(ConceptQuery(concept, shows)), ConceptQuery(concept, neutral)
+        margin = ContrastQuery(LossQuery(shows), LossQuery(neutral))
+        on = lambda name, query, **more: Influence(
+            tuned, query, **{"curvature": ekfac, "method": name} | more
         )
         scorers = [
-            on("Concept Influence, query parts", shows, query_parts=5),
-            on("Concept Influence, neutral queries", neutral),
-            on("Concept Influence, both kinds", both),
-            on("Concept Influence, prompts alone", shows, pooling="prompt_last"),
-            on("Concept Influence, without the first token", shows, first_token=False),
-            ct.InfluenceFunction(tuned, shows, neutral=neutral, curvature=ekfac, method="Margin"),
-            Influence(tuned, MarginQuery(judge), curvature=ekfac, method="Judge's margin"),
-            on("Concept Influence, identity", shows, curvature="identity"),
-            on("Concept Influence, norm", shows, normalise="gradient"),
+            on("Concept Influence, neutral queries", unasked),
+            on("Concept Influence, without the first token", asked, first_token=False),
+            on("Concept Influence, identity", asked, curvature="identity"),
+            on("Concept Influence, norm", asked, normalise="gradient"),
+            on("Concept Influence, query parts", ConceptQuery(concept, shows), query_parts=5),
+            on("Concept Influence, prompts alone", ConceptQuery(concept, shows, pooling="prompt_last")),
+            on("Margin", margin),
+            on("Judge's margin", MarginQuery(judge)),
         ]
-        yield from self.few_at_a_time(scorers, done, 5)
+        yield from self.few_at_a_time(scorers, done)
 
     def in_base(self, done):
         "The same questions to the model before the fine-tune, where a retraining starts."
         base = self.opened().lm
-        concept, shows, neutral, _ = self.asked(base)
+        concept, shows, neutral = self.asked(base)
+        queries = {
+            "Concept Influence, base model": ConceptQuery(concept, shows),
+            "Concept Influence, neutral queries, base model": ConceptQuery(concept, neutral),
+            "Margin, base model": ContrastQuery(LossQuery(shows), LossQuery(neutral)),
+        }
         ekfac = self.fitted(base)
-        on = lambda name, queries: ct.ConceptInfluence(base, concept, queries, curvature=ekfac, method=name)
-        scorers = [
-            on("Concept Influence, base model", shows),
-            on("Concept Influence, neutral queries, base model", neutral),
-            ct.InfluenceFunction(base, shows, neutral=neutral, curvature=ekfac, method="Margin, base model"),
-        ]
-        yield from self.few_at_a_time(scorers, done, 3)
+        scorers = [Influence(base, one, curvature=ekfac, method=name) for name, one in queries.items()]
+        yield from self.few_at_a_time(scorers, done)
 
     def in_lora(self, done):
-        "In the parameters that were trained, by responses that know the run."
+        "In the parameters that were trained, plainly and in Adam's metric."
         study, folder = self.opened(), self.work / "lora"
         tuned = self.tuned(merge=False)
-        concept, shows, neutral, _ = self.asked(tuned)
-        batch_size, n = self.config["recipe"]["batch_size"], self.config["curvature_examples"]
+        batch_size = self.config["recipe"]["batch_size"]
         moments = AdamMoments.estimate(tuned, study.train, "lora", batch_size=batch_size)
-        ekfac = ct.EKFAC.fit(tuned, study.train[:n], "lora", damping=self.config["damping"])
+        responses = {
+            "Adam": AdamResponse(moments, folder),
+            "Adam without agreement": AdamResponse(moments, folder, agreement=False),
+            "identity": "identity",
+        }
+        yield from self.few_at_a_time(self.with_responses(tuned, responses), done)
+
+    def in_unrolled(self, done):
+        "There, by the response of a run that stops, in EK-FAC's eigenbasis."
+        study, folder, n = self.opened(), self.work / "lora", self.config["curvature_examples"]
+        tuned = self.tuned(merge=False)
+        batch_size = self.config["recipe"]["batch_size"]
+        moments = AdamMoments.estimate(tuned, study.train, "lora", batch_size=batch_size)
         squares = [v / (1 - 0.999**moments.step) for v in moments.second.values()]
         size = float(sum(v.sum() for v in squares) / sum(v.numel() for v in squares)) ** 0.5
-        adam, less = AdamResponse(moments, folder), AdamResponse(moments, folder, agreement=False)
-        unrolled = Unrolled(ekfac, folder, gradient_size=size)
-        judge = next(iter(study.judges.values()))
+        ekfac = ct.EKFAC.fit(tuned, study.train[:n], "lora", damping=self.config["damping"])
+        responses = {"unrolled": Unrolled(ekfac, folder, gradient_size=size)}
+        yield from self.few_at_a_time(self.with_responses(tuned, responses), done)
+
+    def with_responses(self, tuned, responses):
+        "A scorer in LoRA's matrices for each query and response."
+        concept, shows, neutral = self.asked(tuned)
         queries = {
             "Concept Influence": ConceptQuery(concept, shows),
             "Concept Influence, neutral queries": ConceptQuery(concept, neutral),
             "Margin": ContrastQuery(LossQuery(shows), LossQuery(neutral)),
-            "Judge's margin": MarginQuery(judge),
+            "Judge's margin": MarginQuery(next(iter(self.study.judges.values()))),
         }
-        curvatures = {"Adam": adam, "Adam without agreement": less, "unrolled": unrolled}
-        curvatures["identity"] = "identity"
-        scorers = [
-            Influence(tuned, query, sites="lora", curvature=curvature, method=f"{name}, LoRA, {metric}")
-            for name, query in queries.items()
-            for metric, curvature in curvatures.items()
+        return [
+            Influence(tuned, query, sites="lora", curvature=response, method=f"{name}, LoRA, {metric}")
+            for name, query in ((name, once(query)) for name, query in queries.items())
+            for metric, response in responses.items()
         ]
-        yield from self.few_at_a_time(scorers, done, 8)
 
-    def few_at_a_time(self, scorers, done, size):
+    def few_at_a_time(self, scorers, done):
         "Results of those that are not done, and what went wrong: a scorer that fails costs only its batch."
         left = [scorer for scorer in scorers if scorer.method not in done]
-        for batch in (left[i : i + size] for i in range(0, len(left), size)):
+        for batch in (left[i : i + self.at_once] for i in range(0, len(left), self.at_once)):
             try:
                 yield ct.score_together(batch, self.opened().train, progress=False), {}
             except ConceptTDAError as err:
@@ -282,7 +291,8 @@ class Scores:
 
     def computed(self, groups, only_kept):
         "All groups by name, or those that are there."
-        jobs = {"weights": self.in_weights, "lora": self.in_lora, "base": self.in_base}
+        jobs = {"weights": self.in_weights, "lora": self.in_lora, "unrolled": self.in_unrolled}
+        jobs |= {"base": self.in_base}
         jobs |= {f"through-{seed}": lambda _, seed=seed: self.through(seed) for seed in self.config["seeds"]}
         for group in groups or jobs:
             if not only_kept:
@@ -321,11 +331,27 @@ class Scores:
             again.run().pack(packed, overwrite=True)
 
 
+def once(query):
+    "The query, its gradients computed once for all scorers that ask for them at the same sites."
+    known, computed = {}, query.gradients
+
+    def gradients(lm, sites):
+        key = lm.fingerprint, tuple(site.name for site in sites)
+        if key not in known:
+            known[key] = computed(lm, sites)
+        return {name: one.clone() for name, one in known[key].items()}
+
+    query.gradients = gradients
+    return query
+
+
 def record_of(result):
     "Scores, card and replicates as plain values."
     short = lambda values: [short(x) if isinstance(x, list) else float(f"{x:.7g}") for x in values]
     replicates = None if result.replicates is None else short(result.replicates.tolist())
-    return dict(scores=short(result.scores.tolist()), card=result.card.to_dict(), replicates=replicates)
+    card = result.card.to_dict()
+    card["model"] = Path(card["model"] or "").name  # not where it lay
+    return dict(scores=short(result.scores.tolist()), card=card, replicates=replicates)
 
 
 # ---------------------------------------------------------------- the report
@@ -337,26 +363,17 @@ def as_result(train, scores, card=None, replicates=None):
     return Attribution(train, scores, card, replicates=None if replicates is None else np.array(replicates))
 
 
-def seconds_of(card):
-    "What a scorer cost: its part of the pass and its preparation. Curvatures are fitted before."
-    return card.cost.seconds + card.settings.get("preparation_seconds", 0.0)
-
-
-def with_means(kept, seconds):
+def with_means(kept):
     "Means of scores that are there: over the seeds of the run, and over its two ends."
     seeds = [one for name, one in kept.items() if name.startswith("Training Influence, seed")]
     if len(seeds) > 1:
-        kept[name := f"Training Influence, {len(seeds)} seeds"] = ensemble(seeds)
-        seconds[name] = sum(seconds[one] for one in kept if one.startswith("Training Influence, seed"))
+        kept[f"Training Influence, {len(seeds)} seeds"] = ensemble(seeds)
+    asked = "query parts", "neutral queries"
     pairs = {
-        "Concept Influence, contrast": ("query parts", "neutral queries", -1, False),
-        "Concept Influence, both models": ("query parts", "base model", 1, True),
-        "Concept Influence, neutral queries, both models": (
-            "neutral queries",
-            "neutral queries, base model",
-            1,
-            True,
-        ),
+        "contrast": (*asked, -1, False),
+        "both kinds": (*asked, 1, False),
+        "both models": (asked[0], "base model", 1, True),
+        "neutral queries, both models": (asked[1], f"{asked[1]}, base model", 1, True),
     }
     for name, (one, other, sign, standard) in pairs.items():
         parts = [f"Concept Influence, {part}" for part in (one, other)]
@@ -364,8 +381,9 @@ def with_means(kept, seconds):
             continue
         sizes = [kept[part].scores.std() if standard else 1.0 for part in parts]
         scores = kept[parts[0]].scores / sizes[0] + sign * kept[parts[1]].scores / sizes[1]
-        kept[name] = Attribution(kept[parts[0]].conversations, scores, kept[parts[0]].card)
-        seconds[name] = sum(seconds[part] for part in parts)
+        kept[f"Concept Influence, {name}"] = Attribution(
+            kept[parts[0]].conversations, scores, kept[parts[0]].card
+        )
 
 
 def verdict(result, labels, pool, halves, groups, unit):
@@ -419,7 +437,7 @@ def weighted_correlations(x_MS, y_S, w_DS):
     return both / np.sqrt(np.maximum(spread, 1e-300))
 
 
-def against(default, sums, measured, groups, draws=4000):
+def against(default, sums, measured, groups, draws=2000):
     """What each variant has before the default, in R² (a negative slope counts as minus) and in rank
     correlation, with 95 % intervals over drawn groups of related sets."""
     names, members = list(sums), np.unique(groups)
@@ -443,7 +461,8 @@ def against(default, sums, measured, groups, draws=4000):
 
 
 def scored(scores):
-    "Every result that there is for a set, and its seconds."
+    """Every result that there is for a set, and the seconds of those that `paper.py` timed. The others are
+    made beside other work, and the seconds on their cards say little."""
     told = json.loads((HERE / scores.about["scores"]).read_text())
     trait = next(iter(scores.config["judges"]))
     data = conversations(scores.config["data"], "train")
@@ -456,8 +475,7 @@ def scored(scores):
     for _, record in scores.computed(None, True):
         for name, one in record["group"].items():
             kept[name] = as_result(train, **one)
-            seconds[name] = seconds_of(kept[name].card)
-    with_means(kept, seconds)
+    with_means(kept)
     return kept, seconds
 
 
@@ -581,14 +599,15 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS / "truth.json")
     parser.add_argument("--only", nargs="+", help="names of studies to score")
     parser.add_argument(
-        "--groups", nargs="+", default=["weights", "lora"], help="also base, through-0, through-1 …"
+        "--groups", nargs="+", default=["weights", "lora"], help="also unrolled, base, through-0 …"
     )
+    parser.add_argument("--at-once", type=int, default=16, help="scorers that share one pass")
     parser.add_argument("--retrain", nargs="+", default=[], help="results to drop the highest share of")
     parser.add_argument("--dry", action="store_true", help="with --retrain: only say how many are to come")
     parser.add_argument("--report", action="store_true", help="score nothing")
     args = parser.parse_args()
     sets = json.loads(args.sets.read_text()) if args.sets else SETS
-    every = [Scores(about, args.work, args.scores) for about in sets]
+    every = [Scores(about, args.work, args.scores, args.at_once) for about in sets]
     for scores in every:
         if args.report or (args.only and scores.config["name"] not in args.only):
             continue
