@@ -256,6 +256,8 @@ def replay(monkeypatch, here, line: str, **options):
         f"{QUERIES} --methods influence-function --curvature logra --seed 5 --sites mlp --tokens",
         "--methods random --seed 7",
         f"{QUERIES} {FLATTERY} --methods cascade --cheap bm25 --exact graddot --keep 0.9",
+        f"{FLATTERY} --methods projection-difference",
+        f"{QUERIES} --methods influence-function --curvature cg",
     ],
 )
 def test_a_card_is_replayed_to_the_last_bit_with_another_cache(here, monkeypatch, options):
@@ -263,6 +265,65 @@ def test_a_card_is_replayed_to_the_last_bit_with_another_cache(here, monkeypatch
     assert first.card.command == second.card.command
     if "--tokens" in options:
         assert second.token_scores is not None
+
+
+def test_methods_that_follow_a_training_are_replayed(here, monkeypatch):
+    ok("finetune model train.jsonl --epochs 2 --rank 2 --learning-rate 0.01 --checkpoints 2 --out tuned")
+    asked = f"train.jsonl {QUERIES} --checkpoints tuned"
+    ok(f"score tuned {asked} --methods tracin,less --out scores")
+    ok(f"score model {asked} --methods training-influence --out scores/training.parquet")
+    monkeypatch.setenv("CONCEPT_TDA_CACHE", str(here / "another"))
+    for name in ("tracin", "less", "training"):
+        assert "to the last bit" in ok(f"run scores/{name}.parquet --out {name}.parquet").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if "checkpoints" not in one.needs])
+def test_every_other_method_is_replayed(here, monkeypatch, method):
+    given = {"concept": FLATTERY, "queries": QUERIES, "layer": "--layer 1"}
+    options = [given[need] for need in METHODS[method].needs if need in given]
+    options += ["--cheap length --exact loss --keep 0.9"] * (method == "cascade")
+    replay(monkeypatch, here, f"model train.jsonl --methods {method} {' '.join(options)}")
+
+
+def test_a_card_is_read_as_yaml_and_out_of_a_folder(here):
+    ok(f"score model train.jsonl {FLATTERY} --name naïve --out scores/first.parquet")
+    ok("show scores/first.parquet --card config.yaml")
+    assert Path("config.yaml").read_text(encoding="utf-8").startswith("method: Vector Filter\n")
+    for card in ("config.yaml", "scores"):
+        printed = ok(f"run {card} --out second.parquet --overwrite").stdout
+        assert "to the last bit" in printed
+    first, second = load_attribution("scores/first.parquet"), load_attribution("second.parquet")
+    assert first.scores.tobytes() == second.scores.tobytes() and first.card.command == second.card.command
+    Path("broken.yaml").write_text("method: [Vector")
+    assert "no query card as JSON or YAML" in refused(1, "run broken.yaml --out x.parquet")
+
+
+def test_results_that_only_python_makes_say_what_their_cards_lack(here):
+    from concept_tda.influence.baselines import MeanLoss
+    from concept_tda.influence.other_tools import load_kronfluence_scores
+    from concept_tda.influence.streaming import score_stream
+    from concept_tda.influence.surrogates import Surrogate
+
+    from make_kronfluence import data
+
+    lm, train = load_model("model"), load_conversations("train.jsonl")
+    queries = load_conversations("answers.jsonl")
+    score_stream([MeanLoss(lm)], "train.jsonl", "stream", part_examples=5, progress=False)
+    Surrogate(scorers.GradDot(lm, queries), "a closed model").score(train, progress=False).save("s.parquet")
+    contrast = scorers.InfluenceFunction(lm, queries, neutral=train[:2], curvature="identity")
+    contrast.score(train, progress=False).save("contrast.parquet")
+    folder = Path(__file__).parent / "data" / "kronfluence" / "scores_all"
+    load_kronfluence_scores(folder, data()[0], measured="loss").query("query 1").save("kron.parquet")
+    for path, words in {
+        "stream": ("method Loss", "train.jsonl", "the stream that was read"),
+        "s.parquet": ("GradDot (surrogate", "the file of the queries", "the stand-in was held against"),
+        "contrast.parquet": ("Influence Function", "the file of the queries", "the file of the data"),
+        "kron.parquet": ("method kronfluence, EK-FAC", "the run of the other tool"),
+    }.items():
+        said = refused(1, f"run {path} --out x.parquet")
+        for part in ("can't be replayed", "made in Python", *words):
+            assert part in said, (path, part, said)
 
 
 def test_pairs_are_replayed_as_pairs(here, monkeypatch):

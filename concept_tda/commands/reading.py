@@ -25,6 +25,7 @@ from concept_tda.commands.terminal import (
     say_next,
     typed,
 )
+from ..foundation.errors import require
 
 if TYPE_CHECKING:
     from concept_tda.results.attribution import Attribution
@@ -49,7 +50,7 @@ def _as_json(result: "Attribution", n: int) -> dict[str, Any]:
 
 # %% ../../nbs/95_commands/06_reading.ipynb #9608
 def _write_card(results: "list[Attribution]", path: Path | None, overwrite: bool, source: Path) -> None:
-    "The card of the one result as JSON."
+    "The card of the one result as JSON, or as YAML where the file is called so."
     if path is None: return
     if len(results) > 1:
         raise typer.BadParameter(f"{source} holds {len(results)} results: name the file of one.",
@@ -57,7 +58,11 @@ def _write_card(results: "list[Attribution]", path: Path | None, overwrite: bool
     from concept_tda.foundation.storage import atomic_file
     check_out(path, overwrite, source)
     with atomic_file(path) as part:
-        part.write_text(json.dumps(results[0].card.to_dict(), indent=1, default=str), encoding="utf-8")
+        text = json.dumps(results[0].card.to_dict(), indent=1, default=str)
+        if path.suffix in (".yaml", ".yml"):
+            plain = json.loads(text)
+            text = require("yaml", "bench").safe_dump(plain, allow_unicode=True, sort_keys=False)
+        part.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/95_commands/06_reading.ipynb #9609
 @app.command("show", rich_help_panel="Look", epilog=help_example("concept-tda show scores.parquet -n 5"))
@@ -65,7 +70,7 @@ def _show(
     result: Given.Result,
     n: Annotated[int, typer.Option("--n", "-n", help="How many examples at each end.", min=1)] = 10,
     query: Given.Query = None,
-    card: Annotated[Path | None, typer.Option(help="Write the query card as JSON.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Write the query card as JSON, or YAML.")] = None,
     overwrite: Given.Overwrite = False,
     json_: Given.Json = False,
     debug: Given.Debug = False,

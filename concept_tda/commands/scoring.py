@@ -27,7 +27,7 @@ from concept_tda.commands.methods import (
     typed_line,
 )
 from .options import METHOD, Given, option
-from .results import print_ends, result_paths
+from .results import only_result, print_ends, result_paths
 from concept_tda.commands.terminal import (
     CONTINUES,
     app,
@@ -40,7 +40,7 @@ from concept_tda.commands.terminal import (
     say_next,
     warnings_told,
 )
-from ..foundation.errors import ConceptTDAError
+from ..foundation.errors import ConceptTDAError, require
 
 if TYPE_CHECKING:
     from concept_tda.model.loading import LanguageModel
@@ -273,15 +273,39 @@ def _read_card(path: Path) -> "QueryCard":
     from concept_tda.results.attribution import load_attribution
     from concept_tda.results.cards import QueryCard
     check_file(path)
-    if path.suffix == ".parquet" or path.is_dir(): return load_attribution(path).card
+    if path.is_dir(): return _card_of_folder(path)
+    if path.suffix == ".parquet": return load_attribution(path).card
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = _plain(path)
         return QueryCard.from_dict(found.get("card", found))
     except (OSError, ValueError, TypeError, AttributeError) as err:
-        raise ReplayError(f"{path}: no query card as JSON ({err}); concept-tda show RESULT --card FILE "
-                          "writes one") from None
+        raise ReplayError(f"{path}: no query card as JSON or YAML ({err}); concept-tda show RESULT --card "
+                          "FILE writes one") from None
+
+def _plain(path: Path) -> Any:
+    "What a file of JSON or YAML says. Raises `ValueError` where it is none."
+    text = path.read_text(encoding="utf-8")
+    if path.suffix not in (".yaml", ".yml"): return json.loads(text)
+    yaml = require("yaml", "bench")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as err:
+        raise ValueError(" ".join(str(err).split())) from None
+
+def _card_of_folder(path: Path) -> "QueryCard":
+    "The card of the one result in a folder, or of a stream's scores."
+    from concept_tda.results.folders import ScoreFolder
+    if not (path/"_manifest.json").exists(): return only_result(path).card
+    return next(iter(ScoreFolder(path).cards.values()))
 
 # %% ../../nbs/95_commands/04_scoring.ipynb #9433
+_ALSO = {
+    "parts": "the stream that was read",
+    "query_written_by": "the server's address and the folder of its adapters",
+    "stands_for": "the scores that the stand-in was held against",
+    "read from": "the run of the other tool",
+}
+
 def _lacking(card: "QueryCard") -> str:
     "What a card without a command holds and lacks."
     held = [f"method {card.method}", f"model {card.model} ({card.model_fingerprint})" if card.model else "",
@@ -292,8 +316,9 @@ def _lacking(card: "QueryCard") -> str:
     lacks += ["the concept's file"] if card.pooling else []
     lacks += ["the file of the queries"] if "query_examples" in card.settings else []
     lacks += [f"how {card.curvature} was fitted"] if card.curvature not in (None, "identity") else []
+    lacks += [words for name, words in _ALSO.items() if name in card.settings]
     return (f"It holds: {', '.join(filter(None, held))}. It lacks: {', '.join(lacks)}. Results of "
-            "concept-tda score can be replayed; score this one again there")
+            "concept-tda score can be replayed; where that has this method, score it again there")
 
 # %% ../../nbs/95_commands/04_scoring.ipynb #9434
 def _replayed(card: "QueryCard", path: Path, moved: dict[str, Any]) -> Asked:
@@ -352,7 +377,8 @@ _Moved = Annotated[str | None, typer.Option(
 @app.command("run", rich_help_panel="Score", epilog=help_example("concept-tda run card.json"))
 def _run(
     card: Annotated[Path, typer.Argument(
-        help="A query card as JSON, or a result that holds it.", metavar="CARD", show_default=False)],
+        help="A query card as JSON or YAML, or a result that holds it.", metavar="CARD",
+        show_default=False)],
     model: _Moved = None,
     data: _Moved = None,
     concept: _Moved = None,
