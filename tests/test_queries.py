@@ -254,8 +254,14 @@ def test_scorers_take_weights_whole_and_in_parts():
     np.testing.assert_allclose(whole.scores, by_hand, rtol=1e-5)
     losses = InfluenceFunction(lm, answers, curvature="identity", query_weights=weights)
     assert not np.allclose(losses.score(train, progress=False).scores, whole.scores)
-    with pytest.raises(ScorerError, match="the queries have weights"):
-        ask(query_weights=weights).score(train, progress=False, null=5)
+    for more in ({}, dict(neutral=train[:2])):
+        with pytest.raises(ScorerError, match="the queries have weights"):
+            ask(query_weights=weights, **more).score(train, progress=False, null=5)
+    # answers without a weight are not asked, whole or one by one
+    twice = answers.select(np.r_[np.arange(6), np.arange(6)])
+    losses = InfluenceFunction(lm, twice, curvature="identity", query_weights=np.r_[weights, weights])
+    signed = losses.score(train, progress=False, null=6)
+    assert len(losses.query.examples) == 10 and signed.null is not None
 
 
 def test_weights_that_are_none_are_refused():

@@ -306,11 +306,13 @@ class WeightedQuery(Query):
         query: Query,             # A `ConceptQuery` or a `LossQuery`
         weights: Sequence[float] | np.ndarray, # One for each of its examples
     ):
-        super().__init__(query.examples)
-        self.query, self.layer, self.unit = query, query.layer, query.unit
-        self.concept, weights_K = getattr(query, "concept", None), np.asarray(weights, float)
+        weights_K = np.asarray(weights, float)
         _check_weighted(query, weights_K)
-        self.weights_K = weights_K/np.abs(weights_K).mean()  # so that a part of them is a part of the whole
+        said = np.flatnonzero(weights_K)  # examples without a weight are not asked
+        super().__init__(query.examples.select(said))
+        self.query, self.layer, self.unit = query.part(said), query.layer, query.unit
+        self.concept = getattr(query, "concept", None)
+        self.weights_K = weights_K[said]/np.abs(weights_K[said]).mean()  # so that parts add up to the whole
         self.name = f"{query.name}, weighted from {weights_K.min():+.3g} to {weights_K.max():+.3g}"
 
     @property

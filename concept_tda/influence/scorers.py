@@ -840,11 +840,11 @@ class _OnConcept(Influence):
             raise ScorerError(f"null={draws}: random directions go with EK-FAC and with identity curvature, "
                               f"not with {self.curvature.name}: say null=0, or give a null to the result "
                               "with Attribution.with_null")
-        if isinstance(self.query, WeightedQuery):
+        shows, neutral = getattr(self.query, "shows", self.query), getattr(self.query, "neutral", None)
+        if isinstance(shows, WeightedQuery):
             raise ScorerError(f"null={draws}: the queries have weights, which random directions don't know "
                               "yet: say null=0, or give a null to the result with Attribution.with_null")
         directions_Kd, of = null_directions(self.lm, data, self.query.concept, draws, seed)
-        shows, neutral = getattr(self.query, "shows", self.query), getattr(self.query, "neutral", None)
         readout = DirectionRows(
             self.lm, self.lm.tokenize(shows.examples), data, replace(shows.concept, pooling=shows.pooling),
             self.sites, self.curvature, directions_Kd, seed=seed, first_token=self.first_token,
