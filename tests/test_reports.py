@@ -554,18 +554,20 @@ def test_queries_and_pairs_are_in_the_page(tmp_path):
     assert 'id="asked"' not in write_report(results, tmp_path / "none.html").read_text()
 
 
+CAPTURE = """(async () => {
+    let blob;
+    const old = URL.createObjectURL;
+    URL.createObjectURL = one => { blob = one; return old.call(URL, one); };
+    const buttons = [...document.querySelectorAll("#browser button")];
+    buttons.find(b => b.textContent.includes("decisions.json")).click();
+    return await blob.text();
+})()"""
+
+
 @needs_browser
 def test_decisions_taken_in_the_page_are_what_python_reads(tmp_path):
     results = several()
     path = write_report(results, tmp_path / "report.html")
-    capture = """(async () => {
-        let blob;
-        const old = URL.createObjectURL;
-        URL.createObjectURL = one => { blob = one; return old.call(URL, one); };
-        const buttons = [...document.querySelectorAll("#browser button")];
-        buttons.find(b => b.textContent.includes("decisions.json")).click();
-        return await blob.text();
-    })()"""
     shown = results[0]
     with Chromium() as chromium:
         page = chromium.open(path.as_uri(), width=1280)
@@ -575,7 +577,7 @@ def test_decisions_taken_in_the_page_are_what_python_reads(tmp_path):
             area.value = 'flatters'; area.dispatchEvent(new Event('change')); })()""")
         page.value("document.querySelectorAll('#browser .row')[1].click()")
         page.value("document.querySelector('#browser button.keep').click()")
-        record = page.value(capture)
+        record = page.value(CAPTURE)
         assert not page.errors and not [one for one in page.requests if one.startswith("http")]
     Path(tmp_path / "decisions.json").write_text(record)
     review = Review(len(shown))
@@ -585,6 +587,45 @@ def test_decisions_taken_in_the_page_are_what_python_reads(tmp_path):
     assert table.loc[int(order[0]), "note"] == "flatters"
     assert table["by"].tolist() == ["a reader of the page"] * 2
     assert [one["action"] for one in review.history] == ["dropped", "noted", "kept"]
+
+
+@needs_browser
+def test_keys_and_links_of_a_report_do_what_they_say(tmp_path):
+    results = several()
+    path, shown = write_report(results, tmp_path / "report.html"), results[0]
+    order = np.argsort(-shown.scores, kind="stable")
+
+    def said(place):
+        one = shown.conversations[int(order[place])]
+        return one.prompt[-1]["content"], " ".join(one.response.split())
+
+    reading = "document.querySelector('#browser .reading')"
+    with Chromium() as chromium:
+        page = chromium.open(path.as_uri(), width=1280)
+        page.wait(f"{reading}.querySelector('.turn')")
+        page.value("document.querySelector('#browser .rows').focus()")
+        for step, key in enumerate("dkd", 1):  # each goes on to the next row
+            page.press(key)
+            page.wait(f"{reading}.querySelector('code').textContent === {json.dumps(shown.ids[order[step]])}")
+        row = "document.querySelector('#browser .row.current .response').textContent"
+        assert page.value(row) == said(3)[1]
+        marks = page.value("[...document.querySelectorAll('#browser .row .tag')].map(tag => tag.textContent)")
+        assert sorted(marks) == ["✓ keep", "✕ drop", "✕ drop"]
+        record = json.loads(page.value(CAPTURE))
+        link = page.value(f"{reading}.querySelector('a[href^=\"#example=\"]').href")
+        assert page.errors == []
+        page.close()
+        again = chromium.open(link, width=768)  # sent to a colleague
+        again.wait(f"{reading}.querySelector('code')?.textContent === {json.dumps(shown.ids[order[3]])}")
+        again.wait(f"{row.removesuffix('.textContent')}?.textContent === {json.dumps(said(3)[1])}")
+        again.value(f"location.hash = '#example={shown.ids[order[-1]]}'")
+        again.wait(f"{reading}.querySelector('code').textContent === {json.dumps(shown.ids[order[-1]])}")
+        prompt = "document.querySelector('#browser .row.current .prompt')?.textContent"
+        again.wait(f"{prompt} === {json.dumps(said(-1)[0])}")
+        assert again.errors == []
+    decided = [(one["row"], one["id"], one["decision"]) for one in record["decisions"]]
+    expected = [(int(order[i]), shown.ids[order[i]], word) for i, word in enumerate(("drop", "keep", "drop"))]
+    assert sorted(decided) == sorted(expected)
 
 
 @needs_browser
