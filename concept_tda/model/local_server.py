@@ -67,6 +67,18 @@ def _checked_prompts(body: dict, vocabulary: int) -> list[list[int]]:
         return prompts
     raise _Refused(400, "prompt is a list of lists of this model's token ids")
 
+# %% ../../nbs/20_model/09_local_server.ipynb #local-pieces
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    "The text of each token; of a character in several tokens the last one has it, and the others none."
+    texts, parts = [], []
+    for id in ids:
+        parts.append(id)
+        text = tokenizer.decode(parts)
+        is_part = text.endswith("\ufffd") and len(parts) < 5
+        texts.append("" if is_part else text)
+        parts = parts if is_part else []
+    return texts
+
 # %% ../../nbs/20_model/09_local_server.ipynb #local-answer
 def _told(lm: LanguageModel, ids: list[int]) -> tuple[list[float | None], int]:
     "Log-probability of each token, None for the first, and the token that would follow."
@@ -79,7 +91,7 @@ def _told(lm: LanguageModel, ids: list[int]) -> tuple[list[float | None], int]:
 def _choice(lm: LanguageModel, ids: list[int], index: int, form: str) -> dict:
     "One text's part of the answer."
     values, following = _told(lm, ids)
-    texts = [lm.tokenizer.decode([id]) for id in [*ids, following]]
+    texts = _pieces(lm.tokenizer, [*ids, following])
     one: dict[str, Any] = {"index": index, "text": texts[-1], "finish_reason": "length", "logprobs": None}
     if form == "echo":
         return one | {"text": "".join(texts), "logprobs": {"tokens": texts, "token_logprobs": [*values, -1.]}}

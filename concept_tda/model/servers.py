@@ -192,18 +192,21 @@ class _Asking(_Settings):
 
     def _tried(self, read: Callable[[], Any]) -> Any:
         "What `read` gives at the first attempt that succeeds."
-        trouble = ""
+        troubles: list[str] = []
         for attempt in range(self.retries + 1):
             try:
                 return read()
             except _Passing as err:
-                trouble, asked_for = str(err), err.pause
+                asked_for = err.pause
+                troubles.append(str(err))
             except ServerError as err:
                 raise ServerError(self._message(str(err))) from None
             if attempt < self.retries:
-                time.sleep(self._pause(attempt, asked_for, trouble))
-        raise ServerError(self._message(f"gave no usable answer in {self.retries + 1} attempts; at the last, "
-                                        f"{trouble}. What it answered before is kept: run again later"))
+                time.sleep(self._pause(attempt, asked_for, troubles[-1]))
+        first = f"at the first, {troubles[0]}; " if troubles[0] != troubles[-1] else ""
+        raise ServerError(self._message(f"gave no usable answer in {self.retries + 1} attempts; {first}at "
+                                        f"the last, {troubles[-1]}. What it answered before is kept: run "
+                                        "again later"))
 
 # %% ../../nbs/20_model/08_servers.ipynb #serve-logprobs
 class _Answering(_Asking):
