@@ -289,17 +289,20 @@ class Scores:
                 results = getattr(err, "results", {})
                 yield results, {one.method: str(err) for one in batch if one.method not in results}
 
-    def through(self, seed):
-        "The exact derivative of the judge's margin through the whole run."
+    def through(self, seed, smoothing=None):
+        "The derivative of the judge's margin through the whole run; names an unusual smoothing."
         study = self.opened()
         judge = next(iter(study.judges.values()))
-        scorer = TrainingInfluence(study.lm, MarginQuery(judge), seed=seed, **self.config["recipe"])
-        yield {f"Training Influence, seed {seed}": scorer.score(study.train)}, {}
+        other, named = (
+            ({}, "") if smoothing is None else (dict(smoothing=smoothing), f"smoothing {smoothing:g}, ")
+        )
+        scorer = TrainingInfluence(study.lm, MarginQuery(judge), seed=seed, **other, **self.config["recipe"])
+        yield {f"Training Influence, {named}seed {seed}": scorer.score(study.train)}, {}
 
     def computed(self, groups, only_kept):
         "All groups by name, or those that are there."
         jobs = {"weights": self.in_weights, "lora": self.in_lora, "unrolled": self.in_unrolled}
-        jobs |= {"base": self.in_base}
+        jobs |= {"base": self.in_base, "sharper": lambda _: self.through(self.config["seeds"][0], 0.003)}
         jobs |= {f"through-{seed}": lambda _, seed=seed: self.through(seed) for seed in self.config["seeds"]}
         for group in groups or jobs:
             if not only_kept:
@@ -627,7 +630,7 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS / "truth.json")
     parser.add_argument("--only", nargs="+", help="names of studies to score")
     parser.add_argument(
-        "--groups", nargs="+", default=["weights", "lora"], help="also unrolled, base, through-0 …"
+        "--groups", nargs="+", default=["weights", "lora"], help="also unrolled, base, through-0 …, sharper"
     )
     parser.add_argument("--at-once", type=int, default=16, help="scorers that share one pass")
     parser.add_argument("--retrain", nargs="+", default=[], help="results to drop the highest share of")
