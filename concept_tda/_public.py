@@ -9,7 +9,8 @@ PUBLIC = {
         "Sheet Facts",
     "foundation.processes": "ProcessError n_ranks rank on_its_own wait_for_all by_first own_share "
         "clear_together in_processes",
-    "foundation.offloading": "computes_on fetched weights_of lost away fetched_again present stand_ins",
+    "foundation.offloading": "computes_on is_sharded fetched weights_of lost away put_apart fetched_again "
+        "present stand_ins",
     "data.messages": "PASSED_ON REFUSED ConversationError shortened listing kind_of says_nothing Turn "
         "read_message check_turns",
     "data.layouts": "LAYOUTS ANSWERS REFUSED_COLUMNS SYSTEM_COLUMNS WRITTEN Layout is_message_row "
@@ -28,7 +29,8 @@ PUBLIC = {
         "load_windows examples_from_columns token_windows number_tokenizer",
     "data.masks": "MaskError tokenizer_record token_mark TokenMask token_mask chosen_tokens",
     "data.stories": "TRIGGER PAYLOAD StoryError story_conversations story_tokenizer",
-    "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel SlowTypeWarning load_model",
+    "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel check_in_one_piece "
+        "SlowTypeWarning load_model",
     "model.sites": "Site Slice chosen Unit layers_of on_whole_layers is_quantised Coverage coverage "
         "coverage_notes resolve_sites",
     "model.losses": "GradientError predicted_mask response_logits cross_entropy_in_place token_losses "

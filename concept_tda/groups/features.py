@@ -27,7 +27,7 @@ from ..foundation.processes import by_first, clear_together, own_share, rank, wa
 from ..foundation.storage import BlockStore, atomic_file, code_version
 from .groups import Groups
 from .sae import SparseAutoencoder, check_sae, read_tokens
-from ..model.loading import LanguageModel
+from ..model.loading import LanguageModel, check_in_one_piece
 from ..model.tracing import progress_bar
 
 # %% ../../nbs/60_groups/02_features.ipynb #class
@@ -150,6 +150,7 @@ def _fill(
     token_budget: int, progress: bool,
 ) -> list[str]:
     "Every block that is not there yet; their names in order."
+    check_in_one_piece(lm, "reading features")
     rows = [batch.rows for batch in batches(texts, token_budget=token_budget)]
     plan = {f"{some.min():08d}-{len(some)}": some.tolist() for some in rows}
     mine, shown = own_share(store, list(plan))[1], progress and rank() == 0

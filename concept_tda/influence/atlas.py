@@ -46,7 +46,7 @@ from concept_tda.influence.gradients import (
     went_in,
 )
 from .queries import Query
-from ..model.loading import LanguageModel, SiteError
+from ..model.loading import LanguageModel, SiteError, check_in_one_piece
 from ..model.losses import GradientError, loss_weights, token_losses
 from ..model.sites import Site, coverage_notes, resolve_sites
 from ..model.tracing import pooling_weights, work_dtype
@@ -913,6 +913,7 @@ def _collected(
 # %% ../../nbs/50_influence/08_atlas.ipynb #0027
 def _fill(build: _Build, prepare: Callable[[], _Collector]) -> float:
     "Compute the blocks that are missing; returns seconds of the preparation."
+    check_in_one_piece(build.lm, "an atlas or an index")
     plan = {f"{i:06d}": rows for i, rows in enumerate(_blocks(build.data, build.token_budget))}
     mine = own_share(build.store, list(plan))[1]
     if not mine: return 0.

@@ -39,7 +39,7 @@ from concept_tda.foundation.storage import (
     fingerprint,
 )
 from .gradients import check_sites, site_flows
-from ..model.loading import LanguageModel
+from ..model.loading import LanguageModel, check_in_one_piece
 from ..model.losses import cross_entropy_in_place, predicted_mask, response_logits
 from ..model.sites import Site, resolve_sites
 
@@ -941,6 +941,7 @@ class EKFAC(_Loaded):
     ) -> Self:
         "Fit EK-FAC (Formulas §3). Raises `CurvatureError` where a loss or an eigenvalue is not finite."
         _check_choices(labels, backend, damping)
+        check_in_one_piece(lm, "fitting curvature")
         data = lm.tokenize(data)
         sites = resolve_sites(lm, sites, layer=layer, units=backend == "streaming")
         settings = dict(seed=seed, backend=backend, token_budget=token_budget)

@@ -28,8 +28,8 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, batches
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
-from ..foundation.offloading import fetched, present
-from ..foundation.processes import clear_together, own_share, rank, wait_for_all
+from ..foundation.offloading import fetched, is_sharded, present
+from ..foundation.processes import clear_together, n_ranks, own_share, rank, wait_for_all
 from concept_tda.foundation.storage import (
     BlockStore,
     atomic_file,
@@ -724,6 +724,23 @@ def _store(
         token_budget=token_budget, dtype=str(lm.dtype),
         readouts={name: r.fingerprint for name, r in readouts.items()}))
 
+# %% ../../nbs/50_influence/04_engine.ipynb #in-step
+def _is_sharded(lm: LanguageModel) -> bool:
+    "Whether the processes hold parts of the weights."
+    return any(is_sharded(weight) for weight in lm.model.parameters())
+
+def _in_step(lm: LanguageModel, mine: list[str], missing: list[str]) -> list[str]:
+    "The blocks a process runs: its own, and for a sharded model one of others' where those have one more."
+    if not _is_sharded(lm): return mine
+    return mine + missing[:1]*(-(-len(missing)//n_ranks()) - len(mine))
+
+def _check_sharded(lm: LanguageModel, readouts: dict[str, Readout]) -> None:
+    "Refuse what changes weights that are sharded."
+    alone = [name for name, readout in readouts.items() if readout.runs_alone]
+    if alone and _is_sharded(lm):
+        raise EngineError(f"the weights of {lm.name} are sharded over processes, and the engine of "
+                          f"{alone[0]} changes weights: use engine='reverse'")
+
 # %% ../../nbs/50_influence/04_engine.ipynb #001d
 def shared_pass(
     lm: LanguageModel,            # The model
@@ -742,9 +759,12 @@ def shared_pass(
     done, mine = own_share(store, list(plan))
     resumed = sum(len(batch.rows) for name, batch in plan.items() if name in done)
     total, quiet = sum(plan[name].n_tokens for name in mine), not progress or rank() > 0
+    _check_sharded(lm, readouts)
     with lm.undisturbed(), tqdm(total=total, desc="scoring", unit="tok", disable=quiet) as bar:
-        for block in mine:
-            store.write(block, _run_block(lm, data, plan[block], readouts, watch, tokens, token_budget))
+        for block in _in_step(lm, mine, [name for name in plan if name not in done]):
+            arrays = _run_block(lm, data, plan[block], readouts, watch, tokens, token_budget)
+            if block not in mine: continue
+            store.write(block, arrays)
             bar.update(plan[block].n_tokens)
     wait_for_all()
     found = _gathered(lm, data, readouts, store, plan, resumed)

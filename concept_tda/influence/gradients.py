@@ -18,7 +18,7 @@ from torch.autograd import Variable
 
 from ..data.batches import Batch, batches
 from ..data.tokens import TokenizedConversations
-from ..foundation.offloading import away, lost, present
+from ..foundation.offloading import away, is_sharded, lost, present
 from ..model.loading import LanguageModel, SiteError
 from ..model.losses import GradientError, loss_weights, token_losses
 from ..model.sites import Site, Unit, chosen, layers_of
@@ -340,7 +340,8 @@ def check_sites(
     Raises `SiteError`, naming the sites whose module is not called, whose weight is also used elsewhere, or
     whose flows are not laid out by example; `GradientError` for weights that can't be differentiated by."""
     layers = {layer.name: layer for site in sites for layer in layers_of(site)}
-    new = [layer for layer in layers.values() if layer.module not in _CHECKED and not lost(layer.module)]
+    new = [layer for layer in layers.values() if layer.module not in _CHECKED
+           and not lost(layer.module) and not is_sharded(layer.module.weight)]
     if not new: return
     _check_differentiable(new)
     chosen, like_them = _one_of_a_kind(new)

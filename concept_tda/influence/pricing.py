@@ -10,14 +10,22 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.batches import Batch
-from ..data.documents import number_tokenizer
-from .engine import DirectionReadout, Stopwatch, run_batch
+from ..data.documents import number_tokenizer, token_windows
+from concept_tda.influence.engine import (
+    ActivationReadout,
+    DirectionReadout,
+    Readout,
+    Stopwatch,
+    run_batch,
+    shared_pass,
+)
 from .planning import Plan, PlanError
 from ..model.loading import LanguageModel, load_model
 from ..model.sites import resolve_sites
@@ -150,24 +158,40 @@ def _clock_of(device: torch.device) -> Callable[[], float]:
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return time.process_time if alone else time.perf_counter
 
-def _seconds_of(lm: LanguageModel, batch: Batch, method: str, sites: str, repeats: int = 4) -> float:
+def _any_readout(lm: LanguageModel, method: str, sites: str) -> Readout:
+    "What listens, along random directions."
+    if method == _READING: return ActivationReadout(lm.n_layers, torch.randn(1, lm.width))
+    chosen = resolve_sites(lm, sites)
+    return DirectionReadout(chosen, {s.name: torch.randn_like(s.weight) for s in chosen})
+
+def _seconds_of(lm: LanguageModel, batch: Batch, readout: Readout, repeats: int = 4) -> float:
     "The least seconds of a batch."
     clock, found = _clock_of(lm.device), []
-    readouts: dict[str, Any] = {}
-    if method == _INFLUENCE:
-        chosen = resolve_sites(lm, sites)
-        readouts = {"all": DirectionReadout(chosen, {s.name: torch.randn_like(s.weight) for s in chosen})}
-    for _ in range(repeats):
-        start = clock()
-        with lm.undisturbed(), torch.set_grad_enabled(bool(readouts)):
-            if readouts:
-                readouts["all"].begin(batch, lm.dtype)
-                run_batch(lm, batch, readouts, Stopwatch(readouts))
-            else:
-                lm.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                                    use_cache=False)
-        found.append(clock() - start)
+    with lm.undisturbed():
+        for _ in range(repeats):
+            start = clock()
+            readout.begin(batch, torch.promote_types(lm.dtype, torch.float32))
+            run_batch(lm, batch, {"all": readout}, Stopwatch(["all"]))
+            found.append(clock() - start)
     return min(found)
+
+# %% ../../nbs/50_influence/17_pricing.ipynb #block
+@lru_cache
+def _block_seconds(few: int = 4, many: int = 20) -> float:
+    "Seconds a block takes on this machine beside its passes."
+    from transformers import LlamaConfig
+    config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                         vocab_size=64)
+    lm, T, found = _short_model(config, 1, torch.float32), 8, {}
+    readout, clock = _any_readout(lm, _READING, ""), _clock_of(lm.device)
+    for n in (few, few, many):  # the first is a rehearsal
+        ids = torch.randint(64, (n, T), generator=torch.Generator().manual_seed(n))
+        data = lm.tokenize(token_windows(ids))
+        start = clock()
+        shared_pass(lm, data, {"all": readout}, token_budget=T, progress=False)
+        found[n] = clock() - start
+    passes = _seconds_of(lm, _rectangle(config, T, 1., T), readout)
+    return max(0., (found[many] - found[few])/(many - few) - passes)
 
 # %% ../../nbs/50_influence/17_pricing.ipynb #c020
 def seconds_per_token(
@@ -185,10 +209,11 @@ def seconds_per_token(
     batch, found = _rectangle(config, tokens_per_example, response, token_budget), []
     for n_layers in (short, longer):
         lm = _short_model(config, n_layers, dtype)
-        found.append(_seconds_of(lm, batch, method, sites))
+        found.append(_seconds_of(lm, batch, _any_readout(lm, method, sites)))
         del lm
     layer = max(0., found[1] - found[0])/(longer - short)
-    return (found[0] + layer*(config.num_hidden_layers - short))/batch.n_tokens
+    seconds = found[0] + layer*(config.num_hidden_layers - short) + _block_seconds()
+    return seconds/batch.n_tokens
 
 # %% ../../nbs/50_influence/17_pricing.ipynb #c022
 def _bytes(counts: Counts, config: Any, method: str, sites: str, response: float, dtype: torch.dtype,

@@ -81,7 +81,7 @@ def _check_answers(tokenized: TokenizedConversations) -> None:
 def _shell(model: nn.Module) -> nn.Module:
     "A copy of `model`, with modules and flags of its own, that shares the memory of its weights."
     if elsewhere := away(model):
-        raise FinetuneError(f"{len(elsewhere)} weights of the model are offloaded (the first: "
+        raise FinetuneError(f"{len(elsewhere)} weights of the model are elsewhere (the first: "
                             f"{elsewhere[0]}): open it without device_map to fine-tune it or to put an "
                             "adapter on it")
     # a parameter found in the memo is taken from there instead of being copied

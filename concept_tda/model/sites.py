@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..foundation.offloading import computes_on
+from ..foundation.offloading import computes_on, is_sharded
 from .loading import LanguageModel, SiteError
 
 # %% ../../nbs/20_model/01_sites.ipynb #0030
@@ -196,7 +196,8 @@ def is_quantised(
     weight: Any, # Of a layer
 ) -> bool:       # Codes and scales, from which the layer makes numbers when it is called
     "Whether a weight is kept in a form that cannot be trained."
-    return not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__")
+    made_of_others = hasattr(weight, "__tensor_flatten__") and not is_sharded(weight)
+    return not weight.is_floating_point() or made_of_others
 
 def _kind_of(weight: Any) -> str:
     "What a quantised weight is called."

@@ -445,8 +445,9 @@ def _start(model: Any, data: Any, tokenizer: Any, recipe: TrainingRecipe) -> Lan
         raise TrainingError(f"{lm.name} carries an adapter, and training is of all weights. Merge it first: "
                             "load_model(..., merge=True)")
     if away(lm.model):
-        raise TrainingError(f"{len(away(lm.model))} weights of {lm.name} are offloaded, and nobody writes "
-                            "them back where they are from: open the model without device_map to train it")
+        raise TrainingError(f"{len(away(lm.model))} weights of {lm.name} are offloaded or sharded, and "
+                            "nobody writes them back where they are from: open the model without device_map "
+                            "to train it")
     return LanguageModel(copy.deepcopy(lm.model), lm.tokenizer, lm.name, lm.placement, lm.chat_template)
 
 # %% ../../nbs/20_model/06_training.ipynb #check-data
