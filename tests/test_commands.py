@@ -588,7 +588,7 @@ def test_show_json_holds_card_and_both_ends(here):
     (query,) = shown["queries"]
     assert query["unit_of_distance"] == "× null" and query["null"] == "50 random directions"
     for end, rows in ((drawn.top(3), query["highest"]), (drawn.bottom(3), query["lowest"])):
-        assert [row["distance"] for row in rows] == end.times_null.tolist()
+        assert [row["distance"] for row in rows] == pytest.approx(end.times_null.tolist())
     assert found["card"]["command"]["line"] == "concept-tda score model train.jsonl --methods length"
     assert "exists already" in refused(1, "show scores.parquet --card train.jsonl")
     ok("score model train.jsonl --methods loss,length --out several")
