@@ -1,4 +1,4 @@
-"""Checks what a reader of the built site sees: pictures described, no leftovers, nothing too wide.
+"""Checks what a reader of the built site sees: pictures described, no leftovers, nothing said twice or too wide.
 
     python tools/check_pages.py _docs              # the text of every page
     python tools/check_pages.py _docs --browser    # and every page in Chromium at 390, 768 and 1280 pixels
@@ -8,6 +8,7 @@ Exit 1 with one line per problem. tests/test_site.py runs the first on the site 
 import argparse
 import re
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Seen(HTMLParser):
     def __init__(self, file: Path):
         super().__init__(convert_charrefs=True)
         self.texts, self.undescribed, self.summaries, self.entries, self.open = [], [], 0, 0, []
+        self.paragraphs = []
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -37,6 +39,8 @@ class Seen(HTMLParser):
         found = dict(attributes)
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "p":
+            self.paragraphs.append("")
         if tag == "img" and not (found.get("alt") or "").strip() and found.get("role") != "presentation":
             self.undescribed.append(found.get("src", "")[:60])
         classes = (found.get("class") or "").split()
@@ -53,6 +57,14 @@ class Seen(HTMLParser):
         """Collect what is read, scripts and styles left out."""
         if not {"script", "style"} & set(self.open):
             self.texts.append((self.getpos()[0], data))
+            if "p" in self.open and "pre" not in self.open:
+                self.paragraphs[-1] += data
+
+
+def said_twice(paragraphs: list[str], least: int = 70) -> list[str]:
+    """Paragraphs of at least so many characters that stand on a page more than once: boilerplate."""
+    counts = Counter(" ".join(one.split()) for one in paragraphs)
+    return [text for text, times in counts.items() if times > 1 and len(text) >= least]
 
 
 def problems_of(file: Path) -> list[str]:
@@ -61,6 +73,7 @@ def problems_of(file: Path) -> list[str]:
     found = [f"no alt text: {source}" for source in page.undescribed]
     if page.entries and not page.summaries:
         found.append("entries of names without a summary table first")
+    found += [f"said twice on one page: {text[:60]!r}" for text in said_twice(page.paragraphs)]
     for line, text in page.texts:
         for what, pattern in LEFTOVERS.items():
             if match := pattern.search(text):

@@ -1235,7 +1235,7 @@ class OpenAIJudge(_Grader):
                     base_url=self.base_url, least_mass=self.least_mass, extra_body=self.extra_body)
 
     def scores(self, conversations: Conversations, progress: bool) -> list[float | None]:
-        "The expected grade of each answer, or None where the judge would say something else than a number."
+        "What the endpoint would expect to give each answer, 0 to 100; None where it would say no number."
         bodies = [self._body(_fill(self.prompt_template, c)) for c in conversations]
         keys = [fingerprint(self.base_url, body) for body in bodies]
         records = _verdicts(self, dict(zip(keys, bodies)), progress)
