@@ -303,10 +303,18 @@ def test_page_checker_finds_what_is_wrong(tmp_path):
     page.write_text(
         '<img src="a.png"><img src="b.png" alt="a curve"><pre>in /tmp/tmpa1b2/x</pre><p>cafÃ©</p>'
         '<details class="api-source"></details><code>x:NoneType=None</code><script>"/tmp/tmpzz"</script>'
-        + 2 * f"<p>What <code>it</code> does is told {'again and ' * 6}again.</p>"
+        + 2
+        * f"<p>What <code>it</code> does is told {'again and ' * 6}again.</p>"
     )
     wrong = check_pages.problems_of(page)
-    kinds = ("no alt text", "summary table", "a temporary path", "mojibake", "an untrue annotation", "said twice")
+    kinds = (
+        "no alt text",
+        "summary table",
+        "a temporary path",
+        "mojibake",
+        "an untrue annotation",
+        "said twice",
+    )
     assert len(wrong) == len(kinds)
     assert all(any(kind in one for one in wrong) for kind in kinds)
     page.write_text('<img src="b.png" alt="a curve"><pre>fine, in /tmp too</pre>')

@@ -1,4 +1,4 @@
-"""Checks what a reader of the built site sees: pictures described, no leftovers, nothing said twice or too wide.
+"""Checks what a reader of the built site sees: pictures described, no leftovers, nothing twice or too wide.
 
     python tools/check_pages.py _docs              # the text of every page
     python tools/check_pages.py _docs --browser    # and every page in Chromium at 390, 768 and 1280 pixels

@@ -45,7 +45,7 @@ class WordCounts:
         chosen: Sequence[bool], # [N] Which texts form the one set; the others are the other
         n: int = 10,            # Words of each end
     ) -> pd.DataFrame:          # word, z, and in how many texts of either set; those of `chosen` first
-        "Words by z of their log-odds, with the corpus as prior (Monroe et al. 2008). Raises `ReadingError`."
+        "What `distinguishing_words` says, for another set of the texts counted once. Raises `ReadingError`."
         picked = _two_sets(chosen, self.n_texts)
         inside, outside = (np.asarray(mask.astype(float) @ self.counts).ravel() for mask in (picked, ~picked))
         table = pd.DataFrame({"word": self.words, "z": _log_odds_z(inside, outside),
