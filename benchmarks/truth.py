@@ -81,6 +81,13 @@ SETS = [
         dropped=0.25,
         draws=1,
     ),
+    dict(
+        study="paper/arithmetic.yaml",
+        scores="results/paper/arithmetic/arithmetic.json",
+        pools=["results/paper/arithmetic/retrained.json"],
+        dropped=0.5,
+        draws=1,
+    ),
 ]
 
 DEFAULT = "Concept Influence"
