@@ -420,6 +420,7 @@ def test_a_random_sketch_is_right_on_average():
 
     class SiteLike:
         name, out_features, in_features, weight = "s", 6, 9, torch.zeros(6, 9, dtype=torch.float64)
+        like = weight
 
     Q, G = torch.randn(2, 6, 9, dtype=torch.float64)
     Q += G

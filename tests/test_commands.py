@@ -67,6 +67,7 @@ NOT_COMMANDS = {
     "Scorer": "what all methods have in common",
     "Influence": "takes a query that only Python can express",
     "CheckpointScorer": "what TracIn and LESS have in common",
+    "SOURCE": "takes the segments of a run, each with its model, curvature and rates",
     "UnitInfluence": "asks about a head or a neuron, not about a behaviour",
     "ServedInfluence": "needs a server that runs, with two adapters written for the question",
     "Surrogate": "holds the scores of a method in one model, with those of another as a sample",

@@ -52,7 +52,7 @@ def test_rows_lead_with_percentile_and_multiple_and_hold_the_question(opened):
         (percentile, raw), (distance, raw_too) = parts[:2]
         assert percentile == f"{np.floor(10 * result.percentiles[row]) / 10:.1f} %"
         assert distance.endswith("× null") and np.isclose(seen(distance), result.times_null[row], rtol=0.02)
-        assert raw == raw_too and np.isclose(seen(raw.split()[1]), result.scores[row], rtol=1e-4)
+        assert raw == raw_too and np.isclose(seen(raw.split()[2]), result.scores[row], rtol=1e-4)
     prompts = page.value(f"{ROWS}.map(row => row.querySelector('.prompt').textContent)")
     assert prompts == [" ".join(result.questions[row].split())[:240] for row in order]
 
@@ -118,7 +118,7 @@ def test_whiskers_are_the_intervals_on_one_axis_and_the_raw_effect_is_in_the_tit
         assert ends[1] - ends[0] >= 2 and abs(ends[1] - ends[0] - max(2, 2 * half * pixel)) < 0.6
     titles = page.value(f"{ROWS}.map(row => row.querySelector('.distance').title)")
     for place, title in zip(order, titles):
-        score, effect = title.removeprefix("score ").split(", ")
+        score, effect = title.removeprefix("raw score ").split(", ")
         assert np.isclose(seen(effect), -result.effects[place], rtol=1e-3) and effect.endswith(" nats")
         assert np.isclose(seen(score), result.scores[place], rtol=1e-4)
 

@@ -108,7 +108,9 @@ def source(thing) -> str:
 
 
 def docstring(thing) -> str:
-    """The docstring, sections of the page of formulas as links; without the one that dataclasses writes."""
+    """The docstring, sections of the page of formulas as links; without what dataclasses and `typing` write."""
+    if type(thing).__module__ == "typing":
+        return ""  # an alias has no words of its own
     text = inspect.getdoc(plain(thing)) or ""
     if dataclasses.is_dataclass(thing) and text.startswith(f"{thing.__name__}("):
         return ""  # written by dataclasses

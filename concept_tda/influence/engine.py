@@ -727,6 +727,7 @@ def _store(
 # %% ../../nbs/50_influence/04_engine.ipynb #in-step
 def _is_sharded(lm: LanguageModel) -> bool:
     "Whether the processes hold parts of the weights."
+    if not isinstance(lm.model, torch.nn.Module): return False  # behind a server, only its name is known
     return any(is_sharded(weight) for weight in lm.model.parameters())
 
 def _in_step(lm: LanguageModel, mine: list[str], missing: list[str]) -> list[str]:

@@ -96,7 +96,13 @@ class AskingPart {
         copied.textContent = " They are marked: copy them with Ctrl+C.";
       }
     };
-    const names = ["With the model as ", el("code", {}, "lm"), " and the training file as ", el("code", {}, "train"), ":"];
+    const names = [
+      "With the model as ",
+      el("code", {}, "lm"),
+      " and the training file as ",
+      el("code", {}, "train"),
+      ":",
+    ];
     return [
       el("p", {class: "quiet"}, ...names),
       pre,
@@ -113,10 +119,19 @@ class AskingPart {
     const mine = ++this.asked,
       row = whole(this.row);
     this.tell(
-      el("p", {class: "quiet"}, "Scoring the file by ", el("q", {}, el("bdi", {}, words)), ` of row ${row}. It takes as long as any scoring; the kernel is busy meanwhile.`),
+      el(
+        "p",
+        {class: "quiet"},
+        "Scoring the file by ",
+        el("q", {}, el("bdi", {}, words)),
+        ` of row ${row}. It takes as long as any scoring; the kernel is busy meanwhile.`,
+      ),
     );
     try {
-      const found = await /** @type {NonNullable<Source["askWords"]>} */ (this.source.askWords)(this.place, words);
+      const found = await /** @type {NonNullable<Source["askWords"]>} */ (this.source.askWords)(
+        this.place,
+        words,
+      );
       if (mine === this.asked) await this.show(words, row, found);
     } catch (error) {
       if (mine === this.asked) this.tell(el("p", {class: "problem"}, /** @type {Error} */ (error).message));
@@ -154,12 +169,21 @@ class AskingPart {
     const line = (/** @type {AskedRow} */ one, /** @type {number} */ side) =>
       el(
         "button",
-        {type: "button", class: "one", title: `raw score ${signed(one.raw[side], 6)}`, onclick: () => this.reveal(one.place)},
+        {
+          type: "button",
+          class: "one",
+          title: `raw score ${signed(one.raw[side], 6)}`,
+          onclick: () => this.reveal(one.place),
+        },
         el(
           "span",
           {class: "numbers"},
           el("b", {}, percent(one.percentile[side])),
-          el("span", {class: "quiet"}, ` ${one.distance[side]} · #${whole(one.rank[1 - side])} by ${side ? "these words" : found.here}`),
+          el(
+            "span",
+            {class: "quiet"},
+            ` ${one.distance[side]} · #${whole(one.rank[1 - side])} by ${side ? "these words" : found.here}`,
+          ),
         ),
         el("span", {class: "prompt quiet", dir: "auto"}, snippets.get(one.place)?.prompt ?? ""),
         el("span", {class: "response", dir: "auto"}, snippets.get(one.place)?.response ?? ""),
@@ -167,7 +191,13 @@ class AskingPart {
     this.tell(
       el("h4", {}, "Which data made ", el("q", {}, el("bdi", {}, words)), ` of row ${row}`),
       el("p", {class: "quiet"}, el("bdi", {}, found.reading)),
-      el("p", {class: "quiet"}, `The two orders agree with Spearman ${signed(found.agreement ?? NaN, 2)}. In Python the result is `, el("code", {}, "browser.asked[-1]"), "."),
+      el(
+        "p",
+        {class: "quiet"},
+        `The two orders agree with Spearman ${signed(found.agreement ?? NaN, 2)}. In Python the result is `,
+        el("code", {}, "browser.asked[-1]"),
+        ".",
+      ),
       ...found.ends.map(end =>
         el(
           "div",
@@ -176,7 +206,12 @@ class AskingPart {
             el(
               "div",
               {class: side ? "here" : "words"},
-              el("p", {class: "name"}, `${end.title} ${side ? "by" : "for these words, by"} `, el("bdi", {}, names[side])),
+              el(
+                "p",
+                {class: "name"},
+                `${end.title} ${side ? "by" : "for these words, by"} `,
+                el("bdi", {}, names[side]),
+              ),
               rows.map(one => line(one, side)),
             ),
           ),

@@ -45,7 +45,7 @@ function mixedScores(weights, gram, columns) {
  */
 function percentilesOf(scores, order) {
   const found = new Float64Array(scores.length);
-  for (let from = 0; from < order.length; ) {
+  for (let from = 0; from < order.length;) {
     let to = from + 1;
     while (to < order.length && scores[order[to]] === scores[order[from]]) to += 1;
     const lower = order.length - to + (to - from) / 2;
