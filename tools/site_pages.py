@@ -108,7 +108,7 @@ def source(thing) -> str:
 
 
 def docstring(thing) -> str:
-    """The docstring, sections of the page of formulas as links; without what dataclasses and `typing` write."""
+    """The docstring, sections of the page of formulas as links; not what dataclasses and `typing` write."""
     if type(thing).__module__ == "typing":
         return ""  # an alias has no words of its own
     text = inspect.getdoc(plain(thing)) or ""
