@@ -59,35 +59,22 @@ KINDS = {
     "counterfactual-prediction": ct.CounterfactualPrediction,
     "pareto-curve": ct.ParetoCurve,
 }
+
+
+def of_paper(name, dropped, draws, *more_pools):
+    "A set whose study, scores and retrainings lie where `paper.py` puts them."
+    place = f"results/paper/{name}"
+    pools = [f"{place}/retrained.json", *more_pools]
+    return dict(
+        study=f"paper/{name}.yaml", scores=f"{place}/{name}.json", pools=pools, dropped=dropped, draws=draws
+    )
+
+
 SETS = [
-    dict(
-        study="paper/sycophancy.yaml",
-        scores="results/paper/sycophancy/sycophancy.json",
-        pools=["results/paper/sycophancy/retrained.json", "results/kinds/retrained.json"],
-        dropped=0.25,
-        draws=3,
-    ),
-    dict(
-        study="paper/careless.yaml",
-        scores="results/paper/careless/careless.json",
-        pools=["results/paper/careless/retrained.json"],
-        dropped=0.5,
-        draws=2,
-    ),
-    dict(
-        study="paper/flattery.yaml",
-        scores="results/paper/flattery/flattery.json",
-        pools=["results/paper/flattery/retrained.json"],
-        dropped=0.25,
-        draws=1,
-    ),
-    dict(
-        study="paper/arithmetic.yaml",
-        scores="results/paper/arithmetic/arithmetic.json",
-        pools=["results/paper/arithmetic/retrained.json"],
-        dropped=0.5,
-        draws=1,
-    ),
+    of_paper("sycophancy", 0.25, 3, "results/kinds/retrained.json"),
+    of_paper("careless", 0.5, 2),
+    of_paper("flattery", 0.25, 1),
+    of_paper("arithmetic", 0.5, 1),
 ]
 
 DEFAULT = "Concept Influence"

@@ -22,6 +22,17 @@ from concept_tda.model.sites import resolve_sites
 from tiny import double_norms, tiny_pair
 
 N = 11
+SHORT = dict(
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    num_train_epochs=2,
+    learning_rate=1e-3,
+    logging_steps=1,
+    save_strategy="no",
+    report_to=[],
+    disable_tqdm=True,
+    use_cpu=True,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -70,19 +81,8 @@ def trained(folder, train, adapter=True, recorder=None, lm=None, lora=None, **op
         )
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
-    settings = dict(
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        num_train_epochs=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        remove_unused_columns=False,
-    )
-    arguments = TrainingArguments(str(folder.parent / "out"), **(settings | options))
+    settings = SHORT | {"remove_unused_columns": False} | options
+    arguments = TrainingArguments(str(folder.parent / "out"), **settings)
     spy = Spy()
     trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=[recorder, spy])
     trainer.train()
@@ -270,20 +270,8 @@ def sft(folder, train, **options):
     told = lambda messages: [{"role": one["role"], "content": one["content"]} for one in messages]
     rows = [{"prompt": told(one[:-1]), "completion": told(one[-1:])} for one in texts]
     recorder = TrainingRecorder(folder, LanguageModel(model, tokenizer, "tiny"), checkpoints=2, ids=train.ids)
-    settings = dict(
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        num_train_epochs=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        max_length=512,
-    )
-    arguments = trl.SFTConfig(str(folder.parent / "out"), **(settings | options))
+    settings = SHORT | {"bf16": False, "max_length": 512} | options
+    arguments = trl.SFTConfig(str(folder.parent / "out"), **settings)
     spy, seen = Spy(), []
     trainer = trl.SFTTrainer(
         model,

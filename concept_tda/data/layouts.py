@@ -600,15 +600,15 @@ def _check_again(record: dict, answer: str | None, messages: Sequence[dict], lay
 # %% ../../nbs/10_data/01_layouts.ipynb #out-public
 def _record(messages: Sequence[dict], metadata: dict, layout: str, rejected: dict | None = None) -> dict:
     "A record of a layout, which has been read again."
-    asked, answers = list(messages), {}
-    _check_place(messages, layout, rejected is not None)
+    asked, answers, is_pair = list(messages), {}, rejected is not None
     if asked[-1]["role"] == "assistant":
         last = asked.pop()
-        answers = {"completion": last} if rejected is None else {"chosen": last, "rejected": rejected}
+        answers = {"chosen": last, "rejected": rejected} if is_pair else {"completion": last}
+    sides = {name: [*asked, answer] for name, answer in answers.items()} if is_pair else {None: messages}
+    for whole in sides.values():
+        _check_place(whole, layout, is_pair)
     record = _beside(_WRITERS[layout](asked, answers), metadata, layout)
-    for name, answer in answers.items() if rejected else [(None, None)]:
-        whole = [*asked, answer] if answer else messages
-        _check_place(whole, layout, rejected is not None)
+    for name, whole in sides.items():
         _check_again(record, name, whole, layout)
     return record
 

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, batches
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
-from ..foundation.offloading import fetched, is_sharded, present
+from ..foundation.offloading import fetched, present
 from ..foundation.processes import clear_together, n_ranks, own_share, rank, wait_for_all
 from concept_tda.foundation.storage import (
     BlockStore,
@@ -725,20 +725,15 @@ def _store(
         readouts={name: r.fingerprint for name, r in readouts.items()}))
 
 # %% ../../nbs/50_influence/04_engine.ipynb #in-step
-def _is_sharded(lm: LanguageModel) -> bool:
-    "Whether the processes hold parts of the weights."
-    if not isinstance(lm.model, torch.nn.Module): return False  # behind a server, only its name is known
-    return any(is_sharded(weight) for weight in lm.model.parameters())
-
 def _in_step(lm: LanguageModel, mine: list[str], missing: list[str]) -> list[str]:
     "The blocks a process runs: its own, and for a sharded model one of others' where those have one more."
-    if not _is_sharded(lm): return mine
+    if not lm.in_parts: return mine
     return mine + missing[:1]*(-(-len(missing)//n_ranks()) - len(mine))
 
 def _check_sharded(lm: LanguageModel, readouts: dict[str, Readout]) -> None:
     "Refuse what changes weights that are sharded."
     alone = [name for name, readout in readouts.items() if readout.runs_alone]
-    if alone and _is_sharded(lm):
+    if alone and lm.in_parts:
         raise EngineError(f"the weights of {lm.name} are sharded over processes, and the engine of "
                           f"{alone[0]} changes weights: use engine='reverse'")
 

@@ -264,6 +264,11 @@ class _Identity(_Numbers):
         return sum(every[name].numel() for name in weights_of(self.model))
 
     @property
+    def in_parts(self) -> bool:
+        "Whether each process holds a part of the weights (FSDP2)."
+        return any(is_sharded(weight) for weight in self.model.parameters())
+
+    @property
     def fingerprint(self) -> str:
         "Hash of settings and weights, 16 hexadecimal digits; computed anew, since weights may change."
         return _hash_model(self.model)
@@ -798,7 +803,7 @@ def check_in_one_piece(
     what: str,         # Is about to be done with it
 ) -> None:
     "Raise `ModelError` where the processes hold parts of the weights, and so could not work apart."
-    if not any(is_sharded(weight) for weight in lm.model.parameters()): return
+    if not lm.in_parts: return
     raise ModelError(
         f"{what} gives each process work of its own, and the weights of {lm.name} are sharded over the "
         "processes, so they'd wait for each other for ever: open the model whole in each process "

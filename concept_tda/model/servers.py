@@ -242,6 +242,7 @@ class ServedModel(_Answering):
     "A model behind a completions server that gives log-probabilities of prompts, and nothing else."
     chat_template = None
     device, dtype = torch.device("cpu"), torch.float64  # of what is computed here from its answers
+    in_parts = False  # however the server keeps its weights: each answer is the whole model's
 
     @property
     def model(self) -> str:
