@@ -70,6 +70,9 @@ def rendering(function, short: str) -> str:
     name."""
     while True:
         try:
+            if inspect.isclass(function):  # before Python 3.11.4 an inherited __new__ was asked in its place
+                own = inspect.signature(function.__init__, eval_str=True)
+                function.__signature__ = own.replace(parameters=[*own.parameters.values()][1:])
             return MarkdownRenderer(function, name=short)._repr_markdown_()
         except NameError as err:
             scope = vars(sys.modules[function.__module__])
