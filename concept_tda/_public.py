@@ -4,7 +4,7 @@ PUBLIC = {
     "foundation.errors": "ConceptTDAError StorageError MissingExtraError require",
     "foundation.storage": "fingerprint code_version cache_folder write_error atomic_file check_free "
         "BlockStore",
-    "foundation.probes": "ProbeError bfloat16_ratio",
+    "foundation.probes": "ProbeError bfloat16_ratio give_back_memory",
     "foundation.display": "visible_text safe_text one_line DisplayError register_view html_of act Table "
         "Sheet Facts",
     "foundation.processes": "ProcessError n_ranks rank on_its_own wait_for_all by_first own_share "

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 
@@ -440,6 +441,27 @@ def test_dtype(tmp_path, dtype, expected):
     assert (
         load_model(tmp_path, device="cpu").dtype == torch.float32
     )  # the default is never what happens to be stored
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library of Linux")
+def test_memory_that_is_free_goes_back_to_the_system():
+    """In a process of its own, whose heap nobody has used before."""
+    script = """
+import ctypes
+from pathlib import Path
+from concept_tda.foundation.probes import give_back_memory
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+pieces = [b"." * 100_000 + bytes(i % 7) for i in range(2_000)]
+last, held = pieces[-1], resident()
+del pieces
+kept = resident()
+give_back_memory()
+print(hasattr(ctypes.CDLL(None), "malloc_trim"), held - kept, kept - resident(), len(last))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    can, freed, given_back, _ = done.stdout.split()
+    if can == "True":  # glibc
+        assert float(freed) < 20 and float(given_back) > 150
 
 
 def test_bfloat16_on_a_machine_that_is_slow_in_it_is_said_once_with_the_way_out(saved, monkeypatch):

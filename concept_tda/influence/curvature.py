@@ -23,6 +23,7 @@ from ..data.batches import Batch, batches
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import Facts, html_of
 from ..foundation.errors import ConceptTDAError
+from ..foundation.probes import give_back_memory
 from concept_tda.foundation.processes import (
     by_first,
     clear_together,
@@ -951,6 +952,7 @@ class EKFAC(_Loaded):
         start = time.perf_counter()
         factors = _measured(lm, data, sites, record, memory_budget, progress)
         record["seconds"] = time.perf_counter() - start
+        give_back_memory()
         fitted = cls(factors, damping=damping, relative=relative, record=record)
         if cache:
             by_first(lambda: fitted.save(path))

@@ -23,6 +23,7 @@ from ..concepts.concept import Concept, random_directions
 from ..data.conversations import Conversation, Conversations, load_conversations
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
+from ..foundation.probes import give_back_memory
 from ..foundation.storage import code_version, fingerprint
 from .curvature import EKFAC, CurvatureError, Identity
 from concept_tda.influence.engine import (
@@ -352,6 +353,7 @@ def score_together(
     readouts |= {_null_name(one.scorer): one.null.readout for one in prepared
                  if one.null is not None and one.null.readout is not None}
     passed = shared_pass(lm, data, readouts, **options) if readouts else {}
+    give_back_memory()
     return _gathered(prepared, data, passed, dict(token_budget=token_budget, max_tokens=data.max_tokens))
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #alone

@@ -39,7 +39,7 @@ from ..data.masks import TokenMask
 from ..data.tokens import TokenizedConversation, TokenizedConversations
 from ..foundation.errors import ConceptTDAError, StorageError
 from ..foundation.offloading import away
-from ..foundation.probes import bfloat16_ratio
+from ..foundation.probes import bfloat16_ratio, give_back_memory
 from ..foundation.storage import atomic_file, code_version, fingerprint
 from .loading import BUILT_IN, LanguageModel, load_model
 from .losses import loss_weights, token_losses
@@ -788,6 +788,7 @@ def finetune(
     if not _finished(Path(folder), key):
         key = _used(key, _precision(lm, settings))
     _run(lm, tokenized, Path(folder), settings, key, progress, "fine-tuning")
+    give_back_memory()
     return _open(lm, Path(folder), merge)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #defaults
