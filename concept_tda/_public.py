@@ -15,8 +15,8 @@ PUBLIC = {
         "read_message check_turns",
     "data.layouts": "LAYOUTS ANSWERS REFUSED_COLUMNS SYSTEM_COLUMNS WRITTEN Layout is_message_row "
         "chats_of_rows Chat read_chats layout_records",
-    "data.files": "COMPRESSIONS FORMATS TEXT_FORMATS Record plain table_records parse_json is_data_file "
-        "bare_name read_file is_text_file read_text",
+    "data.files": "COMPRESSIONS FORMATS TEXT_FORMATS Record plain table_records parse_json arrow_reader "
+        "is_data_file bare_name read_file is_text_file read_text",
     "data.conversations": "Conversation row_numbers Rows Conversations source_records load_conversations "
         "bundled",
     "data.templates": "template_names chat_template_text as_given render TemplateProfile Rendered "

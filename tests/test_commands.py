@@ -20,14 +20,17 @@ from concept_tda.concepts.concept import Concept, contrastive_concept, probe_con
 from concept_tda.data.conversations import load_conversations
 from concept_tda.evidence.filter_and_retrain import FilterAndRetrain
 from concept_tda.influence import neighbours, scorers
+from concept_tda.influence.baselines import MeanLoss
 from concept_tda.influence.curvature import EKFAC
 from concept_tda.influence.preconditioners import ConjugateGradient, DataInf, LoGra
 from concept_tda.influence.scorers import Scorer
+from concept_tda.influence.streaming import score_stream
 from concept_tda.model.finetuning import training_checkpoints, training_record
 from concept_tda.model.loading import load_model
 from concept_tda.results.advice import advice
 from concept_tda.results.attribution import Attribution, load_attribution
 from concept_tda.results.comparison import compare
+from concept_tda.results.folders import ScoreFolder
 from concept_tda.views.review import Review
 
 N = 12
@@ -476,6 +479,9 @@ def test_plan_takes_the_options_of_score_and_its_code_says_whether_it_fits(here,
     printed = ok(f"plan model {line}").stdout
     assert "Concept Influence, GradDot" in printed and f"concept-tda score model {line.split()[0]}" in printed
     assert "--damping 0.3" in next_lines(printed)[0]
+    assert "--num-processes" not in printed and "money" not in printed
+    shared = ok(f"plan model {line} --num-processes 2 --price-per-hour 36000").stdout
+    assert next_lines(shared)[0].endswith("--num-processes 2") and "at 36000 an hour" in shared
     found = json.loads(ok(f"plan model {line} --json").stdout)
     assert found["examples"] == N and found["fits"] and found["fit_seconds"] > 0
     assert "DO NOT express" in found["warnings"][0]
@@ -483,6 +489,22 @@ def test_plan_takes_the_options_of_score_and_its_code_says_whether_it_fits(here,
     small = call(*f"plan model {line}".split())
     assert small.exit_code == 1 and "does not fit" in small.stdout and "Next:" not in small.stdout
     assert "--queries: missing" in refused(2, "plan model train.jsonl --methods bm25")
+
+
+def test_scores_of_a_stream_are_known_for_what_they_are(here):
+    lm = load_model("model")
+    score_stream([MeanLoss(lm)], "train.jsonl", "stream", part_examples=5, progress=False)
+    for line in (
+        "show stream",
+        "compare stream stream",
+        "report stream",
+        "filter stream --drop-count 2",
+        "view stream --no-open",
+    ):
+        said = " ".join(refused(1, line).split())
+        assert f"scores of a stream ({N} examples; Loss)" in said and "ScoreFolder('stream')" in said
+        assert "folder.top(10)" in said
+    assert len(ScoreFolder("stream").top(10)) == 10
 
 
 def test_doctor_ends_with_one_where_something_is_wrong(here):

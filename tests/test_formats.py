@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import re
+import sys
 
 import datasets
 import pandas as pd
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from concept_tda.data.conversations import Conversation, Conversations, load_conversations
+from concept_tda.data.files import arrow_reader
 from concept_tda.data.layouts import LAYOUTS, REFUSED_COLUMNS
 from concept_tda.data.messages import REFUSED, ConversationError
 
@@ -534,3 +536,12 @@ def test_what_says_nothing_new_beside_a_chat_is_metadata():
 def test_message_rows_in_csv(tmp_path):
     pd.DataFrame(MESSAGES).to_csv(tmp_path / "a.csv", index=False)
     assert load_conversations(tmp_path / "a.csv").ids == load_conversations(MESSAGES).ids
+
+
+def test_arrow_holds_none_of_pythons_bytes():
+    """A thread of Arrow's that lets go of them while Python ends would abort the process."""
+    data = bytes(range(100))
+    before = sys.getrefcount(data)
+    reader, holding = arrow_reader(data), pa.BufferReader(data)
+    assert sys.getrefcount(data) == before + 1  # by `holding` alone
+    assert reader.read() == holding.read() == data

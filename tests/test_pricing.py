@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from concept_tda.data.batches import Batch
 from concept_tda.data.documents import number_tokenizer
 from concept_tda.influence.engine import DirectionReadout, Stopwatch, run_batch
-from concept_tda.influence.planning import PlanError
+from concept_tda.influence.planning import PlanError, plan
 from concept_tda.influence.pricing import (
     count_operations,
     fit_operations_per_token,
@@ -67,6 +67,28 @@ def test_time_and_money_are_shared_as_one_would(tmp_path):
     assert "8 share" in repr(many) and f"{one.money:,.2f} at 4 an hour" in repr(one)
     counts = count_operations(SMALL)
     assert one.fit_seconds == pytest.approx(100 * 256 * fit_operations_per_token(counts) / 1e10)
+
+
+def test_plan_prices_a_config_as_plan_model_does(tmp_path):
+    SMALL.save_pretrained(tmp_path)
+    config = str(tmp_path / "config.json")
+    options = dict(flops_per_second=1e10, price_per_hour=4.0, num_processes=2, fit_examples=10)
+    assert plan(model=config, examples=1000, **options) == plan_model(SMALL, 1000, **options)
+    smaller = plan(model=config, examples=1000, token_budget=256, **options)
+    assert smaller == plan_model(SMALL, 1000, token_budget=256, **options)
+    assert smaller.peak_memory < plan(model=config, examples=1000, **options).peak_memory
+    wrong = [
+        (dict(scorers=[], model=config, examples=10), "model of their own"),
+        (dict(model=config), "say how many"),
+        (dict(model=config, examples=[{"prompt": "a", "response": "b"}]), "say how many"),
+        (dict(model=config, examples=10, tokens=True), "tokens_per_example"),
+        (dict(model=config, examples=10, max_tokens=99), "tokens_per_example"),
+        (dict(examples=10), "goes with model="),
+        (dict(scorers=[], examples=[], flops_per_second=1.0), "flops_per_second: goes with model="),
+    ]
+    for given, message in wrong:
+        with pytest.raises(PlanError, match=message):
+            plan(**given)
 
 
 def test_what_does_not_fit_says_what_would_help():

@@ -65,6 +65,10 @@ def test_the_scores_of_parts_are_those_of_the_whole(lm, tmp_path):
             assert np.allclose(mine.percentiles, theirs.percentiles)
             assert np.allclose(mine.distances, theirs.distances, equal_nan=True)
         assert mine.conversations[0].metadata == theirs.conversations[0].metadata
+    assert repr(found) == "ScoreFolder(s: 50 examples in 4 parts; Vector Filter, GradDot, Loss)"
+    for n in (0, -1, 2.5, True):
+        with pytest.raises(AttributionError, match="at least one example"):
+            found.top(n, "GradDot")
     table = found.compare()
     assert table.shape == (3, 3) and np.allclose(np.diag(table), 1)
 

@@ -82,6 +82,7 @@ class _OfMethod(_OfBehaviour):
     MaxTokens = Annotated[int, option(METHOD, "Longer examples are cut, and the result says so.")]
     TokenBudget = Annotated[int, option(METHOD, "Tokens in a batch; lower it when memory runs out.")]
     NumProcesses = Annotated[int, option(METHOD, "Processes of this machine that share the work.")]
+    Price = Annotated[float | None, option(METHOD, "What an hour of one process costs, in any currency.")]
 
 # %% ../../nbs/95_commands/01_options.ipynb #9115
 class _OfModel(_OfMethod):

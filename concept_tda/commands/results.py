@@ -31,6 +31,18 @@ def result_paths(
             param_hint="--out")
     return {methods[0]: out}
 
+# %% ../../nbs/95_commands/02_results.ipynb #of-stream
+def _of_stream(path: Path) -> str:
+    "What to do with the scores of a stream."
+    from concept_tda.results.folders import ScoreFolder
+    folder = ScoreFolder(path)
+    method = "" if len(folder.methods) == 1 else f", method={folder.methods[0]!r}"
+    return (f"{path} holds the scores of a stream ({len(folder):,} examples; {', '.join(folder.methods)}), "
+            "which is read in Python and never loaded whole: from concept_tda.results.folders import "
+            f"ScoreFolder; folder = ScoreFolder({str(path)!r}); then folder.top(10{method}), "
+            f"folder.report('ends.html'{method}), folder.drop('kept.jsonl', fraction=0.1{method}) or "
+            "folder.compare()")
+
 # %% ../../nbs/95_commands/02_results.ipynb #9208
 def read_results(
     paths: Iterable[Path], # Files, and folders of files
@@ -42,6 +54,7 @@ def read_results(
     results: list[Attribution] = []
     for path in map(Path, paths):
         check_file(path)
+        if (path/"_manifest.json").exists(): raise AttributionError(_of_stream(path))
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not files:
             raise AttributionError(

@@ -231,7 +231,8 @@ def _plan(**given: Any) -> None:
             at = open_all(asked, read, lm, fit=False)
             scorers = list(make_scorers(asked, at._replace(curvature=_unfitted(asked))).values())
             found = planning.plan(scorers, read.examples, tokens=asked.tokens, max_tokens=asked.max_tokens,
-                                  token_budget=asked.token_budget, num_processes=given["num_processes"])
+                                  token_budget=asked.token_budget, num_processes=given["num_processes"],
+                                  price_per_hour=given["price_per_hour"])
         _say_plan(found, asked, told, given["json_"])
 
 # %% ../../nbs/95_commands/04_scoring.ipynb #9427
@@ -244,20 +245,22 @@ def _say_plan(found: Any, asked: Asked, told: Any, as_json: bool) -> None:
     if asked.curvature in ("datainf", "logra", "cg"):
         told.add(f"the estimate is without the fit of {asked.curvature}, which no probe prices yet")
     if as_json:
-        say_json(vars(found) | {"fits": found.fits, "warnings": list(told)})
+        say_json(vars(found) | {"fits": found.fits, "money": found.money, "warnings": list(told)})
     else:
         told.show()
         typer.echo(repr(found))
     if not found.fits: raise typer.Exit(1)
     if as_json: return
-    say_next(typed_line("score", asked, _usual()))
+    several = f" --num-processes {found.num_processes}"*(found.num_processes > 1)
+    say_next(typed_line("score", asked, _usual()) + several)
 
 # %% ../../nbs/95_commands/04_scoring.ipynb #9428
 def _like_score() -> Any:
-    "Parameters of `score` without its files, and `--json`."
+    "Parameters of `score` without its files, a price, and `--json`."
     both = [one for name, one in signature(_score).parameters.items() if name not in ("out", "overwrite")]
     as_json = both[-1].replace(name="json_", annotation=Given.Json)
-    return signature(_score).replace(parameters=[*both[:-1], as_json, both[-1]])
+    price = both[-1].replace(name="price_per_hour", annotation=Given.Price, default=None)
+    return signature(_score).replace(parameters=[*both[:-1], price, as_json, both[-1]])
 
 setattr(_plan, "__signature__", _like_score())
 _plan.__annotations__ = {name: one.annotation for name, one in _like_score().parameters.items()}

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from ..data.batches import Batch, batches
-from ..data.messages import listing
+from ..data.messages import listing, shortened
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import html_of
 from ..foundation.errors import ConceptTDAError
@@ -302,19 +302,41 @@ def _tokens_of(lm: LanguageModel, examples: Any, max_tokens: int) -> TokenizedCo
     if len(data): return data
     raise PlanError("there are no examples to price: the selection is empty")
 
+# %% ../../nbs/50_influence/09_planning.ipynb #counted
+def _counted(model: Any, scorers: Any, examples: Any, tokenized: bool, options: dict) -> "Plan":
+    "The plan of a model that is not here."
+    if scorers is not None:
+        raise PlanError("scorers have a model of their own: give scorers, or model= for one that is not here")
+    if isinstance(examples, bool) or not isinstance(examples, (int, np.integer)) or examples < 1:
+        raise PlanError(f"examples={shortened(examples, 60)}: with model= nothing is read; say how many")
+    if tokenized:
+        raise PlanError("with model= nothing is tokenized: say tokens_per_example=, and leave tokens and "
+                        "max_tokens out")
+    from concept_tda.influence.pricing import plan_model
+    return plan_model(model, int(examples), **options)
+
 # %% ../../nbs/50_influence/09_planning.ipynb #plan-run
 def plan(
-    scorers: list,             # Scorers of one model, as for `score_together`
-    examples: Any,             # `Conversations` to be scored, or anything `load_conversations` reads
+    scorers: list | None = None, # Scorers of one model, as for `score_together`
+    examples: Any = None,      # `Conversations` to be scored, or anything `load_conversations` reads
     *,
+    model: Any = None,         # In place of scorers: the config.json of a model that is not here
     tokens: bool = False,      # Will contributions of tokens be kept?
     max_tokens: int = 1536,    # Longer examples will be cut
     token_budget: int = 1024,  # Tokens in a batch
     num_processes: int = 1,    # How many will share the examples, each on a device of its own
     price_per_hour: float | None = None, # Of each process
+    **counted: Any,            # With `model`: the other parameters of `plan_model`
 ) -> Plan:
     """Estimate seconds, memory, disk and money of scoring `examples`, from a probe of two batches (and two
-    fitted examples where curvature is missing). Raises `PlanError` where it fails, naming the example."""
+    fitted examples where curvature is missing), or from a config and the number of examples. Raises
+    `PlanError` where it fails, naming the example."""
+    shared: Any = dict(token_budget=token_budget, num_processes=num_processes, price_per_hour=price_per_hour)
+    if model is not None:
+        return _counted(model, scorers, examples, tokens or max_tokens != 1536, shared | counted)
+    if scorers is None or counted:
+        raise PlanError(f"{', '.join(counted) or 'scorers=None'}: goes with model=, the config.json of a "
+                        "model that is not here")
     _check_scorers(scorers)
     lm = _model_of(scorers)
     data = _tokens_of(lm, examples, max_tokens)

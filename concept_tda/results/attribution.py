@@ -20,6 +20,7 @@ import pandas as pd
 
 from ..data.conversations import Conversation, Conversations
 from ..data.documents import Window, examples_from_columns
+from ..data.files import arrow_reader
 from ..data.masks import TokenMask, token_mark, tokenizer_record
 from ..data.tokens import KINDS, token_kinds
 from ..foundation.display import act, html_of, one_line
@@ -1231,7 +1232,7 @@ def _read_table(path: Path) -> "tuple[pa.Table, dict]":
     import pyarrow.parquet as pq
     data = _parquet_bytes(path)
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.read_table(arrow_reader(data))
         names, header = table.column_names, (table.schema.metadata or {}).get(b"concept_tda")
         if header is not None: return table.cast(_schema(names)), json.loads(header)
     except (pa.ArrowException, OSError, ValueError) as err:

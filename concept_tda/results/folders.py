@@ -113,6 +113,11 @@ class _Folder:
     def __len__(self) -> int:
         return self.manifest["rows"]
 
+    def __repr__(self) -> str:
+        parts = self.manifest["parts"]
+        return f"ScoreFolder({self.folder.name}: {len(self):,} examples in {len(parts):,} parts; " \
+               f"{', '.join(self.methods)})"
+
     @property
     def methods(self) -> list[str]:
         "Names of the methods."
@@ -230,6 +235,8 @@ class _Ends(_Shown):
     "The two ends of a ranking."
     def _rows_at(self, n: int, method: str | None, sign: int) -> list[tuple[float, int]]:
         "(score, row) at one end."
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+            raise AttributionError(f"n={n!r}: ask for at least one example")
         best: list[tuple[float, int]] = []
         for start, scores in zip(self.starts, self.scores_by_part(method)):
             best += _places(scores, int(start), n, sign)
