@@ -79,7 +79,7 @@ PUBLIC = {
         "fitting_record DampedCurvature Factors labelled_pass batch_labels FactorStatistics EKFAC",
     "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
     "influence.queries": "Query ConceptQuery LossQuery MarginQuery ContrastQuery TokenQuery WeightedQuery "
-        "within_questions QueryExpression query_expression",
+        "within_questions cut_notes QueryExpression query_expression",
     "influence.engine": "EngineError Readout ActivationReadout ActivationGradientReadout LossReadout "
         "DirectionReadout StackedReadout without_first_token NormalisedReadout adding_tangent ForwardReadout "
         "difference_scale moved_weights DifferenceReadout direction_readout difference_adapters Stopwatch "

@@ -344,8 +344,8 @@ def tokenize(
 ) -> TokenizedConversations:
     """Tokens and response masks in the model's own chat template.
     Raises `ConversationError` with the ids of conversations without response tokens, or whose texts the
-    template does not show."""
-    if isinstance(conversations, TokenizedConversations): return conversations
+    template does not show, and for tokens that another tokenizer or template has made."""
+    if isinstance(conversations, TokenizedConversations): return _checked_tokens(conversations, tokenizer)
     _check_options(max_tokens, overlong)
     if not hasattr(conversations, "tokenized"):
         conversations = load_conversations(conversations)
@@ -361,6 +361,32 @@ def tokenize(
     _check_long(cut, items, max_tokens, overlong)
     _warn(cut, items, len(chats), max_tokens, overlong)
     return TokenizedConversations(conversations, items, tokenizer, max_tokens, cut)
+
+# %% ../../nbs/10_data/05_tokens.ipynb #same-tokens
+def _checked_tokens(data: TokenizedConversations, tokenizer: Any) -> TokenizedConversations:
+    "The same, unless another tokenizer or template has cut them otherwise."
+    theirs = data.tokenizer
+    if theirs is None or theirs is tokenizer: return data
+    same_words = theirs.get_vocab() == tokenizer.get_vocab()
+    if same_words and theirs.chat_template == tokenizer.chat_template \
+            and _added_bos(theirs) == _added_bos(tokenizer): return data
+    other = [one.id for one, own in zip(data, _own_tokens(data, tokenizer)) if own != one.input_ids.tolist()]
+    if not other: return data
+    raise ConversationError(
+        f"{len(other)} of the {len(data)} tokenized examples of {data.conversations.name!r} have other "
+        f"tokens than this model's {'chat template' if same_words else 'tokenizer'} gives them: tokenize "
+        f"them with the model that reads them, or give the conversations as they are. Ids: {listing(other)}")
+
+def _own_tokens(data: TokenizedConversations, tokenizer: Any) -> Iterator[list[int] | None]:
+    "The ids that a tokenizer gives the same examples, one after another; None where it gives none."
+    for row in range(len(data)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                own, = tokenize(data.conversations.select([row]), tokenizer, max_tokens=data.max_tokens)
+            yield own.input_ids.tolist()
+        except ConversationError:
+            yield None
 
 # %% ../../nbs/10_data/05_tokens.ipynb #items-of
 def _items_of(

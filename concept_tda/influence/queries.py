@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Query', 'ConceptQuery', 'LossQuery', 'MarginQuery', 'ContrastQuery', 'TokenQuery', 'WeightedQuery',
-           'within_questions', 'QueryExpression', 'query_expression']
+           'within_questions', 'cut_notes', 'QueryExpression', 'query_expression']
 
 # %% ../../nbs/50_influence/03_queries.ipynb #0003
 import copy
@@ -22,7 +22,7 @@ from ..concepts.concept import Concept
 from ..concepts.judges import ContrastJudge, last_answer_only
 from ..data.batches import Batch, batches
 from ..data.masks import TokenMask
-from ..data.tokens import TokenizedConversations
+from ..data.tokens import TokenizedConversations, tokenize
 from ..foundation.storage import fingerprint
 from .gradients import SiteGradients, check_sites, hidden_states
 from ..model.loading import LanguageModel
@@ -35,6 +35,7 @@ class _Quantity:
     "A differentiable quantity on query examples."
     name: str                # What is asked for, in a few words
     layer: int | None = None # The highest layer it depends on; None means the whole model
+    pooling: Any = None      # How activations become one vector, one of `POOLINGS`; None: none are read
     unit: str | None = None  # What the number counts, in words; None where nobody says
 
     def __init__(
@@ -231,7 +232,7 @@ class ContrastQuery(Query):
     ):
         super().__init__(shows.examples)
         self.shows, self.neutral, self.unit = shows, neutral, shows.unit
-        self.concept = getattr(shows, "concept", None)
+        self.concept, self.pooling = getattr(shows, "concept", None), shows.pooling
         self.name, layers = f"{shows.name}, contrast", (shows.layer, neutral.layer)
         self.layer = None if None in layers else max(layer for layer in layers if layer is not None)
         if shows.unit != neutral.unit:
@@ -271,6 +272,7 @@ class TokenQuery(Query):
         _check_by_token(query)
         super().__init__(query.examples)
         self.query, self.mask, self.layer, self.unit = query, mask, query.layer, query.unit
+        self.pooling = query.pooling
         self.concept, weights = getattr(query, "concept", None), mask.response_weights
         self.name = f"{query.name}, {np.count_nonzero(weights):,} of {len(weights):,} tokens"
 
@@ -293,10 +295,9 @@ def _check_by_token(query: Query) -> None:
     if not isinstance(query, (ConceptQuery, LossQuery)) or isinstance(query, MarginQuery):
         raise GradientError(f"{type(query).__name__} is no sum over the tokens of one set of answers: ask a "
                             "ConceptQuery or a LossQuery")
-    pooling = getattr(query, "pooling", "response_mean")
-    if pooling != "response_mean":
-        raise GradientError(f"the query {query.name!r} reads {pooling!r}, not the response tokens: choose "
-                            "tokens of a concept with pooling='response_mean'")
+    if query.pooling not in (None, "response_mean"):
+        raise GradientError(f"the query {query.name!r} reads {query.pooling!r}, not the response tokens: "
+                            "choose tokens of a concept with pooling='response_mean'")
 
 # %% ../../nbs/50_influence/03_queries.ipynb #weighted
 class WeightedQuery(Query):
@@ -311,6 +312,7 @@ class WeightedQuery(Query):
         said = np.flatnonzero(weights_K)  # examples without a weight are not asked
         super().__init__(query.examples.select(said))
         self.query, self.layer, self.unit = query.part(said), query.layer, query.unit
+        self.pooling = query.pooling
         self.concept = getattr(query, "concept", None)
         self.weights_K = weights_K[said]/np.abs(weights_K[said]).mean()  # so that parts add up to the whole
         self.name = f"{query.name}, weighted from {weights_K.min():+.3g} to {weights_K.max():+.3g}"
@@ -360,6 +362,20 @@ def within_questions(
     questions = [fingerprint(json.dumps(one.prompt)) for one in answers]
     of_question = pd.Series(np.asarray(scores, float)).groupby(questions)
     return np.asarray(scores, float) - of_question.transform("mean").to_numpy()
+
+# %% ../../nbs/50_influence/03_queries.ipynb #cut-note
+def cut_notes(
+    query: Query,   # Any
+    tokenizer: Any, # By which its examples are read
+) -> list[str]:     # One note, or none
+    "What a query card should say about query examples that were too long."
+    sides = [query] if not isinstance(query, ContrastQuery) else [query.shows, query.neutral]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the query was differentiated
+        read = [tokenize(side.examples, tokenizer) for side in sides]
+    n_cut, n = sum(len(one.cut) for one in read), sum(map(len, read))
+    return [f"{n_cut} of {n} query examples were longer than {read[0].max_tokens} tokens and were cut "
+            "there"]*(n_cut > 0)
 
 # %% ../../nbs/50_influence/03_queries.ipynb #z
 def _standard_errors(queries: np.ndarray, train: np.ndarray) -> float:

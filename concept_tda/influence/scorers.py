@@ -44,6 +44,7 @@ from concept_tda.influence.queries import (
     Query,
     QueryExpression,
     WeightedQuery,
+    cut_notes,
     query_expression,
 )
 from ..model.answers import answer_records, with_record
@@ -68,6 +69,7 @@ class _Asked:
     access: str = "weights"      # What of the model it needs, a key of results.cards.ACCESS
     own_passes: bool = False     # Whether `score` is the scorer's own: one pass is not enough
     extra_seconds: float = 0.    # Work done for the examples outside the pass; counts in the cost
+    about_concept: Sequence[str] = () # What `Concept.check` wants said, of a scorer that has a concept
     no_null: str = "random directions say nothing about this method" # Why `null` gives None, where it does
 
     def prepare(self, data: TokenizedConversations) -> Readout | None:
@@ -232,8 +234,10 @@ def query_card(
     resumed: int = 0,               # Examples scored by an earlier, interrupted run
 ) -> QueryCard:
     "The query card of a finished scorer."
-    fields = dict(scorer.describe())
-    notes = [*fields.pop("notes", []), *_notes_of_the_pass(data, resumed)]
+    fields, query = dict(scorer.describe()), getattr(scorer, "query", None)
+    notes = [*scorer.about_concept, *fields.pop("notes", []), *_notes_of_the_pass(data, resumed)]
+    if isinstance(query, Query) and data.tokenizer is not None:
+        notes += cut_notes(query, data.tokenizer)
     settings = {**settings, **fields.pop("settings", {}), "preparation_seconds": round(preparation, 3)}
     if getattr(scorer.lm, "chat_template", None):
         settings["chat_template"] = scorer.lm.chat_template
@@ -381,7 +385,7 @@ class VectorFilter(Scorer):
         lm: LanguageModel, # Reads the examples, up to the concept's layer
         concept: Concept,  # The behaviour
     ):
-        concept.check(lm)
+        self.about_concept = concept.check(lm)
         self.lm, self.concept = lm, concept
 
     def along(self, directions_Kd: torch.Tensor) -> Readout:
@@ -437,7 +441,12 @@ class _OwnAnswers:
 # %% ../../nbs/50_influence/05_scorers.ipynb #given
 def _given_answers(prompts: Conversations, answers: Any) -> list[dict[str, Any]]:
     "Records made from answers that the user brings; every prompt must have one."
-    given = {Conversation(c.prompt).id: c.response for c in load_conversations(answers)}
+    given: dict[str, str] = {}
+    for one in load_conversations(answers):
+        id = Conversation(one.prompt).id
+        if given.setdefault(id, one.response) != one.response:
+            raise ScorerError(f"answers= holds different answers to one prompt ({id}), and one is compared: "
+                              "leave the others out")
     if missing := [id for id in prompts.ids if id not in given]:
         raise ScorerError(
             f"answers= lacks {len(missing)} of {len(prompts)} prompts: {', '.join(missing[:10])} (ids of the "
@@ -725,8 +734,8 @@ class _Influence(_Question):
         query, pattern = self.query, self.site_pattern
         return dict(
             behaviour=query.name, layer=query.layer,
-            pooling=getattr(getattr(query, "concept", None), "pooling", None),
-            reduction="mean", sites=pattern if isinstance(pattern, str) else "chosen by name",
+            pooling=query.pooling, reduction="mean",
+            sites=pattern if isinstance(pattern, str) else "chosen by name",
             n_sites=len(self.sites), curvature=self.curvature.name, damping=self.curvature.damping_text,
             settings=_query_settings(query, self.curvature.record), notes=_influence_notes(self)
         ) | _effect_of(self)
@@ -826,9 +835,10 @@ class _OnConcept(Influence):
         rows = np.unique(np.linspace(0, len(data) - 1, 16).astype(int)).tolist()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            shown = getattr(self.query, "showing", self.query.examples)
+            asked = getattr(self.query, "shows", self.query)
+            shown, read = getattr(asked, "showing", asked.examples), asked.pooling
             self.expression = query_expression(
-                self.lm, self.query.concept, shown, data.select(rows), progress=False)
+                self.lm, replace(asked.concept, pooling=read), shown, data.select(rows), progress=False)
         _warn_of_weak_queries(self.query.concept, self.expression)
         return super().prepare(data)
 
@@ -878,7 +888,7 @@ class ConceptInfluence(_OnConcept):
         curvature: Any = "ekfac", # "ekfac" (fitted on the scored data), "identity", or a fitted curvature
         **options: Any,           # `engine`, `normalise`, `query_parts` …, as in `Influence`
     ):
-        concept.check(lm)
+        self.about_concept = concept.check(lm)
         query: Any = _weighted(ConceptQuery(concept, queries, pooling=pooling), query_weights)
         if neutral is not None:
             query = ContrastQuery(query, ConceptQuery(concept, neutral, pooling=pooling))

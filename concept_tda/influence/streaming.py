@@ -17,6 +17,7 @@ from pathlib import Path
 from tarfile import HeaderError
 from typing import Any
 
+import numpy as np
 import xxhash
 from tqdm.auto import tqdm
 
@@ -27,7 +28,7 @@ from ..foundation.errors import require
 from ..foundation.processes import by_first, n_ranks, on_its_own, rank, wait_for_all
 from ..foundation.storage import atomic_file, code_version, fingerprint
 from .baselines import MeanLoss
-from .engine import peak_memory, shared_pass
+from .engine import Pass, peak_memory, shared_pass
 from concept_tda.influence.scorers import (
     ActivationGradient,
     Influence,
@@ -171,8 +172,8 @@ def _score_part(
     lm, start = stream.lm, time.perf_counter()
     data = lm.tokenize(examples, max_tokens=key["max_tokens"])
     passed = shared_pass(lm, data, stream.readouts, token_budget=key["token_budget"], progress=False)
-    scores = {column: equal_as_first(data, passed[method]).scores[:, 0]
-              for method, column in _columns(stream.scorers).items()}
+    scores = {column: _mixed(scorer, equal_as_first(data, passed[str(scorer.method)]))
+              for scorer, column in zip(stream.scorers, _columns(stream.scorers).values())}
     path = folder/f"part-{number:06d}.parquet"
     about = dict(
         file=path.name, rows=len(data), checksum=write_part(path, examples, first_row, scores), key=key,
@@ -189,8 +190,14 @@ def _part_cards(stream: "_Stream", data: Any, passed: dict[str, Any]) -> dict[st
         method = str(scorer.method)
         card = query_card(scorer, data, {"max_tokens": data.max_tokens}, seconds=passed[method].seconds,
                           preparation=stream.prepared[method], peak_memory=peak_memory(stream.lm.device))
+        if passed[method].scores.shape[1] > 1:
+            card.notes.append("a stream keeps the score of all parts together, and no replicates")
         found[_columns(stream.scorers)[method]] = card.to_dict()
     return found
+
+def _mixed(scorer: Scorer, result: Pass) -> np.ndarray:
+    "The score [N] out of the columns of a pass, which are several where queries are asked in parts."
+    return result.scores @ scorer.weights(result.scores.shape[1])
 
 # %% ../../nbs/50_influence/13_streaming.ipynb #s017
 def _pieces(source: Any, size: int) -> Iterator[list[dict]]:

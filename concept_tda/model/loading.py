@@ -130,13 +130,32 @@ def _beside(model: Any) -> list:
     own = dict(model.named_parameters())
     return [[name, value] for name, value in kept if name not in own]
 
+# %% ../../nbs/20_model/00_loading.ipynb #switched
+def _switched(model: Any) -> list:
+    "Layers whose adapters are not all in use as configured: the path, and those in use with their scales."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    found = []
+    for path, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer): continue
+        there, scales = module._all_available_adapter_names(), getattr(module, "scaling", {})
+        used = [] if module.disable_adapters else [name for name in module.active_adapters if name in there]
+        usual = {name: _usual_scales(module, name) for name in used}
+        if sorted(used) != sorted(there) or any(scales.get(name, 1) not in usual[name] for name in used):
+            found.append([path, [[name, float(scales.get(name, 1))] for name in sorted(used)]])
+    return found
+
+def _usual_scales(layer: Any, name: str) -> tuple[float, ...]:
+    "What multiplies an adapter as configured, without and with rank stabilisation."
+    rank, alpha = (getattr(layer, what, {}).get(name) for what in ("r", "lora_alpha"))
+    return (alpha/rank, alpha/rank**.5) if rank and alpha else (1,)
+
 # %% ../../nbs/20_model/00_loading.ipynb #hash-model
 def _hash_model(model: Any) -> str:
     "16 hexadecimal digits over settings, parameter names, types, shapes and bytes."
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
     parameters = [[name, weight] for name, weight in weights_of(model).items()]  # tied weights come once
     settings, beside = _plain({"config": model.config.to_dict(), "adapters": adapters}), _beside(model)
-    return fingerprint(settings, parameters, *([beside] if beside else []))
+    return fingerprint(settings, parameters, *filter(None, (beside, _switched(model) if adapters else [])))
 
 # %% ../../nbs/20_model/00_loading.ipynb #uncompiled
 def _uncompiled() -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ __all__ = ['FORMAT_VERSION', 'question_text', 'prompt_text', 'Leading', 'sentenc
 # %% ../../nbs/30_results/02_attribution.ipynb #0003
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
-from ..data.conversations import Conversation, Conversations
+from ..data.conversations import Conversation, Conversations, row_numbers
 from ..data.documents import Window, examples_from_columns
 from ..data.files import arrow_reader
 from ..data.masks import TokenMask, token_mark, tokenizer_record
+from ..data.messages import ConversationError
 from ..data.tokens import KINDS, token_kinds
 from ..foundation.display import act, html_of, one_line
 from ..foundation.storage import atomic_file
@@ -347,17 +349,25 @@ class _Scale(_Query):
         "Standard deviation of the one query's scores in the whole file; NaN where an old file lacks it."
         return float(self.query()._spreads[0])
 
+# %% ../../nbs/30_results/02_attribution.ipynb #positions
+def _positions(chosen: Any, n: int) -> np.ndarray:
+    "Positions [K] out of whole numbers or of a mask [n]. Raises `AttributionError` for anything else."
+    try:
+        return row_numbers(chosen, n)
+    except ConversationError as err:
+        raise AttributionError(str(err).replace("conversations", "examples")) from None
+
 # %% ../../nbs/30_results/02_attribution.ipynb #004b
 class _Parts(_Scale):
     "Parts of a result."
     def select(
         self,
-        order, # Positions in this result
+        order, # Positions in this result, in any order, or a boolean mask [N]
     ) -> Self:
         "The examples at these positions, in this order, with their ranks and percentiles in the whole file."
         columns = ("values", "rows", "_ranks", "_percentiles")
         lists = ("token_scores", "tokens", "response_masks")
-        order = np.asarray(order, dtype=np.int64)
+        order = _positions(order, len(self))
         return self._with(
             conversations=self.conversations.select(order),
             replicates=None if self.replicates is None else self.replicates[order],
@@ -405,10 +415,12 @@ class _Whole(_Ends):
         verb: str, # What is about to be done, for the message
     ) -> Self:
         "The result in file order. Raises `AttributionError` for a part."
-        if len(self) < self.n_total:
-            raise AttributionError(f"this is a part, {len(self)} of {self.n_total} examples: {verb} the "
-                                   "whole result; the examples of a part are in .conversations")
-        return self if self.in_file_order else self.select(np.argsort(self.rows))
+        if self.in_file_order: return self
+        order, n = np.argsort(self.rows), len(np.unique(self.rows))
+        if np.array_equal(self.rows[order], np.arange(self.n_total)): return self.select(order)
+        again = " (some more than once)" if n < len(self) else ""
+        raise AttributionError(f"this is a part, {n} of {self.n_total} examples{again}: {verb} the whole "
+                               "result; the examples of a part are in .conversations")
 
 # %% ../../nbs/30_results/02_attribution.ipynb #aligned
 class _Aligned(_Whole):
@@ -899,19 +911,32 @@ def _above_words(count: int, n: int, null: str) -> str:
     return (f"{count:,} of {n:,} examples are above what {null} explain (95 %: of those named, one in twenty "
             f"is there by luck). Leaving out more than {count:,} by this ranking alone has no support.")
 
+# %% ../../nbs/30_results/02_attribution.ipynb #ids-named
+def _positions_of_ids(ids: list[str], named: Any, each: bool) -> np.ndarray:
+    "Positions of the examples that ids name; `each`: an id that is there once stands for one of its copies."
+    free: dict[str, list[int]] = {}
+    for position, id in enumerate(ids):
+        free.setdefault(id, []).append(position)
+    counts = Counter(named)
+    if strange := [id for id, count in counts.items() if count > len(free.get(id, ()))]:
+        raise AttributionError(f"drop= names {len(strange)} examples that are not in this result, or not as "
+                               f"often, such as {strange[0]!r}")
+    open_ = [id for id, count in counts.items() if count < len(free[id])]
+    if open_ and not each:
+        raise AttributionError(f"drop= names {open_[0]!r}, which occurs {len(free[open_[0]])} times in the "
+                               "file: say by rows which of the copies go")
+    return np.sort([position for id, count in counts.items() for position in free[id][:count]])
+
 # %% ../../nbs/30_results/02_attribution.ipynb #rows-named
 def _rows_named(result: "_Effects", rows: Any) -> np.ndarray:
-    "Positions of examples given as positions or as ids, each once."
-    rows = getattr(rows, "ids", rows)
-    if np.ndim(rows) == 0:
-        raise AttributionError(f"drop={rows!r}: a share, such as 0.25, or a list of ids or rows")
-    place = {id: position for position, id in enumerate(result.ids)}
-    named = [place.get(row, -1) if isinstance(row, str) else int(row) for row in rows]
-    strange = [row for row, position in zip(rows, named) if not 0 <= position < len(result)]
-    if strange:
-        raise AttributionError(f"drop= names {len(strange)} examples that are not in this result, such as "
-                               f"{strange[0]!r}")
-    return np.unique(np.array(named, int))
+    "Rows of the file of examples given as such rows, as a mask in the order of the result, or as ids."
+    named = getattr(rows, "ids", rows)
+    if np.ndim(named) == 0:
+        raise AttributionError(f"drop={named!r}: a share, such as 0.25, or a list of ids or rows")
+    if any(isinstance(one, str) for one in named):
+        return result.rows[_positions_of_ids(result.ids, named, each=named is not rows)]
+    found = _positions(named, len(result))
+    return np.unique(result.rows[found] if np.asarray(named).dtype == bool else found)
 
 # %% ../../nbs/30_results/02_attribution.ipynb #twins
 _MOST_SEARCHED = 20_000
@@ -940,7 +965,7 @@ class _Predicted(_Counted):
     "Sums of effects."
     def predict(
         self,
-        drop: Any,                # A share of the highest scores (0.25), or ids or rows of examples
+        drop: Any,                # A share of the highest scores (0.25), or examples: ids, rows or a mask
         *,
         query: str | None = None, # Which query, where there are several
         calibration: Any = None,  # A `Calibration`, from retrainings; without one the sum is taken as it is
@@ -949,7 +974,7 @@ class _Predicted(_Counted):
         "What leaving these examples out should do, to first order. Raises `AttributionError`."
         result = self.query(query).whole("predict by")
         share = isinstance(drop, float)
-        rows = cut_rows(result.scores, fraction=drop) if share else _rows_named(result, drop)
+        rows = cut_rows(result.scores, fraction=drop) if share else _rows_named(self, drop)
         if calibration is not None:
             told = calibration.predict(result, rows, level=level)
             return replace(told, caveat=_twin_words(result.conversations, rows))

@@ -18,13 +18,17 @@ from .metrics import AttributionError
 # %% ../../nbs/30_results/05_calibration.ipynb #foretold
 def foretold(
     result: Attribution,                # Of one query, all examples
-    rows: Sequence[int] | np.ndarray,   # The set that would be left out
+    rows: Sequence[int] | np.ndarray,   # Rows of the file, or a mask: the set that would be left out
 ) -> float:
-    "What the scores say of leaving a set out: the sum of its effects, or -Σs/N where a score has no unit."
-    rows = np.asarray(rows, int)
-    if result.card.effect is not None: return float(result.effects[rows].sum())
+    """What the scores say of leaving a set out: the sum of its effects, or -Σs/N where a score has no unit.
+    Raises `AttributionError` for a part of a file, several queries, and rows that are no set."""
+    result = result.query().whole("foretell by")
+    set_ = result.select(rows)
+    if len(np.unique(set_.rows)) < len(set_):
+        raise AttributionError("a set to be left out names a row twice: give each row once")
+    if result.card.effect is not None: return float(set_.effects.sum())
     centre = 0. if result.card.zero == "gradient" else result.scores.mean()
-    return -float((result.scores[rows] - centre).sum())/len(result)
+    return -float((set_.scores - centre).sum())/len(result)
 
 # %% ../../nbs/30_results/05_calibration.ipynb #line
 @dataclass(frozen=True)
@@ -89,8 +93,9 @@ class Calibration(_Line):
             raise AttributionError(f"this calibration was made for {self.method}, these are scores by "
                                    f"{result.card.method}: calibrate them with their own retrainings")
         change, low, high = self.interval(foretold(result, rows), level)
+        n = len(result.select(rows))
         basis = f"calibrated on {self.n} retrained sets, slope {self.slope:.3g}, R² {self.r2:.2f}"
-        return Prediction(self.judge, change, self.unit, len(rows), len(result), low, high, level, basis)
+        return Prediction(self.judge, change, self.unit, n, len(result), low, high, level, basis)
 
 # %% ../../nbs/30_results/05_calibration.ipynb #common-null
 def _common_null(results: Sequence[Attribution], scale: Sequence[float]) -> dict[str, Any]:
@@ -102,6 +107,17 @@ def _common_null(results: Sequence[Attribution], scale: Sequence[float]) -> dict
     null = replace(nulls[0], draws=min(null.draws for null in nulls), quantiles=quantiles.tolist())
     return dict(null=null, _null_spreads=spreads_N1)
 
+# %% ../../nbs/30_results/05_calibration.ipynb #one-question
+def _check_one_question(results: Sequence[Attribution]) -> None:
+    "Refuse results that answer different questions, whose distance is no noise."
+    asked = {"method": lambda card: card.method, "behaviour": lambda card: card.behaviour,
+             "layer": lambda card: card.layer, "pooling": lambda card: card.pooling,
+             "zero": lambda card: card.zero}
+    for what, of in asked.items():
+        found = sorted({str(of(one.card)) for one in results})
+        if len(found) > 1:
+            raise AttributionError(f"an ensemble is of one {what}, these are {', '.join(found)}")
+
 # %% ../../nbs/30_results/05_calibration.ipynb #ensemble
 def ensemble(
     results: Sequence[Attribution], # On the same examples, one query each, two or more
@@ -110,17 +126,18 @@ def ensemble(
 ) -> Attribution:                   # The mean, with the results as its replicates
     "Mean of several results, with an interval for each score. Raises `AttributionError`."
     if len(results) < 2: raise AttributionError("an ensemble needs two results or more")
-    first, *others = [result.query() for result in results]
+    first, *others = [result.query().whole("join") for result in results]
     aligned = [first, *(other.aligned(first) for other in others)]
-    methods = {one.card.method for one in aligned}
-    if len(methods) > 1:
-        raise AttributionError(f"an ensemble is of one method, these are {', '.join(sorted(methods))}")
+    _check_one_question(aligned)
     units = {(one.card.unit, one.card.effect) for one in aligned}
     if len(units) > 1 and not standardise:
         raise AttributionError("these results are in different units: give standardise=True")
     scale = [one.scores.std() if standardise else 1. for one in aligned]
     replicates_NR = np.stack([one.scores/size for one, size in zip(aligned, scale)], axis=1)
     notes = [*first.card.notes, f"mean of {len(aligned)} results, which are its replicates"]
-    card = replace(first.card, notes=notes, **(dict(effect=None, unit=None, gap=None) if standardise else {}))
+    gaps = [one.card.gap for one in aligned if one.card.gap is not None]
+    gap = float(np.mean(gaps)) if len(gaps) == len(aligned) else None
+    own = dict(effect=None, unit=None, gap=None) if standardise else dict(gap=gap)
+    card = replace(first.card, notes=notes, **own)
     mean = Attribution(first.conversations, replicates_NR.mean(1), card, replicates=replicates_NR)
     return mean._with(**_common_null(aligned, scale))

@@ -1,0 +1,232 @@
+"""Inputs for which there was once a number without a word, and it meant something else."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from concept_tda.concepts.concept import contrastive_concept, tensor_concept
+from concept_tda.data.conversations import load_conversations
+from concept_tda.data.messages import ConversationError
+from concept_tda.influence.neighbours import TracIn
+from concept_tda.influence.scorers import (
+    ConceptInfluence,
+    GradDot,
+    InfluenceFunction,
+    ProjectionDifference,
+    ScorerError,
+    VectorFilter,
+)
+from concept_tda.influence.streaming import score_stream
+from concept_tda.model.loading import load_model
+from concept_tda.results.attribution import Attribution
+from concept_tda.results.calibration import Calibration, ensemble, foretold
+from concept_tda.results.cards import QueryCard
+from concept_tda.results.metrics import AttributionError
+
+from tiny import tiny_model, tiny_tokenizer
+
+RECORDS = [{"prompt": f"what is {i}?", "response": f"it is {i * 7}, the answer"} for i in range(12)]
+EFFECT = QueryCard("a method", "kindness", zero="gradient", effect=-1.0, unit="nats")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("CONCEPT_TDA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return load_model((tiny_model(), tiny_tokenizer()))
+
+
+@pytest.fixture(scope="module")
+def train():
+    return load_conversations(RECORDS, name="train")
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return load_conversations([{"prompt": f"say {i}", "response": "yes" * (i + 1)} for i in range(6)])
+
+
+@pytest.fixture
+def result(train):
+    return Attribution(train, np.random.default_rng(0).normal(size=12), EFFECT)
+
+
+def test_a_mask_is_no_list_of_the_rows_0_and_1(result):
+    high = result.scores > 0
+    assert result.select(high).rows.tolist() == np.flatnonzero(high).tolist()
+    change = -result.scores[high].sum()
+    assert result.predict(drop=high).change == pytest.approx(change)
+    assert result.predict(drop=high.tolist()).n == high.sum()
+    assert foretold(result, high) == pytest.approx(change)
+    line = Calibration.fit([0, 1, 2, 3], [0, 1, 2, 3])
+    assert line.predict(result, high).n == high.sum()
+    assert line.predict(result, high).change == pytest.approx(change)
+    turned = result.select(np.arange(12)[::-1])  # a mask is in the order of the result that is asked
+    assert turned.predict(drop=high[::-1]).change == pytest.approx(change)
+    for wrong in (high[:5], [1.7, 2.2], [3, 99]):
+        for ask in (
+            result.select,
+            lambda rows: result.predict(drop=rows),
+            lambda rows: foretold(result, rows),
+        ):
+            with pytest.raises(AttributionError):
+                ask(wrong)
+
+
+def test_a_file_with_some_examples_twice_and_others_not_is_a_part(result):
+    for rows in ([0] * 12, [0, *range(12)], [*range(11), 0]):
+        for ask in (lambda r: r.drop(count=2), lambda r: r.predict(drop=0.25), lambda r: r.whole("ask")):
+            with pytest.raises(AttributionError, match="a part"):
+                ask(result.select(rows))
+    assert result.select(np.random.default_rng(0).permutation(12)).whole("ask") == result
+
+
+def test_an_id_of_several_copies_does_not_stand_for_one_of_them(train):
+    data = train.select([0, 0, 0, 1])
+    result = Attribution(data, [1.0, 1.0, 1.0, 5.0], EFFECT)
+    with pytest.raises(AttributionError, match="occurs 3 times"):
+        result.predict(drop=[data.ids[0]])
+    assert result.predict(drop=data.ids[:3]).change == -3
+    assert result.predict(drop=data.select([0, 1])).change == -2
+    assert result.predict(drop=data.select([0, 3])).change == -6
+    with pytest.raises(AttributionError, match="not as often"):
+        result.predict(drop=data.ids[:3] * 2)
+
+
+def test_what_is_foretold_is_of_one_query_a_whole_file_and_a_set(train, result):
+    two = Attribution(train, np.stack([result.scores, -result.scores], 1), EFFECT)
+    for ask in (
+        lambda: foretold(two, [0]),
+        lambda: foretold(result.top(4), [0]),
+        lambda: foretold(result, [0, 0]),
+    ):
+        with pytest.raises(AttributionError):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "other", [dict(behaviour="cruelty"), dict(layer=3), dict(pooling="prompt_last"), dict(zero="none")]
+)
+def test_an_ensemble_is_of_one_question(train, result, other):
+    second = Attribution(train, result.scores, QueryCard(**{**EFFECT.to_dict(), **other}))
+    with pytest.raises(AttributionError, match="an ensemble is of one"):
+        ensemble([result, second])
+    with pytest.raises(AttributionError, match="a part"):
+        ensemble([result.top(5), result.top(5)])
+
+
+def test_a_gap_of_an_ensemble_is_the_mean_of_the_gaps(train, result):
+    both = [
+        Attribution(train, result.scores, QueryCard(**{**EFFECT.to_dict(), "gap": gap})) for gap in (1.0, 3.0)
+    ]
+    assert ensemble(both).card.gap == 2
+    assert ensemble([*both, result]).card.gap is None
+
+
+def test_tokens_of_another_tokenizer_or_template_are_refused(lm, train, queries):
+    zephyr = load_model((lm.model, tiny_tokenizer("zephyr")))
+    for data in (zephyr.tokenize(train), lm.tokenize(train)):
+        model = zephyr if data.tokenizer is lm.tokenizer else lm
+        with pytest.raises(ConversationError, match="chat template"):
+            GradDot(model, queries).score(data, progress=False)
+        with pytest.raises(ConversationError, match="chat template"):
+            TracIn([model], queries, learning_rates=[1.0]).score(data, progress=False)
+    again = load_model((lm.model, tiny_tokenizer()))  # another object of the same tokenizer
+    scores = [GradDot(lm, queries).score(one.tokenize(train), progress=False).scores for one in (lm, again)]
+    np.testing.assert_array_equal(*scores)
+
+
+def test_words_of_another_vocabulary_are_refused(lm, train, queries):
+    other = tiny_tokenizer()
+    other.add_tokens(["what is"])
+    data = load_model((tiny_model(vocab_size=len(other)), other)).tokenize(train)
+    with pytest.raises(ConversationError, match="tokenizer"):
+        GradDot(lm, queries).score(data, progress=False)
+    unused = tiny_tokenizer()
+    unused.add_tokens(["<never>"])  # a vocabulary that grew, by a word that nobody says
+    data = load_model((tiny_model(vocab_size=len(unused)), unused)).tokenize(train)
+    assert len(GradDot(lm, queries).score(data, progress=False)) == 12
+
+
+def test_a_model_with_another_adapter_in_use_is_another_model(train, queries):
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    one = load_model((get_peft_model(tiny_model(), config), tiny_tokenizer()))
+    alone = one.fingerprint
+    one.model.add_adapter("second", config)
+    prints = [one.fingerprint]
+    one.model.set_adapter("second")
+    prints.append(one.fingerprint)
+    concept = contrastive_concept(one, queries, train, 1, name="yes", progress=False)
+    with one.model.disable_adapter():
+        prints.append(one.fingerprint)
+        with pytest.raises(Exception, match="was made with"):
+            VectorFilter(one, concept)
+    assert one.fingerprint == prints[1]
+    layer = one.model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.scaling["second"] *= 2
+    prints.append(one.fingerprint)
+    assert len({alone, *prints}) == 5
+    layer.scaling["second"] /= 2
+    one.model.set_adapter("default")
+    assert one.fingerprint == prints[0]
+    one.model.delete_adapter("second")
+    assert one.fingerprint == alone
+
+
+def test_a_stream_asks_all_parts_of_the_queries(lm, train, queries, tmp_path):
+    for normalise in (None, "gradient"):
+        scorer = InfluenceFunction(lm, queries, curvature="identity", query_parts=3, normalise=normalise)
+        whole = scorer.score(train, progress=False)
+        stream = score_stream([scorer], RECORDS, tmp_path / str(normalise), part_examples=5, progress=False)
+        np.testing.assert_allclose(stream.scores(), whole.scores, rtol=1e-5)
+        assert any("no replicates" in note for note in stream.cards["score"].notes)
+
+
+def test_the_card_says_where_the_queries_were_read_and_how_many_were_cut(lm, train, queries):
+    concept = tensor_concept(torch.randn(16, generator=torch.Generator().manual_seed(0)), 1, name="some")
+    long = load_conversations([*RECORDS[:2], {"prompt": "a", "response": "b" * 3000}])
+    asked = [
+        ConceptInfluence(lm, concept, queries, curvature="identity", pooling="prompt_last"),
+        ConceptInfluence(lm, concept, queries, neutral=long, curvature="identity", pooling="prompt_last"),
+        ConceptInfluence(lm, concept, queries, query_weights=[1] * 6, curvature="identity"),
+    ]
+    with pytest.warns(UserWarning):
+        cards = [one.score(train, progress=False).card for one in asked]
+        by_loss = GradDot(lm, long).score(train, progress=False).card
+    assert [card.pooling for card in cards] == ["prompt_last", "prompt_last", "response_mean"]
+    cut = "query examples were longer than 1536 tokens"
+    assert [cut in str(card) for card in (*cards, by_loss)] == [False, True, False, True]
+    assert "1 of 9 query examples" in str(cards[1]) and "1 of 3 query examples" in str(by_loss)
+
+
+@pytest.mark.filterwarnings("ignore:The query examples show less")
+def test_the_card_says_that_a_concept_knows_of_no_model_or_is_another_models(lm, train, queries):
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    unknown = tensor_concept(direction, 1, name="some")
+    own = tensor_concept(direction, 1, name="some", lm=lm)
+    moved = tensor_concept(direction, 1, name="some", lm=load_model((tiny_model(seed=1), tiny_tokenizer())))
+    said = {"does not record the model": unknown, "transferred": moved.transfer(lm), "": own}
+    for words, concept in said.items():
+        for scorer in (
+            VectorFilter(lm, concept),
+            ConceptInfluence(lm, concept, queries, curvature="identity"),
+        ):
+            notes = " ".join(scorer.score(train, progress=False).card.notes)
+            assert words in notes
+            assert ("record the model" in notes or "transferred" in notes) == bool(words)
+
+
+def test_two_answers_to_one_prompt_are_not_one_of_them(lm, train, queries):
+    concept = contrastive_concept(lm, queries, train, 1, name="yes", progress=False)
+    own = load_conversations([*RECORDS, {"prompt": "what is 3?", "response": "another"}])
+    with pytest.raises(ScorerError, match="different answers to one prompt"):
+        ProjectionDifference(lm, concept, answers=own, progress=False).score(train, progress=False)
+    twice = load_conversations([*RECORDS, RECORDS[3]])
+    assert (
+        len(ProjectionDifference(lm, concept, answers=twice, progress=False).score(train[:4], progress=False))
+        == 4
+    )
