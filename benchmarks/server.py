@@ -165,7 +165,8 @@ def main():
     found = json.loads((args.work / "found.json").read_text()) if (args.work / "found.json").exists() else {}
     for name in args.queries:
         queries, exact = prepared(name, lm, train, shown, args.work / name, args.coarse)
-        own = found[name] = found.get(name, {}) | known_of(queries[None])
+        about = known_of(queries[None]) | dict(examples=len(train), longest_tokens=longest)
+        own = found[name] = found.get(name, {}) | about
         for kind, step in [(kind, step) for kind in args.servers for step in queries]:
             if step is None:
                 place, key = own, args.called if kind == "url" else kind
@@ -177,7 +178,7 @@ def main():
                 print(name, step or "", key, place[key], flush=True)
                 with atomic_file(args.work / "found.json") as part:
                     part.write_text(json.dumps(found, indent=1))
-    about = dict(model=args.model, examples=len(train), longest_tokens=longest, probes=PROBES, seed=SEED)
+    about = dict(model=args.model, probes=PROBES, seed=SEED)
     merged(args.out, "server_spearman", about | found)
 
 

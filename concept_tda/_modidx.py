@@ -5905,6 +5905,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'concept_tda/model/exports.py'),
                                            'concept_tda.model.exports._joined': ( '20_model/exports.html#_joined',
                                                                                   'concept_tda/model/exports.py'),
+                                           'concept_tda.model.exports._own_file': ( '20_model/exports.html#_own_file',
+                                                                                    'concept_tda/model/exports.py'),
                                            'concept_tda.model.exports._read_parquet': ( '20_model/exports.html#_read_parquet',
                                                                                         'concept_tda/model/exports.py'),
                                            'concept_tda.model.exports._read_remotely': ( '20_model/exports.html#_read_remotely',

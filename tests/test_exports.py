@@ -239,6 +239,15 @@ def test_what_a_file_lacks_can_be_said(lm, data, files, tmp_path):
     np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-4, atol=1e-5)
 
 
+def test_a_name_that_belies_the_file(lm, data, tmp_path):
+    for name in ("a.parquet", "a", "a.st"):
+        with pytest.raises(ExportError, match=r"call it .*a\.safetensors"):
+            export_activations(lm, data, 2, tmp_path / name)
+        with pytest.raises(ExportError, match=r"call it .*a\.safetensors"):
+            export_remote_activations("some/model", data, 2, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_that_do_not_go_together(lm, data, files, tmp_path):
     export_activations(lm, data[:4], LAYER, tmp_path / "other.safetensors", progress=False)
     with pytest.raises(ExportError, match="not of one model, layers and pooling"):

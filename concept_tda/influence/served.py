@@ -93,8 +93,8 @@ def _difference(folder: Path, sites: Sequence[Site]) -> list[torch.Tensor]:
 def _with_adapters(
     lm: LanguageModel, data: TokenizedConversations, sites: Sequence[Site], folder: Path,
 ) -> dict[str, np.ndarray]:
-    "What the model says of the data, plain and with either adapter."
-    found = {"base": _said(lm, data)}
+    "What the model says of the data with either adapter."
+    found = {}
     for name in ("plus", "minus"):
         with moved_weights(sites, _difference(folder/name, sites), 1.):
             found[name] = _said(lm, data)
@@ -186,10 +186,10 @@ def _probes_of(data: TokenizedConversations, n: int) -> TokenizedConversations:
 def _known(
     lm: LanguageModel, probes: TokenizedConversations, readout: DirectionReadout,
 ) -> dict[str, np.ndarray]:
-    "Tokens and weights of the probes, and their scores by the reverse engine."
+    "Tokens and weights of the probes, what the plain model says, and their scores by the reverse engine."
     reverse = DirectionReadout(readout.watched, readout.directions)
     found = shared_pass(lm, probes, {"reverse": reverse}, progress=False)["reverse"]
-    return {"ids": np.concatenate([one.input_ids.numpy() for one in probes]),
+    return {"base": _said(lm, probes), "ids": np.concatenate([one.input_ids.numpy() for one in probes]),
             "lengths": np.array([len(one.input_ids) for one in probes]),
             "weights": _weights(probes), "reverse": found.scores[:, 0]}
 

@@ -326,8 +326,8 @@ def export_activations(
     overwrite: bool = False,       # Replace a file that lies there
     progress: bool = True,         # Show a bar
 ) -> Path:
-    "Write a model's activations in the layout of this room. Raises `StorageError`, `LayerError`."
-    path, data = check_free(path, overwrite), lm.tokenize(data)
+    "Write activations in the layout of this room. Raises `ExportError`, `StorageError`, `LayerError`."
+    path, data = _own_file(path, overwrite), lm.tokenize(data)
     layers = [layers] if isinstance(layers, int) else list(layers)
     about = {"ids": json.dumps(data.ids), "model": lm.name, "model_fingerprint": lm.fingerprint}
     if tokens:
@@ -336,6 +336,12 @@ def export_activations(
         found = pooled_activations(lm, data, layers, pooling, progress=progress)
         tensors, about["pooling"] = {f"layer_{layer}": one for layer, one in found.items()}, pooling
     return _written(path, tensors, about)
+
+def _own_file(path: str | Path, overwrite: bool) -> Path:
+    "Where a file may be written that its name does not belie."
+    if Path(path).suffix == ".safetensors": return check_free(path, overwrite)
+    raise ExportError(f"{path}: what is written here is safetensors, and the ending of a name says what is "
+                      f"in a file; call it {Path(path).with_suffix('.safetensors')}")
 
 def _written(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> Path:
     "The file, whole or not at all."
@@ -414,7 +420,7 @@ def export_remote_activations(
     progress: bool = True,         # Show a bar
 ) -> Path:
     "Write activations of a model on a server, read through nnsight. Raises `ExportError`, `LayerError`."
-    path, (traced, lm) = check_free(path, overwrite), _remote_model(model, remote)
+    path, (traced, lm) = _own_file(path, overwrite), _remote_model(model, remote)
     layers = sorted({lm.check_layer(one) for one in ([layers] if isinstance(layers, int) else layers)})
     tokenized = lm.tokenize(data)
     rows = {f"layer_{layer}": torch.empty(len(tokenized), lm.width) for layer in layers}
