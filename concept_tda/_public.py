@@ -99,7 +99,7 @@ PUBLIC = {
     "influence.runs": "RunError adamw_step TrainingInfluence",
     "influence.streaming": "stream_records score_stream PartScorer score_on_ray",
     "influence.served": "ServedError ServedQuery write_query load_query ServedCheck ServedInfluence",
-    "influence.responses": "Unrolled SOURCE AdamResponse",
+    "influence.responses": "gradient_size Unrolled SOURCE AdamResponse",
     "influence.sets": "SetError stepwise stepwise_change newton_change",
     "influence.pricing": "Counts count_operations operations_per_token fit_operations_per_token "
         "seconds_per_token plan_model",

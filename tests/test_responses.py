@@ -10,9 +10,10 @@ from concept_tda.influence.curvature import EKFAC, CurvatureError, Factors
 from concept_tda.influence.neighbours import AdamMoments
 from concept_tda.influence.preconditioners import GaussNewton
 from concept_tda.influence.queries import ConceptQuery, ContrastQuery, LossQuery
-from concept_tda.influence.responses import SOURCE, AdamResponse, Unrolled
+from concept_tda.influence.responses import SOURCE, AdamResponse, Unrolled, gradient_size
 from concept_tda.influence.scorers import ConceptInfluence, Influence, ScorerError
-from concept_tda.model.loading import LanguageModel
+from concept_tda.model.finetuning import finetune, run_beginning, run_segments
+from concept_tda.model.loading import LanguageModel, load_model
 from concept_tda.model.sites import resolve_sites
 
 from tiny import double_norms, tiny_pair
@@ -140,6 +141,30 @@ def test_one_segment_is_unrolled_and_more_are_a_written_out_loop():
     assert not np.allclose(both.scores, found.scores, rtol=0.05)
     with pytest.raises(ScorerError, match="as many curvatures"):
         SOURCE([first, last], asked, learning_rates=rates, curvatures=ekfacs[:1], **options)
+
+
+def test_a_run_says_its_segments_and_the_size_of_its_gradients(tmp_path):
+    model, tokenizer = tiny_pair("llama")
+    model.save_pretrained(tmp_path / "base"), tokenizer.save_pretrained(tmp_path / "base")
+    lm, data, asked = load_model(tmp_path / "base"), chats(6), LossQuery(chats(2, 40))
+    recipe = dict(rank=2, learning_rate=1e-3, batch_size=6, merge=False, progress=False)
+    tuned = finetune(lm, data, tmp_path / "one", **recipe)  # a single step, on all the examples
+    beginning = run_beginning(tmp_path / "one", lm)
+    gradients = LossQuery(data).gradients(beginning, resolve_sites(beginning, "lora"))
+    squares = sum(float(g.square().sum()) for g in gradients.values())
+    n = sum(g.numel() for g in gradients.values())
+    assert gradient_size(tmp_path / "one", tuned) == pytest.approx((squares / n) ** 0.5, rel=1e-4)
+    with pytest.raises(CurvatureError, match="merge=False"):
+        gradient_size(tmp_path / "one", lm)
+
+    tuned = finetune(lm, data, tmp_path / "more", **recipe | dict(batch_size=1), checkpoints=3)
+    pieces = run_segments(tmp_path / "more", lm, base=False)
+    size = gradient_size(tmp_path / "more", tuned)
+    by_hand = SOURCE(queries=asked, **pieces, n_examples=6, gradient_size=size, sites="lora")
+    read = SOURCE.of_run(tmp_path / "more", lm, asked)
+    expected, found = (one.score(data, progress=False) for one in (by_hand, read))
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-12)
+    assert len(set(found.card.settings["learning_rates"])) > 1
 
 
 @pytest.mark.parametrize("agreement", [True, False])
