@@ -8,7 +8,11 @@ from peft import LoraConfig, get_peft_model
 from concept_tda.concepts.concept import contrastive_concept, tensor_concept
 from concept_tda.data.conversations import load_conversations
 from concept_tda.data.messages import ConversationError
+from concept_tda.data.preferences import load_preferences
 from concept_tda.influence.neighbours import TracIn
+from concept_tda.influence.pairs import load_pair_attribution, score_preferences
+from concept_tda.influence.queries import LossQuery
+from concept_tda.influence.runs import TrainingInfluence
 from concept_tda.influence.scorers import (
     ConceptInfluence,
     GradDot,
@@ -19,7 +23,7 @@ from concept_tda.influence.scorers import (
 )
 from concept_tda.influence.streaming import score_stream
 from concept_tda.model.loading import load_model
-from concept_tda.results.attribution import Attribution
+from concept_tda.results.attribution import Attribution, load_attribution
 from concept_tda.results.calibration import Calibration, ensemble, foretold
 from concept_tda.results.cards import QueryCard
 from concept_tda.results.metrics import AttributionError
@@ -230,3 +234,42 @@ def test_two_answers_to_one_prompt_are_not_one_of_them(lm, train, queries):
         len(ProjectionDifference(lm, concept, answers=twice, progress=False).score(train[:4], progress=False))
         == 4
     )
+
+
+def test_pairs_with_the_same_chosen_answer_are_other_pairs(lm, queries, tmp_path):
+    def scored(rejected, order=1):
+        records = [
+            {"prompt": f"p {i}", "chosen": f"yes {i}", "rejected": f"{rejected} {i}"} for i in range(8)
+        ]
+        return score_preferences(GradDot(lm, queries), load_preferences(records[::order]), progress=False)
+
+    one, turned, other = scored("no"), scored("no", -1), scored("perhaps")
+    assert one.correlate(turned) == pytest.approx(1)
+    np.testing.assert_allclose(turned.aligned(one).scores, one.scores, rtol=1e-4)
+    for result in (
+        one,
+        load_attribution(one.save(tmp_path / "a.parquet")),
+        load_pair_attribution(tmp_path / "a.parquet"),
+    ):
+        assert result.correlate(turned) == pytest.approx(1)
+        single = GradDot(lm, queries).score(one.pairs.chosen, progress=False)
+        for wrong in (other, single):
+            with pytest.raises(AttributionError, match="different examples"):
+                result.correlate(wrong)
+
+
+def test_a_pair_has_no_effect_of_being_left_out(lm, queries):
+    records = [{"prompt": f"p {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(4)]
+    scorer = TrainingInfluence(lm, LossQuery(queries), rank=2, epochs=1)
+    result = score_preferences(scorer, load_preferences(records), progress=False)
+    with pytest.raises(AttributionError, match="no unit"):
+        result.predict(drop=0.25)
+    assert result.card.unit is None and result.leading.kind != "effect"
+
+
+def test_a_copy_that_goes_counts_though_another_stays(train):
+    from concept_tda.commands.filtering import _foretold, _gone
+
+    result = Attribution(train.select([0, 0, 1, 2]), [3.0, 3.0, 1.0, 0.5], EFFECT)
+    told = _foretold(result, _gone(result, None, {"count": 1}, False, None), None)
+    assert told is not None and told.startswith("training without 1 of 4 examples") and "by -3 nats" in told

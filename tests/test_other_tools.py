@@ -105,6 +105,17 @@ def test_the_card_says_where_the_scores_are_from_and_a_result_is_a_result(tmp_pa
     assert np.array_equal(turned.scores, -one.scores)
 
 
+def test_a_data_set_that_was_scored_in_another_order_is_put_in_that_order(tmp_path):
+    train, _ = data()
+    shutil.copytree(KRON / "scores_all", tmp_path / "s")
+    plain, order = load_kronfluence_scores(tmp_path / "s", train, measured="loss"), [*range(5, 10), *range(5)]
+    about = {"type": "Rows", "dataset_size": 10, "indices": order}
+    (tmp_path / "s/train_dataset_metadata.json").write_text(json.dumps(about))
+    found = load_kronfluence_scores(tmp_path / "s", train, measured="loss")
+    assert found.ids == [train[row].id for row in order]
+    np.testing.assert_array_equal(found.scores, plain.scores)
+
+
 def test_a_part_of_a_data_set_is_found(tmp_path):
     train, _ = data()
     shutil.copytree(KRON / "scores_all", tmp_path / "s")
@@ -115,7 +126,15 @@ def test_a_part_of_a_data_set_is_found(tmp_path):
     for given in (train, train[[7, 2, 5]]):
         found = load_kronfluence_scores(tmp_path / "s", given, measured="loss")
         assert found.ids == [train[row].id for row in (7, 2, 5)]
+    about |= {"indices": list(reversed(range(3)))}  # of a data set of ten, so never the three in their order
+    (tmp_path / "s/train_dataset_metadata.json").write_text(json.dumps(about))
+    found = load_kronfluence_scores(tmp_path / "s", train[:3][::-1], measured="loss")
+    assert found.ids == [train[row].id for row in (2, 1, 0)]
+    (tmp_path / "s/train_dataset_metadata.json").write_text(json.dumps(about | {"indices": [7, 2]}))
+    with pytest.raises(OtherToolError, match="names 2 rows"):
+        load_kronfluence_scores(tmp_path / "s", train, measured="loss")
     with pytest.raises(OtherToolError, match="3 examples, and 'train' has 5"):
+        (tmp_path / "s/train_dataset_metadata.json").write_text(json.dumps(about | {"indices": [7, 2, 5]}))
         load_kronfluence_scores(tmp_path / "s", train[:5], measured="loss")
 
 

@@ -338,3 +338,42 @@ def test_what_cannot_be_recorded(run, train, tmp_path):
     recorder = TrainingRecorder(tmp_path / "b", run[1])
     with pytest.raises(RecordingError, match="2 processes"):
         recorder.on_train_begin(type("A", (), {"world_size": 2}), None, None)
+
+
+def test_a_training_without_its_beginning_and_a_second_one_are_refused(train, tmp_path):
+    out = tmp_path / "out"
+    *_, trainer, _ = trained(tmp_path / "a", train, save_strategy="steps", save_steps=2)
+    before = (tmp_path / "a" / "training.json").read_bytes()
+    with pytest.raises(RecordingError, match="another recorder"):
+        trainer.train()
+    assert (tmp_path / "a" / "training.json").read_bytes() == before
+    recorder = TrainingRecorder(tmp_path / "b", LanguageModel(*tiny_pair("llama"), "tiny"), ids=train.ids)
+    trainer.remove_callback(TrainingRecorder)
+    trainer.add_callback(recorder)
+    with pytest.raises(RecordingError, match="goes on after step 2"):
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+
+
+def test_a_try_that_is_repeated_with_smaller_batches_is_recorded_as_it_went(train, tmp_path):
+    """What auto_find_batch_size does after a lack of memory."""
+
+    class Full(TrainingRecorder):
+        tries = []
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            self.tries.append(state.train_batch_size)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if state.global_step == 2 and len(self.tries) == 1:
+                raise RuntimeError("CUDA out of memory.")
+
+    base = LanguageModel(*tiny_pair("llama"), "tiny")
+    recorder = Full(tmp_path / "a", base, checkpoints=2, ids=train.ids)
+    options = dict(auto_find_batch_size=True, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    *_, trainer, seen = trained(tmp_path / "a", train, recorder=recorder, **options)
+    steps = training_record(tmp_path / "a")["steps"]
+    assert len(recorder.tries) == 2 and recorder.tries[1] < 4 and len(steps) == trainer.state.global_step
+    assert max(map(len, steps.rows)) == recorder.tries[1]
+    assert steps.rows.tolist() == seen[-len(steps) :]

@@ -166,6 +166,12 @@ def test_bad_input_is_named(sae, lm, train, tmp_path):
     sae.sae.save_model(silent)
     (silent / "cfg.json").write_text(json.dumps(config))
     assert load_sae(silent, layer=2).layer == 2
+    unfolded = tmp_path / "unfolded"
+    sae.sae.save_model(unfolded)
+    scaled = json.loads((unfolded / "cfg.json").read_text()) | {
+        "normalize_activations": "expected_average_only_in"
+    }
+    (unfolded / "cfg.json").write_text(json.dumps(scaled))
     halved = tmp_path / "halved"
     halved.mkdir()
     (halved / "concept_tda.json").write_text("{half")
@@ -178,6 +184,7 @@ def test_bad_input_is_named(sae, lm, train, tmp_path):
         (lambda: load_sae(broken), "SAELens could not open"),
         (lambda: load_sae(moved), "hook_mlp_out"),
         (lambda: load_sae(silent), "pass layer="),
+        (lambda: load_sae(unfolded), "the scale is not in its weights"),
         (lambda: load_sae(sae.name, layer=2), "layer=1 here"),
         (lambda: train_sae(lm, train, 1, tmp_path / "a", **(SETTINGS | dict(k=64))), "k=64"),
         (lambda: train_sae(lm, train, 1, tmp_path / "a", **(SETTINGS | dict(tokens=5))), "not even one step"),

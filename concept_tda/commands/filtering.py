@@ -57,17 +57,26 @@ def _decided(result: "Attribution", decisions: Path) -> tuple[list[int], list[in
     kept, dropped = (result.rows[review.marks == MARKS.index(mark)].tolist() for mark in ("keep", "drop"))
     return kept, dropped
 
+# %% ../../nbs/95_commands/07_filtering.ipynb #gone
+def _gone(
+    result: "Attribution", decisions: Path | None, cut: dict[str, Any], lowest: bool, query: str | None,
+) -> list[int]:
+    "Rows of the file that the cut takes or that were dropped, but for those kept; copies by row, not by id."
+    from concept_tda.results.metrics import cut_rows
+    whole = (result.query(query) if cut else result).whole("filter")
+    taken = cut_rows(whole.scores, lowest=lowest, **cut).tolist() if cut else []
+    kept, dropped = ([], []) if decisions is None else _decided(result, decisions)
+    return sorted({*taken, *dropped} - {*kept})
+
 # %% ../../nbs/95_commands/07_filtering.ipynb #9708
 def _left(
     result: "Attribution", decisions: Path | None, cut: dict[str, Any], lowest: bool, query: str | None,
 ) -> "Conversations":
     "The conversations without what the cut takes and what was dropped, but with what was kept."
-    from concept_tda.results.metrics import AttributionError, cut_rows
+    from concept_tda.results.metrics import AttributionError
     if decisions is None: return result.drop(**cut, lowest=lowest, query=query)
     kept, dropped = _decided(result, decisions)
-    whole = (result.query(query) if cut else result).whole("filter")
-    taken = cut_rows(whole.scores, lowest=lowest, **cut).tolist() if cut else []
-    gone = {*taken, *dropped} - {*kept}
+    whole, gone = result.whole("filter"), {*_gone(result, decisions, cut, lowest, query)}
     if len(gone) == len(whole):
         raise AttributionError(f"all {len(whole)} examples are dropped: nothing would be left")
     name = (f"{whole.conversations.name} minus {len(gone)} examples: "
@@ -89,11 +98,9 @@ def _laid_out(
         return load_preferences(records, chosen=chosen, rejected=rejected, name=kept.name).as_layout(layout)
 
 # %% ../../nbs/95_commands/07_filtering.ipynb #filter-foretold
-def _foretold(result: "Attribution", left: Any, query: str | None) -> str | None:
-    "What training on what is left should do; None for scores without a unit, and where nothing goes."
+def _foretold(result: "Attribution", gone: list[int], query: str | None) -> str | None:
+    "What training without these rows should do; None for scores without a unit, and where nothing goes."
     if result.card.effect is None or (query is None and len(result.queries) > 1): return None
-    kept = set(left.ids)
-    gone = [row for row, id in enumerate(result.whole("predict by").ids) if id not in kept]
     return str(result.predict(drop=gone, query=query)) if gone else None
 
 # %% ../../nbs/95_commands/07_filtering.ipynb #9709
@@ -126,7 +133,7 @@ def _filter(
         kept = _laid_out(left, one, layout)
         kept.to_json(out)
         typer.echo(f"{out}: {len(kept)} of {len(one)} examples ({kept.name})")
-        if told := _foretold(one, left, query):
+        if told := _foretold(one, _gone(one, decisions, cut, lowest, query), query):
             typer.echo(f"  {told}")
         say_next(_training_of(one, out))
 

@@ -119,8 +119,18 @@ def load_sae(
         raise
     except Exception as err:  # SAELens raises whatever its loaders and the hub raise
         raise SAEError(f"SAELens could not open {name}: {type(err).__name__}: {err}") from err
+    _check_scale(sae.cfg, name)
     about = sae.cfg.metadata
     return SparseAutoencoder(sae.eval(), _layer_of(about.hook_name, layer, name), name, about.model_name)
+
+# %% ../../nbs/60_groups/01_sae.ipynb #scale
+def _check_scale(config: Any, name: str) -> None:
+    "Refuse an SAE that expects activations in a scale that only its trainer knew."
+    scaled = config.normalize_activations
+    if scaled in ("none", "layer_norm", "constant_norm_rescale"): return
+    raise SAEError(f"{name} was trained on activations with normalize_activations={scaled!r}, and the scale "
+                   "is not in its weights: fold it in with SAELens (fold_activation_norm_scaling_factor) and "
+                   "save it again")
 
 # %% ../../nbs/60_groups/01_sae.ipynb #load-2
 def _folder(source: str | Path) -> Path:

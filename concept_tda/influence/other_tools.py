@@ -44,9 +44,15 @@ def _settings(path: Path) -> dict[str, Any]:
         raise OtherToolError(f"{path} can't be read ({err}): copy it again") from err
 
 # %% ../../nbs/50_influence/19_other_tools.ipynb #ot-rows
-def _scored(examples: Conversations, n: int, rows: Sequence[int] | None, where: Path) -> Conversations:
-    "The examples that the scores belong to."
-    if rows is not None and len(rows) == n and len(examples) > max(rows, default=-1) and len(examples) != n:
+def _scored(
+    examples: Conversations, n: int, rows: Sequence[int] | None, where: Path, whole: int | None = None,
+) -> Conversations:
+    "The examples that the scores belong to; `whole`: the size of the data set, where the tool has noted it."
+    if rows is not None and len(rows) != n:
+        raise OtherToolError(f"{where} holds scores of {n} examples and names {len(rows)} rows: copy it "
+                             "again")
+    if rows is not None and max(rows, default=-1) < len(examples) and whole in (None, len(examples)) \
+            and (len(examples) != n or sorted(rows) == list(range(n))):
         return examples.select(list(rows))
     if len(examples) == n: return examples
     raise OtherToolError(f"{where} holds scores of {n} examples, and {examples.name!r} has {len(examples)}: "
@@ -106,8 +112,8 @@ def load_kronfluence_scores(
                              "answers, 'behaviour' if it gave a number that is higher for more of it")
     folder = Path(folder)
     scores_NQ = _pairwise(folder)*(1 if measured == "loss" else -1)
-    rows = _settings(folder/"train_dataset_metadata.json").get("indices")
-    examples = _scored(examples, len(scores_NQ), rows, folder)
+    known = _settings(folder/"train_dataset_metadata.json")
+    examples = _scored(examples, len(scores_NQ), known.get("indices"), folder, known.get("dataset_size"))
     about = _kron_words(folder)
     about["settings"] |= {"measured": measured}
     return _result("kronfluence", scores_NQ, examples, folder, behaviour, queries, notes=[], **about)

@@ -101,8 +101,8 @@ def _pair_card(card: QueryCard, pairs: Preferences) -> QueryCard:
     note = _DIFFERENCES.get(card.zero, "score of the chosen answer minus that of the rejected one")
     sign = f"chosen minus rejected: {card.sign}" if card.sign else _PAIR_SIGNS.get(card.zero)
     return replace(
-        card, data=pairs.name, data_fingerprint=pairs.fingerprint, mean=None,
-        zero="gradient" if card.zero == "projection" else card.zero, sign=sign,
+        card, data=pairs.name, data_fingerprint=pairs.fingerprint, mean=None, effect=None, unit=None,
+        gap=None, zero="gradient" if card.zero == "projection" else card.zero, sign=sign,
         settings=card.settings | {"pairs": len(pairs), "difference": " minus ".join(pairs.columns)},
         notes=[note, *card.notes])
 

@@ -24,8 +24,8 @@ class RecordingError(ConceptTDAError):
 
 class _Watched:
     "A sampler whose row numbers are noted, epoch by epoch."
-    def __init__(self, sampler: Any, whole: int):
-        self.sampler, self.whole, self.epochs = sampler, whole, []
+    def __init__(self, sampler: Any, each: int, whole: bool):
+        self.sampler, self.each, self.whole, self.epochs = sampler, each, whole, []
 
     def __iter__(self) -> Iterator[int]:
         self.epochs.append([])
@@ -52,13 +52,17 @@ def _watched(loader: Any, ids: list[str] | None) -> _Watched:
         raise RecordingError(f"the trainer's data set has {rows} rows and there are {len(ids)} ids. Trainers "
                              "drop examples (TRL: those without a token to learn) or pack several into a "
                              "row: train without packing, and give the ids of the rows that are left")
-    batches.sampler = _Watched(batches.sampler, batches.batch_size if batches.drop_last else 1)
+    batches.sampler = _Watched(batches.sampler, batches.batch_size, batches.drop_last)
     return batches.sampler
 
-def _rows_of_steps(watched: _Watched, size: int) -> list[list[int]]:
+def _rows_of_steps(watched: _Watched, accumulated: int, n_steps: int) -> list[list[int]]:
     "The rows of every step; those of a last batch that the loader drops are in none."
-    kept = [rows[:len(rows)//watched.whole*watched.whole] for rows in watched.epochs]
-    return [rows[start:start + size] for rows in kept for start in range(0, len(rows), size)]
+    each, size = watched.each if watched.whole else 1, watched.each*accumulated
+    kept = [rows[:len(rows)//each*each] for rows in watched.epochs]
+    found = [rows[start:start + size] for rows in kept for start in range(0, len(rows), size)]
+    if len(found) >= n_steps: return found[:n_steps]
+    raise RecordingError(f"{n_steps} steps were taken, and the sampler gave rows for {len(found)}: something "
+                         "else than it has chosen the batches, so the order of the data is not known")
 
 # %% ../../nbs/20_model/11_recording.ipynb #rec-moments
 def _moments(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
@@ -115,6 +119,13 @@ class _Recorder(TrainerCallback):
         if args.world_size > 1:
             raise RecordingError(f"{args.world_size} processes train together, one can be recorded: start "
                                  "with one, or record with finetune")
+        if state.global_step:
+            raise RecordingError(f"this training goes on after step {state.global_step}, and a record "
+                                 "without its beginning would give rows and rates to the wrong steps: record "
+                                 "it from its first step on")
+        if (self.folder/"training.json").exists():
+            raise RecordingError(f"{self.folder} holds a training already: make another recorder for it")
+        self.steps, self.kept = [], []  # of a try that ran out of memory
         self.order, model = _watched(kwargs["train_dataloader"], self.ids), kwargs["model"]
         self.start = "start" if hasattr(model, "peft_config") else None
         if self.start:
@@ -149,8 +160,9 @@ class TrainingRecorder(_Recorder):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         "Write the record."
-        rows = _rows_of_steps(self.order, args.train_batch_size*args.gradient_accumulation_steps)
-        steps = [step | {"rows": one, "examples": len(one)} for step, one in zip(self.steps, rows)]
+        rows = _rows_of_steps(self.order, args.gradient_accumulation_steps, len(self.steps))
+        steps = [step | {"rows": one, "examples": len(one)}
+                 for step, one in zip(self.steps, rows, strict=True)]
         adapted, named = hasattr(kwargs["model"], "peft_config"), Path(self.base).exists() or "/" in self.base
         write_training_record(self.folder, dict(
             base=self.base, key={"base_fingerprint": self.fingerprint, "trained_by": "transformers.Trainer"},

@@ -422,6 +422,19 @@ class _Whole(_Ends):
         raise AttributionError(f"this is a part, {n} of {self.n_total} examples{again}: {verb} the whole "
                                "result; the examples of a part are in .conversations")
 
+# %% ../../nbs/30_results/02_attribution.ipynb #keys
+def _keys(result: Any) -> list[str]:
+    "What tells the examples of a result apart: their ids, of pairs with the answer that is subtracted."
+    _, _, rejected = str(result.card.settings.get("difference", "")).partition(" minus ")
+    if not rejected: return result.ids
+    return [f"{one.id} minus {_said(one.metadata.get(rejected))}" for one in result.conversations]
+
+def _said(answer: Any) -> str:
+    "The text of an answer as records hold it: text, a message, or a list that ends with one."
+    while isinstance(answer, list) and answer:
+        answer = answer[-1]
+    return str(answer.get("content", answer.get("value")) if isinstance(answer, dict) else answer)
+
 # %% ../../nbs/30_results/02_attribution.ipynb #aligned
 class _Aligned(_Whole):
     "The order of another result."
@@ -430,11 +443,12 @@ class _Aligned(_Whole):
         base: "_Aligned", # Another result on the same examples
     ) -> Self:
         "This result in the example order of `base`, matched by id; an id may occur several times."
-        if self.ids == base.ids: return self
+        own, theirs = _keys(self), _keys(base)
+        if own == theirs: return self
         places: dict[str, list[int]] = {}
-        for position, id in enumerate(self.ids):
-            places.setdefault(id, []).append(position)
-        order = [places[id].pop(0) if places.get(id) else None for id in base.ids]
+        for position, key in enumerate(own):
+            places.setdefault(key, []).append(position)
+        order = [places[key].pop(0) if places.get(key) else None for key in theirs]
         if None not in order and len(base) == len(self): return self.select(order)
         raise AttributionError(
             f"{self.label} and {base.label} were scored on different examples: {order.count(None)} of the "
