@@ -70,7 +70,6 @@ NOT_COMMANDS = {
     "Scorer": "what all methods have in common",
     "Influence": "takes a query that only Python can express",
     "CheckpointScorer": "what TracIn and LESS have in common",
-    "SOURCE": "takes the segments of a run, each with its model, curvature and rates",
     "UnitInfluence": "asks about a head or a neuron, not about a behaviour",
     "ServedInfluence": "needs a server that runs, with two adapters written for the question",
     "Surrogate": "holds the scores of a method in one model, with those of another as a sample",
@@ -170,6 +169,22 @@ def test_training_influence_repeats_the_run_from_the_model_before_it(here):
     told = ok("filter one.parquet --drop-fraction 0.2 --out kept.jsonl").stdout
     assert str(saved.predict(drop=0.2)) in " ".join(told.split()) and "not calibrated by retrainings" in told
     assert "did not start from" in refused(1, f"score tuned {asked} two.parquet")
+
+
+def test_source_reads_the_run_and_asks_for_the_concept_where_there_is_one(here):
+    from concept_tda.influence.queries import ConceptQuery, LossQuery
+    from concept_tda.influence.responses import SOURCE
+
+    ok("finetune model train.jsonl --epochs 2 --rank 2 --learning-rate 0.01 --checkpoints 2 --out tuned")
+    asked = f"score model train.jsonl {QUERIES} --checkpoints tuned --methods source --out"
+    ok(f"{asked} one.parquet"), ok(f"{asked} two.parquet {FLATTERY}")
+    lm, queries = load_model("model"), load_conversations("answers.jsonl")
+    concept = Concept.load("flattery.safetensors")
+    for file, query in {"one": LossQuery(queries), "two": ConceptQuery(concept, queries)}.items():
+        saved = load_attribution(f"{file}.parquet")
+        expected = SOURCE.of_run("tuned", lm, query).score("train.jsonl", progress=False)
+        np.testing.assert_allclose(saved.scores, expected.scores, rtol=1e-3, atol=1e-7)
+        assert len(saved.card.settings["learning_rates"]) == 2 and saved.card.unit == expected.card.unit
 
 
 # ---- layer auto, concepts

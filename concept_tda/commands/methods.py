@@ -43,6 +43,7 @@ METHODS = {
     "residual-change": Method("ResidualChange", ("concept",)),
     "tracin": Method("TracIn", ("queries", "checkpoints")),
     "less": Method("LESS", ("queries", "checkpoints")),
+    "source": Method("SOURCE", ("queries", "checkpoints")),
     "training-influence": Method("TrainingInfluence", ("queries", "checkpoints")),
     "cascade": Method("Cascade", ("pair",)),
     "random": Method("RandomScore"),
@@ -363,12 +364,21 @@ def _less(asked: Asked, at: Opened) -> "Scorer":
                 moments=[moments]*len(history["checkpoints"]))
 
 # %% ../../nbs/95_commands/03_methods.ipynb #through
+def _asked_of_the_run(at: Opened) -> Any:
+    "The concept on the answers, or the answers alone."
+    from concept_tda.influence.queries import ConceptQuery, LossQuery
+    shown = cast("Conversations", at.queries)
+    return ConceptQuery(at.concept, shown) if at.concept else LossQuery(shown)
+
 def _through_the_run(asked: Asked, at: Opened) -> "Scorer":
     "The run in --checkpoints, repeated and differentiated."
-    from concept_tda.influence.queries import ConceptQuery, LossQuery
     from concept_tda.influence.runs import TrainingInfluence
-    query = ConceptQuery(at.concept, at.queries) if at.concept else LossQuery(at.queries)
-    return TrainingInfluence(at.lm, query, run=asked.checkpoints)
+    return TrainingInfluence(at.lm, _asked_of_the_run(at), run=asked.checkpoints)
+
+def _in_segments(asked: Asked, at: Opened) -> "Scorer":
+    "The run in --checkpoints, segment by segment."
+    from concept_tda.influence.responses import SOURCE
+    return SOURCE.of_run(cast(Path, asked.checkpoints), at.lm, _asked_of_the_run(at))
 
 # %% ../../nbs/95_commands/03_methods.ipynb #makers
 def _makers(asked: Asked, at: Opened) -> dict[str, Callable[[], Any]]:
@@ -389,6 +399,7 @@ def _makers(asked: Asked, at: Opened) -> dict[str, Callable[[], Any]]:
         "residual-change": lambda: neighbours.ResidualChange(lm, concept, form=asked.form),
         "tracin": lambda: neighbours.TracIn(**_history(asked, lm), queries=shown, **sites),
         "less": lambda: _less(asked, at),
+        "source": lambda: _in_segments(asked, at),
         "training-influence": lambda: _through_the_run(asked, at),
         "random": lambda: baselines.RandomScore(asked.seed),
         "length": baselines.ResponseLength,

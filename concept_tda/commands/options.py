@@ -68,7 +68,7 @@ class _OfMethod(_OfBehaviour):
         METHOD, "Damping of the curvature: a multiple of each site's mean eigenvalue ...")]
     Relative = Annotated[bool, option(METHOD, "... or an absolute number.", "--relative/--absolute")]
     Checkpoints = Annotated[Path | None, option(
-        METHOD, "For tracin, less and training-influence: a folder that finetune wrote.")]
+        METHOD, "For tracin, less, source and training-influence: a folder that finetune wrote.")]
     Cheap = Annotated[str | None, option(METHOD, "For cascade: the method that scores every example ...")]
     Exact = Annotated[str | None, option(METHOD, "... and the one that scores what the cheap one picked.")]
     Keep = Annotated[float, option(METHOD, "For cascade: the share of the examples to pick.")]
