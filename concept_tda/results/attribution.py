@@ -692,7 +692,7 @@ def _draw_null(ax: "Axes", result: Any, edges: np.ndarray) -> None:
     "The null as a line of steps, where there is one."
     if result.null is None: return
     counts = expected_counts(result.null, edges, result.centre, result.n_total)
-    ax.stairs(counts, edges, color="black", lw=1.2, label=f"null: {result.null}")
+    ax.stairs(counts, edges, color="black", lw=1.2, zorder=3, label=f"null: {result.null}")
 
 # %% ../../nbs/30_results/02_attribution.ipynb #0060
 class _Figure(_Frame):
