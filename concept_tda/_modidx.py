@@ -5155,6 +5155,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'concept_tda/influence/scorers.py'),
                                                'concept_tda.influence.scorers._some_failed': ( '50_influence/scorers.html#_some_failed',
                                                                                                'concept_tda/influence/scorers.py'),
+                                               'concept_tda.influence.scorers._strangers': ( '50_influence/scorers.html#_strangers',
+                                                                                             'concept_tda/influence/scorers.py'),
                                                'concept_tda.influence.scorers._two_sides': ( '50_influence/scorers.html#_two_sides',
                                                                                              'concept_tda/influence/scorers.py'),
                                                'concept_tda.influence.scorers._warn_of_weak_queries': ( '50_influence/scorers.html#_warn_of_weak_queries',

@@ -9,9 +9,11 @@ from concept_tda.concepts.concept import contrastive_concept, tensor_concept
 from concept_tda.data.conversations import load_conversations
 from concept_tda.data.messages import ConversationError
 from concept_tda.data.preferences import load_preferences
+from concept_tda.influence.curvature import EKFAC
 from concept_tda.influence.neighbours import TracIn
 from concept_tda.influence.pairs import load_pair_attribution, score_preferences
 from concept_tda.influence.queries import LossQuery
+from concept_tda.influence.responses import SOURCE, Unrolled
 from concept_tda.influence.runs import TrainingInfluence
 from concept_tda.influence.scorers import (
     ConceptInfluence,
@@ -273,3 +275,18 @@ def test_a_copy_that_goes_counts_though_another_stays(train):
     result = Attribution(train.select([0, 0, 1, 2]), [3.0, 3.0, 1.0, 0.5], EFFECT)
     told = _foretold(result, _gone(result, None, {"count": 1}, False, None), None)
     assert told is not None and told.startswith("training without 1 of 4 examples") and "by -3 nats" in told
+
+
+def test_what_was_never_in_a_run_has_no_effect_of_being_left_out(lm, train, queries):
+    ekfac = EKFAC.fit(lm, train[:6], progress=False, cache=False)
+    run = Unrolled(ekfac, rates=[1e-3] * 3, n_examples=6)
+    options = dict(learning_rates=[3e-3], n_examples=6, curvatures=[ekfac])
+    for scorer in (InfluenceFunction(lm, queries, curvature=run), SOURCE([lm], queries, **options)):
+        own, more = (scorer.score(data, progress=False) for data in (train[:6], train))
+        assert own.card.effect == pytest.approx(-1 / 6) and own.card.unit == "nats per token"
+        assert more.card.effect is None and "at least 6 of the 12 examples were not in the run" in str(
+            more.card
+        )
+        np.testing.assert_allclose(more.scores[:6], own.scores, rtol=1e-4)
+        with pytest.raises(AttributionError, match="no unit"):
+            more.predict(drop=[11])

@@ -216,8 +216,12 @@ class SOURCE(_Segmented):
                                "gradient_size": self.gradient_size}
         note = (f"{len(self.checkpoints)} segments of a run on {self.n_examples} examples, each with EK-FAC "
                 "at its checkpoint; the query is asked at the last and carried back")
-        return fields | dict(curvature=Unrolled.name, effect=-1/self.n_examples, unit=self.query.unit,
-                             notes=[*fields["notes"], note])
+        notes, strangers = [*fields["notes"], note], len(self.data) - self.n_examples
+        if strangers > 0:  # what was never in the run can't be left out of it
+            notes.append(f"at least {strangers} of the {len(self.data)} examples were not in the run: the "
+                         "scores have no unit")
+        unit = dict(effect=-1/self.n_examples, unit=self.query.unit) if strangers <= 0 else {}
+        return fields | dict(curvature=Unrolled.name, notes=notes) | unit
 
 # %% ../../nbs/50_influence/15_responses.ipynb #adam
 class _AdamRun(_OfARun):

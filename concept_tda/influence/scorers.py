@@ -697,11 +697,14 @@ def _check_fitted_on(curvature: Any, lm: LanguageModel) -> None:
 # %% ../../nbs/50_influence/05_scorers.ipynb #influence
 class _Influence(_Question):
     "From the query to the readout."
+    n_scored = 0  # Examples that it was prepared for
+
     def prepare(self, data: TokenizedConversations) -> Readout:
         "Differentiate the query, apply the curvature, choose an engine."
         if isinstance(self.curvature, str):
             self.curvature = EKFAC.fit(self.lm, data, self.sites)
         _check_fitted_on(self.curvature, self.lm)
+        self.n_scored = len(data)
         readout = self._readout(self._directions())
         self.why = readout.why
         return readout if self.first_token else without_first_token(readout)
@@ -800,15 +803,24 @@ def _influence_notes(scorer: _Influence) -> list[str]:
     notes += coverage_notes(scorer.lm, scorer.site_pattern)
     if not scorer.first_token:
         notes.append("flows at the first token of each example are left out")
+    if strangers := _strangers(scorer):
+        notes.append(f"at least {strangers} of the {scorer.n_scored} examples were not in the run, so "
+                     "nothing would change if they were left out: the scores have no unit")
     if len(scorer.parts) > 1:
         notes.append(f"scored by {len(scorer.parts)} parts of the queries, which are the replicates")
     return [*notes, scorer.why, *getattr(scorer.curvature, "notes", ())]
+
+# %% ../../nbs/50_influence/05_scorers.ipynb #strangers
+def _strangers(scorer: _Influence) -> int:
+    "How many of the scored examples can't have been in the run that the curvature knows of, at least."
+    if getattr(scorer.curvature, "effect", None) is None: return 0
+    return max(0, scorer.n_scored - getattr(scorer.curvature, "n_examples", scorer.n_scored))
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #effect-of
 def _effect_of(scorer: _Influence) -> dict[str, Any]:
     "Fields of the card for scores that have a unit."
     effect = getattr(scorer.curvature, "effect", None)
-    if effect is None or scorer.normalise is not None: return {}
+    if effect is None or scorer.normalise is not None or _strangers(scorer): return {}
     gap = scorer.query.gap(scorer.query.value(scorer.lm))
     return dict(effect=effect, unit=scorer.query.unit, gap=gap)
 
