@@ -504,6 +504,24 @@ def test_half_precision_is_measured_and_never_silent(lm, train, written):
             ServedInfluence(model, written, tolerance=1.0, budget=1e-3).check()
 
 
+@pytest.mark.parametrize(("step", "least", "most"), [(1e-3, 0.05, 0.2), (1e-2, 0.4, 0.9)])
+def test_what_is_foretold_of_a_server_in_bfloat16_comes(lm, train, tmp_path, step, least, most):
+    """With a small step it is rounding, with a large one curvature; the gate measures both."""
+    scorer = GradDot(lm, train[:3])
+    query = write_query(scorer, train, tmp_path / "q", rank=16, step=step, most_error=100.0)
+    exact = scorer.score(train, progress=False).scores
+    half = load_model(tiny_pair("llama", n_layers=3, dtype=torch.bfloat16))
+    with LocalServer(half, "tiny", both(query.folder)) as server:
+        accepted = ServedInfluence(served(server, lm), query, tolerance=1.0, budget=1000.0)
+        scores = accepted.score(train, progress=False).scores
+        with pytest.raises(ServedError, match=r"not those of the reverse engine.*larger step helps"):
+            ServedInfluence(
+                served(server, lm), query, tolerance=1.0, budget=accepted.checked.error / 2
+            ).check()
+    real = np.sqrt(np.square(scores - exact).mean()) / exact.std()
+    assert accepted.checked.error == pytest.approx(real, rel=0.3) and least < real < most
+
+
 def test_the_error_that_is_stated_is_the_error_there_is(lm, train, tmp_path):
     """With a step that is far too large the difference is no slope; the budget says by how much, and
     accepting it gives scores that are wrong by about that."""

@@ -347,8 +347,8 @@ def _check_budget(check: ServedCheck, budget: float, step: float) -> None:
                    "meanwhile, or serve with another version")
     raise ServedError(
         f"{trouble}: {check}. budget={budget:g}. A server in float32 is exact enough; in bfloat16 a larger "
-        f"step helps (write_query(..., step=...); this one is {step:g}), more probes tell the error more "
-        "exactly, and raising budget accepts it")
+        f"step helps (write_query(..., step=..., most_error=...); this one is {step:g}) as long as the "
+        "difference is a slope, more probes tell the error more exactly, and raising budget accepts it")
 
 # %% ../../nbs/50_influence/14_served.ipynb #srv-readout
 class _ServedReadout(Readout):
