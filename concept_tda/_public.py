@@ -174,7 +174,7 @@ PUBLIC = {
     "commands.terminal": "app CONTINUES help_example plain_errors did_you_mean check_file check_model Told "
         "warnings_told check_out say_json typed command_line say_next",
     "commands.options": "BEHAVIOUR METHOD MODEL PAIRS TRAINING_PANEL option Given",
-    "commands.results": "result_paths read_results only_result examples_text print_ends",
+    "commands.results": "result_paths result_files read_results only_result examples_text print_ends",
     "commands.methods": "METHODS CURVATURES FORMS Method Asked chosen_methods every_method check_needs "
         "layer_number check_behaviour check_word check_asked Read read_files contrast_of Opened "
         "fit_curvature open_all make_scorers typed_line",

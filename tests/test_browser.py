@@ -22,9 +22,11 @@ from concept_tda.influence.scorers import Influence
 from concept_tda.model.loading import LanguageModel
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
+from concept_tda.results.metrics import detection_metrics
 from concept_tda.views.browser import ExampleBrowser, embedded_browser
 from concept_tda.views.contents import BROWSER_SCRIPTS, WidgetError, front_end, hits
 from concept_tda.views.explorer import ConceptView
+from concept_tda.views.report import write_report
 
 from chromium import Chromium, Page, needs_browser
 from tiny import tiny_pair
@@ -1624,8 +1626,65 @@ def test_the_title_names_the_method_whose_ranks_are_shown(chromium, tmp_path):
         "(() => { const pick = document.querySelector('select[aria-label=Method]'); pick.value = '1'; "
         "pick.dispatchEvent(new Event('change')); })()"
     )
-    assert page.value(title) == f"{results[1].label}: {results[0].card.behaviour}"
+    assert page.value(title) == f"{results[1].label}: {results[1].card.behaviour}"
     assert page.value("document.querySelector('.ctda-view').getAttribute('aria-label')").endswith(
         page.value(title)
     )
     page.close()
+
+
+def of_two_methods():
+    """A method with token scores; one with others, another question and another card; one without any."""
+    first, *_, length = several()
+    card = QueryCard("Second", "boasting", zero="projection", mean=0.2, model="other", data="train", layer=3)
+    scores = [-one[::-1] for one in first.token_scores]
+    extra = dict(tokens=first.tokens, response_masks=first.response_masks, token_scores=scores)
+    return first, Attribution(first.conversations, -2 * first.scores, card, **extra), length
+
+
+@pytest.mark.parametrize("where", ["page", "kernel", "report"])
+def test_title_card_sentence_labels_and_colours_follow_the_method(chromium, tmp_path, live, where):
+    results, labels = of_two_methods(), [i % 3 == 0 for i in range(40)]
+    if where == "kernel":
+        page = live(results, labels=labels).page
+    elif where == "page":
+        page = open_embedded(chromium, tmp_path, embedded_browser(results[0], results[1:], labels=labels))
+    else:
+        page = chromium.open(write_report(list(results), tmp_path / "report.html", labels=labels).as_uri())
+    view = "document.querySelector('.ctda-view')"
+    text = lambda selector: page.value(f"{view}.querySelector('{selector}')?.textContent ?? ''")
+
+    def pick(number):
+        page.value(
+            f"(() => {{ const pick = {view}.querySelector('select[aria-label=Method]'); "
+            f"pick.value = '{number}'; pick.dispatchEvent(new Event('change')); }})()"
+        )
+
+    page.wait(f"{view}?.querySelector('.reading .turn')")
+    for number in (1, 2, 0):
+        pick(number)
+        one = results[number]
+        behaviour = one.queries[0] if where == "report" else one.card.behaviour
+        page.wait(f"{view}.querySelector('h3').textContent === '{one.label}: {behaviour}'")
+        assert ("above zero, training more" in text(".sign").lower()) == (one.card.zero == "gradient")
+        card = dict(
+            page.value(
+                f"[...{view}.querySelectorAll('header details tr')].map(row => [...row.children].map(cell "
+                "=> cell.textContent))"
+            )
+        )
+        assert card["method"] == one.card.method and card["behaviour"] == one.card.behaviour
+        assert card["model"] == one.card.model and (one.card.model in text("header .quiet"))
+        auroc = detection_metrics(one.scores, np.array(labels))["AUROC"]
+        assert f"AUROC {auroc:.3f}" in text(".reading-note")
+        page.value(f"{view}.querySelector('.both-ends button').click()")
+        highest = one.conversations[int(np.argmax(one.scores))].response
+        page.wait(f"{view}.querySelector('.reading .answer').textContent.includes({json.dumps(highest)})")
+        titles = page.value(f"[...{view}.querySelectorAll('.reading .tokens span')].map(s => s.title)")
+        if one.token_scores is None:
+            assert not any(titles) and f"{one.label} has no token scores." in text(".reading")
+            continue
+        shown = [float(title.split(",")[0].replace("−", "-")) for title in titles]
+        assert np.allclose(shown, one.token_scores[int(np.argmax(one.scores))], rtol=1e-2)
+        assert f"token scores of {one.label}" in text(".reading .legend")
+    assert page.errors == []

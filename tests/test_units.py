@@ -251,7 +251,8 @@ def test_colours_are_scaled_without_the_first_token():
     assert colour_scale(result.token_scores) == colour_scale(without)
     assert colour_scale(result.token_scores).limit < max(np.abs(one[0]) for one in result.token_scores) / 5
     shown = Contents(result)
-    assert shown.scale == colour_scale(without) and browser_table(shown)["sink_words"] == result.sink_words
+    assert shown.scales == [colour_scale(without)]
+    assert browser_table(shown)["methods"][0]["sink_words"] == result.sink_words
 
 
 def test_a_report_and_a_figure_draw_the_null(tmp_path):

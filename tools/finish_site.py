@@ -1,5 +1,6 @@
-"""What a built site needs beyond its pages: its index as a script, to be searched from a folder, since file://
-may not fetch; and the example browser as the quickstart left it, where a page has its picture.
+"""What a built site needs beyond its pages: its index as a script, to be searched from a folder, since
+file:// may not fetch; the example browser as the quickstart left it, where a page has its picture; and
+lines of code as elements, so that the end of a long one hangs below its beginning.
 
 python tools/finish_site.py _docs"""
 
@@ -13,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "nbs" / "tutorials" / "quickstart.ipynb"
 FRAME = re.compile(r'<iframe title="Example browser"[^>]*? style="([^"]*)" srcdoc="([^"]*)"></iframe>')
+CODE = re.compile(r'(<code class="sourceCode[^"]*">)(.*?)(</code>)', re.DOTALL)
 PICTURE = re.compile(r'<img\b[^>]*\bsrc="[^"]*\bexample_browser\.png"[^>]*>')
 
 
@@ -64,7 +66,26 @@ def place_browser(site: Path, notebook: Path = QUICKSTART) -> list[Path]:
     return opened
 
 
+def mark_lines(code: str) -> str:
+    """Highlighted code with an element around each line; a string over several lines stays in one piece. (The
+    real quarto does this itself.)"""
+    whole = lambda line: line.strip() and line.count("<span") == line.count("</span>")
+    return "\n".join(
+        f'<span class="code-line">{line}</span>' if whole(line) else line for line in code.split("\n")
+    )
+
+
+def hang_lines(site: Path) -> None:
+    """`mark_lines` on every page; nbs/styles.css says how far they hang."""
+    for file in site.rglob("*.html"):
+        text = file.read_text(encoding="utf-8")
+        marked = CODE.sub(lambda found: found[1] + mark_lines(found[2]) + found[3], text)
+        if marked != text and "code-line" not in text:
+            file.write_text(marked, encoding="utf-8")
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "_docs")
     write_index(folder)
     place_browser(folder)
+    hang_lines(folder)

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import itertools
 import re
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -34,6 +35,7 @@ GUESSED_TYPE = re.compile(r":NoneType(?=\s*=\s*None)")  # made of a default wher
 TEMPORARY = re.compile(r"(?:/tmp|/var/folders/\w+/\w+/T)/tmp\w+/?")
 NO_TEXT = re.compile(r"[\ufffd\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.MULTILINE)
+WIDTH = 88  # characters of a line of code that fit a page beside its two columns on a laptop
 
 
 def find(name: str, room: str | None):
@@ -217,6 +219,18 @@ def make_readable(cell) -> None:
             output["text"] = readable("".join(output["text"])).splitlines(True)
 
 
+def fitted(source: str) -> str:
+    """Code with lines longer than a page is wide, broken by ruff. What it cannot read stays as it is, and so
+    do comments: the page lets their end hang."""
+    lines = source.split("\n")
+    if all(len(line) <= WIDTH for line in lines if not line.startswith("#|")):
+        return source
+    n = sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#|"), lines))
+    command = [sys.executable, "-m", "ruff", "format", "--isolated", f"--line-length={WIDTH}", "-"]
+    done = subprocess.run(command, input="\n".join(lines[n:]), capture_output=True, text=True)
+    return source if done.returncode else "\n".join([*lines[:n], done.stdout.rstrip("\n")])
+
+
 def settings() -> dict[str, str]:
     """What settings.ini says."""
     parser = configparser.ConfigParser(delimiters=["="], interpolation=None)
@@ -271,6 +285,8 @@ class api_entries(Processor):
         for cell in cells:
             if cell.cell_type == "markdown":
                 cell.source = unlink_private(cell.source)
+            elif not re.match(r"#\| *export|show_doc\(|#\| echo: false", cell.source):
+                cell.source = fitted(cell.source)
             make_readable(cell)
         page = Path(self.nb.path_)
         line = colab_line(settings().get("repository", ""), f"tutorials/{page.name}")

@@ -13,7 +13,7 @@ import typer
 
 from .options import BEHAVIOUR, TRAINING_PANEL, Given, option
 from .preparing import training_settings
-from .results import read_results
+from .results import read_results, result_files
 from concept_tda.commands.terminal import (
     CONTINUES,
     app,
@@ -135,5 +135,5 @@ def _run_experiment(given: dict[str, Any], settings: dict[str, Any], shares: lis
     told.show()
     typer.echo("\n".join([*_findings(summary), "", summary[_COLUMNS].round(4).to_string(index=False),
                           "", trial.notes(), f"Kept in {given['out']}"]))
-    first = results[0] if results[0].is_file() else sorted(results[0].glob("*.parquet"))[0]
+    first = result_files(results[0])[0]
     say_next(command_line("filter", first, "--drop-fraction", f"{shares[0]:g}"))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Given
-from .results import print_ends, read_results
+from .results import print_ends, read_results, result_files
 from concept_tda.commands.terminal import (
     app,
     check_out,
@@ -188,7 +188,7 @@ def _page_path(results: "list[Attribution]") -> Path:
 # %% ../../nbs/95_commands/06_reading.ipynb #9620
 def _say_decide(path: Path) -> None:
     "What comes after somebody has looked: the decisions saved in the page, or a cut by score."
-    first = path if path.is_file() else sorted(path.glob("*.parquet"))[0]
+    first = result_files(path)[0]
     say_next(command_line("filter", first, "--decisions", "decisions.json"),
              command_line("filter", first, "--drop-fraction", 0.1))
 

@@ -54,6 +54,10 @@ class ExampleView {
   /** @type {HTMLElement} */
   title;
   /** @type {HTMLElement} */
+  subtitle;
+  /** @type {HTMLElement} */
+  card;
+  /** @type {HTMLElement} */
   sign;
   /** @type {HTMLElement} */
   countNote;
@@ -173,7 +177,7 @@ class ExampleView {
       "section",
       {
         class: "ctda-view",
-        "aria-label": `Example browser: ${table.title}`,
+        "aria-label": "Example browser",
         "data-lm-suppress-shortcuts": "true",
         "data-jp-suppress-context-menu": true,
         onkeydown: event => this.anywhere(event),
@@ -198,7 +202,7 @@ class ExampleView {
     new ResizeObserver(() => this.drawSoon()).observe(this.list);
   }
 
-  /** The title, and what the sign of the shown method's scores means; a method without one has no colours to explain. */
+  /** All that is said of the method whose ranks are shown; one without a sign has no colours to explain. */
   drawSign() {
     const {table, select} = this,
       method = table.methods[select.method];
@@ -218,13 +222,14 @@ class ExampleView {
               " below. ",
             ]
           : [];
-    this.title.textContent = `${method.name}: ${table.behaviour}`;
-    const whose = select.method !== 0 && table.has_labels ? `By ${table.methods[0].name}: ` : "";
+    this.title.textContent = `${method.name}: ${method.behaviour}`;
+    this.subtitle.textContent = method.subtitle;
+    this.card.replaceChildren(facts(method.card));
     this.countNote.textContent = method.counted;
     this.countNote.hidden = !method.counted;
-    this.readingNote.textContent = whose + table.reading; // how well the first method finds the labels
+    this.readingNote.textContent = `${method.detected} ${table.note}`.trim();
     this.root.setAttribute("aria-label", `Example browser: ${this.title.textContent}`);
-    const sink = select.method === 0 && table.sink_words ? `${table.sink_words} ` : "";
+    const sink = method.sink_words ? `${method.sink_words} ` : "";
     this.sign.replaceChildren(
       el("bdi", {}, method.name),
       ": ",
@@ -280,20 +285,21 @@ class ExampleView {
   }
 
   buildHead() {
-    const {table} = this;
-    this.title = el("bdi", {}, table.title);
+    this.title = el("bdi", {});
+    this.subtitle = el("bdi", {});
     this.sign = el("p", {class: "sign"});
     this.countNote = el("p", {class: "count-note"});
-    this.readingNote = el("p", {class: "reading-note"}, table.reading);
+    this.readingNote = el("p", {class: "reading-note"});
+    this.card = el("div", {});
     return el(
       "header",
       {},
       el("h3", {}, this.title),
-      el("p", {class: "quiet"}, el("bdi", {}, table.subtitle)),
+      el("p", {class: "quiet"}, this.subtitle),
       this.sign,
       this.countNote,
       this.readingNote,
-      el("details", {}, el("summary", {}, "Query card: what was computed"), facts(table.card)),
+      el("details", {}, el("summary", {}, "Query card: what was computed"), this.card),
     );
   }
 
@@ -381,7 +387,7 @@ class ExampleView {
       ),
       this.facetBox,
     );
-    filters.open = table.facets.length > 0 && table.n_open_facets > 0;
+    filters.open = table.facets.length > 0 && table.n_open_facets > 0 && innerWidth >= 1000;
     return el(
       "div",
       {class: "controls"},
@@ -553,11 +559,13 @@ class ExampleView {
     select.method = method;
     select.brush = null;
     if (select.against === method) Object.assign(select, {against: null, order: "high", gap: 0});
+    this.shown = null; // the same text in this method's colours
     const known =
       select.order === "similar" ? method === 0 : select.order !== "null" || this.table.methods[method].null;
     if (!known) select.order = "high";
     this.fillOrders();
     this.filtersChanged();
+    if (this.shown === null) this.showExample();
   }
   /** @param {string} value */
   pickOrder(value) {
@@ -569,8 +577,8 @@ class ExampleView {
       this.gapPick.value = "0";
     } else if (this.scatter) this.scatter.other = select.against;
     if (order === "similar") {
-      select.method = 0;
       this.methodPick.value = "0";
+      this.pickMethod(0);
     }
     this.filtersChanged();
     this.first();
@@ -1174,8 +1182,24 @@ class ExampleView {
     this.drawMarks();
   }
 
-  get tokenScale() {
-    return {limit: this.table.limit, centre: this.table.token_centre, signed: this.table.token_signed};
+  /**
+   * An example's turns with the token scores of the method whose ranks are shown, and the parts of its score; without
+   * scores where that method has none.
+   * @param {Example} example
+   * @returns {{turns: Turn[], parts?: Parts}}
+   */
+  drawn(example) {
+    const {method} = this.select;
+    if (method === 0) return example;
+    const other = example.others?.[method],
+      plain = example.turns.map(turn => ({role: turn.role, answer: turn.answer, text: textOf(turn)}));
+    if (!other) return {turns: plain};
+    const {parts, scores, sink} = other;
+    if (!scores) return {turns: other.turns ?? plain, parts};
+    return {
+      parts,
+      turns: example.turns.map((turn, i) => ({...turn, scores: scores[i], sink: sink && i === 0})),
+    };
   }
 
   /**
@@ -1193,7 +1217,8 @@ class ExampleView {
         el("b", {}, signed(value, 5)),
       );
     };
-    const hasTokens = example.turns.some(turn => turn.scores);
+    const {turns, parts} = this.drawn(example),
+      {name, scale} = table.methods[this.select.method];
     const head = ["method", "higher than", "distance", "rank"];
     const numbers = el(
       "div",
@@ -1243,16 +1268,9 @@ class ExampleView {
         source.link ? el("a", {href: source.link(place)}, "link to this example") : null,
       ),
       numbers,
-      example.parts ? partsBar(example.parts, table.methods.length > 1 ? table.methods[0].name : "") : null,
-      hasTokens
-        ? el(
-            "div",
-            {class: "scale"},
-            legend(this.tokenScale, table.token_words, " One scale for all examples."),
-            readout,
-          )
-        : null,
-      el("div", {class: "conversation"}, conversation(example.turns, this.tokenScale, tell)),
+      parts ? partsBar(parts, table.methods.length > 1 ? name : "") : null,
+      this.scaleNote(turns, readout),
+      el("div", {class: "conversation"}, conversation(turns, scale ?? 0, tell)),
       this.asking.set(Number(column("row")[place]), place),
       alike,
       example.metadata.length
@@ -1264,6 +1282,22 @@ class ExampleView {
           )
         : null,
     ].filter(part => part !== null);
+  }
+  /**
+   * How the tokens are coloured, or why they are not.
+   * @param {Turn[]} turns
+   * @param {HTMLElement} readout
+   */
+  scaleNote(turns, readout) {
+    const {methods} = this.table,
+      {name, scale} = methods[this.select.method],
+      some = methods.some(method => method.scale);
+    if (scale && turns.some(turn => turn.scores)) {
+      const whose = methods.length > 1 ? `token scores of ${name}` : "token scores";
+      return el("div", {class: "scale"}, legend(scale, whose, " One scale for all examples."), readout);
+    }
+    if (scale) return el("p", {class: "quiet"}, "The token scores of this example are not in this page.");
+    return some ? el("p", {class: "quiet"}, el("bdi", {}, name), " has no token scores.") : null;
   }
   /**
    * @param {number} value

@@ -49,13 +49,14 @@ from concept_tda.views.contents import (
 from .review import MARKS, Review, review_head
 
 # %% ../../nbs/90_views/03_browser.ipynb #0027-saved
-def _saved_examples(result: Attribution, n: int, most: int = 600_000) -> list[dict]:
+def _saved_examples(contents: Contents, n: int, most: int = 600_000) -> list[dict]:
     "The examples at both ends, as long as their text stays below `most` characters."
+    result, others = contents.result, list(contents.others.values())
     order = np.argsort(-result.scores, kind="stable").tolist()
     both = dict.fromkeys(place for pair in zip(order[:n], order[::-1][:n]) for place in pair)
     examples, size = [], 0
     for place in both:
-        example = example_to_read(result, place)
+        example = example_to_read(result, place, others)
         size += len(json.dumps(example))
         if size > most: break
         examples.append(example)
@@ -138,7 +139,7 @@ class _Opened(_Grouped):
         table, columns = browser_table(self._contents), browser_columns(self._contents)
         table["asks"] = self._asking is not None
         super().__init__(table=table, columns={name: values.tobytes() for name, values in columns.items()},
-                         saved=_saved_examples(self.result, saved), **_state(self.review))
+                         saved=_saved_examples(self._contents, saved), **_state(self.review))
         if len(self.result) <= table["fold_up_to"]:
             self.find_groups()
 
@@ -245,9 +246,9 @@ def _embedded_contents(
     decide: bool = False,              # Let the reader decide, and save the decisions as a file
 ) -> str:
     "JSON for `mountEmbedded` in browser.js, of contents that are prepared already."
-    examples, note = within(contents.result, from_both_ends(contents.result.scores), most)
-    table = browser_table(contents)
-    table["reading"] = f"{table['reading']} {note}".strip()
+    result, others = contents.result, list(contents.others.values())
+    examples, note = within(result, from_both_ends(result.scores), most, others)
+    table = browser_table(contents) | dict(note=note)
     known = near_duplicates(example_texts(contents.result.conversations)) if groups is None else groups
     columns = rounded_columns(browser_columns(contents))
     review = dict(review=review_head(contents.result)) if decide else {}
@@ -421,9 +422,11 @@ class _Answering(_Asking):
     def _answer(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[bytes] | None]:
         "The reply to a message, and its buffers."
         kind, places = message.get("kind"), message.get("places", [])
-        if kind in ("snippets", "examples"):
-            shown = snippet if kind == "snippets" else example_to_read
-            return {"examples": [shown(self.result, int(place)) for place in places]}, None
+        if kind == "snippets":
+            return {"examples": [snippet(self.result, int(place)) for place in places]}, None
+        if kind == "examples":
+            others = list(self._contents.others.values())
+            return {"examples": [example_to_read(self.result, int(one), others) for one in places]}, None
         if kind == "search": return {}, [hits(self._contents.texts(), message["words"]).tobytes()]
         if kind == "groups": return {}, [self.find_groups().tobytes()]
         if kind == "ends": return {"ends": end_words(self._contents, int(message["method"]))}, None

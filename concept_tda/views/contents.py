@@ -28,7 +28,7 @@ from ..groups.reading import ReadingError, WordCounts, count_words, words_of_end
 from ..results.attribution import Attribution, Leading, question_text
 from ..results.comparison import Comparison, results_by_name
 from ..results.metrics import detection_metrics, spearman
-from .html import ScoreParts, colour_scale, score_parts
+from .html import ColourScale, ScoreParts, colour_scale, score_parts
 
 # %% ../../nbs/90_views/01_contents.ipynb #0004
 class WidgetError(ConceptTDAError):
@@ -175,7 +175,7 @@ class Contents:
         self.labels, self.label_name, column = _label_facts(result, labels, positive)
         self.facets = _facets(result.conversations, self.labels, self.label_name, column)
         self.lengths, self.length_unit = _lengths(result)
-        self.scale = colour_scale(result.token_scores or [], result.card.zero)
+        self.scales = [colour_scale(one.token_scores or [], one.card.zero) for one in self.methods.values()]
         self._texts: list[str] | None = None
         self._counted: WordCounts | None = None
 
@@ -230,9 +230,9 @@ def _detection_sentence(scores: np.ndarray, labels: np.ndarray) -> str:
             f"among the {cut.split('@')[1]} highest it is {100*hits:.0f} % (AUROC {found['AUROC']:.3f}).")
 
 # %% ../../nbs/90_views/01_contents.ipynb #headline
-def _headline(contents: Contents) -> str:
+def _headline(result: Attribution) -> str:
     "Size, data, model, layer and curvature in a line."
-    result, card = contents.result, contents.result.card
+    card = result.card
     size = f"{len(result):,}" if len(result) == result.n_total else f"{len(result):,} of {result.n_total:,}"
     layer = None if card.layer is None else f"layer {card.layer}"
     parts = (f"{size} examples", card.data or result.conversations.name, card.model, layer, card.curvature)
@@ -258,8 +258,22 @@ def _raw_unit(result: Attribution) -> list | None:
     return [-card.effect, visible_text(card.unit or "of the query")]
 
 # %% ../../nbs/90_views/01_contents.ipynb #0017-reading
-def _method_facts(name: str, result: Attribution, lengths: np.ndarray) -> dict:
-    "What the browser says of a method."
+def _scale_facts(result: Attribution, scale: ColourScale) -> dict | None:
+    "How a method's tokens are coloured; None where it scores no tokens."
+    if result.token_scores is None: return None
+    return dict(limit=scale.limit, centre=scale.centre, signed=scale.signed)
+
+def _asked_facts(result: Attribution, labels: np.ndarray | None) -> dict:
+    "What a method was asked, how, and how well it finds the labels."
+    found = ""
+    if labels is not None and 0 < labels.sum() < len(result):
+        found = _detection_sentence(result.scores, labels)
+    card = [[visible_text(name), visible_text(value)] for name, value in result.card.items()]
+    return dict(behaviour=visible_text(result.card.behaviour), subtitle=visible_text(_headline(result)),
+                detected=visible_text(found), card=card, sink_words=visible_text(result.sink_words))
+
+def _number_facts(name: str, result: Attribution, lengths: np.ndarray) -> dict:
+    "What a method's numbers mean."
     with_length, leading = spearman(result.scores, lengths), result.leading
     return dict(name=visible_text(name), short=visible_text(short_name(name)),
                 reading=visible_text(f"{result.reading} {result.unit_words}".strip()), zero=result.card.zero,
@@ -273,29 +287,18 @@ def browser_table(
     contents: Contents, # What to show
 ) -> dict:
     "Names and sizes, as JSON."
-    result, card, labels = contents.result, contents.result.card, contents.labels
-    reading = ""
-    if labels is not None and 0 < labels.sum() < len(result):
-        reading = _detection_sentence(result.scores, labels)
+    result = contents.result
     facets = [dict(name=visible_text(name), values=[visible_text(value[:80]) for value in values])
               for name, values, _ in contents.facets]
+    methods = [_number_facts(name, one, contents.lengths) | _asked_facts(one, contents.labels)
+               | dict(scale=_scale_facts(one, scale))
+               for (name, one), scale in zip(contents.methods.items(), contents.scales)]
     return dict(
-        n=len(result), n_total=result.n_total, title=visible_text(f"{result.label}: {card.behaviour}"),
-        behaviour=visible_text(card.behaviour),
-        subtitle=visible_text(_headline(contents)), reading=visible_text(reading),
-        card=[[visible_text(name), visible_text(value)] for name, value in card.items()],
-        methods=[_method_facts(name, one, contents.lengths) for name, one in contents.methods.items()],
+        n=len(result), n_total=result.n_total, note="", methods=methods,
         facets=facets, n_open_facets=int(sum(len(facet["values"]) for facet in facets) <= 24),
-        has_labels=labels is not None, sink_words=visible_text(result.sink_words),
-        limit=contents.scale.limit, token_centre=contents.scale.centre, token_signed=contents.scale.signed,
-        token_words=_token_words(contents), length_unit=contents.length_unit,
+        has_labels=contents.labels is not None, length_unit=contents.length_unit,
         lengths=[int(contents.lengths.min()), int(contents.lengths.max())], fold_up_to=2_000,
         export_path=f"{_file_stem(result.conversations.name)}-filtered.jsonl")
-
-# %% ../../nbs/90_views/01_contents.ipynb #token-words
-def _token_words(contents: Contents) -> str:
-    "Whose token scores are drawn: those of the first method, whichever is chosen."
-    return "token scores" + (f" of {visible_text(contents.result.label)}" if contents.others else "")
 
 # %% ../../nbs/90_views/01_contents.ipynb #file-stem
 def _file_stem(name: str) -> str:
@@ -388,10 +391,21 @@ def _parts_facts(found: ScoreParts) -> dict:
     return dict(parts=parts, total=float(f"{found.total:.6g}"), unit=visible_text(found.unit),
                 sink_words=found.sink_words)
 
+# %% ../../nbs/90_views/01_contents.ipynb #other-tokens
+def _other_tokens(one: Attribution, place: int, turns: list[dict]) -> dict | None:
+    "Another method's token scores of an example, beside the first method's turns; None where it has none."
+    own = _turns(one, place, digits=3)
+    if "scores" not in own[0]: return None
+    same = [turn.get("tokens") for turn in turns] == [turn["tokens"] for turn in own]
+    told: dict[str, Any] = dict(scores=[turn["scores"] for turn in own]) if same else dict(turns=own)
+    found = score_parts(one, place)
+    return told | dict(sink="sink" in own[0]) | (dict(parts=_parts_facts(found)) if found else {})
+
 # %% ../../nbs/90_views/01_contents.ipynb #example-to-read
 def example_to_read(
     result: Attribution, # The result
     place: int,          # Position of the example in it
+    others: Sequence[Attribution] = (), # Other methods in the same order, whose token scores go along
 ) -> dict:
     "One example to read, as JSON."
     conversation = result.conversations[place]
@@ -401,7 +415,11 @@ def example_to_read(
     if result.token_scores is not None:   # its stretches hold the template's tokens; a list, what was said
         asked, answered = question_text(conversation), conversation.response
         parts |= dict(asked=_on_one_line(asked), answered=_on_one_line(answered))
-    return dict(place=place, id=conversation.id, turns=_turns(result, place), metadata=metadata) | parts
+    turns = _turns(result, place)
+    told = [_other_tokens(one, place, turns) for one in others]
+    if any(told):
+        parts["others"] = {number: one for number, one in enumerate(told, 1) if one}
+    return dict(place=place, id=conversation.id, turns=turns, metadata=metadata) | parts
 
 # %% ../../nbs/90_views/01_contents.ipynb #001b
 def snippet(
@@ -447,26 +465,30 @@ def within(
     result: Attribution, # The result
     order: Sequence[int], # Places, those that should keep their token scores first
     most: int,           # Characters of JSON
+    others: Sequence[Attribution] = (), # Other methods in the same order, whose token scores go along
 ) -> tuple[list[dict], str]: # All examples by place, and a sentence about what had to go
     "The examples in about `most` characters: as text, and in full as long as there is room."
     n, plain = len(result), result.without_token_scores()
     width = max(300, int(.6*most/n))   # characters for the text of an example without token scores
     texts = [_shortened_example(plain, place, width) for place in range(n)]
     chosen = {}
-    if result.token_scores is not None or any(cut for _, cut in texts):
-        chosen = _in_full(result, order, [example for example, _ in texts], most)
+    coloured = any(one.token_scores is not None for one in (result, *others))
+    if coloured or any(cut for _, cut in texts):
+        chosen = _in_full(result, order, [example for example, _ in texts], most, others)
     n_cut = sum(cut > 0 and place not in chosen for place, (_, cut) in enumerate(texts))
     notes = [f"{n_cut:,} long texts are cut in this page."] if n_cut else []
-    if result.token_scores is not None and len(chosen) < n:
+    if coloured and len(chosen) < n:
         notes.append(f"Token scores are in this page for {len(chosen):,} examples, from both ends.")
     return [chosen.get(place, example) for place, (example, _) in enumerate(texts)], " ".join(notes)
 
 # %% ../../nbs/90_views/01_contents.ipynb #in-full
-def _in_full(result: Attribution, order: Sequence[int], texts: list[dict], most: int) -> dict[int, dict]:
+def _in_full(
+    result: Attribution, order: Sequence[int], texts: list[dict], most: int, others: Sequence[Attribution],
+) -> dict[int, dict]:
     "Examples with token scores and whole texts by place, in the given order while there is room."
     size, chosen = sum(len(json.dumps(example)) for example in texts), {}
     for place in dict.fromkeys(order):
-        full = example_to_read(result, place) | {"turns": _turns(result, place, digits=3)}
+        full = example_to_read(result, place, others) | {"turns": _turns(result, place, digits=3)}
         more = len(json.dumps(full)) - len(json.dumps(texts[place]))
         if size + more > most: continue
         size += more

@@ -485,26 +485,31 @@ def examples_html(
     return "".join(example_html(result, i, scale=shared, **options) for i in range(len(result)))
 
 # %% ../../nbs/90_views/00_html.ipynb #ends-code
-_END_TITLES = {
-    "gradient": ("Highest: training more on these raises the behaviour",
-                 "Lowest: training more on these lowers it"),
-    "projection": ("Furthest above the mean of the data", "Furthest below the mean of the data"),
-}
+def _claim(end: str, does: str, side: str, there: np.ndarray) -> str:
+    "What training more on one end does, said of the examples that lie on that side of zero, [n] booleans."
+    if not there.any(): return f"{end}: none of these is {side} zero"
+    which = "these" if there.all() else f"those {side} zero"
+    return f"{end}: training more on {which} {does}"
 
 def end_titles(
-    card: QueryCard, # Of the result
+    result: Attribution, # Of one query
+    n: int,              # Examples shown of each end
 ) -> tuple[str, str]:
     "What can be said of the highest and of the lowest scores."
-    plain = "Highest scores", "Lowest scores"
-    if card.sign: return plain  # the method has words of its own, they stand above
-    return _END_TITLES.get(card.zero, plain)
+    card = result.card
+    if card.sign or card.zero not in ("gradient", "projection"):   # words of its own stand above
+        return "Highest scores", "Lowest scores"
+    if card.zero == "projection":
+        return "Furthest above the mean of the data", "Furthest below the mean of the data"
+    return (_claim("Highest", "raises the behaviour", "above", result.top(n).scores > 0),
+            _claim("Lowest", "lowers it", "below", result.bottom(n).scores < 0))
 
 # %% ../../nbs/90_views/00_html.ipynb #ends-code-ends
 def _ends(result: Attribution, n: int) -> dict[str, Attribution]:
     "Both ends of a whole result, or the first 50 of a part, with their titles."
     if not result.in_file_order:
         return {f"{len(result)} of {result.n_total} examples": result.select(np.arange(min(50, len(result))))}
-    return dict(zip(end_titles(result.card), (result.top(n), result.bottom(n))))
+    return dict(zip(end_titles(result, n), (result.top(n), result.bottom(n))))
 
 # %% ../../nbs/90_views/00_html.ipynb #not-drawn
 def _not_drawn(result: Attribution) -> str:

@@ -126,7 +126,7 @@ def _method_part(
         name=name, anchor=f"method-{number}", open=number == 1, n=len(highest),
         card=Markup(card_html(result.card)),
         histogram=Markup(result_histogram(result)), sink=result.sink_words,
-        titles=end_titles(result.card), signed=result.card.zero == "gradient",
+        titles=end_titles(result, n), signed=result.card.zero == "gradient",
         legend=Markup(legend_html(scale)) if scale.limit else "",
         highest=_drawn(highest, others, by_row, scale, most),
         lowest=_drawn(lowest, others, by_row, scale, most),
@@ -201,38 +201,35 @@ def _near_the_ends(rankings: Iterable[Attribution], at_most: int) -> np.ndarray:
     return np.sort(list(dict.fromkeys(nearest.tolist()))[:at_most])
 
 # %% ../../nbs/90_views/11_report.ipynb #0015
-def _texts(part: Attribution, most: float) -> tuple[list[dict], str]:
+def _texts(parts: list[Attribution], most: float) -> tuple[list[dict], str]:
     "The examples to read in about `most` characters of JSON, and a sentence about what had to go."
-    if part.token_scores is None:
+    part, *others = parts
+    if all(one.token_scores is None for one in parts):
         full = [example_to_read(part, i) for i in range(len(part))]
         if len(json.dumps(full)) <= most: return full, ""
-    examples, note = within(part, from_both_ends(part.scores), int(most))
+    examples, note = within(part, from_both_ends(part.scores), int(most), others)
     pairs = zip(examples, part.conversations)
     bare = sum(not example["metadata"] and bool(one.metadata) for example, one in pairs)
     return examples, f"{note} Metadata of {bare:,} examples is left out." if bare else note
 
 # %% ../../nbs/90_views/11_report.ipynb #page-table
-def _page_table(contents: Contents, names: list[str], n_shown: int, coloured: bool) -> dict:
+def _page_table(contents: Contents, names: list[str], n_shown: int) -> dict:
     "The browser's table, with the names the report uses."
     table = browser_table(contents)
-    for method, label in zip(table["methods"], names):
-        method |= dict(name=visible_text(label), short=visible_text(short_name(label)))
-    behaviour = visible_text(contents.result.queries[0])
-    table |= dict(n=n_shown, behaviour=behaviour, title=f"{visible_text(names[0])}: {behaviour}")
-    if n_shown < len(contents.result):
-        table["subtitle"] = f"{n_shown:,} of {table['subtitle']}"
-    if len(names) > 1 and coloured:
-        table["token_words"] = f"token scores of {visible_text(names[0])}"
+    table["n"] = n_shown
+    few = f"{n_shown:,} of " if n_shown < len(contents.result) else ""
+    for method, label, one in zip(table["methods"], names, contents.methods.values()):
+        method |= dict(name=visible_text(label), short=visible_text(short_name(label)),
+                       behaviour=visible_text(one.queries[0]), subtitle=few + method["subtitle"])
     return table
 
 # %% ../../nbs/90_views/11_report.ipynb #0016-table
-def _fitted(table: dict, more: dict, part: Attribution, room: int) -> str:
+def _fitted(table: dict, more: dict, parts: list[Attribution], room: int) -> str:
     "JSON of at most about `room` bytes; texts give way."
     most, data = float(room - len(json.dumps([table, more]))), ""
     for _ in range(4):
-        examples, note = _texts(part, most)
-        reading = f"{table['reading']} {note}".strip()
-        data = json_in_script(dict(table=table | dict(reading=reading), examples=examples, **more))
+        examples, note = _texts(parts, most)
+        data = json_in_script(dict(table=table | dict(note=note), examples=examples, **more))
         size = len(data.encode("utf-8", "backslashreplace"))
         if size <= room: break
         most = .97*most*room/size
@@ -242,23 +239,22 @@ def _fitted(table: dict, more: dict, part: Attribution, room: int) -> str:
 def _browser_data(
     results: dict[str, Attribution], labels: Any, positive: Any, at_most: int, mapped: MapContents | None,
     room: int,
-) -> tuple[str, str | None, int]:
-    "The browser's data as JSON; the method whose token scores it shows, or None; how many examples it holds."
+) -> tuple[str, int]:
+    "The browser's data as JSON; how many examples it holds."
     with_tokens = (name for name, one in results.items() if one.token_scores is not None)
     name = next(with_tokens, next(iter(results)))
     names = [name, *(other for other in results if other != name)]
     contents = Contents(results[name], {other: results[other] for other in names[1:]}, None, labels, positive)
-    coloured = None if results[name].token_scores is None else name
     places = _near_the_ends(contents.methods.values(), at_most)
-    part = contents.result.select(places)
-    table = _page_table(contents, names, len(places), coloured is not None)
+    parts = [one.select(places) for one in contents.methods.values()]
+    table = _page_table(contents, names, len(places))
     more: dict[str, Any] = dict(review=review_head(contents.result),
                                 columns=rounded_columns(browser_columns(contents), places),
-                                groups=near_duplicates(example_texts(part.conversations)).tolist(),
+                                groups=near_duplicates(example_texts(parts[0].conversations)).tolist(),
                                 words=[end_words(contents, i) for i in range(len(contents.methods))])
     if mapped is not None:
         more["map"] = report_map(mapped, places.tolist())
-    return _fitted(table, more, part, room), coloured, len(places)
+    return _fitted(table, more, parts, room), len(places)
 
 # %% ../../nbs/90_views/11_report.ipynb #finding
 def _tenth(result: Attribution) -> np.ndarray:
@@ -359,7 +355,7 @@ def _end_part(end: Attribution, title: str, colour: str) -> dict[str, Any]:
 def _answer(comparison: Comparison, labels: np.ndarray | None) -> dict[str, Any]:
     "What the first screen says."
     name, result = next(iter(comparison.attributions.items()))
-    titles, signed = end_titles(result.card), result.card.zero == "gradient"
+    titles, signed = end_titles(result, 3), result.card.zero == "gradient"
     ends = [_end_part(result.top(3), titles[0], "p5" if signed else ""),
             _end_part(result.bottom(3), titles[1], "n5" if signed else "")]
     return dict(finding=_finding(name, result), ends=ends, warned=_warned(comparison.attributions),
@@ -416,10 +412,10 @@ def _page_values(comparison: Comparison, title: str | None, labels: np.ndarray |
     "What the templates need, but for the browser's data."
     results = comparison.attributions
     first, most = next(iter(results.values())), _characters_each(results.values(), n)
-    asked = [result.queries[0] for result in results.values() if result.queries[0] != "none"]
-    behaviours = dict.fromkeys(asked or [first.queries[0]])   # a baseline asks about nothing
+    asked = [result for result in results.values() if result.queries[0] != "none"] or [first]
+    alike = dict.fromkeys(one.queries[0] for one in asked if one.card.method == asked[0].card.method)
     return dict(
-        title=title or f"Which training examples raise {', '.join(behaviours)}?",
+        title=title or f"Which training examples raise {', '.join(alike)}?",
         data_name=first.conversations.name,
         n_examples=f"{len(first):,}", written=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"),
         models=list(dict.fromkeys(result.card.model for result in results.values() if result.card.model)),
@@ -429,15 +425,15 @@ def _page_values(comparison: Comparison, title: str | None, labels: np.ndarray |
         versions=_versions(), answer=_answer(comparison, labels), **_comparison_values(comparison, labels))
 
 # %% ../../nbs/90_views/11_report.ipynb #0018
-def _page(values: dict, browser_data: Callable[[int], tuple[str, str | None, int]]) -> bytes:
+def _page(values: dict, browser_data: Callable[[int], tuple[str, int]]) -> bytes:
     "The whole page; `browser_data` is asked for what fits in the room that is left."
     template = _template()
 
-    def fill(data: str, coloured: str | None, n_shown: int) -> bytes:
-        text = template.render(**values, data=Markup(data), coloured=coloured, n_shown=f"{n_shown:,}")
+    def fill(data: str, n_shown: int) -> bytes:
+        text = template.render(**values, data=Markup(data), n_shown=f"{n_shown:,}")
         return text.encode("utf-8", "backslashreplace")   # half a character is no UTF-8
 
-    return fill(*browser_data(_MOST_BYTES - len(fill("", "", 0))))
+    return fill(*browser_data(_MOST_BYTES - len(fill("", 0))))
 
 # %% ../../nbs/90_views/11_report.ipynb #found-labels
 def _found_labels(results: dict[str, Attribution], labels: Any, positive: Any) -> np.ndarray | None:

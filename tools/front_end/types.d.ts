@@ -51,6 +51,15 @@ interface Example {
   asked?: string; // the last question on one line, where the turns are stretches of tokens
   answered?: string; // likewise the answer
   parts?: Parts; // absent where the whole score lies on one kind of token
+  others?: Record<number, OtherTokens>; // by the number of a method that scores tokens too
+}
+
+/** Another method's token scores of an example: for the same stretches, or its own stretches. */
+interface OtherTokens {
+  scores?: number[][];
+  turns?: Turn[];
+  sink: boolean;
+  parts?: Parts;
 }
 
 interface Method {
@@ -67,6 +76,12 @@ interface Method {
   raw: [number, string] | null; // what a score is multiplied by to be an effect in this unit, where a share leads
   counted: string; // how many examples stand out; empty where that is not known
   length_spearman: number | null;
+  behaviour: string; // what was asked
+  subtitle: string;
+  detected: string; // how well it finds the labels; empty without labels
+  card: [string, string][];
+  sink_words: string; // what the first tokens carry; empty where nothing
+  scale: Scale | null; // of its token scores; null where it has none
 }
 
 /** An example by some words of an answer, and by the result that is shown: two numbers each. */
@@ -91,20 +106,11 @@ interface AskedWords {
 interface Table {
   n: number;
   n_total: number;
-  title: string;
-  behaviour: string;
-  subtitle: string;
-  reading: string;
-  card: [string, string][];
+  note: string; // what had to give way in a page without a kernel; empty where nothing
   methods: Method[];
   facets: {name: string; values: string[]}[];
   n_open_facets: number;
   has_labels: boolean;
-  sink_words: string; // what the first tokens carry; empty where nothing
-  limit: number;
-  token_centre: number;
-  token_signed: boolean;
-  token_words: string;
   length_unit: string;
   lengths: [number, number];
   fold_up_to: number;
