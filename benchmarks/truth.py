@@ -41,11 +41,12 @@ from concept_tda.evidence.datamodels import LinearDatamodelingScore, left_out
 from concept_tda.evidence.filter_and_retrain import FilterAndRetrain
 from concept_tda.foundation.errors import ConceptTDAError
 from concept_tda.foundation.storage import atomic_file
-from concept_tda.influence.neighbours import AdamMoments
+from concept_tda.influence.neighbours import AdamMoments, TracIn
 from concept_tda.influence.queries import ConceptQuery, ContrastQuery, LossQuery, MarginQuery
-from concept_tda.influence.responses import AdamResponse, Unrolled
+from concept_tda.influence.responses import SOURCE, AdamResponse, Unrolled, gradient_size
 from concept_tda.influence.runs import TrainingInfluence
 from concept_tda.influence.scorers import Influence
+from concept_tda.model.finetuning import run_segments
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.calibration import Calibration, ensemble, foretold
 from concept_tda.results.cards import QueryCard
@@ -61,20 +62,24 @@ KINDS = {
 }
 
 
-def of_paper(name, dropped, draws, *more_pools):
+def of_paper(name, dropped, draws, *more_pools, seeds=5):
     "A set whose study, scores and retrainings lie where `paper.py` puts them."
     place = f"results/paper/{name}"
-    pools = [f"{place}/retrained.json", *more_pools]
     return dict(
-        study=f"paper/{name}.yaml", scores=f"{place}/{name}.json", pools=pools, dropped=dropped, draws=draws
+        study=f"paper/{name}.yaml",
+        scores=f"{place}/{name}.json",
+        pools=[f"{place}/retrained.json", *more_pools],
+        dropped=dropped,
+        draws=draws,
+        seeds=seeds,
     )
 
 
 SETS = [
-    of_paper("sycophancy", 0.25, 3, "results/kinds/retrained.json"),
-    of_paper("careless", 0.5, 2),
-    of_paper("flattery", 0.25, 1),
-    of_paper("arithmetic", 0.5, 1),
+    of_paper("sycophancy", 0.25, 1, "results/kinds/retrained.json", seeds=3),
+    of_paper("careless", 0.5, 1, seeds=3),
+    of_paper("flattery", 0.25, 3),
+    of_paper("arithmetic", 0.5, 3),
 ]
 
 DEFAULT = "Concept Influence"
@@ -250,13 +255,38 @@ class Scores:
         "There, by the response of a run that stops, in EK-FAC's eigenbasis."
         study, folder, n = self.opened(), self.work / "lora", self.config["curvature_examples"]
         tuned = self.tuned(merge=False)
-        batch_size = self.config["recipe"]["batch_size"]
-        moments = AdamMoments.estimate(tuned, study.train, "lora", batch_size=batch_size)
-        squares = [v / (1 - 0.999**moments.step) for v in moments.second.values()]
-        size = float(sum(v.sum() for v in squares) / sum(v.numel() for v in squares)) ** 0.5
         ekfac = ct.EKFAC.fit(tuned, study.train[:n], "lora", damping=self.config["damping"])
-        responses = {"unrolled": Unrolled(ekfac, folder, gradient_size=size)}
+        responses = {"unrolled": Unrolled(ekfac, folder, gradient_size=gradient_size(folder, tuned))}
         yield from self.few_at_a_time(self.with_responses(tuned, responses), done)
+
+    def of_the_run(self):
+        "The folder of the fine-tune of the first seed with three checkpoints, and the queries asked of it."
+        study, folder = self.opened(), self.work / "segments"
+        options = dict(seed=self.config["seeds"][0], merge=False, checkpoints=3, **self.config["recipe"])
+        concept, shows, neutral = self.asked(ct.finetune(study.lm, study.train, folder, **options))
+        queries = {
+            "Concept Influence": ConceptQuery(concept, shows),
+            "Margin": ContrastQuery(LossQuery(shows), LossQuery(neutral)),
+        }
+        return folder, queries
+
+    def in_segments(self, done):
+        "There, by SOURCE: three segments of the run, each with its own checkpoint and EK-FAC."
+        folder, queries = self.of_the_run()
+        sample, damping = self.study.train[: self.config["curvature_examples"]], self.config["damping"]
+        fit = lambda lm, sites: ct.EKFAC.fit(lm, sample, sites, damping=damping)
+        for name, query in queries.items():
+            method = f"{name}, LoRA, SOURCE"
+            scorer = SOURCE.of_run(folder, self.study.lm, query, curvatures=[fit] * 3, method=method)
+            yield from self.few_at_a_time([scorer], done)
+
+    def in_history(self, done):
+        "There, by TracIn: the same checkpoints and the model before the run, without any curvature."
+        folder, queries = self.of_the_run()
+        for name, query in queries.items():
+            pieces = run_segments(folder, self.study.lm)
+            scorer = TracIn(queries=query, **pieces, sites="lora", method=f"{name}, LoRA, TracIn")
+            yield from self.few_at_a_time([scorer], done)
 
     def with_responses(self, tuned, responses):
         "A scorer in LoRA's matrices for each query and response."
@@ -296,7 +326,12 @@ class Scores:
     def computed(self, groups, only_kept):
         "All groups by name, or those that are there."
         jobs = {"weights": self.in_weights, "lora": self.in_lora, "unrolled": self.in_unrolled}
-        jobs |= {"base": self.in_base, "sharper": lambda _: self.through(self.config["seeds"][0], 0.003)}
+        jobs |= {
+            "segments": self.in_segments,
+            "history": self.in_history,
+            "base": self.in_base,
+            "sharper": lambda _: self.through(self.config["seeds"][0], 0.003),
+        }
         jobs |= {f"through-{seed}": lambda _, seed=seed: self.through(seed) for seed in self.config["seeds"]}
         for group in groups or jobs:
             if not only_kept:
@@ -304,35 +339,44 @@ class Scores:
             elif self.file(group).exists():
                 yield group, json.loads(self.file(group).read_text())
 
-    def retrain(self, results, dry=False):
-        """Train again without what some results put highest, beside random removal, in a folder with the
-        retrainings of the first pool; pack all of it anew. `dry`: only say how many are to come."""
+    def retrain(self, results, shares, halves, labels, dry=False):
+        """Train again without what some results put highest, beside random removal and labels, and on random
+        halves, in a folder with the retrainings of the first pool; pack all of it anew. `dry`: only say how
+        many are to come."""
         study, about = self.opened(), self.about
-        packed, folder = HERE / about["pools"][0], self.work / "retrained"
-        told = json.loads(packed.read_text())
+        packed = HERE / about["pools"][0]
+        self.unpack(json.loads(packed.read_text()))
+        trait = next(iter(study.judges))
+        shown = study.train.labels(self.config["column"], self.config["positive"])
+        plan = (study.lm, study.train, results, {trait: study.judges[trait]}, self.work / "retrained")
+        again = FilterAndRetrain(
+            *plan,
+            fractions=shares or [about["dropped"]],
+            arms=["drop-most", "random"],
+            n_random=about["draws"],
+            subsets={f"without {self.config['positive']}": ~shown} if labels else {},
+            seeds=list(range(about["seeds"])),
+            recipe=self.config["recipe"],
+            name="finalists" if not shares else "shares",
+        )
+        plans = [again]
+        if halves:
+            more = dict(fraction=0.5, n_subsets=halves, seeds=[0], recipe=self.config["recipe"], name="lds")
+            plans.append(LinearDatamodelingScore(*plan, **more))
+        for one in plans:
+            print(self.config["name"], one.name, one.remaining, "retrainings to come", flush=True)
+            if not dry:
+                one.run().pack(packed, overwrite=True)
+
+    def unpack(self, told):
+        "The retrainings of a packed file as the folder they came from."
+        folder = self.work / "retrained"
         for cell, parts in told["cells"].items():
             (folder / "cells" / cell).mkdir(parents=True, exist_ok=True)
             for part, record in parts.items():
                 (folder / "cells" / cell / f"{part}.json").write_text(json.dumps(record))
         for name, plan in told["plans"].items():
             (folder / f"{name}.json").write_text(json.dumps(plan))
-        trait = next(iter(study.judges))
-        again = FilterAndRetrain(
-            study.lm,
-            study.train,
-            results,
-            {trait: study.judges[trait]},
-            folder,
-            fractions=[about["dropped"]],
-            arms=["drop-most", "random"],
-            n_random=about["draws"],
-            seeds=self.config["seeds"],
-            recipe=self.config["recipe"],
-            name="finalists",
-        )
-        print(self.config["name"], again.remaining, "retrainings to come", flush=True)
-        if not dry:
-            again.run().pack(packed, overwrite=True)
 
 
 def once(query):
@@ -507,6 +551,7 @@ def report_of(scores):
     found = {name: verdict(one, labels, pool, halves, groups, unit) for name, one in kept.items()}
     sums = {name: [foretold(one, rows) for rows in pool["rows"]] for name, one in kept.items()}
     labels_effect, effects = effects_by_method(experiments, trait, about["dropped"])
+    at = {str(share): effects_by_method(experiments, trait, share)[1] for share in (0.1, 0.25, 0.5, 0.75)}
     top = ceiling(measured, float((noise / pool["seeds"]).mean()))
     half_top = ceiling([value for _, value in halves], noise) if halves else None
     return dict(
@@ -520,6 +565,7 @@ def report_of(scores):
         ceiling=top,
         chance=chance(pool, len(train)),
         effects=effects,
+        effects_at={share: of for share, of in at.items() if of},
         counterfactual={name: {k: v for k, v in one.items() if k != "lds"} for name, one in found.items()},
         against_default=against(DEFAULT, sums, measured, groups),
         against_margin=against("Margin", sums, measured, groups) if "Margin" in sums else None,
@@ -624,10 +670,16 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS / "truth.json")
     parser.add_argument("--only", nargs="+", help="names of studies to score")
     parser.add_argument(
-        "--groups", nargs="+", default=["weights", "lora"], help="also unrolled, base, through-0 …, sharper"
+        "--groups",
+        nargs="+",
+        default=["weights", "lora"],
+        help="also unrolled, segments, history, base, through-0 …, sharper",
     )
     parser.add_argument("--at-once", type=int, default=16, help="scorers that share one pass")
     parser.add_argument("--retrain", nargs="+", default=[], help="results to drop the highest share of")
+    parser.add_argument("--shares", nargs="+", type=float, help="with --retrain: other shares than the set's")
+    parser.add_argument("--halves", type=int, default=0, help="with --retrain: so many random halves besides")
+    parser.add_argument("--labels", action="store_true", help="with --retrain: also without those labelled")
     parser.add_argument("--dry", action="store_true", help="with --retrain: only say how many are to come")
     parser.add_argument("--report", action="store_true", help="score nothing")
     args = parser.parse_args()
@@ -638,7 +690,8 @@ def main():
             continue
         if args.retrain:
             kept, _ = scored(scores)
-            scores.retrain({name: kept[name] for name in args.retrain}, args.dry)
+            chosen = {name: kept[name] for name in args.retrain}
+            scores.retrain(chosen, args.shares, args.halves, args.labels, args.dry)
             continue
         for _ in scores.computed(args.groups, False):
             pass
