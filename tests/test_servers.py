@@ -609,9 +609,10 @@ def test_its_card_cannot_be_replayed_and_says_so(lm, train, written, tmp_path):
 def test_vllm(vllm, asks):
     """Against vLLM's CPU build, which has never seen this library."""
     query, url, exact, data, tokenizer = vllm
-    scorer = ServedInfluence(ServedModel("base", tokenizer, url, asks=asks, timeout=600), query)
-    result = scorer.score(data, max_tokens=128, progress=False)
-    assert spearman(result.scores, exact.scores) >= 0.99
+    scorer = ServedInfluence(ServedModel("base", tokenizer, url, asks=asks, texts=4, timeout=600), query)
+    result = scorer.score(data, progress=False)
+    assert np.corrcoef(result.scores, exact.scores)[0, 1] >= 0.995
+    assert spearman(result.scores, exact.scores) >= 0.95  # twelve scores: neighbours may change places
     assert scorer.checked.gap < 1e-3 and scorer.checked.error < 0.05
 
 
@@ -631,17 +632,19 @@ def vllm(tmp_path_factory):
     with pytest.MonkeyPatch.context() as usual:
         usual.delenv("CONCEPT_TDA_CACHE", raising=False)  # the unpacked model is in the usual cache
         lm = load_model("smollm2-135m-instruct")
-    data = bundled("sycophancy")[:24]
+    data = bundled("sycophancy")
+    shortest = np.argsort(lm.tokenize(data).lengths, kind="stable")[:12]  # a text takes seconds
+    data = data.select(shortest)
     scorer = GradDot(lm, data[-3:])
-    query = write_query(scorer, data, folder / "q", rank=64, step=3e-5, max_tokens=128)
-    exact = scorer.score(data, max_tokens=128, progress=False)
+    query = write_query(scorer, data, folder / "q", rank=32, step=3e-5, n_probes=6)
+    exact = scorer.score(data, progress=False)
     lm.model.save_pretrained(folder / "model")
     lm.tokenizer.save_pretrained(folder / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = f"--served-model-name base --dtype float32 --max-model-len 512 --enforce-eager --port {port}"
-    options += " --host 127.0.0.1 --enable-lora --max-lora-rank 64 --max-loras 2"
+    options += " --host 127.0.0.1 --enable-lora --max-lora-rank 32 --max-loras 2"
     options += " --lora-target-modules q_proj k_proj v_proj o_proj --lora-modules"
     modules = [f"{name}={query.folder / name}" for name in ("plus", "minus")]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")]
