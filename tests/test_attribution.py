@@ -572,9 +572,10 @@ def rewritten(path, change, table=None):
 
 
 def test_a_changed_score_or_card_does_not_match_its_checksum(tmp_path):
-    path = make().save(tmp_path / "r.parquet")
+    result = make()
+    path = result.save(tmp_path / "r.parquet")
     rewritten(path, lambda header: None)  # written anew by another Parquet writer, unchanged: believed
-    assert load_attribution(path) == make()
+    assert load_attribution(path) == result
     table = pq.read_table(path)
     scores = [[value[0] + (1e-12 if i == 5 else 0)] for i, value in enumerate(table["scores"].to_pylist())]
     rewritten(

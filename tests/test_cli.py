@@ -36,7 +36,13 @@ from concept_tda.results.metrics import percent_text
 from tiny import tiny_pair
 
 ROOT = Path(__file__).resolve().parent.parent
-MORE = ("tracin", "less", "cascade", "training-influence")  # these want more than a concept and queries
+MORE = (
+    "tracin",
+    "less",
+    "cascade",
+    "source",
+    "training-influence",
+)  # these want more than a concept and queries
 PLAIN = [name for name in METHODS if name not in MORE]
 N = 14
 

@@ -573,19 +573,21 @@ def test_an_experiment_is_that_of_the_library_and_continues(here):
 
 def test_compare_says_what_the_library_says(here):
     ok(f"score model train.jsonl {FLATTERY} --methods vector-filter,length")
-    both = [load_attribution(f"scores/{name}.parquet") for name in ("length", "vector-filter")]
+    both = [
+        load_attribution(f"scores/{name}.parquet") for name in ("vector-filter", "length")
+    ]  # baselines last
     expected = compare(both)
     found = json.loads(ok("compare scores --json").stdout)
     assert found["spearman"]["Length"]["Vector Filter"] == pytest.approx(
         expected.spearman.loc["Length", "Vector Filter"]
     )
-    widest = expected.disagreements("Length", "Vector Filter", 1)
+    widest = expected.disagreements("Vector Filter", "Length", 1)
     assert found["moved"][0]["examples"][0]["id"] == widest["id"].iloc[0]
     assert repr(expected).splitlines()[0] in ok("compare scores").stdout
     assert "nothing to be compared with" in refused(2, "compare scores/length.parquet")
-    assert found["words"].startswith("From Length to Vector Filter: ")
+    assert found["words"].startswith("From Vector Filter to Length: ")
     assert found["advice"] is None and "Advice" not in ok("compare scores").stdout
-    filtered = both[1]
+    filtered = both[0]
     card = replace(filtered.card, method="Concept Influence", zero="gradient", mean=None)
     moves = Attribution(filtered.conversations, -filtered.scores, card)
     moves.save("scores/influence.parquet")

@@ -366,7 +366,7 @@ def tokenize(
 def _checked_tokens(data: TokenizedConversations, tokenizer: Any) -> TokenizedConversations:
     "The same, unless another tokenizer or template has cut them otherwise."
     theirs = data.tokenizer
-    if theirs is None or theirs is tokenizer: return data
+    if None in (theirs, tokenizer) or theirs is tokenizer: return data
     same_words = theirs.get_vocab() == tokenizer.get_vocab()
     if same_words and theirs.chat_template == tokenizer.chat_template \
             and _added_bos(theirs) == _added_bos(tokenizer): return data
