@@ -86,7 +86,7 @@ PUBLIC = {
         "run_batch Pass peak_memory shared_pass",
     "influence.scorers": "ScorerError NullReadout sign_flips null_directions Scorer equal_as_first "
         "query_card score_together VectorFilter ActivationGradient ProjectionDifference "
-        "dataset_projection_difference Influence ConceptInfluence InfluenceFunction GradDot",
+        "dataset_projection_difference Influence strangers_note ConceptInfluence InfluenceFunction GradDot",
     "influence.neighbours": "RESIDUAL_FORMS GradCos ResidualChangeReadout ResidualChange CheckpointScorer "
         "TracIn AdamMoments recorded_moments walsh_hadamard Sketch LessReadout LESS exact_rows "
         "estimated_recall Cascade",

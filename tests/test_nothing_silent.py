@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from concept_tda.concepts.concept import contrastive_concept, tensor_concept
+from concept_tda.concepts.concept import ConceptError, contrastive_concept, tensor_concept
 from concept_tda.data.conversations import load_conversations
 from concept_tda.data.messages import ConversationError
 from concept_tda.data.preferences import load_preferences
@@ -169,7 +169,7 @@ def test_a_model_with_another_adapter_in_use_is_another_model(train, queries):
     concept = contrastive_concept(one, queries, train, 1, name="yes", progress=False)
     with one.model.disable_adapter():
         prints.append(one.fingerprint)
-        with pytest.raises(Exception, match="was made with"):
+        with pytest.raises(ConceptError, match="was made with"):
             VectorFilter(one, concept)
     assert one.fingerprint == prints[1]
     layer = one.model.base_model.model.model.layers[0].self_attn.q_proj
@@ -232,10 +232,8 @@ def test_two_answers_to_one_prompt_are_not_one_of_them(lm, train, queries):
     with pytest.raises(ScorerError, match="different answers to one prompt"):
         ProjectionDifference(lm, concept, answers=own, progress=False).score(train, progress=False)
     twice = load_conversations([*RECORDS, RECORDS[3]])
-    assert (
-        len(ProjectionDifference(lm, concept, answers=twice, progress=False).score(train[:4], progress=False))
-        == 4
-    )
+    scorer = ProjectionDifference(lm, concept, answers=twice, progress=False)
+    assert len(scorer.score(train[:4], progress=False)) == 4
 
 
 def test_pairs_with_the_same_chosen_answer_are_other_pairs(lm, queries, tmp_path):

@@ -611,8 +611,7 @@ def test_vllm(vllm, asks):
     query, url, exact, data, tokenizer = vllm
     scorer = ServedInfluence(ServedModel("base", tokenizer, url, asks=asks, texts=4, timeout=600), query)
     result = scorer.score(data, progress=False)
-    assert np.corrcoef(result.scores, exact.scores)[0, 1] >= 0.995
-    assert spearman(result.scores, exact.scores) >= 0.95  # twelve scores: neighbours may change places
+    assert spearman(result.scores, exact.scores) >= 0.99
     assert scorer.checked.gap < 1e-3 and scorer.checked.error < 0.05
 
 

@@ -21,7 +21,7 @@ from .curvature import EKFAC, CurvatureError, check_gradients
 from .engine import DirectionReadout, Readout
 from .neighbours import AdamMoments, CheckpointScorer
 from .queries import Query
-from .scorers import ScorerError
+from .scorers import ScorerError, strangers_note
 from ..model.finetuning import run_segments, training_record
 from ..model.loading import LanguageModel
 from ..model.sites import Site
@@ -216,12 +216,9 @@ class SOURCE(_Segmented):
                                "gradient_size": self.gradient_size}
         note = (f"{len(self.checkpoints)} segments of a run on {self.n_examples} examples, each with EK-FAC "
                 "at its checkpoint; the query is asked at the last and carried back")
-        notes, strangers = [*fields["notes"], note], len(self.data) - self.n_examples
-        if strangers > 0:  # what was never in the run can't be left out of it
-            notes.append(f"at least {strangers} of the {len(self.data)} examples were not in the run: the "
-                         "scores have no unit")
-        unit = dict(effect=-1/self.n_examples, unit=self.query.unit) if strangers <= 0 else {}
-        return fields | dict(curvature=Unrolled.name, notes=notes) | unit
+        strangers = strangers_note(len(self.data), self.n_examples)
+        unit = {} if strangers else dict(effect=-1/self.n_examples, unit=self.query.unit)
+        return fields | dict(curvature=Unrolled.name, notes=[*fields["notes"], note, *strangers]) | unit
 
 # %% ../../nbs/50_influence/15_responses.ipynb #adam
 class _AdamRun(_OfARun):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ScorerError', 'NullReadout', 'sign_flips', 'null_directions', 'Scorer', 'equal_as_first', 'query_card',
            'score_together', 'VectorFilter', 'ActivationGradient', 'ProjectionDifference',
-           'dataset_projection_difference', 'Influence', 'ConceptInfluence', 'InfluenceFunction', 'GradDot']
+           'dataset_projection_difference', 'Influence', 'strangers_note', 'ConceptInfluence', 'InfluenceFunction',
+           'GradDot']
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #0003
 import time
@@ -803,18 +804,25 @@ def _influence_notes(scorer: _Influence) -> list[str]:
     notes += coverage_notes(scorer.lm, scorer.site_pattern)
     if not scorer.first_token:
         notes.append("flows at the first token of each example are left out")
-    if strangers := _strangers(scorer):
-        notes.append(f"at least {strangers} of the {scorer.n_scored} examples were not in the run, so "
-                     "nothing would change if they were left out: the scores have no unit")
+    notes += _strangers(scorer)
     if len(scorer.parts) > 1:
         notes.append(f"scored by {len(scorer.parts)} parts of the queries, which are the replicates")
     return [*notes, scorer.why, *getattr(scorer.curvature, "notes", ())]
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #strangers
-def _strangers(scorer: _Influence) -> int:
-    "How many of the scored examples can't have been in the run that the curvature knows of, at least."
-    if getattr(scorer.curvature, "effect", None) is None: return 0
-    return max(0, scorer.n_scored - getattr(scorer.curvature, "n_examples", scorer.n_scored))
+def strangers_note(
+    n_scored: int, # Examples that were scored
+    n_run: int,    # Examples that the run was trained on
+) -> list[str]:    # One note where not all of the first can be among the second, otherwise none
+    "What a query card says of examples that were never in a run."
+    if n_scored <= n_run: return []
+    return [f"at least {n_scored - n_run} of the {n_scored} examples were not in the run, so nothing would "
+            "change if they were left out: the scores have no unit"]
+
+def _strangers(scorer: _Influence) -> list[str]:
+    "The same of a scorer whose curvature knows of a run."
+    if getattr(scorer.curvature, "effect", None) is None: return []
+    return strangers_note(scorer.n_scored, getattr(scorer.curvature, "n_examples", scorer.n_scored))
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #effect-of
 def _effect_of(scorer: _Influence) -> dict[str, Any]:
