@@ -13,7 +13,7 @@ from concept_tda.data.masks import chosen_tokens
 from concept_tda.data.preferences import load_preferences
 from concept_tda.influence.baselines import RandomDirection, ResponseLength
 from concept_tda.influence.curvature import EKFAC
-from concept_tda.influence.neighbours import GradCos
+from concept_tda.influence.neighbours import RESIDUAL_FORMS, GradCos, ResidualChange
 from concept_tda.influence.pairs import load_pair_attribution, score_preferences
 from concept_tda.influence.preconditioners import DataInf
 from concept_tda.influence.queries import LossQuery, TokenQuery
@@ -90,14 +90,17 @@ def makers(lm, answers):
         "vector filter": lambda c: VectorFilter(lm, c),
         "activation gradient": lambda c: ActivationGradient(lm, c),
         "projection difference": lambda c: ProjectionDifference(lm, c, answers=answers),
+        "across_tokens": lambda c: ResidualChange(lm, c, form="across_tokens"),
+        "within_token": lambda c: ResidualChange(lm, c, form="within_token"),
         "identity": lambda c: ConceptInfluence(lm, c, QUERIES, curvature="identity"),
         "ekfac": lambda c: ConceptInfluence(lm, c, QUERIES, curvature=ekfac),
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["vector filter", "activation gradient", "projection difference", "identity", "ekfac"]
-)
+ALONG_A_CONCEPT = ["vector filter", "activation gradient", "projection difference", *RESIDUAL_FORMS]
+
+
+@pytest.mark.parametrize("name", [*ALONG_A_CONCEPT, "identity", "ekfac"])
 def test_the_null_of_the_pass_is_that_of_scoring_each_direction_alone(lm, concept, name):
     answers = load_conversations(
         [{"prompt": c.prompt[0]["content"], "response": f"own {i}"} for i, c in enumerate(TRAIN)]
@@ -114,6 +117,19 @@ def test_the_null_of_the_pass_is_that_of_scoring_each_direction_alone(lm, concep
     assert np.allclose(found.null.quantiles, expected.null.quantiles, rtol=1e-4, atol=1e-9)
     assert found.null.draws == 7 and "covariance of the data's activations" in found.null.of
     assert found.token_scores is not None and np.ndim(found.token_scores[0]) == 1
+
+
+def test_every_method_along_a_concept_is_held_to_its_null(lm, concept):
+    """A method that overrides what it reads of a concept, and not what its null reads, has another method's
+    null. So none may be missing above, and none may have a `prepare` that reads another way than `along`."""
+
+    def kinds(parent):
+        return {parent}.union(*map(kinds, parent.__subclasses__()))
+
+    tried = {type(makers(lm, None)[name](concept)) for name in ALONG_A_CONCEPT}
+    own = {kind for kind in kinds(VectorFilter) if not kind.__name__.startswith("_")}
+    assert own - {RandomDirection} == tried  # which is the Vector Filter of another concept
+    assert "null" not in vars(RandomDirection) and "along" not in vars(RandomDirection)
 
 
 def test_scored_together_each_method_has_its_own_null_and_baselines_have_none(lm, concept):

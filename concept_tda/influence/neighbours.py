@@ -103,20 +103,21 @@ def _check_form(form: str) -> None:
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #residual-readout
 class ResidualChangeReadout(Readout):
-    """⟨v, r⟩ for a direction [width]: what a step on the example does to its residual stream, were the layer
-    one linear map (Formulas §12)."""
+    """⟨v, r⟩ for directions [Q, width]: what a step on the example does to its residual stream, were the
+    layer one linear map (Formulas §12)."""
     wants_hidden = wants_gradient = True
 
     def __init__(
         self,
         layer: int,                     # l of hidden_states[l]
-        direction_d: torch.Tensor,      # [width]
+        directions_Qd: torch.Tensor,    # [Q, width]
         pooling: str = "response_mean", # Whose tokens are summed over, one of `POOLINGS`
         form: str = "across_tokens",    # One of `RESIDUAL_FORMS`
     ):
         _check_form(form)
-        self.layer, self.direction_d, self.pooling, self.form = layer, direction_d, pooling, form
-        self.fingerprint = fingerprint("residual change", layer, direction_d, pooling, form)
+        self.layer, self.directions_Qd, self.n_queries = layer, directions_Qd, len(directions_Qd)
+        self.pooling, self.form = pooling, form
+        self.fingerprint = fingerprint("residual change", layer, directions_Qd, pooling, form)
 
     def hidden(self, hidden_BTd: torch.Tensor) -> None:
         "Keep the activations of the pooled tokens until their gradients come."
@@ -125,14 +126,14 @@ class ResidualChangeReadout(Readout):
         self.hidden_BTd = hidden_BTd.detach().to(like)*pooled_BT[..., None]
 
     def hidden_gradient(self, gradient_BTd: torch.Tensor) -> None:
-        "Each token's part of the change, along the direction."
+        "Each token's part of the change, along every direction."
         z_BTd, g_BTd = self.hidden_BTd, gradient_BTd.to(self.tokens_QBT)
-        v_d = self.direction_d.to(z_BTd)
         del self.hidden_BTd
         if self.form == "within_token":
-            self.tokens_QBT[0] -= (z_BTd @ v_d)*(z_BTd*g_BTd).sum(-1)
+            moves_BTd, sizes_BT = z_BTd, (z_BTd*g_BTd).sum(-1)
         else:
-            self.tokens_QBT[0] -= (z_BTd @ z_BTd.sum(1)[..., None])[..., 0]*(g_BTd @ v_d)
+            moves_BTd, sizes_BT = g_BTd, (z_BTd @ z_BTd.sum(1)[..., None])[..., 0]
+        self.tokens_QBT -= torch.einsum("btd,qd->qbt", moves_BTd, self.directions_Qd.to(z_BTd))*sizes_BT
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #residual-scorer
 class ResidualChange(ActivationGradient):
@@ -152,10 +153,10 @@ class ResidualChange(ActivationGradient):
         super().__init__(lm, concept)
         self.form, self.method = form, method or self.method
 
-    def prepare(self, data: TokenizedConversations) -> Readout:
-        "Activations and their gradients, along the concept."
+    def along(self, directions_Kd: torch.Tensor) -> Readout:
+        "Activations and their gradients, along directions: the concept's, or those of the null."
         concept = self.concept
-        return ResidualChangeReadout(concept.layer, concept.direction, concept.pooling, self.form)
+        return ResidualChangeReadout(concept.layer, directions_Kd, concept.pooling, self.form)
 
     def describe(self) -> dict[str, Any]:
         "As for the activation gradient, with the form."
