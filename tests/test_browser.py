@@ -311,6 +311,7 @@ def test_search_facets_and_length_narrow_the_list_together(live):
         "+ '|' + [...one.querySelectorAll('.value')].map(v => v.textContent))"
     )
     assert boxes == ["bad|yes,no", "kind|kind 0,kind 1,kind 2"]
+    view.page.click(".filters summary")
     view.page.click("input[data-facet='1'][data-code='0']")
     expected = {i for i in expected if kinds[i] == "kind 0"}
     assert view.status().startswith(f"{len(expected)} of 40")
@@ -647,6 +648,7 @@ def test_deciding_under_a_filter_goes_through_the_list_row_by_row_and_stops_at_i
 def test_decisions_in_bulk_say_which_filter_chose_them(live):
     results = several()
     view = live(results, record=None)
+    view.page.click(".filters summary")
     view.page.click("input[data-facet='0'][data-code='1']")
     view.settle()
     view.page.click(".actions button.drop")
@@ -959,7 +961,7 @@ def test_without_a_kernel_list_histogram_brush_search_and_highlights_work(chromi
         "filters').click()"
     )
     x, y, width, height = page.box(".chart")
-    page.drag(x + 1, y + 20, x + width * 0.25, y + 20)
+    page.drag(x + 1, y + 5, x + width * 0.25, y + 5)
     low = scores.min() + 0.25 * np.ptp(scores)
     assert (
         abs(
@@ -1025,7 +1027,7 @@ def test_the_report_browses_from_a_file(chromium, tmp_path):
         "filters').click()"
     )
     x, y, width, height = page.box(".chart")
-    page.drag(x + 1, y + 20, x + width * 0.25, y + 20)
+    page.drag(x + 1, y + 5, x + width * 0.25, y + 5)
     assert abs(int(status().split()[0]) - (scores <= scores.min() + 0.25 * np.ptp(scores)).sum()) <= 1
     assert page.value(
         "[...document.querySelectorAll('.ends')].every(ends => !ends.open)"

@@ -10,9 +10,11 @@ import browser_picture
 import finish_site
 import nbformat
 import pytest
+import redraw_browsers
 
 import concept_tda as ct
 
+from chromium import Chromium, needs_browser
 from tiny import tiny_pair
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs" / "tutorials" / "quickstart.ipynb"
@@ -105,6 +107,25 @@ def test_the_page_that_the_site_opens_with_has_the_numbers_of_the_run(run):
     for cell, shown in (("0017", scores[::-1]), ("001a", scores)):
         printed = [float(found) for found in re.findall(r" ([+-][\d.]+e[+]\d+) ", run[cell], re.MULTILINE)]
         assert printed and all(abs(one / other - 1) < 0.001 for one, other in zip(printed, shown)), cell
+
+
+@needs_browser
+@pytest.mark.parametrize("width, height", [(748, 590), (1280, 560)])
+def test_its_first_screen_shows_the_highest_example(tmp_path, width, height):
+    """On the landing page the browser starts 310 pixels below the top of a screen of 900."""
+    (tmp_path / "page.html").write_text(finish_site.browser_of(NOTEBOOK)[1], encoding="utf-8")
+    with Chromium() as chromium:
+        page = chromium.open(f"file://{tmp_path}/page.html", width=width, height=height)
+        page.wait("document.querySelector('.row .prompt')")
+        x, y, w, h = page.box(".row")
+        assert y + h <= height and x + w <= width
+        assert page.value("document.documentElement.scrollWidth <= window.innerWidth") and page.errors == []
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.parent.rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_committed_browsers_are_drawn_by_the_scripts_as_they_are(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert redraw_browsers.redraw(notebook) == 0, "python tools/redraw_browsers.py draws them anew"
 
 
 def test_the_picture_in_the_readme_is_of_that_page():

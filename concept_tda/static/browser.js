@@ -63,6 +63,10 @@ class ExampleView {
   countNote;
   /** @type {HTMLElement} */
   readingNote;
+  /** @type {HTMLElement} */
+  numbers;
+  /** @type {HTMLElement} */
+  numbersNote;
   /** @type {HTMLSelectElement} */
   methodPick;
   /** @type {HTMLSelectElement} */
@@ -189,8 +193,6 @@ class ExampleView {
         this.histogram.node,
         this.buildControls(),
         this.problem,
-        this.scatter?.node ?? "",
-        this.words?.node ?? "",
         el("div", {class: "statusline"}, this.status, this.waiting, this.actions),
         el("div", {class: "panes"}, el("div", {class: "left"}, this.buildEnds(), this.list), this.reading),
         this.asking.answer,
@@ -229,14 +231,10 @@ class ExampleView {
     this.countNote.hidden = !method.counted;
     this.readingNote.textContent = `${method.detected} ${table.note}`.trim();
     this.root.setAttribute("aria-label", `Example browser: ${this.title.textContent}`);
-    const sink = method.sink_words ? `${method.sink_words} ` : "";
-    this.sign.replaceChildren(
-      el("bdi", {}, method.name),
-      ": ",
-      el("bdi", {}, method.reading),
-      ` ${sink}`,
-      ...key,
-    );
+    this.sign.replaceChildren(el("bdi", {}, method.reading), " ", ...key);
+    const words = `${method.unit_words} ${method.sink_words}`.trim();
+    this.numbersNote.textContent = words;
+    this.numbers.hidden = !words;
   }
   /**
    * "more", "less" or, without a sign, "plain".
@@ -291,6 +289,8 @@ class ExampleView {
     this.countNote = el("p", {class: "count-note"});
     this.readingNote = el("p", {class: "reading-note"});
     this.card = el("div", {});
+    this.numbersNote = el("p", {class: "numbers-note"});
+    this.numbers = el("details", {}, el("summary", {}, "How to read the numbers"), this.numbersNote);
     return el(
       "header",
       {},
@@ -299,7 +299,12 @@ class ExampleView {
       this.sign,
       this.countNote,
       this.readingNote,
-      el("details", {}, el("summary", {}, "Query card: what was computed"), this.card),
+      el(
+        "div",
+        {class: "folds"},
+        this.numbers,
+        el("details", {class: "computed"}, el("summary", {}, "Query card: what was computed"), this.card),
+      ),
     );
   }
 
@@ -387,7 +392,6 @@ class ExampleView {
       ),
       this.facetBox,
     );
-    filters.open = table.facets.length > 0 && table.n_open_facets > 0 && innerWidth >= 1000;
     return el(
       "div",
       {class: "controls"},
@@ -403,7 +407,7 @@ class ExampleView {
         this.canDecide ? el("label", {}, el("span", {class: "name"}, "Show "), this.decidedPick) : null,
         el("label", {class: "tick"}, this.foldPick, " fold near-duplicates"),
       ),
-      filters,
+      el("div", {class: "folds"}, filters, this.scatter?.node ?? "", this.words?.node ?? ""),
     );
   }
 
@@ -1250,7 +1254,7 @@ class ExampleView {
                 this.distance(place, number) || "–",
                 this.whisker(place, number),
               ),
-              el("td", {}, `${whole(column(`rank${number}`)[place])} of ${whole(table.n_total)}`),
+              el("td", {title: `of ${whole(table.n_total)}`}, whole(column(`rank${number}`)[place])),
             ),
           ),
         ),

@@ -276,8 +276,9 @@ def _number_facts(name: str, result: Attribution, lengths: np.ndarray) -> dict:
     "What a method's numbers mean."
     with_length, leading = spearman(result.scores, lengths), result.leading
     return dict(name=visible_text(name), short=visible_text(short_name(name)),
-                reading=visible_text(f"{result.reading} {result.unit_words}".strip()), zero=result.card.zero,
-                centre=result.centre, spread=result.spread if result.spread > 0 else None,
+                reading=visible_text(result.reading), unit_words=visible_text(result.unit_words),
+                zero=result.card.zero, centre=result.centre,
+                spread=result.spread if result.spread > 0 else None,
                 unit=visible_text(leading.unit), kind=leading.kind, null=_null_facts(result),
                 reach=_reach(leading), raw=_raw_unit(result), counted=visible_text(result.chance_words),
                 length_spearman=None if np.isnan(with_length) else with_length)
@@ -295,8 +296,7 @@ def browser_table(
                for (name, one), scale in zip(contents.methods.items(), contents.scales)]
     return dict(
         n=len(result), n_total=result.n_total, note="", methods=methods,
-        facets=facets, n_open_facets=int(sum(len(facet["values"]) for facet in facets) <= 24),
-        has_labels=contents.labels is not None, length_unit=contents.length_unit,
+        facets=facets, has_labels=contents.labels is not None, length_unit=contents.length_unit,
         lengths=[int(contents.lengths.min()), int(contents.lengths.max())], fold_up_to=2_000,
         export_path=f"{_file_stem(result.conversations.name)}-filtered.jsonl")
 

@@ -66,6 +66,7 @@ interface Method {
   name: string;
   short: string;
   reading: string; // what a score above the centre means
+  unit_words: string; // what one of `unit` is; empty where there is none
   zero: string; // what the zero means: "gradient", "projection", "none", "not recorded"
   centre: number | null;
   spread: number | null;
@@ -109,7 +110,6 @@ interface Table {
   note: string; // what had to give way in a page without a kernel; empty where nothing
   methods: Method[];
   facets: {name: string; values: string[]}[];
-  n_open_facets: number;
   has_labels: boolean;
   length_unit: string;
   lengths: [number, number];
