@@ -17,7 +17,8 @@ _FRONT_DOOR = {
     "behaviour": "contrastive_concept probe_concept tensor_concept persona_concept random_concepts "
         "sweep_layers Concept load_trait steer steering_check generate pooled_activations",
     "score": "VectorFilter ActivationGradient ProjectionDifference ConceptInfluence InfluenceFunction "
-        "GradDot GradCos TracIn LESS SOURCE Cascade EKFAC resolve_sites score_together build_atlas build_index",
+        "GradDot GradCos TracIn LESS SOURCE Cascade EKFAC resolve_sites score_together build_atlas "
+        "build_index",
     "baselines": "RandomScore ResponseLength MeanLoss BM25 RepSim RandomDirection",
     "group": "load_sae read_features feature_groups column_groups score_groups",
     "look": "Attribution load_attribution compare ConceptExplorer write_report",
