@@ -39,8 +39,8 @@ PUBLIC = {
         "layer_activations token_activations left_padded as_prompts generate",
     "model.answers": "answer_records with_record cached_generate",
     "model.finetuning": "GRADIENT_CLIP RECIPES FinetuneError example_losses own_randomness new_adapters "
-        "step_rows step_rate write_training_record finetune run_settings training_record Retrained "
-        "finetune_many training_checkpoints run_beginning run_segments",
+        "step_rows step_rate write_training_record finetune run_settings training_record example_prints "
+        "RunExamples Retrained finetune_many training_checkpoints run_beginning run_segments",
     "model.training": "TrainingError TrainingRecipe StepPlan first_plan TrainingRun train replay load_run",
     "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
     "model.servers": "ServerError ServedModel",
@@ -172,12 +172,12 @@ PUBLIC = {
     "views.report": "write_report",
     "views.movers": "MOVER_SCRIPTS card_differences mover_words mover_table mover_columns MoverBrowser",
     "commands.terminal": "app CONTINUES help_example plain_errors did_you_mean check_file check_model Told "
-        "warnings_told check_out say_json typed command_line say_next",
+        "warnings_told typed_options refuse_unread check_out say_json typed command_line say_next",
     "commands.options": "BEHAVIOUR METHOD MODEL PAIRS TRAINING_PANEL option Given",
     "commands.results": "result_paths result_files read_results only_result examples_text print_ends",
-    "commands.methods": "METHODS CURVATURES FORMS Method Asked chosen_methods every_method check_needs "
-        "layer_number check_behaviour check_word check_asked Read read_files contrast_of Opened "
-        "fit_curvature open_all make_scorers typed_line",
+    "commands.methods": "METHODS CURVATURES FORMS GOVERNED Method Asked chosen_methods every_method "
+        "check_needs layer_number check_behaviour check_word check_asked options_of unread_options Read "
+        "read_files contrast_of Opened fit_curvature open_all make_scorers typed_line",
     "commands.scoring": "score_asked ReplayError",
     "commands.preparing": "training_settings",
     "commands.reading": "",

@@ -716,7 +716,7 @@ def test_mistakes_with_pairs(place, scored, pairs_file, here):
     single = scored[0] / "vector-filter.parquet"
     assert "not of preference pairs" in refused(1, "swap", single, "--count", 2)
     assert "--fraction, --count or --threshold" in refused(2, "swap", single)
-    score_pairs(place, pairs_file, "scores.parquet", "--methods", "length")
+    ok("score", model, pairs_file, *COLUMNS, "--out", "scores.parquet", "--methods", "length")
     assert "is never replaced" in refused(
         1, "swap", "scores.parquet", "--count", 2, "--out", "scores.parquet"
     )

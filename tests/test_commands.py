@@ -284,7 +284,7 @@ def replay(monkeypatch, here, line: str, **options):
         f"{SIDES} --layer auto --pooling all_but_first --methods activation-gradient",
         f"{QUERIES} --methods influence-function --curvature logra --seed 5 --sites mlp --tokens",
         "--methods random --seed 7",
-        f"{QUERIES} {FLATTERY} --methods cascade --cheap bm25 --exact graddot --keep 0.9",
+        f"{QUERIES} --methods cascade --cheap bm25 --exact graddot --keep 0.9",
         f"{FLATTERY} --methods projection-difference",
         f"{QUERIES} --methods influence-function --curvature cg",
     ],
@@ -316,7 +316,7 @@ def test_every_other_method_is_replayed(here, monkeypatch, method):
 
 
 def test_a_card_is_read_as_yaml_and_out_of_a_folder(here):
-    ok(f"score model train.jsonl {FLATTERY} --name naïve --out scores/first.parquet")
+    ok(f"score model train.jsonl {SIDES} --layer 1 --name naïve --out scores/first.parquet")
     ok("show scores/first.parquet --card config.yaml")
     assert Path("config.yaml").read_text(encoding="utf-8").startswith("method: Vector Filter\n")
     for card in ("config.yaml", "scores"):
@@ -419,7 +419,7 @@ def test_every_option_of_score_is_kept_in_the_card_or_only_about_the_files(here)
     from concept_tda.commands.scoring import _score
 
     parameters = set(inspect.signature(_score).parameters)
-    assert parameters - set(Asked._fields) == {"out", "overwrite", "debug", "num_processes"}
+    assert parameters - set(Asked._fields) == {"context", "out", "overwrite", "debug", "num_processes"}
     assert set(Asked._fields) <= parameters
 
 

@@ -492,6 +492,7 @@ def test_nothing_is_written_beside_the_folder(saved_base, data, tmp_path, monkey
         "tokenizer.json",
         "tokenizer_config.json",
         "training.json",
+        "examples.npy",
     }
 
 

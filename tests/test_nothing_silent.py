@@ -1,6 +1,9 @@
 """Inputs for which there was once a number without a word, and it meant something else."""
 
+import json
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,21 +12,23 @@ from concept_tda.concepts.concept import ConceptError, contrastive_concept, tens
 from concept_tda.data.conversations import load_conversations
 from concept_tda.data.messages import ConversationError
 from concept_tda.data.preferences import load_preferences
-from concept_tda.influence.curvature import EKFAC
-from concept_tda.influence.neighbours import TracIn
+from concept_tda.influence.curvature import EKFAC, CurvatureError
+from concept_tda.influence.neighbours import AdamMoments, TracIn
 from concept_tda.influence.pairs import load_pair_attribution, score_preferences
-from concept_tda.influence.queries import LossQuery
-from concept_tda.influence.responses import SOURCE, Unrolled
+from concept_tda.influence.queries import ConceptQuery, LossQuery, WeightedQuery
+from concept_tda.influence.responses import SOURCE, AdamResponse, Unrolled
 from concept_tda.influence.runs import TrainingInfluence
 from concept_tda.influence.scorers import (
     ConceptInfluence,
     GradDot,
+    Influence,
     InfluenceFunction,
     ProjectionDifference,
     ScorerError,
     VectorFilter,
 )
 from concept_tda.influence.streaming import score_stream
+from concept_tda.model.finetuning import FinetuneError, RunExamples, finetune
 from concept_tda.model.loading import load_model
 from concept_tda.results.attribution import Attribution, load_attribution
 from concept_tda.results.calibration import Calibration, ensemble, foretold
@@ -288,3 +293,131 @@ def test_what_was_never_in_a_run_has_no_effect_of_being_left_out(lm, train, quer
         np.testing.assert_allclose(more.scores[:6], own.scores, rtol=1e-4)
         with pytest.raises(AttributionError, match="no unit"):
             more.predict(drop=[11])
+
+
+@pytest.fixture(scope="module")
+def run(lm, train, tmp_path_factory):
+    """A fine-tune on the first ten records and one of them twice, in a folder with checkpoints."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, model in {"base": lm, "another": load_model((tiny_model(seed=1), tiny_tokenizer()))}.items():
+        model.model.save_pretrained(folder / name)
+        model.tokenizer.save_pretrained(folder / name)
+    base = load_model(folder / "base")
+    options = dict(rank=2, epochs=1, batch_size=4, learning_rate=5e-3, checkpoints=2, progress=False)
+    tuned = finetune(base, train.select([*range(10), 3]), folder / "run", merge=False, **options)
+    return base, tuned, folder / "run", options
+
+
+def test_a_run_knows_its_examples_and_gives_no_effect_to_others(run, train, queries):
+    base, tuned, folder, _ = run
+    own = train.select([*range(10), 3])
+    others = load_conversations(
+        [{"prompt": f"where is {i}?", "response": f"it is at {i}, the place"} for i in range(11)]
+    )
+    whole = EKFAC.fit(tuned, own, "lora", progress=False, cache=False)
+    moments = AdamMoments.estimate(tuned, own, "lora")
+    scorers = [
+        InfluenceFunction(tuned, queries, sites="lora", curvature=Unrolled(whole, folder)),
+        InfluenceFunction(tuned, queries, sites="lora", curvature=AdamResponse(moments, folder)),
+        SOURCE.of_run(folder, base, queries),
+    ]
+    asked = {
+        0: [own, own.select([3]), own.select([9, 2, 3, 3]), own.select(list(range(11))[::-1])],
+        1: [own.select([4, 4, 5]), own.select([3, 3, 3]), train.select([0, 11])],
+        11: [others],  # as many as the run had
+    }
+    for scorer in scorers:
+        for strangers, several in asked.items():
+            for data in several:
+                card = scorer.score(data, progress=False).card
+                assert (card.effect is None) == bool(strangers) and (card.unit is None) == bool(strangers)
+                words = f"{strangers} of the {len(data)} examples were not in the run"
+                assert (words in str(card)) == bool(strangers)
+                assert card.effect is None or card.effect == pytest.approx(-1 / 11)
+
+
+def test_examples_of_a_run_are_those_its_loss_was_taken_on(run, train, tmp_path):
+    base, _, folder, options = run
+    own, examples = base.tokenize(train.select([*range(10), 3])), RunExamples(folder)
+    assert examples.strangers(own) == 0 and examples.n_examples == 11
+    assert examples.strangers(base.tokenize(train.select(range(10)), max_tokens=25)) == 10
+    from concept_tda.data.masks import token_mask
+
+    ones, halves = (token_mask(own, [np.full(len(one.input_ids), w) for one in own]) for w in (1.0, 0.5))
+    assert examples.strangers(ones.apply(own)) == 0 and examples.strangers(halves.apply(own)) == 11
+    (folder / "examples.npy").rename(tmp_path / "examples.npy")
+    try:
+        with pytest.raises(FinetuneError, match="does not say which examples"):
+            RunExamples(folder)
+        np.save(folder / "examples.npy", np.arange(3, dtype=np.uint64))
+        with pytest.raises(FinetuneError, match="is damaged"):
+            RunExamples(folder)
+    finally:
+        (tmp_path / "examples.npy").rename(folder / "examples.npy")
+
+
+def test_a_stream_with_strangers_in_a_later_part_has_no_unit(run, train, queries, tmp_path):
+    _, tuned, folder, _ = run
+    own = train.select([*range(10), 3])
+    ekfac = EKFAC.fit(tuned, own, "lora", progress=False, cache=False)
+    known = dict(rates=[1e-3] * 3, n_examples=11)
+    for name, records, strangers in (
+        ("own", RECORDS[:10], 0),
+        ("more", [*RECORDS[:10], RECORDS[11]], 1),
+        ("twice", [*RECORDS[:10]] * 2, 9),
+    ):
+        for of_run in ({"run": folder}, known):
+            scorer = InfluenceFunction(tuned, queries, sites="lora", curvature=Unrolled(ekfac, **of_run))
+            place = tmp_path / f"{name} {len(of_run)}"
+            card = score_stream([scorer], records, place, part_examples=5, progress=False).cards["score"]
+            expected = strangers if "run" in of_run else max(0, len(records) - 11)
+            assert (card.effect is None) == bool(expected)
+            assert (f"{expected} of the {len(records)} examples were not in the run" in str(card)) == bool(
+                expected
+            )
+
+
+def test_a_run_is_said_once(run, train):
+    _, tuned, folder, _ = run
+    ekfac = EKFAC.fit(tuned, train, "lora", progress=False, cache=False)
+    for said in (dict(rates=[1e-3]), dict(n_examples=3), dict(rates=[1e-3], n_examples=3)):
+        with pytest.raises(CurvatureError, match="say of which run"):
+            Unrolled(ekfac, folder, **said)
+
+
+def test_weights_by_which_no_query_shows_the_concept_are_refused_as_such(lm, train, queries):
+    concept = contrastive_concept(lm, queries, train, 1, name="yes", progress=False)
+    for neutral in (None, train.select([0, 1])):
+        with pytest.raises(ScorerError, match="query_weights= are all negative"):
+            ConceptInfluence(lm, concept, queries, query_weights=[-1.0] * 6, neutral=neutral)
+    ask = lambda weights: ConceptInfluence(lm, concept, queries, query_weights=weights, curvature="identity")
+    turned = Influence(lm, WeightedQuery(ConceptQuery(concept, queries), [-1.0] * 6), curvature="identity")
+    plain = ask([1.0] * 6).score(train, progress=False)
+    np.testing.assert_allclose(turned.score(train, progress=False).scores, -plain.scores, rtol=1e-4)
+
+
+def test_an_answer_that_a_trainer_would_push_away_is_not_read_as_one_to_learn(tmp_path):
+    kto = [{"prompt": f"is {i} odd?", "completion": f"yes, {i}", "label": i % 3 > 0} for i in range(1, 7)]
+    text = "".join(json.dumps(one) + "\n" for one in kto)
+    (tmp_path / "kto.jsonl").write_text(text)
+    (tmp_path / "kto.csv").write_text("prompt,completion,label\nis 1 odd?,yes,true\nis 2 odd?,yes,False\n")
+    pd.DataFrame(kto).to_parquet(tmp_path / "kto.parquet")
+    chats = [
+        {**one, "prompt": [{"role": "user", "content": one["prompt"]}]}
+        | {"completion": [{"role": "assistant", "content": one["completion"]}]}
+        for one in kto
+    ]
+    sources = {tmp_path / "kto.jsonl": "line 3", tmp_path / "kto.csv": "2", tmp_path / "kto.parquet": "2"}
+    for source, place in {**sources, "records": "2", "chats": "2"}.items():
+        given = {"records": kto, "chats": chats}.get(str(source), source)
+        with pytest.raises(ConversationError, match="field 'label': is false beside a completion") as told:
+            load_conversations(given)
+        assert place in str(told.value).split("field 'label'")[0] and "load_preferences" in str(told.value)
+        meant = load_conversations(given, answer="completion")
+        assert meant.labels("label").sum() in (4, 1)
+    wanted = load_conversations([one for one in kto if one["label"]])
+    assert len(wanted) == 4 and list(wanted.metadata) == ["label"]
+    plain = load_conversations([{"prompt": "a", "response": "b", "label": False}])
+    with pytest.raises(ConversationError, match="KTO"):  # a file that this library would not read again
+        plain.as_layout("prompt-completion")
+    assert plain.as_layout("messages").labels("label").tolist() == [False]

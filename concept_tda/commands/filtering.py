@@ -22,6 +22,7 @@ from concept_tda.commands.terminal import (
     did_you_mean,
     help_example,
     plain_errors,
+    refuse_unread,
     say_next,
 )
 
@@ -37,6 +38,8 @@ _Threshold = Annotated[float | None, typer.Option(
     help="Or: drop the scores above this one (below it with --lowest).")]
 _Decisions = Annotated[Path | None, typer.Option(
     help="Decisions saved in a report, a view or a notebook: what was dropped goes, what was kept stays.")]
+
+_NO_CUT = "decisions cut nothing by score; say --drop-fraction or the like too, or leave it out"
 
 def _check_one_way(*ways: float | None, prefix: str = "--drop-", more: str = "") -> None:
     "Refuse a cut that is said in no way, or in two."
@@ -109,6 +112,7 @@ def _foretold(result: "Attribution", gone: list[int], query: str | None) -> str 
     "concept-tda filter scores.parquet --decisions decisions.json",
     "concept-tda filter scores.parquet --drop-fraction 0.1 --layout sharegpt"))
 def _filter(
+    context: typer.Context,
     result: Given.OneResult,
     drop_fraction: Given.DropFraction = None,
     drop_count: _DropCount = None,
@@ -126,6 +130,8 @@ def _filter(
         ways = (drop_fraction, drop_count, threshold)
         if decisions is None or any(way is not None for way in ways):
             _check_one_way(*ways, more=", or --decisions")
+        else:
+            refuse_unread(context, lowest=_NO_CUT, query=_NO_CUT)
         one = only_result(result)
         check_out(out, overwrite, result, decisions, _source(one))
         cut = {name: way for name, way in zip(("fraction", "count", "threshold"), ways) if way is not None}
@@ -194,6 +200,7 @@ def _kinds(result: "Attribution", by: str) -> "Groups":
 @app.command("groups", rich_help_panel="Decide", epilog=help_example(
     "concept-tda groups scores.parquet --by topic --drop-fraction 0.1"))
 def _groups(
+    context: typer.Context,
     result: Given.OneResult,
     by: _By,
     labels: _ApartBy = None,
@@ -208,6 +215,8 @@ def _groups(
     "Show which kinds of example carry the influence, and write the file without the highest kinds."
     with plain_errors(debug):
         from concept_tda.groups.groups import drop_groups, score_groups
+        looking = drop_fraction is None and "nothing is dropped; say --drop-fraction too, or leave it out"
+        refuse_unread(context, out=looking, overwrite=table is None and looking)
         one = only_result(result)
         for path in filter(None, [table] if drop_fraction is None else [table, out]):
             check_out(path, overwrite, result, _source(one))

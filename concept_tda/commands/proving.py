@@ -22,6 +22,7 @@ from concept_tda.commands.terminal import (
     command_line,
     help_example,
     plain_errors,
+    refuse_unread,
     say_json,
     say_next,
     warnings_told,
@@ -79,6 +80,7 @@ def _findings(summary: Any) -> list[str]:
     "concept-tda experiment smollm2-135m-instruct scores.parquet \\",
     "  --judge questions.jsonl --trait sycophantic --neutral honest --fractions 0.1,0.25"))
 def _experiment(
+    context: typer.Context,
     model: Given.Model,
     results: Given.Results,
     judge: _JudgeFile = None,
@@ -109,6 +111,8 @@ def _experiment(
     with plain_errors(debug, CONTINUES):
         settings = training_settings(
             recipe, rank=rank, alpha=alpha, learning_rate=learning_rate, epochs=epochs, batch_size=batch_size)
+        column = judge is None and "it is a column of the questions; say --judge FILE too, or leave it out"
+        refuse_unread(context, trait=column, neutral=column)
         shares, asked = _shares(fractions), _judges(judge, trait, neutral, capability)
         check_model(model)
         _run_experiment(given, settings, shares, asked)

@@ -21,6 +21,7 @@ from concept_tda.commands.terminal import (
     command_line,
     help_example,
     plain_errors,
+    refuse_unread,
     say_json,
     say_next,
     typed,
@@ -49,6 +50,14 @@ def _as_json(result: "Attribution", n: int) -> dict[str, Any]:
     return dict(card=result.card.to_dict(), n=len(result), queries=queries)
 
 # %% ../../nbs/95_commands/06_reading.ipynb #9608
+def _no_file(path: Path | None, option: str) -> str | None:
+    "Why nothing can be overwritten where no file is named."
+    return f"without {option} no file of yours is written; leave it out" if path is None else None
+
+def _no_labels(labels: str | None) -> str | None:
+    "Why a value without its column is not read."
+    return None if labels else "it is a value in the column that --labels names; say --labels COLUMN too"
+
 def _write_card(results: "list[Attribution]", path: Path | None, overwrite: bool, source: Path) -> None:
     "The card of the one result as JSON, or as YAML where the file is called so."
     if path is None: return
@@ -67,6 +76,7 @@ def _write_card(results: "list[Attribution]", path: Path | None, overwrite: bool
 # %% ../../nbs/95_commands/06_reading.ipynb #9609
 @app.command("show", rich_help_panel="Look", epilog=help_example("concept-tda show scores.parquet -n 5"))
 def _show(
+    context: typer.Context,
     result: Given.Result,
     n: Annotated[int, typer.Option("--n", "-n", help="How many examples at each end.", min=1)] = 10,
     query: Given.Query = None,
@@ -77,6 +87,7 @@ def _show(
 ) -> None:
     "Show a saved result: the query card, the highest and the lowest examples."
     with plain_errors(debug):
+        refuse_unread(context, overwrite=_no_file(card, "--card"))
         results = [one if query is None else one.query(query) for one in read_results([result])]
         _write_card(results, card, overwrite, result)
         if json_: return say_json([_as_json(one, n) for one in results])
@@ -134,6 +145,7 @@ def _advised(comparison: Any) -> Any:
 @app.command("compare", rich_help_panel="Look", epilog=help_example(
     "concept-tda compare scores --labels sycophantic"))
 def _compare(
+    context: typer.Context,
     results: Given.Results,
     labels: Given.Labels = None,
     positive: Given.LabelValue = "true",
@@ -148,6 +160,7 @@ def _compare(
     "Compare several results on the same examples: agreement, detection, price, and what moved."
     with plain_errors(debug):
         from concept_tda.results.comparison import compare
+        refuse_unread(context, positive=_no_labels(labels), overwrite=_no_file(page, "--page"))
         if page is not None:
             check_out(page, overwrite, *results)
         found = compare(read_results(results), top=top, labels=labels, positive=typed(positive))
@@ -194,6 +207,7 @@ def _say_decide(path: Path) -> None:
 
 @app.command("view", rich_help_panel="Look", epilog=help_example("concept-tda view scores.parquet"))
 def _view(
+    context: typer.Context,
     results: Given.Results,
     labels: Given.Labels = None,
     positive: Given.LabelValue = "true",
@@ -204,6 +218,7 @@ def _view(
 ) -> None:
     "Look through a result in a browser: a local page that needs no network and no notebook."
     with plain_errors(debug):
+        refuse_unread(context, positive=_no_labels(labels), overwrite=_no_file(out, "--out"))
         if out is not None:
             check_out(out, overwrite, *results)
         found = read_results(results)
@@ -229,6 +244,7 @@ def _asked_with(result: "Attribution") -> dict[str, Any]:
 @app.command("report", rich_help_panel="Look", epilog=help_example(
     "concept-tda report scores --out report.html --labels sycophantic"))
 def _report(
+    context: typer.Context,
     results: Given.Results,
     out: Given.OutFile = Path("report.html"),
     title: Annotated[str | None, typer.Option(
@@ -246,6 +262,7 @@ def _report(
 
     It needs no network."""
     with plain_errors(debug):
+        refuse_unread(context, positive=_no_labels(labels))
         check_out(out, overwrite, *results)
         from concept_tda.views.report import write_report
         found = read_results(results)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from concept_tda.commands.methods import (
+    GOVERNED,
     METHODS,
     Asked,
     Opened,
@@ -23,8 +24,10 @@ from concept_tda.commands.methods import (
     chosen_methods,
     make_scorers,
     open_all,
+    options_of,
     read_files,
     typed_line,
+    unread_options,
 )
 from .options import METHOD, Given, option
 from .results import only_result, print_ends, result_paths
@@ -36,8 +39,10 @@ from concept_tda.commands.terminal import (
     command_line,
     help_example,
     plain_errors,
+    refuse_unread,
     say_json,
     say_next,
+    typed_options,
     warnings_told,
 )
 from ..foundation.errors import ConceptTDAError, require
@@ -79,8 +84,13 @@ def _command_of(
     one = asked._replace(methods=[method])
     options = {name: str(value) if isinstance(value, Path) else value
                for name, value in one._asdict().items()}
-    return dict(line=typed_line("score", one, _usual()), options=options, files=prints,
+    return dict(line=typed_line("score", _read_by(one, method), _usual()), options=options, files=prints,
                 scores=fingerprint(result.values))
+
+def _read_by(asked: Asked, method: str) -> Asked:
+    "What is asked without the options that the method does not read, so that the line can be typed."
+    usual, counts = _usual(), options_of(asked, method)
+    return asked._replace(**{name: usual[name] for name in GOVERNED & {*Asked._fields} if name not in counts})
 
 def _usual() -> dict[str, Any]:
     "The defaults of `score`."
@@ -154,6 +164,7 @@ _OutResults = Annotated[Path | None, typer.Option(
     "  --positive flattering.jsonl --negative honest.jsonl --layer auto \\",
     "  --queries answers.jsonl --methods vector-filter,concept-influence"))
 def _score(
+    context: typer.Context,
     model: Given.Model,
     data: Given.Data,
     concept: Given.Concept = None,
@@ -208,10 +219,12 @@ def _score(
 
 # %% ../../nbs/95_commands/04_scoring.ipynb #asked-of
 def _asked_of(given: dict[str, Any]) -> Asked:
-    "The options as a record, checked."
+    "The options as a record, checked; those that only some of several methods read are named on stderr."
     asked = Asked(**{name: given[name] for name in Asked._fields})
     asked = asked._replace(methods=chosen_methods(asked.methods))
     check_asked(asked)
+    for note in unread_options(asked, typed_options(given["context"])):
+        typer.echo(f"Note: {note}", err=True)
     return asked
 
 def _sources(asked: Asked) -> list[Any]:
@@ -244,6 +257,8 @@ def _say_plan(found: Any, asked: Asked, told: Any, as_json: bool) -> None:
     "The plan on stdout, then what to type; exit code 1 where the job does not fit."
     if asked.curvature in ("datainf", "logra", "cg"):
         told.add(f"the estimate is without the fit of {asked.curvature}, which no probe prices yet")
+    if asked.null:
+        told.add(f"the estimate is without the {asked.null} draws of --null, which no probe prices yet")
     if as_json:
         say_json(vars(found) | {"fits": found.fits, "money": found.money, "warnings": list(told)})
     else:
@@ -347,6 +362,12 @@ def _beside(name: str | None, card: Path) -> str | None:
     if name is None or Path(name).exists() or not (card.parent/name).exists(): return name
     return str(card.parent/name)
 
+def _not_in(card: "QueryCard") -> dict[str, str]:
+    "Why a file that the card does not name can't have moved."
+    options = card.command.get("options") or {}
+    return {name: "the card's command names no such file; leave it out" for name in _FILES
+            if options and not options.get(name)}
+
 def _check_same(card: "QueryCard", path: Path) -> Callable[[dict[str, str]], None]:
     "A function that refuses files and a model whose content is not that of the card."
     def check(prints: dict[str, str]) -> None:
@@ -379,6 +400,7 @@ _Moved = Annotated[str | None, typer.Option(
 
 @app.command("run", rich_help_panel="Score", epilog=help_example("concept-tda run card.json"))
 def _run(
+    context: typer.Context,
     card: Annotated[Path, typer.Argument(
         help="A query card as JSON or YAML, or a result that holds it.", metavar="CARD",
         show_default=False)],
@@ -397,6 +419,7 @@ def _run(
     given = locals()
     with plain_errors(debug, CONTINUES):
         first = _read_card(card)
+        refuse_unread(context, **_not_in(first))
         moved = {name: given[name] for name in ("model", "data", *_FILES)}
         asked = _replayed(first, card, moved)
         check_asked(asked)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'CONTINUES', 'help_example', 'plain_errors', 'did_you_mean', 'check_file', 'check_model', 'Told',
-           'warnings_told', 'check_out', 'say_json', 'typed', 'command_line', 'say_next']
+           'warnings_told', 'typed_options', 'refuse_unread', 'check_out', 'say_json', 'typed', 'command_line',
+           'say_next']
 
 # %% ../../nbs/95_commands/00_terminal.ipynb #9003
 import json
@@ -135,6 +136,27 @@ def warnings_told() -> Iterator[Told]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield told
+
+# %% ../../nbs/95_commands/00_terminal.ipynb #void-code
+def typed_options(
+    context: typer.Context, # Of the command that runs
+) -> dict[str, str]:        # How each is written, by the name of its parameter
+    "The options that were typed, as opposed to left at their defaults."
+    options = [one for one in context.command.params if one.param_type_name == "option"]
+    written = {str(one.name): "/".join((one.opts[0], *one.secondary_opts[:1])) for one in options}
+    sources = {name: context.get_parameter_source(name) for name in written}
+    return {name: text for name, text in written.items()
+            if sources[name] is not None and getattr(sources[name], "name", "") == "COMMANDLINE"}
+
+# %% ../../nbs/95_commands/00_terminal.ipynb #void-refuse
+def refuse_unread(
+    context: typer.Context,  # Of the command that runs
+    **reasons: str | bool | None, # By parameter: why nothing reads it, and what to do; empty where it is read
+) -> None:
+    "Refuse an option that was typed and that nothing would read. Raises `BadParameter`."
+    for name, written in typed_options(context).items():
+        if reason := reasons.get(name):
+            raise typer.BadParameter(f"nothing would read it here: {reason}.", param_hint=written)
 
 # %% ../../nbs/95_commands/00_terminal.ipynb #9030
 def check_out(

@@ -141,12 +141,27 @@ def _answer_column(record: dict, has: set[str], names: tuple[str, ...], answer: 
     raise ConversationError(f"there is no column {answer!r} to read as the answer; found: "
                             f"{listing(sorted(has)) or 'none'}")
 
+# %% ../../nbs/10_data/01_layouts.ipynb #wanted
+def _check_wanted(record: dict) -> None:
+    "Refuse an answer that data for KTO mark as undesirable."
+    label = record.get("label")
+    unwanted = label.strip().lower() == "false" if isinstance(label, str) else \
+        isinstance(label, (bool, np.bool_)) and not label
+    if not unwanted: return
+    raise ConversationError(
+        "field 'label': is false beside a completion, which in data for KTO marks an answer that the "
+        "training pushes away, and here every answer is one to be learned. Keep the rows with label true; "
+        "or put the two answers to each prompt into columns chosen and rejected for load_preferences; or, if "
+        "'label' means something else, say load_conversations(..., answer='completion') or rename the column")
+
 # %% ../../nbs/10_data/01_layouts.ipynb #0110
 def _pair_turns(record: dict, has: set[str], answer: str | None) -> tuple[list[Turn], set[str]]:
     "Turns of a `prompt` with its answer, and the fields that were used."
     column = _answer_column(record, has, _PAIRED, answer)
     rivals = [name for name in ANSWERS if name in has]
     if column is None and rivals: raise _choose("prompt", rivals)
+    if column == "completion" and answer is None:
+        _check_wanted(record)
     if not says_nothing(record.get("input")):
         raise ConversationError("field 'input': a prompt stands alone; join the two, or rename the column "
                                 "if the "

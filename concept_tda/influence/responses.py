@@ -22,7 +22,7 @@ from .engine import DirectionReadout, Readout
 from .neighbours import AdamMoments, CheckpointScorer
 from .queries import Query
 from .scorers import ScorerError, strangers_note
-from ..model.finetuning import run_segments, training_record
+from ..model.finetuning import RunExamples, run_segments, training_record
 from ..model.loading import LanguageModel
 from ..model.sites import Site
 
@@ -38,11 +38,13 @@ class _OfARun:
         rates: Sequence[float] | None,   # Or the learning rate of every step
         n_examples: int | None,          # ... and the number of training examples
     ):
-        if (run is None) == (rates is None or n_examples is None):
+        said = [one is not None for one in (run, rates, n_examples)]
+        if said not in ([True, False, False], [False, True, True]):
             raise CurvatureError("say of which run: run= (a folder of finetune), or rates= and n_examples=")
-        if run is not None:
-            told = training_record(run)
-            rates, n_examples = told["steps"]["learning_rate"].tolist(), told["examples"]
+        self.run, self.examples = run, None if run is None else RunExamples(run)
+        if run is not None and self.examples is not None:
+            rates = training_record(run)["steps"]["learning_rate"].tolist()
+            n_examples = self.examples.n_examples
         self.rates, self.n_examples = [float(rate) for rate in rates or []], int(n_examples or 0)
         self.reach = sum(self.rates)
         if not (0 < self.reach < math.inf and self.n_examples > 0 and min(self.rates) >= 0):
@@ -53,6 +55,14 @@ class _OfARun:
     def effect(self) -> float:
         "Times a score: the change of the query if the example is left out of the run."
         return -1/self.n_examples
+
+    def strangers(
+        self,
+        data: TokenizedConversations, # Scored
+    ) -> int:                         # The fewest there can be, where only the number of examples is known
+        "How many of the examples were not in the run."
+        if self.examples is None: return max(0, len(data) - self.n_examples)
+        return self.examples.strangers(data)
 
     @property
     def notes(self) -> list[str]:
@@ -140,6 +150,8 @@ class Unrolled(_Spectral):
 # %% ../../nbs/50_influence/15_responses.ipynb #source-start
 class _Segmented(CheckpointScorer):
     "Checkpoints in the order in which a query travels: the last one first."
+    examples: RunExamples | None = None # Of the run, where a record names them
+
     def __init__(
         self,
         checkpoints: Iterable[Any],       # In the order of the run, as `run_segments` gives them
@@ -205,9 +217,11 @@ class SOURCE(_Segmented):
         "Checkpoints, rates, the number of examples and the size of the gradients, all from the run's record."
         pieces = run_segments(folder, lm, base=False)
         size = gradient_size(folder, pieces["checkpoints"][-1]())
-        n_examples = training_record(folder)["examples"]
-        known = dict(n_examples=n_examples, gradient_size=size, sites=sites)
-        return cls(queries=queries, **pieces, **known, **options)
+        examples = RunExamples(folder)
+        known = dict(n_examples=examples.n_examples, gradient_size=size, sites=sites)
+        scorer = cls(queries=queries, **pieces, **known, **options)
+        scorer.examples = examples
+        return scorer
 
     def describe(self) -> dict[str, Any]:
         "As for every history, in the order of the run, with the unit."
@@ -216,7 +230,9 @@ class SOURCE(_Segmented):
                                "gradient_size": self.gradient_size}
         note = (f"{len(self.checkpoints)} segments of a run on {self.n_examples} examples, each with EK-FAC "
                 "at its checkpoint; the query is asked at the last and carried back")
-        strangers = strangers_note(len(self.data), self.n_examples)
+        own, n = self.examples, len(self.data)
+        more = max(0, n - self.n_examples) if own is None else own.strangers(self.data)
+        strangers = strangers_note(more, n, exact=own is not None)
         unit = {} if strangers else dict(effect=-1/self.n_examples, unit=self.query.unit)
         return fields | dict(curvature=Unrolled.name, notes=[*fields["notes"], note, *strangers]) | unit
 

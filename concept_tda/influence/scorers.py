@@ -83,6 +83,9 @@ class _Asked:
     def direct(self, data: TokenizedConversations) -> np.ndarray | None:
         "Scores [N] of a scorer that does not use the pass."
 
+    def look_at(self, data: TokenizedConversations) -> None:
+        "Whatever `describe` has to know of the data that were scored."
+
     def describe(self) -> dict[str, Any]:
         "Fields of the query card this scorer knows: behaviour, layer, pooling, sites, curvature, notes ..."
         return {}
@@ -235,6 +238,7 @@ def query_card(
     resumed: int = 0,               # Examples scored by an earlier, interrupted run
 ) -> QueryCard:
     "The query card of a finished scorer."
+    scorer.look_at(data)
     fields, query = dict(scorer.describe()), getattr(scorer, "query", None)
     notes = [*scorer.about_concept, *fields.pop("notes", []), *_notes_of_the_pass(data, resumed)]
     if isinstance(query, Query) and data.tokenizer is not None:
@@ -698,17 +702,20 @@ def _check_fitted_on(curvature: Any, lm: LanguageModel) -> None:
 # %% ../../nbs/50_influence/05_scorers.ipynb #influence
 class _Influence(_Question):
     "From the query to the readout."
-    n_scored = 0  # Examples that it was prepared for
-
+    n_scored = strangers = 0  # Examples that were scored, and those among them that were never in the run
     def prepare(self, data: TokenizedConversations) -> Readout:
         "Differentiate the query, apply the curvature, choose an engine."
         if isinstance(self.curvature, str):
             self.curvature = EKFAC.fit(self.lm, data, self.sites)
         _check_fitted_on(self.curvature, self.lm)
-        self.n_scored = len(data)
         readout = self._readout(self._directions())
         self.why = readout.why
         return readout if self.first_token else without_first_token(readout)
+
+    def look_at(self, data: TokenizedConversations) -> None:
+        "Count the examples that were not in the run, where the curvature knows of one."
+        self.n_scored, of_run = len(data), getattr(self.curvature, "strangers", None)
+        self.strangers = of_run(data) if of_run else 0
 
     def weights(self, n_queries: int) -> np.ndarray:
         "The parts of the queries by their sizes."
@@ -741,7 +748,8 @@ class _Influence(_Question):
             pooling=query.pooling, reduction="mean",
             sites=pattern if isinstance(pattern, str) else "chosen by name",
             n_sites=len(self.sites), curvature=self.curvature.name, damping=self.curvature.damping_text,
-            settings=_query_settings(query, self.curvature.record), notes=_influence_notes(self)
+            settings=_query_settings(query, self.curvature.record) | _run_settings(self),
+            notes=_influence_notes(self)
         ) | _effect_of(self)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #influence-null
@@ -811,18 +819,25 @@ def _influence_notes(scorer: _Influence) -> list[str]:
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #strangers
 def strangers_note(
-    n_scored: int, # Examples that were scored
-    n_run: int,    # Examples that the run was trained on
-) -> list[str]:    # One note where not all of the first can be among the second, otherwise none
+    strangers: int,     # Examples that were scored and were not in the run
+    n_scored: int,      # Examples that were scored
+    exact: bool = True, # Whether it is known which were; otherwise these are the fewest that there can be
+) -> list[str]:         # One note where there are strangers, otherwise none
     "What a query card says of examples that were never in a run."
-    if n_scored <= n_run: return []
-    return [f"at least {n_scored - n_run} of the {n_scored} examples were not in the run, so nothing would "
+    if not strangers: return []
+    fewest = "" if exact else "at least "
+    return [f"{fewest}{strangers} of the {n_scored} examples were not in the run, so nothing would "
             "change if they were left out: the scores have no unit"]
 
-def _strangers(scorer: _Influence) -> list[str]:
+def _run_settings(scorer: "_Influence") -> dict[str, int]:
+    "How many examples a run had, and how many of the scored ones were not among them."
+    if not hasattr(scorer.curvature, "strangers"): return {}
+    return {"run_examples": scorer.curvature.n_examples, "not_in_run": scorer.strangers}
+
+def _strangers(scorer: "_Influence") -> list[str]:
     "The same of a scorer whose curvature knows of a run."
-    if getattr(scorer.curvature, "effect", None) is None: return []
-    return strangers_note(scorer.n_scored, getattr(scorer.curvature, "n_examples", scorer.n_scored))
+    exact = getattr(scorer.curvature, "examples", None) is not None
+    return strangers_note(scorer.strangers, scorer.n_scored, exact)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #effect-of
 def _effect_of(scorer: _Influence) -> dict[str, Any]:
@@ -845,6 +860,13 @@ def _warn_of_weak_queries(concept: Concept, expression: QueryExpression) -> None
 def _weighted(query: Query, weights: Sequence[float] | None) -> Query:
     "The query, with weights where there are any."
     return query if weights is None else WeightedQuery(query, weights)
+
+def _check_shown(query: Query) -> None:
+    "Refuse weights by which no query example shows the concept."
+    if not isinstance(query, WeightedQuery) or len(query.showing): return
+    raise ScorerError("query_weights= are all negative, so no query example shows the concept, and what "
+                      "would rank first is what lowers it: give them the other sign, and read the scores "
+                      "from the lowest. (Influence(lm, WeightedQuery(...)) asks with weights of any sign.)")
 
 class _OnConcept(Influence):
     "Influence whose queries are held against the examples before anything is computed."
@@ -910,6 +932,7 @@ class ConceptInfluence(_OnConcept):
     ):
         self.about_concept = concept.check(lm)
         query: Any = _weighted(ConceptQuery(concept, queries, pooling=pooling), query_weights)
+        _check_shown(query)
         if neutral is not None:
             query = ContrastQuery(query, ConceptQuery(concept, neutral, pooling=pooling))
         super().__init__(lm, query, sites=sites, curvature=curvature, **options)

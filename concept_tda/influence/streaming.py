@@ -38,6 +38,7 @@ from concept_tda.influence.scorers import (
     VectorFilter,
     equal_as_first,
     query_card,
+    strangers_note,
 )
 from ..model.loading import LanguageModel
 from ..results.cards import Cost, QueryCard
@@ -231,9 +232,20 @@ def _cards(parts: list[dict], name: str) -> dict[str, QueryCard]:
         notes = [note for note in card.notes if " were longer than " not in note]
         notes += [f"{cut} of {n} examples were longer than {most} tokens and were cut there"]*(cut > 0)
         settings = {"parts": len(parts), "part_examples": parts[0]["rows"], **card.settings}
-        cards[column] = replace(card, data=name, data_fingerprint=examples, cost=cost, notes=notes,
-                                settings=settings)
+        whole = replace(card, data=name, data_fingerprint=examples, cost=cost, notes=notes, settings=settings)
+        cards[column] = _without_strangers(whole, [one.settings for one in several], n)
     return cards
+
+def _without_strangers(card: QueryCard, parts: list[dict[str, Any]], n: int) -> QueryCard:
+    "The card without a unit where examples of any part, or some of them all, were not in the run."
+    if (size := card.settings.get("run_examples")) is None: return card
+    counted = sum(one["not_in_run"] for one in parts)
+    strangers = max(counted, n - size)
+    if not strangers: return card
+    notes = [note for note in card.notes if " were not in the run" not in note]
+    notes += strangers_note(strangers, n, exact=counted == strangers)
+    settings = card.settings | {"not_in_run": strangers}
+    return replace(card, effect=None, unit=None, gap=None, notes=notes, settings=settings)
 
 def _finish(folder: Path, numbers: Iterable[int], name: str) -> None:
     "Write the manifest out of the summaries."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRADIENT_CLIP', 'RECIPES', 'FinetuneError', 'example_losses', 'own_randomness', 'new_adapters', 'step_rows',
-           'step_rate', 'write_training_record', 'finetune', 'run_settings', 'training_record', 'Retrained',
-           'finetune_many', 'training_checkpoints', 'run_beginning', 'run_segments']
+           'step_rate', 'write_training_record', 'finetune', 'run_settings', 'training_record', 'example_prints',
+           'RunExamples', 'Retrained', 'finetune_many', 'training_checkpoints', 'run_beginning', 'run_segments']
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0003
 import copy
@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pandas as pd
 import torch
+import xxhash
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -742,6 +743,7 @@ def _train_into(
                    for step in keeper.checkpoint_steps(len(steps))]
     record = about | {"seconds": seconds, "tokens_per_second": tokenized.n_tokens*settings["epochs"]/seconds,
                       "checkpoints": checkpoints, "steps": steps, "untrained": untrained}
+    np.save(place/_EXAMPLES, example_prints(tokenized))
     write_training_record(place, record)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #weighted
@@ -818,6 +820,65 @@ def training_record(
     gradient_norm (before clipping), seconds. Raises `FinetuneError`."""
     record = _read_record(Path(folder))
     return record | {"steps": pd.DataFrame(record["steps"])}
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #who-prints
+_EXAMPLES = "examples.npy"
+
+def _print_of(one: TokenizedConversation) -> int:
+    "64 bits of what the loss of an example depends on."
+    hasher = xxhash.xxh3_64(one.input_ids.to(torch.int64).numpy().tobytes())
+    hasher.update(one.response_mask.bool().numpy().tobytes())
+    if one.token_weights is not None and bool((one.token_weights[one.response_mask] != 1).any()):
+        hasher.update(one.token_weights.float().numpy().tobytes())
+    return hasher.intdigest()
+
+def example_prints(
+    data: TokenizedConversations, # N examples
+) -> np.ndarray:                  # [N] uint64; equal for examples with an equal loss
+    "A number for each example, of its tokens, response mask and token weights."
+    return np.array([_print_of(one) for one in data], dtype=np.uint64)
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #who-read
+def _recorded_prints(folder: Path, record: dict[str, Any]) -> tuple[np.ndarray, bool]:
+    "Numbers [N] of the examples of a run, and whether they are made of ids instead of tokens."
+    if record.get("ids") is not None:
+        return np.array([xxhash.xxh3_64_intdigest(id.encode()) for id in record["ids"]], np.uint64), True
+    if "trained_by" in record["key"]:
+        raise FinetuneError(f"the record in {folder} does not say which examples were trained on: give ids= "
+                            "to the TrainingRecorder, or say the run's rates and n_examples yourself")
+    try:
+        prints_N = np.load(folder/_EXAMPLES)
+    except (OSError, ValueError) as err:
+        raise FinetuneError(f"{folder} does not say which examples were trained on ({_EXAMPLES}: {err}); was "
+                            "it made by an older version? Fine-tune again into another folder") from None
+    if prints_N.shape == (record["examples"],) and prints_N.dtype == np.uint64: return prints_N, False
+    raise FinetuneError(f"{folder/_EXAMPLES} is damaged: the run has {record['examples']} examples, and it "
+                        f"holds {prints_N.dtype} {prints_N.shape}. Fine-tune again into another folder")
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #who-run
+class RunExamples:
+    "Which examples a run was trained on. Raises `FinetuneError` where its record does not say."
+    def __init__(
+        self,
+        folder: str | Path, # Of a fine-tune, or of a recorded training
+    ):
+        prints_N, self.by_id = _recorded_prints(Path(folder), _read_record(Path(folder)))
+        self.n_examples = len(prints_N)
+        self.known, self.copies = np.unique(prints_N, return_counts=True)
+
+    def strangers(
+        self,
+        data: TokenizedConversations, # M examples, in any order
+    ) -> int:                         # 0 for the run's data and parts of them
+        "How many of the examples were not in the run, or more often than the run had them."
+        if self.by_id:
+            prints_M = np.array([xxhash.xxh3_64_intdigest(id.encode()) for id in data.ids], np.uint64)
+        else:
+            prints_M = example_prints(data)
+        asked, copies = np.unique(prints_M, return_counts=True)
+        places = np.searchsorted(self.known, asked).clip(max=len(self.known) - 1)
+        there = np.where(self.known[places] == asked, self.copies[places], 0)
+        return int((copies - there).clip(min=0).sum())
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #003a
 @dataclass(frozen=True)
