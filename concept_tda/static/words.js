@@ -18,7 +18,7 @@ class EndWordsPart {
     this.node = el(
       "details",
       {class: "words-part", ontoggle: () => this.load()},
-      el("summary", {}, "Words of the highest and of the lowest examples"),
+      el("summary", {}, "Words of both ends"),
       this.box,
     );
   }
