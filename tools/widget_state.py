@@ -1,5 +1,5 @@
 """Notebooks keep the state of every widget that was ever made in them, drawn or not. This takes away
-the states that no output shows.
+the states that no output shows, and the progress bars of the run: stopped, they tell a reader nothing.
 
     python tools/widget_state.py                  # all notebooks
     python tools/widget_state.py nbs/99_cli.ipynb"""
@@ -28,6 +28,22 @@ def shown(notebook: dict) -> dict[str, dict]:
     return {name: state for name, state in states.items() if name in found}
 
 
+def is_bar(output: dict) -> bool:
+    """Whether an output is a progress bar as tqdm draws it."""
+    data = output.get("data", {})
+    return VIEW in data and bool(re.search(r"\d+%\|", "".join(data.get("text/plain", ""))))
+
+
+def without_bars(notebook: dict) -> int:
+    """Take the progress bars out of a notebook's outputs. How many there were."""
+    number = 0
+    for cell in (cell for cell in notebook["cells"] if cell.get("outputs")):
+        kept = [output for output in cell["outputs"] if not is_bar(output)]
+        number += len(cell["outputs"]) - len(kept)
+        cell["outputs"] = kept
+    return number
+
+
 def stale(notebook: dict) -> list[str]:
     """Names of the states that nothing shows."""
     states = notebook["metadata"].get("widgets", {}).get(STATE, {}).get("state", {})
@@ -37,17 +53,17 @@ def stale(notebook: dict) -> list[str]:
 def clean(path: Path) -> int:
     """Take them out of a notebook. How many there were."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    found = stale(notebook)
-    if found:
-        left = shown(notebook)
-        notebook["metadata"]["widgets"][STATE]["state"] = left
-        if not left:
-            del notebook["metadata"]["widgets"]
+    number, found = without_bars(notebook), stale(notebook)
+    if number or found:
+        if left := shown(notebook):
+            notebook["metadata"]["widgets"][STATE]["state"] = left
+        else:
+            notebook["metadata"].pop("widgets", None)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return len(found)
+    return number + len(found)
 
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:] or sorted((ROOT / "nbs").rglob("*.ipynb"))):
         if number := clean(path):
-            print(f"{path}: {number} states of widgets that nothing shows")
+            print(f"{path}: {number} bars and states of widgets that nothing shows")
