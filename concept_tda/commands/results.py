@@ -44,14 +44,16 @@ def _of_stream(path: Path) -> str:
             "folder.compare()")
 
 # %% ../../nbs/95_commands/02_results.ipynb #result-files
-_PLAIN = ("bm25", "length", "loss", "random", "random-direction", "repsim")
+_FIRST = ("concept-influence", "influence-function")
+_LAST = ("bm25", "length", "loss", "random", "random-direction", "repsim")
 
 def result_files(
     path: Path, # A file, or a folder of files
 ) -> list[Path]:
-    "The files of results at `path`, by name, baselines last."
+    "The files of results at `path`, by name; Concept Influence and Influence Function first, baselines last."
     if not path.is_dir(): return [path]
-    return sorted(path.glob("*.parquet"), key=lambda file: (file.stem in _PLAIN, file.name))
+    place = lambda file: (file.stem in _LAST, file.stem not in _FIRST, file.name)
+    return sorted(path.glob("*.parquet"), key=place)
 
 # %% ../../nbs/95_commands/02_results.ipynb #9208
 def read_results(
