@@ -40,7 +40,8 @@ PUBLIC = {
     "model.answers": "answer_records with_record cached_generate",
     "model.finetuning": "GRADIENT_CLIP RECIPES FinetuneError example_losses own_randomness new_adapters "
         "step_rows step_rate write_training_record finetune run_settings training_record example_prints "
-        "RunExamples Retrained finetune_many training_checkpoints run_beginning run_segments",
+        "RunExamples Retrained finetune_many training_checkpoints run_beginning run_segments is_model_in "
+        "check_of_run",
     "model.training": "TrainingError TrainingRecipe StepPlan first_plan TrainingRun train replay load_run",
     "model.tiny": "FAMILIES tiny_tokenizer tiny_model tiny_pair",
     "model.servers": "ServerError ServedModel",

@@ -132,11 +132,11 @@ def test_predictions_say_what_they_rest_on():
     data, scores = chats(8), np.arange(8.0)
     result = Attribution(data, scores, card())
     assert "not calibrated" in str(result.predict(drop=[7])) and result.predict(drop=[7]).low is None
-    line = Calibration.fit([0, 1, 2, 3], [0, -1, -2, -3.5], judge="judge", unit="points", method="m")
+    line = Calibration.fit([0, 1, 2, 3], [0, -1, -2, -3.5], judge="judge", unit="points", of=result)
     said = result.predict(drop=[7, 6], calibration=line)
     assert said.change == pytest.approx(line.intercept - 13 * line.slope)
     assert "points" in str(said) and "4 retrained sets" in str(said) and said.low < said.change < said.high
-    with pytest.raises(AttributionError, match="made for m"):
+    with pytest.raises(AttributionError, match="method m there, other here"):
         Attribution(data, scores, card(method="other")).predict(drop=[7], calibration=line)
     with pytest.raises(AttributionError, match="four retrainings"):
         Calibration.fit([1, 1, 1, 1], [1, 2, 3, 4])

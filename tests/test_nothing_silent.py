@@ -1,6 +1,7 @@
 """Inputs for which there was once a number without a word, and it meant something else."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,10 @@ from concept_tda.influence.curvature import EKFAC, CurvatureError
 from concept_tda.influence.neighbours import AdamMoments, TracIn
 from concept_tda.influence.pairs import load_pair_attribution, score_preferences
 from concept_tda.influence.queries import ConceptQuery, LossQuery, WeightedQuery
-from concept_tda.influence.responses import SOURCE, AdamResponse, Unrolled
+from concept_tda.influence.responses import SOURCE, AdamResponse, Unrolled, gradient_size
 from concept_tda.influence.runs import TrainingInfluence
 from concept_tda.influence.scorers import (
+    ActivationGradient,
     ConceptInfluence,
     GradDot,
     Influence,
@@ -28,7 +30,13 @@ from concept_tda.influence.scorers import (
     VectorFilter,
 )
 from concept_tda.influence.streaming import score_stream
-from concept_tda.model.finetuning import FinetuneError, RunExamples, finetune
+from concept_tda.model.finetuning import (
+    FinetuneError,
+    RunExamples,
+    check_of_run,
+    finetune,
+    training_checkpoints,
+)
 from concept_tda.model.loading import load_model
 from concept_tda.results.attribution import Attribution, load_attribution
 from concept_tda.results.calibration import Calibration, ensemble, foretold
@@ -421,3 +429,74 @@ def test_an_answer_that_a_trainer_would_push_away_is_not_read_as_one_to_learn(tm
     with pytest.raises(ConversationError, match="KTO"):  # a file that this library would not read again
         plain.as_layout("prompt-completion")
     assert plain.as_layout("messages").labels("label").tolist() == [False]
+
+
+def test_a_run_is_that_of_the_model(run, train, queries, tmp_path):
+    base, tuned, folder, options = run
+    data = train.select([*range(10), 3])
+    again = finetune(base, data, tmp_path / "again", merge=False, **options | {"seed": 1})
+    merged, reopened = load_model(folder, merge=True), load_model(folder)
+    checkpoint = training_checkpoints(folder, base)["checkpoints"][0]()
+    for lm in (tuned, merged, reopened, checkpoint):
+        check_of_run(folder, lm)
+    strange = [again, base, load_model(tmp_path / "again", merge=True)]
+    for lm in strange:
+        with pytest.raises(FinetuneError, match="is not the model that the run in .*run"):
+            check_of_run(folder, lm)
+    assert gradient_size(folder, checkpoint) > 0
+    with pytest.raises(CurvatureError, match=f"{again.name}.* is not the model that the run in"):
+        gradient_size(folder, again)
+    for lm, sites in ((again, "lora"), (strange[2], "attention")):
+        ekfac = EKFAC.fit(lm, train[:3], sites, progress=False, cache=False)
+        for curvature in (
+            Unrolled(ekfac, folder),
+            AdamResponse(AdamMoments.estimate(lm, data, sites), folder),
+        ):
+            with pytest.raises(CurvatureError, match="is not the model that the run in"):
+                InfluenceFunction(lm, queries, sites=sites, curvature=curvature).score(data, progress=False)
+
+
+def test_a_whole_model_is_told_from_another_run_of_it(lm, train, tmp_path):
+    options = dict(rank=2, epochs=1, learning_rate=5e-3, progress=False)
+    models = [finetune(lm, train, tmp_path / str(seed), seed=seed, **options) for seed in (0, 1)]
+    for one, model in enumerate(models):
+        check_of_run(tmp_path / str(one), model)
+        for strange in (models[1 - one], lm):
+            with pytest.raises(FinetuneError, match="is not the model"):
+                check_of_run(tmp_path / str(one), strange)
+
+
+def test_a_calibration_is_of_the_scores_it_was_made_from(lm, train, queries):
+    concept, other = (
+        tensor_concept(torch.randn(16, generator=torch.Generator().manual_seed(i)), 1, name="some", lm=lm)
+        for i in (0, 1)
+    )
+    second = load_model((tiny_model(seed=1), tiny_tokenizer()))
+    ask = lambda scorer, data=train, **options: scorer.score(data, progress=False, **options)
+    first = ask(VectorFilter(lm, concept))
+    line = Calibration.fit([0, 1, 2, 3], [0, -1, -2, -3.5], of=first)
+    said = first.predict(drop=[0], calibration=line)
+    assert "transferred" not in str(said) and "not said" not in str(said)
+    same = ask(VectorFilter(lm, concept), token_budget=64)  # in other batches
+    assert same.predict(drop=[0], calibration=line).change == pytest.approx(said.change, rel=1e-5)
+    rows = np.arange(12)[::-1]
+    wrong = {
+        "question": ask(VectorFilter(lm, other)),
+        "data fingerprint": ask(VectorFilter(lm, concept), load_conversations(RECORDS[:11])),
+        "model fingerprint": ask(VectorFilter(second, concept.transfer(second))),
+        "method": ask(ActivationGradient(lm, concept)),
+        "max tokens": ask(VectorFilter(lm, concept), max_tokens=30),
+        "data": ask(VectorFilter(lm, concept), train.select(rows)),
+    }
+    wrong["unit"] = Attribution(train, first.scores, replace(first.card, effect=-1.0, unit="nats"))
+    for what, result in wrong.items():
+        with pytest.raises(AttributionError, match=f"other scores: .*{what}.* there, .* here"):
+            result.predict(drop=[0], calibration=line)
+        assert "transferred from other scores (" in str(result.predict(drop=[0], calibration=line.transfer()))
+    by_loss = ask(GradDot(lm, queries))
+    others = ask(GradDot(lm, load_conversations([{"prompt": "say", "response": "no"}] * 6)))
+    with pytest.raises(AttributionError, match="question"):  # as many queries, of the same name
+        others.predict(drop=[0], calibration=Calibration.fit([0, 1, 2, 3], [0, 1, 2, 4], of=by_loss))
+    nobody = Calibration.fit([0, 1, 2, 3], [0, -1, -2, -3.5])
+    assert "whose scores they were was not said" in str(by_loss.predict(drop=[0], calibration=nobody))
+    assert "question" not in str(first.card) and first.card.question == concept.fingerprint

@@ -435,6 +435,6 @@ def calibrate(
     sums = [foretold(result, rows) for rows in found["rows"]]
     try:
         return Calibration.fit(sums, found["measured"].to_numpy(), judge=about["name"],
-                               unit=about["unit"] or "", method=result.card.method)
+                               unit=about["unit"] or "", of=result.query())
     except AttributionError as err:
         raise ExperimentError(str(err)) from err

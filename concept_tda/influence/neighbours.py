@@ -38,7 +38,7 @@ from concept_tda.influence.scorers import (
     query_card,
     score_together,
 )
-from ..model.finetuning import training_record
+from ..model.finetuning import is_model_in, training_record
 from ..model.loading import LanguageModel, load_model
 from ..model.losses import loss_weights, token_losses
 from ..model.sites import Site, coverage_notes, resolve_sites
@@ -506,7 +506,13 @@ def recorded_moments(
     "Adam's moments at the checkpoints that `training_checkpoints` gives."
     places = [Path(folder)/one["folder"] for one in training_record(folder)["checkpoints"]
               if one["learning_rate"] > 0]
-    return [lambda lm, sites, place=place: _read_moments(place, sites) for place in places]
+    return [lambda lm, sites, place=place: _moments_at(place, lm, sites) for place in places]
+
+def _moments_at(place: Path, lm: LanguageModel, sites: list[Site]) -> AdamMoments:
+    "The moments beside a checkpoint, which must be the model that is asked."
+    if is_model_in(lm, place): return _read_moments(place, sites)
+    raise ScorerError(f"{lm.name} is not the checkpoint in {place}, whose moments these are: take "
+                      "checkpoints and moments from one folder")
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #estimate-parts
 def _zeros(sites: list[Site]) -> dict[str, torch.Tensor]:

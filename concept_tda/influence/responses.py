@@ -22,11 +22,24 @@ from .engine import DirectionReadout, Readout
 from .neighbours import AdamMoments, CheckpointScorer
 from .queries import Query
 from .scorers import ScorerError, strangers_note
-from ..model.finetuning import RunExamples, run_segments, training_record
+from concept_tda.model.finetuning import (
+    FinetuneError,
+    RunExamples,
+    check_of_run,
+    run_segments,
+    training_record,
+)
 from ..model.loading import LanguageModel
 from ..model.sites import Site
 
 # %% ../../nbs/50_influence/15_responses.ipynb #run
+def _check_model(run: str | Path, lm: LanguageModel) -> None:
+    "Refuse the model of another run."
+    try:
+        check_of_run(run, lm)
+    except FinetuneError as err:
+        raise CurvatureError(str(err)) from None
+
 class _OfARun:
     "A run's learning rates and its number of examples."
     record: dict[str, Any] = {}
@@ -50,6 +63,14 @@ class _OfARun:
         if not (0 < self.reach < math.inf and self.n_examples > 0 and min(self.rates) >= 0):
             raise CurvatureError(f"learning rates that sum to {self.reach} over {self.n_examples} examples "
                                  "are no run")
+
+    def check_model(
+        self,
+        lm: LanguageModel, # On which scores are computed
+    ) -> None:
+        "Refuse a model that did not come out of the run in a folder. Raises `CurvatureError`."
+        if self.run is not None:
+            _check_model(self.run, lm)
 
     @property
     def effect(self) -> float:
@@ -81,6 +102,7 @@ def gradient_size(
     if "rank" not in told["key"] or not n:
         raise CurvatureError(f"{folder}: gradient norms are read of a `finetune` with its adapter unmerged "
                              "(merge=False); say gradient_size= of any other run")
+    _check_model(folder, tuned)
     return float(((told["steps"]["gradient_norm"]**2).mean()/n)**.5)
 
 # %% ../../nbs/50_influence/15_responses.ipynb #unrolled

@@ -248,6 +248,7 @@ def query_card(
         settings["chat_template"] = scorer.lm.chat_template
     cost = Cost(seconds=seconds, tokens=data.n_tokens, peak_memory=peak_memory)
     return QueryCard(method=scorer.method, zero=scorer.zero, access=scorer.access, code=code_version(),
+                     question=_question_of(scorer),
                      notes=notes, settings=settings, cost=cost, **_names(scorer.lm, data), **fields)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #card-parts
@@ -256,6 +257,12 @@ def _names(lm: LanguageModel | None, data: TokenizedConversations) -> dict[str, 
     conversations = data.conversations
     return dict(data=conversations.name, data_fingerprint=conversations.fingerprint,
                 model=lm.name if lm else None, model_fingerprint=lm.fingerprint if lm else None)
+
+def _question_of(scorer: Scorer) -> str | None:
+    "A hash of the query, the concept or the query texts that a scorer asks about; None for one without."
+    for name in ("query", "concept", "queries"):
+        found = getattr(getattr(scorer, name, None), "fingerprint", None)
+        if found is not None: return found
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #pass-notes
 def _notes_of_the_pass(data: TokenizedConversations, resumed: int) -> list[str]:
@@ -698,6 +705,8 @@ def _check_fitted_on(curvature: Any, lm: LanguageModel) -> None:
     if fitted_on and fitted_on != lm.fingerprint:
         raise CurvatureError(f"the curvature was fitted on {curvature.record['model']}, whose weights differ "
                              f"from those of {lm.name}: fit it on this model")
+    if hasattr(curvature, "check_model"):  # it knows of a run
+        curvature.check_model(lm)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #influence
 class _Influence(_Question):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GRADIENT_CLIP', 'RECIPES', 'FinetuneError', 'example_losses', 'own_randomness', 'new_adapters', 'step_rows',
            'step_rate', 'write_training_record', 'finetune', 'run_settings', 'training_record', 'example_prints',
-           'RunExamples', 'Retrained', 'finetune_many', 'training_checkpoints', 'run_beginning', 'run_segments']
+           'RunExamples', 'Retrained', 'finetune_many', 'training_checkpoints', 'run_beginning', 'run_segments',
+           'is_model_in', 'check_of_run']
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0003
 import copy
@@ -1092,6 +1093,71 @@ def run_segments(
         sums[nearest] += step["learning_rate"]
     chosen = [(opener, total) for opener, total in zip(openers, sums) if total > 0]
     return {"checkpoints": [opener for opener, _ in chosen], "learning_rates": [total for _, total in chosen]}
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #of-run-adapter
+_LOOKED_AT = 8  # layers
+
+def _is_adapter_of(lm: LanguageModel, place: Path) -> bool:
+    "Whether the adapter in use is the one saved in `place`."
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+    names = [*getattr(lm.model, "active_adapters", [])]
+    if len(names) != 1: return False
+    own = get_peft_model_state_dict(lm.model, adapter_name=names[0], save_embedding_layers=False)
+    there = load_file(place/"adapter_model.safetensors")
+    return own.keys() == there.keys() and all(
+        torch.equal(own[name].detach().cpu(), one.to(own[name].dtype)) for name, one in there.items())
+
+def _looked_at(lm: LanguageModel) -> list[tuple[str, Tensor]]:
+    "Names and weights of eight linear layers, from the first to the last."
+    sites = resolve_sites(lm, "all-linear")
+    rows = sorted({round(row) for row in np.linspace(0, len(sites) - 1, _LOOKED_AT)})
+    return [(sites[row].name, sites[row].module.weight.detach().cpu()) for row in rows]
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #of-run-merged
+def _is_merged_from(lm: LanguageModel, place: Path) -> bool:
+    "Whether the model is the base of the adapter in `place` with that adapter merged into it."
+    name = json.loads((place/"adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = load_model(name, dtype=lm.dtype, device="cpu")
+    adapted, found = dict(_with_adapter(base, place).named_modules()), []
+    for (site, own), (_, before) in zip(_looked_at(lm), _looked_at(base), strict=True):
+        layer: Any = adapted[f"base_model.model.{site}"]
+        added = layer.get_delta_weight("default").detach().float()
+        off = (own.float() - before.float() - added).norm()
+        rounding = torch.finfo(lm.dtype).eps*before.float().norm()
+        found.append(bool(off <= .05*added.norm() + rounding))
+    return all(found)
+
+def _is_saved_in(lm: LanguageModel, place: Path) -> bool:
+    "Whether the weights of a whole model are those saved in `place`."
+    from transformers import AutoModelForCausalLM
+    saved: Any = AutoModelForCausalLM.from_pretrained(place, dtype=lm.dtype)
+    weights = saved.state_dict()
+    return all(torch.equal(own, weights.get(f"{site}.weight", own[:0])) for site, own in _looked_at(lm))
+
+# %% ../../nbs/20_model/05_finetuning.ipynb #of-run-check
+def is_model_in(
+    lm: LanguageModel,  # With an adapter, merged, or whole
+    place: str | Path,  # Folder of a model or an adapter
+) -> bool:
+    "Whether the weights saved in a folder are those of the model."
+    place, adapted = Path(place), hasattr(lm.model, "peft_config")
+    if not (place/"adapter_config.json").exists():
+        return (place/"config.json").exists() and not adapted and _is_saved_in(lm, place)
+    return _is_adapter_of(lm, place) if adapted else _is_merged_from(lm, place)
+
+def check_of_run(
+    folder: str | Path, # Of a fine-tune, or of a recorded training
+    lm: LanguageModel,  # The model at its end, or at one of its checkpoints
+) -> None:
+    "Refuse a model that did not come out of this run. Raises `FinetuneError`."
+    folder = Path(folder)
+    kept = _read_record(folder).get("checkpoints", [])
+    if any(is_model_in(lm, place) for place in (folder, *(folder/one["folder"] for one in kept))): return
+    raise FinetuneError(f"{lm.name} is not the model that the run in {folder} ended with"
+                        + (f", nor one of its {len(kept)} checkpoints" if kept else "")
+                        + f": open the model of that run, load_model({str(folder)!r}), or name the folder "
+                          "that this model came from")
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #0047
 RECIPES: dict[str, dict[str, Any]] = {

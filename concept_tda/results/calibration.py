@@ -43,7 +43,8 @@ class _Line:
     r2: float          # Share of the measured variance that the line explains
     judge: str = "the behaviour" # What was measured
     unit: str = ""               # Of it
-    method: str | None = None    # Whose scores; None fits any
+    of: dict[str, Any] | None = None # What defines the scores, `QueryCard.defined_by`; None: nobody said
+    transferred: bool = False    # Whether it may be used for other scores all the same
 
     def interval(
         self,
@@ -58,6 +59,14 @@ class _Line:
         return change, float(change - half), float(change + half)
 
 # %% ../../nbs/30_results/05_calibration.ipynb #fit
+def _differences(of: dict[str, Any] | None, result: Attribution) -> list[str]:
+    "How the scores differ from those that a calibration was made from."
+    if of is None: return []
+    own = result.card.defined_by
+    said = lambda values, name: "nothing" if values.get(name) is None else str(values[name])
+    return [f"{name.replace('_', ' ')} {said(of, name)} there, {said(own, name)} here"
+            for name in {**of, **own} if of.get(name) != own.get(name)]
+
 class Calibration(_Line):
     "What sums of scores came to when the model was trained again, as a line with a prediction interval."
     @classmethod
@@ -65,7 +74,10 @@ class Calibration(_Line):
         cls,
         foretold: Sequence[float] | np.ndarray, # One for each set left out, as `foretold` gives it
         measured: Sequence[float] | np.ndarray, # Change of the behaviour after training without it
-        **about: Any,                           # judge, unit and method, for messages
+        *,
+        of: Attribution | None = None,          # Whose scores they are; it is used for no others
+        judge: str = "the behaviour",           # What was measured
+        unit: str = "",                         # Of it
     ) -> Self:
         "Fit the line. Raises `AttributionError` with fewer than four different points."
         x, y = np.asarray(foretold, float), np.asarray(measured, float)
@@ -79,7 +91,11 @@ class Calibration(_Line):
         left = float(((dy - slope*dx)**2).sum())
         r2 = 1 - left/float(dy @ dy) if dy.any() else float("nan")
         return cls(slope, float(y.mean() - slope*x.mean()), (left/(len(x) - 2))**.5, float(x.mean()), scatter,
-                   len(x), r2, **about)
+                   len(x), r2, judge, unit, None if of is None else of.card.defined_by)
+
+    def transfer(self) -> Self:
+        "The same line, for scores that it was not made from: another model, file, concept or method."
+        return replace(self, transferred=True)
 
     def predict(
         self,
@@ -89,12 +105,16 @@ class Calibration(_Line):
         level: float = .95,        # Of the interval
     ) -> Prediction:
         "What `Attribution.predict(..., calibration=)` gives. Raises `AttributionError`."
-        if self.method not in (None, result.card.method):
-            raise AttributionError(f"this calibration was made for {self.method}, these are scores by "
-                                   f"{result.card.method}: calibrate them with their own retrainings")
+        other = _differences(self.of, result)
+        if other and not self.transferred:
+            raise AttributionError(f"this calibration was made from other scores: {'; '.join(other)}. "
+                                   "Calibrate these with retrainings of their own, or say "
+                                   "calibration.transfer() to use it all the same")
         change, low, high = self.interval(foretold(result, rows), level)
         n = len(result.select(rows))
         basis = f"calibrated on {self.n} retrained sets, slope {self.slope:.3g}, R² {self.r2:.2f}"
+        basis += "; whose scores they were was not said" if self.of is None else ""
+        basis += f"; transferred from other scores ({'; '.join(other)})" if other else ""
         return Prediction(self.judge, change, self.unit, n, len(result), low, high, level, basis)
 
 # %% ../../nbs/30_results/05_calibration.ipynb #common-null

@@ -94,6 +94,7 @@ class _Fields:
     model_fingerprint: str | None = None # Hash of its weights and config
     data: str | None = None              # Name of the scored conversations
     data_fingerprint: str | None = None  # Hash of their content
+    question: str | None = None          # Hash of the query or concept that was asked about, not shown
     layer: int | None = None             # l means hidden_states[l], the output of block l - 1
     pooling: str | None = None           # How token activations become one vector
     reduction: str | None = None         # "mean" or "sum" of the loss over response tokens
@@ -152,7 +153,7 @@ class _Shown(_Reading):
                   "settings": ", ".join(f"{key}={value}" for key, value in self.settings.items()),
                   "mean": ", ".join(f"{mean:.4g}" for mean in self.mean or ()), "sign": None,
                   "access": self.access and f"{self.access}: {ACCESS[self.access]}",
-                  "command": self.command.get("line")}
+                  "command": self.command.get("line"), "question": None}
         return [(name.replace("_", " "), str(value)) for name, value in shown.items()
                 if value not in (None, "")]
 
@@ -162,12 +163,25 @@ class _Shown(_Reading):
     def _repr_html_(self) -> str:
         return html_of(self)
 
+# %% ../../nbs/30_results/01_cards.ipynb #defining
+_DEFINING = ("method", "behaviour", "question", "model_fingerprint", "data_fingerprint", "layer", "pooling",
+             "reduction", "sites", "n_sites", "curvature", "damping", "zero", "effect", "unit")
+_MEASURED = {"token_budget", "parts", "part_examples", "query_before", "query_after", "by_log_rate",
+             "reliability", "recall", "lowest_exact_score", "not_in_run"}
+
 # %% ../../nbs/30_results/01_cards.ipynb #0024
 class QueryCard(_Shown):
     "What was computed: everything a reader needs to trust, repeat or refuse a score."
     def to_dict(self) -> dict:
         "Plain values, ready for JSON."
         return asdict(self)
+
+    @property
+    def defined_by(self) -> dict[str, object]:
+        "All that makes the score what it is: not its price, what was measured on the way, or who asked."
+        own = {name: getattr(self, name) for name in _DEFINING}
+        return own | {name: value for name, value in self.settings.items()
+                      if name not in _MEASURED and not name.endswith("seconds")}
 
     @classmethod
     def from_dict(
