@@ -58,7 +58,7 @@ PUBLIC = {
     "results.comparison": "Comparison results_by_name compare",
     "results.calibration": "foretold Calibration ensemble",
     "results.folders": "write_part summary joined write_manifest ScoreFolder",
-    "results.advice": "Finding Advice advice",
+    "results.advice": "Finding Advice about_the_same advice",
     "concepts.concept": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
         "tensor_concept random_concepts LayerSweep sweep_layers",
     "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge last_answer_only ContrastJudge "
@@ -174,13 +174,13 @@ PUBLIC = {
     "views.movers": "MOVER_SCRIPTS card_differences mover_words mover_table mover_columns MoverBrowser",
     "commands.terminal": "app CONTINUES help_example plain_errors did_you_mean check_file check_model Told "
         "warnings_told typed_options refuse_unread check_out say_json typed command_line say_next",
-    "commands.options": "BEHAVIOUR METHOD MODEL PAIRS TRAINING_PANEL option Given",
+    "commands.options": "BEHAVIOUR METHOD MODEL PAIRS TRAINING_PANEL option Given as_opened",
     "commands.results": "result_paths result_files read_results only_result examples_text print_ends",
     "commands.methods": "METHODS CURVATURES FORMS GOVERNED Method Asked chosen_methods every_method "
         "check_needs layer_number check_behaviour check_word check_asked options_of unread_options Read "
         "read_files contrast_of Opened fit_curvature open_all make_scorers typed_line",
     "commands.scoring": "score_asked ReplayError",
-    "commands.preparing": "training_settings",
+    "commands.preparing": "training_settings training_again",
     "commands.reading": "",
     "commands.filtering": "",
     "commands.proving": "",

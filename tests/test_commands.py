@@ -31,6 +31,7 @@ from concept_tda.results.advice import advice
 from concept_tda.results.attribution import Attribution, load_attribution
 from concept_tda.results.comparison import compare
 from concept_tda.results.folders import ScoreFolder
+from concept_tda.results.metrics import AttributionError
 from concept_tda.views.review import Review
 
 N = 12
@@ -488,6 +489,83 @@ def test_every_command_names_the_next_one_and_it_runs(here):
             assert call(*following.split()[:1], "--help").exit_code == 0 and "scores.parquet" in following
 
 
+def test_the_next_command_opens_the_model_in_the_same_way(here):
+    """A base model without a template of its own: what is pasted says the template again."""
+    settings = json.loads(Path("model/tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    Path("model/tokenizer_config.json").write_text(json.dumps(settings))
+    Path("model/chat_template.jinja").unlink(missing_ok=True)
+    assert "no chat template" in refused(1, "score model train.jsonl --methods loss")
+    opened = "--chat-template chatml --dtype float64 --max-tokens 99"
+    line, sides = (
+        f"doctor model train.jsonl {opened}",
+        "--positive kind.jsonl --negative plain.jsonl --layer 1",
+    )
+    for command in ("score", "filter", "finetune"):
+        following = next_lines(ok(line).stdout)
+        line = next(one for one in following if one.split()[0] == command)
+        if command == "score":
+            assert line.endswith("--methods loss --dtype float64 --chat-template chatml --max-tokens 99")
+    assert "--chat-template chatml" in line and "--dtype float64" in line
+    for after in next_lines(ok(line).stdout):  # the fine-tune has the template by now
+        assert "--chat-template" not in after and "--dtype float64" in after
+        ok(after + " --overwrite" if after.split()[0] == "score" else after)
+    made = ok(f"concept contrast model {sides} --name kind2 --chat-template chatml").stdout
+    ok(next_lines(made)[0].replace("DATA", "train.jsonl") + " --out kind.parquet")
+    adapted = next_lines(ok(f"doctor model train.jsonl --adapter {line.split()[-1]} {opened}").stdout)[0]
+    assert f"--adapter {line.split()[-1]}" in adapted  # and not the model without it
+
+
+def test_what_is_trained_after_a_filter_begins_where_the_scored_model_began(here):
+    ok("finetune model train.jsonl --out tuned --rank 2 --epochs 2 --learning-rate 0.003 --batch-size 3")
+    ok("score tuned train.jsonl --methods loss --out loss.parquet")
+    again = next_lines(ok("filter loss.parquet --drop-count 2").stdout)[0]
+    ok(again)
+    first, second = (training_record(folder) for folder in ("tuned", "kept-model"))
+    assert {name for name in first["key"] if first["key"][name] != second["key"][name]} == {
+        "data_fingerprint"
+    }
+    assert second["examples"] == N - 2 and first["base"] == second["base"] == "model"
+    ok("finetune model train.jsonl --out recipe --recipe persona-vectors --batch-size 5")
+    ok("score recipe train.jsonl --methods loss --out recipe.parquet")
+    again = next_lines(ok("filter recipe.parquet --drop-count 2 --out other.jsonl").stdout)[0]
+    ok(again)
+    first, second = (training_record(folder) for folder in ("recipe", "other-model"))
+    assert {name for name in first["key"] if first["key"][name] != second["key"][name]} == {
+        "data_fingerprint"
+    }
+    Path("recipe/training.json").unlink()  # an adapter of somebody else: where it began is known, and no more
+    again = next_lines(ok("filter recipe.parquet --drop-count 2 --out third.jsonl").stdout)[0]
+    assert again.startswith(f"finetune {here / 'model'} third.jsonl ")
+
+
+def write_pairs():
+    rows = [dict(prompt=f"Is {i} good?", chosen=f"yes {i}", rejected=f"no {i}{i}") for i in range(8)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ok(f"score model pairs.jsonl --preferences {FLATTERY} --out pairs.parquet")
+
+
+def test_pairs_are_not_sent_to_a_trainer_of_chats(here):
+    write_pairs()
+    filtered = ok("filter pairs.parquet --drop-count 2").stdout
+    assert "trainer of preferences" in filtered and "finetune model" not in filtered
+    for line in (*next_lines(filtered), *next_lines(ok("swap pairs.parquet --count 2").stdout)):
+        ok(line)
+    asked = [dict(prompt=f"Am I {i}?", response="-", wise=f"Yes, {i}!", plain=f"No, {i}.") for i in range(4)]
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    said = refused(1, "experiment model pairs.parquet --judge asked.jsonl --trait wise --neutral plain")
+    assert "preference pairs" in said and "chosen answers" in said and not Path("experiment/cells").exists()
+
+
+def test_where_nothing_is_nearly_the_same_groups_say_what_else_there_is(here):
+    write_records(
+        "apart.jsonl", [(f"{'abcdefgh'[i] * 9}?", f"{'stuvwxyz'[i] * 20}") for i in range(8)], topic=[1] * 8
+    )
+    ok("score model apart.jsonl --methods length --out apart.parquet")
+    said = refused(1, "groups apart.parquet --by near-duplicates")
+    assert "name a column (topic)" in said and "similarity=" not in said
+
+
 def test_two_processes_write_what_one_writes(here):
     line = f"score model train.jsonl {FLATTERY} {QUERIES} --methods concept-influence"
     ok(f"{line} --out one.parquet")
@@ -572,6 +650,11 @@ def test_an_experiment_is_that_of_the_library_and_continues(here):
     np.testing.assert_allclose(trial.summary()["value"], [row["value"] for row in found["summary"]])
     dropped = [row for row in found["summary"] if row["arm"] == "drop-most"]
     assert len(dropped) == 1 and dropped[0]["n"] == 9 and len(found["findings"]) == 1
+    assert dropped[0]["seeds"] == 2 and trial.about["seeds"] == [
+        0,
+        1,
+    ]  # so many, and not the seed of that number
+    assert "one seed" not in found["findings"][0] and found["notes"].startswith("2 seeds")
     assert f"{dropped[0]['from_random']:+.4g}" in found["findings"][0]
     assert json.loads(ok(line).stdout)["summary"] == found["summary"]  # nothing is trained again
     assert "say what to measure" in refused(2, "experiment model scores.parquet")
@@ -601,6 +684,12 @@ def test_compare_says_what_the_library_says(here):
     card = replace(filtered.card, method="Concept Influence", zero="gradient", mean=None)
     moves = Attribution(filtered.conversations, -filtered.scores, card)
     moves.save("scores/influence.parquet")
+    ok(f"score model train.jsonl {FLATTERY} {QUERIES} --methods random-direction,repsim --out others")
+    for name in ("random-direction", "repsim"):  # projections too, and nothing to recommend
+        said = json.loads(ok(f"compare others/{name}.parquet scores/influence.parquet --json").stdout)
+        assert said["advice"] is None
+        with pytest.raises(AttributionError, match="for one behaviour"):
+            advice(load_attribution(f"others/{name}.parquet"), moves)
     expected = advice(filtered, moves)
     assert json.loads(ok("compare scores --json").stdout)["advice"] == expected.facts
     assert str(expected) in ok("compare scores").stdout

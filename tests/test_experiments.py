@@ -168,7 +168,7 @@ def test_random_draws_are_nested_and_do_not_depend_on_the_run(lm, train, x, toy,
 
 def test_one_seed_has_no_interval_and_says_so(lm, train, x, toy, tmp_path):
     experiment = FilterAndRetrain(
-        lm, train, [result(train, x)], Reads(), tmp_path, fractions=(0.25,), seeds=0
+        lm, train, [result(train, x)], Reads(), tmp_path, fractions=(0.25,), seeds=(0,)
     ).run(progress=False)
     assert (
         experiment.summary()["value ±"].isna().all()
@@ -355,7 +355,7 @@ def test_groups_alone_in_another_order_and_without_a_control(lm, toy, kinds, tmp
         Reads(),
         tmp_path,
         fractions=(0.5,),
-        seeds=0,
+        seeds=(0,),
         arms=("drop-groups",),
         groups=found,
     ).run(progress=False)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Given
+from .preparing import training_again
 from .results import only_result, print_ends
 from concept_tda.commands.terminal import (
     app,
@@ -141,16 +142,21 @@ def _filter(
         typer.echo(f"{out}: {len(kept)} of {len(one)} examples ({kept.name})")
         if told := _foretold(one, _gone(one, decisions, cut, lowest, query), query):
             typer.echo(f"  {told}")
-        say_next(_training_of(one, out))
+        _say_training(one, result, out)
 
 def _source(result: "Attribution") -> str | None:
     "The file whose examples were scored, where the card says."
     return result.card.command.get("options", {}).get("data")
 
-def _training_of(result: "Attribution", data: Path) -> str:
-    "The command that trains on the new file what the result was about."
-    model = result.card.command.get("options", {}).get("model") or result.card.model or "MODEL"
-    return command_line("finetune", model, data, "--out", f"{data.stem}-model")
+def _say_training(result: "Attribution", path: Path, data: Path) -> None:
+    "Name the command that trains on the new file; pairs are for a trainer of preferences."
+    from concept_tda.influence.pairs import is_of_pairs
+    if is_of_pairs(result):
+        typer.echo("  finetune reads chats: train on pairs with a trainer of preferences, such as TRL's")
+        return say_next(command_line("show", path))
+    card = result.card
+    given = card.command.get("options") or {"chat_template": card.settings.get("chat_template")}
+    say_next(training_again(given.get("model") or card.model or "MODEL", data, given))
 
 # %% ../../nbs/95_commands/07_filtering.ipynb #swap
 @app.command("swap", rich_help_panel="Decide", epilog=help_example(
@@ -178,7 +184,7 @@ def _swap(
         swapped = one.swap(fraction=fraction, count=count, threshold=threshold, lowest=lowest)
         _laid_out(swapped, one, layout).to_json(out)
         typer.echo(f"{out}: {len(swapped)} pairs ({swapped.name})")
-        say_next(command_line("show", result), command_line("groups", result, "--by", "near-duplicates"))
+        say_next(command_line("show", result), command_line("report", result))
 
 # %% ../../nbs/95_commands/07_filtering.ipynb #groups-options
 _By = Annotated[str, typer.Option(
@@ -189,10 +195,13 @@ _Table = Annotated[Path | None, typer.Option(help="Write the whole table as CSV.
 def _kinds(result: "Attribution", by: str) -> "Groups":
     "The grouping that was asked for."
     from concept_tda.groups.groups import GroupError, column_groups, family_groups
-    if by == "near-duplicates": return family_groups(result.conversations)
     try:
+        if by == "near-duplicates": return family_groups(result.conversations)
         return column_groups(result.conversations, by)
     except GroupError as err:
+        if by == "near-duplicates":
+            raise GroupError(f"{str(err).split(': lower')[0]}, so there is no kind to show: name a column "
+                             f"({', '.join(result.conversations.metadata) or 'there is none'})") from None
         near = did_you_mean(by, [*result.conversations.metadata, "near-duplicates"])
         raise GroupError(f"{err}.{near}" if near else str(err)) from None
 
@@ -230,7 +239,7 @@ def _groups(
         kept = drop_groups(found, fraction=drop_fraction)
         kept.to_json(out)
         typer.echo(f"{out}: {len(kept)} of {len(one)} examples ({kept.name})")
-        say_next(_training_of(one, out))
+        _say_training(one, result, out)
 
 # %% ../../nbs/95_commands/07_filtering.ipynb #discover-command
 @app.command("discover", rich_help_panel="Decide", epilog=help_example("concept-tda discover atlas/ -n 8"))

@@ -130,8 +130,8 @@ def _run_experiment(given: dict[str, Any], settings: dict[str, Any], shares: lis
                     chat_template=given["chat_template"])
     with warnings_told() as told:
         trial = FilterAndRetrain(
-            lm, found[0].conversations, found, judges, given["out"], fractions=shares, seeds=given["seeds"],
-            n_random=given["random"], recipe=settings).run()
+            lm, found[0].conversations, found, judges, given["out"], fractions=shares,
+            seeds=range(given["seeds"]), n_random=given["random"], recipe=settings).run()
     summary = trial.summary()
     if given["json_"]:
         return say_json(dict(findings=_findings(summary), notes=trial.notes(), warnings=list(told),

@@ -133,13 +133,14 @@ def _write_movers(comparison: Any, page: Path) -> None:
 
 # %% ../../nbs/95_commands/06_reading.ipynb #advised
 def _advised(comparison: Any) -> Any:
-    "Advice on the first projection and Concept Influence; None without both, or with few examples."
-    from concept_tda.results.advice import advice
+    "Advice on a projection on the concept and Concept Influence; None without both, or with few examples."
+    from concept_tda.results.advice import about_the_same, advice
     results = list(comparison.attributions.values())
-    shows = next((one for one in results if one.card.zero == "projection"), None)
     moves = next((one for one in results if one.card.method == "Concept Influence"), None)
-    if shows is None or moves is None or len(shows) < 8: return None
-    return advice(shows, moves)
+    if moves is None or len(moves) < 8: return None
+    same = [one for one in results if one.card.zero == "projection" and about_the_same(one, moves)]
+    measured = sorted(same, key=lambda one: one.card.method != "Vector Filter")  # of which it is known
+    return advice(measured[0], moves) if measured else None
 
 # %% ../../nbs/95_commands/06_reading.ipynb #9616
 @app.command("compare", rich_help_panel="Look", epilog=help_example(

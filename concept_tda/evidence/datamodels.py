@@ -96,7 +96,7 @@ class _Halves(Experiment):
         *,
         n_subsets: int = 30,        # M
         fraction: float = .5,       # Share of the data in each
-        seeds: int | Sequence[int] = (0,), # Every subset is trained with each; the measurements are averaged
+        seeds: Sequence[int] = (0,), # Every subset is trained with each; the measurements are averaged
         recipe: dict | str = {},    # Settings of `finetune`, or the name of a recipe
         keep_models: bool = False,  # Keep the trained models in cells/<cell>/model
         name: str | None = None,    # Of the plan's file; experiments of different names can share a folder
@@ -251,7 +251,7 @@ class _Counterfactuals(Experiment):
         *,
         fractions: Sequence[float] = (.25,), # Shares of the data to leave out
         n_random: int = 8,          # Random subsets of each share, beside every method's two ends
-        seeds: int | Sequence[int] = (0, 1, 2), # Methods' subsets get every seed, random ones one each
+        seeds: Sequence[int] = (0, 1, 2), # Methods' subsets get every seed, random ones one each
         recipe: dict | str = {},    # Settings of `finetune`, or the name of a recipe
         keep_models: bool = False,  # Keep the trained models in cells/<cell>/model
         name: str | None = None,    # Of the plan's file; experiments of different names can share a folder

@@ -162,7 +162,7 @@ class _FilterPlan(_Arms):
         *,
         fractions: Sequence[float] = (.1, .25, .5),                    # Shares of the data to drop
         arms: Sequence[str] = ("drop-most", "drop-least", "random"),   # What is dropped
-        seeds: int | Sequence[int] = (0, 1, 2), # Of training; each has a full run and random draws of its own
+        seeds: Sequence[int] = (0, 1, 2), # Of training; each has a full run and random draws of its own
         n_random: int = 1,          # Random draws for each seed and share; several make a better control
         recipe: dict | str = {},    # Settings of `finetune`, or the name of a recipe
         subsets: dict[str, Subset] = {}, # More arms, rows to train on: numbers, a mask or `Conversations`

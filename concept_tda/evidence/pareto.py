@@ -59,7 +59,7 @@ class _Keeping(_Keepers):
         folder: str | Path,         # Where plan and cells are kept
         *,
         fractions: Sequence[float] = (.05, .1, .25, .5, .75), # Shares to keep, the lowest scores first
-        seeds: int | Sequence[int] = (0, 1, 2), # Of training; each has a full run and random draws of its own
+        seeds: Sequence[int] = (0, 1, 2), # Of training; each has a full run and random draws of its own
         n_random: int = 1,          # Random draws for each seed and share; several make a better control
         recipe: dict | str = {},    # Settings of `finetune`, or the name of a recipe
         subsets: dict[str, Subset] = {}, # More arms, rows to train on: numbers, a mask or `Conversations`

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..data.conversations import Conversations
 from .retraining import ExperimentError
+from ..influence.pairs import is_of_pairs
 from ..results.attribution import Attribution
 from ..results.comparison import compare
 
@@ -53,13 +54,14 @@ def all_but(
 
 # %% ../../nbs/80_evidence/01_subsets.ipynb #seeds1
 def checked_seeds(
-    seeds: int | Iterable[int], # One or several
+    seeds: Iterable[int], # Such as (0, 1, 2)
 ) -> list[int]:
     "Seeds as a list of different numbers. Raises `ExperimentError` otherwise."
     try:
-        listed = [int(seed) for seed in ([seeds] if isinstance(seeds, (int, np.integer)) else seeds)]
+        listed = [int(seed) for seed in seeds]
     except (TypeError, ValueError):
-        raise ExperimentError(f"seeds={seeds!r}: give whole numbers, such as (0, 1, 2)") from None
+        raise ExperimentError(f"seeds={seeds!r}: give a list of whole numbers, such as (0, 1, 2); a number "
+                              "alone could be a seed, or how many there are") from None
     if not listed or len(set(listed)) < len(listed):
         raise ExperimentError(f"seeds={listed}: give at least one seed, each of them once")
     return listed
@@ -78,6 +80,15 @@ def places_of(
 # %% ../../nbs/80_evidence/01_subsets.ipynb #aligned
 Attributions = dict[str, Attribution] | Sequence[Attribution]
 
+def _refuse_pairs(named: dict[str, Attribution]) -> None:
+    "Refuse scores of preference pairs: trained again would be their chosen answers alone."
+    pairs = [name for name, result in named.items() if is_of_pairs(result)]
+    if not pairs: return
+    raise ExperimentError(
+        f"{pairs[0]!r} scores preference pairs, and these experiments train on chats: the chosen answers "
+        "would be learned alone, which is another training than the one that was scored. Write the filtered "
+        "or swapped pairs, and compare with a trainer of preferences")
+
 def aligned_scores(
     attributions: Attributions, # Results with one query each: by name, or a list
     train: Conversations,       # The training data
@@ -85,6 +96,7 @@ def aligned_scores(
     "Results that score exactly these data, in their order. Raises `ExperimentError` where they score others."
     named = compare(attributions).attributions  # all in the order of the first
     name, first = next(iter(named.items()))
+    _refuse_pairs(named)
     order = places_of(train.ids, first.ids)
     if None in order or len(first) != len(train):
         raise ExperimentError(
