@@ -671,6 +671,41 @@ def test_comparison_against_pandas_and_sets_whatever_the_order_of_the_examples()
     )
 
 
+def test_many_results_are_drawn_as_bars_beside_one():
+    results = {f"method {seed}": make(60, seed=seed) for seed in range(7)}
+    results["method 6"] = make(60, seed=0)  # the same scores as method 0
+    comparison = compare(results, top=10)
+    assert len(comparison.plot().axes) == 2 and not comparison.plot().axes[0].images
+    for name, figure in (("method 0", comparison.plot()), ("method 3", comparison.plot(beside="method 3"))):
+        left, right = figure.axes
+        names = [label.get_text() for label in left.get_yticklabels()]
+        bars = [[bar.get_width() for bar in ax.patches[-6:]] for ax in (left, right)]
+        assert set(names) == set(results) - {name}
+        assert bars[0] == sorted(bars[0], reverse=True)
+        assert np.allclose(bars[0], comparison.spearman.loc[names, name])
+        assert np.allclose(bars[1], comparison.overlap.loc[names, name])
+    assert left.yaxis_inverted()  # the nearest on top
+    colour = comparison.plot().axes[0].patches[-6].get_facecolor()
+    assert colour != comparison.plot().axes[0].patches[-4].get_facecolor()
+    few = compare({name: results[name] for name in ("method 1", "method 2")})
+    assert few.plot().axes[0].images and not few.plot(beside="method 2").axes[0].images
+    with pytest.raises(AttributionError, match="no method 'method 9'"):
+        comparison.plot(beside="method 9")
+
+
+def test_the_band_beside_one_result_holds_unrelated_orders():
+    rng = np.random.default_rng(0)
+    results = {"one": make(100, seed=1), "other": make(100, seed=2)}
+    left, right = compare(results, top=20).plot(beside="one").axes
+    orders = [rng.permutation(100) for _ in range(4000)]
+    agreement = [stats.spearmanr(order, np.arange(100)).statistic for order in orders[:1000]]
+    shared = [len(set(order[:20].tolist()) & set(range(20))) / 20 for order in orders]
+    for ax, values in ((left, agreement), (right, shared)):
+        low = ax.patches[0].get_x() - 1e-9
+        inside = np.mean([low <= one <= low + ax.patches[0].get_width() + 2e-9 for one in values])
+        assert 0.93 < inside < 0.99
+
+
 def test_comparison_names_tell_results_apart():
     first, second, several = make(), make(seed=1), make(queries=2)
     second.card.behaviour, second.queries = "evil", ["evil"]
@@ -888,6 +923,10 @@ def test_table_escapes_names_and_marks_what_is_missing():
         and "1.235" in page
         and "–" in page
     )
+    counted = table_html(
+        pd.DataFrame({"n": [12345], "novel": [True], "z": [2.0], "p": [2e-5]}), {"p": "{:.1g}"}
+    )
+    assert re.findall("<td[^>]*>([^<]*)</td>", counted) == ["12,345", "yes", "2.000", "2e-05"]
 
 
 def test_safe_text_keeps_line_breaks():

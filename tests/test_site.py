@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import check_pages
 import finish_site
@@ -204,6 +206,67 @@ def test_every_picture_is_described():
                 assert described, f"{name}: say what the picture shows, #| fig-alt: ...\n{source[:200]}"
 
 
+class Tables(HTMLParser):
+    """The tables of an output: for each the most values in a row, and the words in its cells."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.widths, self.cells, self.open = [], [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        """Count the values of a row; its name at the left is none."""
+        if tag == "table":
+            self.widths.append(0)
+        elif tag == "tr":
+            self.in_row = 0
+        elif tag in ("td", "th") and self.widths:
+            self.open = tag == "td"
+            self.in_row += self.open * int(dict(attributes).get("colspan") or 1)
+            self.widths[-1] = max(self.widths[-1], self.in_row)
+            if self.open:
+                self.cells.append("")
+
+    def handle_endtag(self, tag):
+        """Nothing more belongs to a cell that is closed."""
+        self.open = self.open and tag not in ("td", "tr")
+
+    def handle_data(self, data):
+        """Collect what stands in a cell."""
+        if self.open:
+            self.cells[-1] += data
+
+
+def is_rounded(cell: str) -> bool:
+    """Whether a cell that holds a number shows no more of it than a reader can use: four decimals, or four
+    digits after the zeros of a small one."""
+    number = re.fullmatch(r"[+\-−]?(\d+)\.(\d+)(?:e[+-]?\d+)?", cell.strip())
+    return not number or len(number[2]) <= 4 or len((number[1] + number[2]).lstrip("0")) <= 4
+
+
+def test_tables_that_are_too_wide_and_numbers_that_are_too_long_are_found():
+    row = "<tr><th>name</th>" + "<td>1</td>" * 6
+    assert Tables(f"<table>{row}</tr></table>").widths == [6]
+    assert Tables(f"<table>{row}<td colspan=2>x</td></tr></table><table>{row}</table>").widths == [8, 6]
+    assert Tables("<table><tr><td>0.12<b>34</b></td> <td>x</td></tr></table>").cells == ["0.1234", "x"]
+    for cell in ("0.1234", "12.5", "-0.000014", "0.00012", "1.5e-07", "17", "words", "0.5 ± 0.12345"):
+        assert is_rounded(cell), cell
+    for cell in ("0.123456", "-12.34567", "100.000000", "6.287185e-11", "−0.0123456"):
+        assert not is_rounded(cell), cell
+
+
+def test_tables_have_six_columns_at_most_and_rounded_numbers():
+    wrong = []
+    for name, cells in notebooks().items():
+        for cell in cells:
+            for output in cell.get("outputs", []):
+                tables = Tables("".join(output.get("data", {}).get("text/html", "")))
+                place = f"{name}: cell {cell['id']}"
+                wrong += [f"{place}: {width} columns" for width in tables.widths if width > 6]
+                wrong += [f"{place}: {one.strip()}" for one in tables.cells if not is_rounded(one)][:1]
+    assert not wrong, "choose columns, turn the table, or round its numbers:\n" + "\n".join(wrong)
+
+
 def test_guides_run_without_the_repository():
     """Somebody who installed the package has neither tests/ nor the files beside the pages. (The page about
     the house is about the repository itself.)"""
@@ -296,6 +359,38 @@ def test_summary_has_every_name_once_and_errors_last():
         r"| [`right`](#right) | Do a thing (Kowal et al. 2026) \| well |",
         "| [`Wrong`](#wrong) | Something et al. is wrong; says why |",
     ]
+
+
+def test_errors_that_come_before_everything_else_stand_at_the_end_of_the_page():
+    class Wrong(Exception): ...
+
+    class WrongToo(Wrong): ...
+
+    def cell(kind, source):
+        outputs = [{"data": {"text/markdown": [f"### {source}"]}}] if kind == "code" else []
+        return SimpleNamespace(cell_type=kind, source=source, outputs=outputs)
+
+    def page(*words):
+        cells = [cell("markdown" if " " in word else "code", word) for word in words]
+        errors = {"Wrong": Wrong, "WrongToo": WrongToo}
+        things = {i: errors.get(word, len) for i, word in enumerate(words) if " " not in word}
+        site_pages.errors_last(cells, things)
+        return cells
+
+    def order(*words):
+        return [one.source for one in page(*words)]
+
+    cells = page("some words", "Wrong", "## The first part", "WrongToo", "right", "## Another part", "better")
+    names = ["some words", "## The first part", "right", "## Another part", "better", "Wrong", "WrongToo"]
+    assert [one.source for one in cells] == names
+    shown = ["".join(one.outputs[0]["data"]["text/markdown"]) for one in cells[-2:]]
+    assert shown == ["## Errors\n\n### Wrong", "### WrongToo"]
+    for words in (
+        ["some words", "right", "Wrong", "better"],  # where it belongs
+        ["some words", "## What is refused", "Wrong", "## A part", "right"],
+        ["only errors", "Wrong", "WrongToo"],
+    ):
+        assert order(*words) == words
 
 
 def test_page_checker_finds_what_is_wrong(tmp_path):
@@ -419,7 +514,7 @@ def test_pages_open_without_errors_and_fit_the_screen(site):
                 for address in page.requests
                 if not address.startswith(("file:", "data:", "blob:"))
             ]
-            for width in (1200, 400):
+            for width in check_pages.WIDTHS:
                 page.send(
                     "Emulation.setDeviceMetricsOverride",
                     width=width,
@@ -429,6 +524,10 @@ def test_pages_open_without_errors_and_fit_the_screen(site):
                 )
                 if (needed := page.value("document.documentElement.scrollWidth")) > width:
                     problems.append(f"{name}: {needed} pixels wide at {width}")
+                problems += [
+                    f"{name}: {tag} {over} pixels too wide at {width}: {text!r}"
+                    for tag, text, over in page.value(check_pages.MEASURE)
+                ]
             page.close()
     assert not problems, "\n".join(problems)
 

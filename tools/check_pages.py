@@ -82,15 +82,17 @@ def problems_of(file: Path) -> list[str]:
 
 
 # Blocks that are wider than the room they have: [what, how it begins, by how many pixels]. A table may be
-# scrolled where an element around it says so by its shadows; code may not.
-MEASURE = """[...document.querySelectorAll('main :is(pre, table, img, svg, video, .math.display)')]
+# scrolled where an element around it says so by its shadows, and a formula in its line; code may not, but for
+# the frames of a terminal, which can't be broken.
+MEASURE = """[...document.querySelectorAll('main :is(pre, table, img, svg, iframe, video, .math)')]
   .filter((node) => node.getClientRects().length)
   .map((node) => {
     const scrolls = (parent) => parent.tagName !== 'PRE' && getComputedStyle(parent).overflowX === 'auto';
     let area = node.parentElement;
     while (area.tagName !== 'MAIN' && !scrolls(area)) area = area.parentElement;
     const room = document.documentElement.clientWidth, right = node.getBoundingClientRect().right;
-    const inside = node.tagName === 'PRE' ? node.scrollWidth - node.clientWidth : 0;
+    const broken = node.tagName === 'PRE' && !/[╭│╰]/.test(node.textContent);
+    const inside = broken ? node.scrollWidth - node.clientWidth : 0;
     const beyond = node.tagName === 'TABLE' && area.tagName !== 'MAIN' ? 0 : Math.ceil(right - room);
     const text = (node.innerText ?? node.alt ?? '').trim().slice(0, 40);
     return [node.tagName.toLowerCase(), text, Math.max(inside, beyond)];

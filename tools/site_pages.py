@@ -184,7 +184,7 @@ def first_sentence(text: str) -> str:
 
 def place(name: str, thing) -> int:
     """Where a name belongs in a summary: what users open first, then the rest, then checks, errors last."""
-    if inspect.isclass(thing) and issubclass(thing, Exception):
+    if is_error(thing):
         return 3
     if name.startswith("check_"):
         return 2
@@ -200,6 +200,33 @@ def summary(things: dict[str, object]) -> str:
         if "." not in name
     ]
     return "\n".join(["::: {.api-summary}", "", "| name | what it is |", "|---|---|", *rows, "", ":::"])
+
+
+def is_error(thing) -> bool:
+    """Whether it is there to be raised."""
+    return inspect.isclass(thing) and issubclass(thing, Exception)
+
+
+ABOUT_ERRORS = re.compile(r"^#+ .*(?:error|wrong|refus|fail|family)", re.IGNORECASE | re.MULTILINE)
+
+
+def errors_last(cells: list, things: dict[int, object]) -> None:
+    """Move the entries of errors that stand before everything else of a page to its end, under a heading of
+    their own; a section that is about errors keeps them. `things` are the objects by the cells of entries."""
+    first = next((i for i in sorted(things) if not is_error(things[i])), 0)
+    moved, section = [], ""
+    for i, cell in enumerate(cells[:first]):
+        if cell.cell_type == "markdown" and re.search(r"^##+ ", cell.source, re.MULTILINE):
+            section = cell.source
+        if i in things and not ABOUT_ERRORS.search(section):
+            moved.append(i)
+    last = [cells[i] for i in moved]
+    for i in reversed(moved):
+        del cells[i]
+    if last:
+        text = "".join(last[0].outputs[0]["data"]["text/markdown"])
+        last[0].outputs[0]["data"]["text/markdown"] = f"## Errors\n\n{text}".splitlines(True)
+        cells.extend(last)
 
 
 def readable(text: str) -> str:
@@ -293,6 +320,7 @@ class api_entries(Processor):
         if page.parent.name == "tutorials" and line:
             self.first_text().source = f"{line}\n\n{self.first_text().source}"
         if named and room:
+            errors_last(cells, {i: find(name, room) for i, name in in_code_order(named, room).items()})
             self.summarise({name: find(name, room) for name in in_code_order(named, room).values()})
 
     def summarise(self, things: dict[str, object]):

@@ -700,7 +700,7 @@ class LayerSweep(_Sweep):
     def _repr_html_(self) -> str:
         head = (f"<p><b>{escape(self.name)}</b> ({self.method}): best layer {self.best_layer}, "
                 f"tied: {self.tied_layers}</p>")
-        return head + self.table.to_html(index=False, float_format="%.3f")
+        return head + self.table.drop(columns="auc_se").to_html(index=False, float_format="%.3f")
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #0045
 def _plot_sweep(sweep: LayerSweep) -> "Figure":
@@ -718,7 +718,7 @@ def _plot_sweep(sweep: LayerSweep) -> "Figure":
     bottom.set(ylabel="held-out d′", xlabel="layer (index of hidden_states; 0 = embeddings)")
     for panel in (top, bottom):
         panel.axvline(sweep.best_layer, color="0.4", linestyle=":", label=f"best layer {sweep.best_layer}")
-    top.legend(loc="upper left", fontsize=8)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     plt.close(figure)  # the figure is shown once, as the value of the cell
     return figure
 

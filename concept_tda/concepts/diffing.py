@@ -564,7 +564,10 @@ class _Ranked:
                 f"({len(self.table)} in all; null: {self.null})")
 
     def _repr_html_(self) -> str:
-        return Sheet(title=str(self), tables=(Table(self.table.head(10)),))._repr_html_()
+        shown = self.table.head(10).set_index("latent")
+        told = shown.filter(items=["score", "p_adjusted", "novel", "claims", "rate_base", "rate_tuned"])
+        formats = {"p_adjusted": "{:.2g}", "rate_base": "{:.2%}", "rate_tuned": "{:.2%}"}
+        return Sheet(title=str(self), tables=(Table(told, formats=formats),))._repr_html_()
 
 # %% ../../nbs/40_concepts/04_diffing.ipynb #concepts
 class _AsConcepts(_Ranked):
@@ -656,7 +659,7 @@ class LatentRanking(_AsConcepts):
             part = self.table.loc[chosen]
             ax.scatter(part[across], part[up], s=size, color=colour, label=f"{label} ({len(part)})")
         _draw_chance(ax, self)
-        ax.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
         plt.close(figure)   # the figure is returned; a notebook would otherwise draw it twice
         return figure
 

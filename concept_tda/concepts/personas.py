@@ -860,7 +860,8 @@ class SteeringCheck(_Verdict):
         return f"SteeringCheck({self.concept!r} {self.verdict})"
 
     def _repr_html_(self) -> str:
-        table = self.table.to_html(index=False, float_format="%.4g")
+        shown = self.table.drop(columns=["standard_error", "n_missing"])
+        table = shown.to_html(index=False, float_format="%.4g")
         return (f"<p><b>{escape(self.concept)}</b> at layer {self.settings['layer']}, judged by "
                 f"{escape(self.judge)}: {escape(self.verdict)}</p>{table}")
 

@@ -287,7 +287,7 @@ class _Noted(_Summed):
 _BROKEN = (0, (4, 2, 1, 2))  # dashes and dots, for subsets
 
 def _across(ax: Axes, value: float, label: str, where: int, above: int, style: Any) -> None:
-    "A level that does not depend on the share, with its name at the left (0) or right (1) end."
+    "A level that does not depend on the share, with its name above or below the left (0) or right (1) end."
     ax.axhline(value, color="#777777", lw=1, ls=style)
     ax.annotate(label, (where, value), xycoords=("axes fraction", "data"), xytext=(-2 if where else 2, above),
                 textcoords="offset points", ha="right" if where else "left", fontsize=8, color="#555555")
@@ -358,7 +358,7 @@ class FilterAndRetrain(_Drawn):
             raise ExperimentError(f"no column {column!r} to draw; there are {', '.join(_QUANTITIES)}")
         summary = self.summary()
         if summary.empty: raise ExperimentError("nothing is finished yet: run() first")
-        figure, axes = plt.subplots(1, len(judges), figsize=(1.6 + 4.6*len(judges), 3.6),
+        figure, axes = plt.subplots(1, len(judges), figsize=(1.7 + 3.4*len(judges) + (len(judges) == 1), 3.6),
                                     layout="constrained", squeeze=False)
         for ax, one in zip(axes[0], judges):
             part = summary.loc[(summary["judge"] == one["name"]) & summary[column].notna()]

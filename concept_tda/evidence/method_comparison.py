@@ -417,7 +417,7 @@ def _draw_agreement(ax: Axes, agreement: pd.DataFrame) -> None:
     n = len(agreement)
     ax.imshow(agreement, vmin=-1, vmax=1, cmap="PuOr_r", aspect="auto")
     for (i, j), value in np.ndenumerate(agreement.to_numpy()):
-        ax.text(j, i, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=8,
+        ax.text(j, i, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=7,
                 color="white" if abs(value) > .7 else "black")
     ax.set_xticks(range(n), list(agreement), rotation=40, ha="right")
     ax.set_yticks(range(n), list(agreement))
@@ -466,7 +466,7 @@ class MethodComparison(_Shown):
         import matplotlib.pyplot as plt
         agreement, table = self.comparison().spearman, self.table
         n = len(agreement)
-        figure, (left, right) = plt.subplots(1, 2, figsize=(4.6 + .62*n, 1.8 + .36*n), layout="constrained",
+        figure, (left, right) = plt.subplots(1, 2, figsize=(3.4 + .5*n, 1.8 + .36*n), layout="constrained",
                                              sharey=True, width_ratios=[max(2, .55*n), 2])
         _draw_agreement(left, agreement)
         _draw_seconds(right, table.loc[list(agreement), "seconds"])

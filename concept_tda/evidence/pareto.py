@@ -97,16 +97,19 @@ class _Curve(_Keeping):
 # %% ../../nbs/80_evidence/08_pareto.ipynb #plot1
 _MARKERS = {"base": "s", "full": "D", "subset": "*"}
 
-def _draw_choice(ax: Axes, part: pd.DataFrame, arm: str, method: str, colour: str) -> None:
-    "One method's line, its points labelled with their shares."
+_CORNERS = ((6, 4, "left"), (6, -9, "left"), (-6, 4, "right"), (-6, -9, "right"))
+
+def _draw_choice(ax: Axes, part: pd.DataFrame, arm: str, method: str, colour: str, corner: int) -> None:
+    "One method's line; its points carry their shares, those of other lines at another corner."
+    right, up, side = _CORNERS[corner % len(_CORNERS)]
     label = (method or arm) if np.asarray(part["fraction"].notna()).any() else None
     ax.errorbar(part["capability"], part["trait"], part["trait ±"].fillna(0), part["capability ±"].fillna(0),
                 color=colour, marker=_MARKERS.get(arm, "o"), ms=5, lw=1.2, elinewidth=.6, capsize=1.5,
                 label=label)
     for row in part.to_dict(orient="records"):
         named = method or arm if np.isnan(row["fraction"]) else f"{row['fraction']:.0%}"
-        ax.annotate(named, (row["capability"], row["trait"]), xytext=(4, 4), textcoords="offset points",
-                    fontsize=7, color=colour)
+        ax.annotate(named, (row["capability"], row["trait"]), xytext=(right, up), fontsize=8, color=colour,
+                    textcoords="offset points", ha=side)
 
 # %% ../../nbs/80_evidence/08_pareto.ipynb #colour
 _GREYS = {"random": "#888888", "base": "#000000", "full": "#000000"}
@@ -125,9 +128,9 @@ class ParetoCurve(_Curve):
         curve, methods = self.curve().sort_values("fraction", kind="stable"), list(self.about["cards"])
         if curve.empty: raise ExperimentError("nothing is finished yet: run() first")
         figure, ax = plt.subplots(figsize=(6.6, 4.2), layout="constrained")
-        for key, part in curve.groupby(["arm", "method"], sort=False):
+        for corner, (key, part) in enumerate(curve.groupby(["arm", "method"], sort=False)):
             arm, method = cast(tuple[str, str], key)
-            _draw_choice(ax, part, arm, method, _colour(arm, method, methods))
+            _draw_choice(ax, part, arm, method, _colour(arm, method, methods), corner)
         units = {one["name"]: one["unit"] for one in self.judge_records}
         trait, capability = self.about["trait"], self.about["capability"]
         ax.set(xlabel=f"{capability} ({units[capability]}) → better",

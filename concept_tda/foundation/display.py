@@ -110,7 +110,7 @@ class Table:
     "One table of a sheet."
     frame: pd.DataFrame           # What it holds; the index is the first column
     heading: str = ""             # Written above it
-    formats: dict[str, str] = field(default_factory=dict) # {"seconds": "{:.2f}"}; others get three decimals
+    formats: dict[str, str] = field(default_factory=dict) # {"seconds": "{:.2f}"}; else three decimals
     heat: float | None = None     # Colour the cells; this value and beyond get the full colour
 
 # %% ../../nbs/00_foundation/03_display.ipynb #Sheet

@@ -262,10 +262,12 @@ class _GroupTable:
 
     def _repr_html_(self) -> str:
         unit = ", standardised" if self.standardised else ""
+        told = ["examples", "new", "sum", "mean", "z", "p_adjusted"]
+        shown = self.table.head(30).set_index("group").filter(items=told)
         return Sheet(title=f"{self.attribution.card.method}{unit} by {self.groups.kind}",
                      notes=f"z and p against {self.deals:,} random deals of the scores (seed {self.seed}); "
                            "p_adjusted: Benjamini-Hochberg over the groups",
-                     tables=(Table(self.table.head(30).set_index("group")),))._repr_html_()
+                     tables=(Table(shown, formats={"p_adjusted": "{:.2g}"}),))._repr_html_()
 
 # %% ../../nbs/60_groups/00_groups.ipynb #ends
 GROUP_ORDERS = ("sum", "mean", "z", "share", "new_sum")   # Columns that groups can be put in order by
@@ -348,8 +350,8 @@ def _name_bars(ax: "Axes", places: np.ndarray, table: pd.DataFrame, gap: int, le
     ax.set_ylim(places[-1] + .6, -.6)
     if left_out:
         ax.text(.5, gap, f"{left_out:,} more", transform=ax.get_yaxis_transform(), fontsize=8,
-                color="#555555", ha="center", va="center")
-    ax.axvline(0, color="#777777", lw=.8)
+                color="#555555", ha="center", va="center", bbox=dict(color="white", pad=2))
+    ax.axvline(0, color="#777777", lw=.8, zorder=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
 

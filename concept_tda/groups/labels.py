@@ -277,7 +277,8 @@ class Labels:
 
     def _repr_html_(self) -> str:
         shown = self.table.head(30).fillna({"label": "–"}).set_index("group")
-        table = Table(shown, formats={"p": "{:.2g}", "p_adjusted": "{:.2g}"})
+        columns = ["label", "balanced_accuracy", "p_adjusted", "n", "passed", "reason"]
+        table = Table(shown.filter(items=columns), formats={"p_adjusted": "{:.2g}"})
         return Sheet(title=self._sentence(), notes=self._notes(), tables=(table,))._repr_html_()
 
 # %% ../../nbs/60_groups/05_labels.ipynb #row

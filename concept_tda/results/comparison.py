@@ -84,19 +84,59 @@ def _heat_map(ax: "Axes", matrix: pd.DataFrame, title: str, low: float, colours:
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
 
+# %% ../../nbs/30_results/04_comparison.ipynb #bars
+def _bars(ax: "Axes", values: pd.Series, title: str, low: float, high: float) -> None:
+    "How near each result is to another one; the band holds chance, and what is inside of it is grey."
+    beyond = ((values < low) | (values > high)).to_numpy()
+    ax.axvspan(low, high, color="0.9", label="19 of 20 unrelated orders")
+    ax.barh(range(len(values)), values, color=np.where(beyond, "#0072B2", "0.6"), height=.7)
+    ax.axvline(0, color="0.5", lw=.8)
+    ax.set_yticks(range(len(values)), list(values.index))
+    ax.set_title(title, fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+
+# %% ../../nbs/30_results/04_comparison.ipynb #beside
+def _plot_beside(tables: _Tables, name: str) -> "Figure":
+    "Bars of every other result's agreement with one."
+    import matplotlib.pyplot as plt
+    from scipy.stats import hypergeom
+    n, top = len(_result_of(tables, name)), tables.top
+    near: Any = tables.spearman[name].drop(name)
+    near = near.sort_values(ascending=False)
+    shared = tables.overlap[name].loc[near.index]
+    size = (7.4, 1.3 + .26*len(near))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    chance, (few, many) = 1.96/np.sqrt(n - 1), hypergeom.interval(.95, n, top, top)
+    _bars(left, near, f"rank correlation with {name}", -chance, chance)
+    _bars(right, shared, f"share of its top {top} in common", few/top, many/top)
+    left.invert_yaxis()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False)
+    plt.close(figure)   # the figure is returned; a notebook would otherwise draw it twice
+    return figure
+
+# %% ../../nbs/30_results/04_comparison.ipynb #maps
+def _plot_maps(tables: _Tables) -> "Figure":
+    "Both agreement matrices as heat maps."
+    import matplotlib.pyplot as plt
+    n = len(tables.spearman)
+    size = (3.4 + .9*n, 1.7 + .45*n)
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    _heat_map(left, tables.spearman, "Spearman rank correlation", -1, "PuOr_r")
+    _heat_map(right, tables.overlap, f"share of the top {tables.top} in common", 0, "Oranges")
+    plt.close(figure)
+    return figure
+
 # %% ../../nbs/30_results/04_comparison.ipynb #comparison
 class Comparison(_Disagreements):
     "Several results on the same examples, side by side."
-    def plot(self) -> "Figure":
-        "Both agreement matrices as heat maps; returns the matplotlib figure."
-        import matplotlib.pyplot as plt
-        n = len(self.spearman)
-        size = (3.4 + 1.2 * n, 1.7 + .45 * n)
-        figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-        _heat_map(left, self.spearman, "Spearman rank correlation", -1, "PuOr_r")
-        _heat_map(right, self.overlap, f"share of the top {self.top} in common", 0, "Oranges")
-        plt.close(figure)   # the figure is returned; a notebook would otherwise draw it twice
-        return figure
+    def plot(
+        self,
+        beside: str | None = None, # Bars beside this result; over six results: the first
+    ) -> "Figure":
+        """Both agreement matrices of up to six results, else bars of their agreement with one. Raises
+        `AttributionError` for an unknown name."""
+        if beside is None and len(self.spearman) <= 6: return _plot_maps(self)
+        return _plot_beside(self, beside or next(iter(self.attributions)))
 
     def inspect(
         self,

@@ -324,8 +324,11 @@ def result_histogram(
     return f"{drawn}<div class='quiet'>Line: where {safe_text(result.null)} put the examples.</div>"
 
 # %% ../../nbs/90_views/00_html.ipynb #cell
-def _cell(value: Any, form: str, scale: ColourScale | None) -> str:
-    "One cell: words to the left, numbers to the right."
+def _cell(value: Any, form: str | None, scale: ColourScale | None) -> str:
+    "One cell: words to the left, numbers to the right; counts are whole, marks are yes or no."
+    whole, mark = pd.api.types.is_integer(value), pd.api.types.is_bool(value)
+    if mark: return f"<td class='words'>{'yes' if value else 'no'}</td>"
+    form = form or ("{:,}" if whole else "{:.3f}")
     if isinstance(value, str): return f"<td class='words'>{safe_text(value)}</td>"
     if pd.isna(value): return "<td>–</td>"
     colour = f" class='{scale.shade(value)}'" if scale else ""
@@ -334,11 +337,11 @@ def _cell(value: Any, form: str, scale: ColourScale | None) -> str:
 # %% ../../nbs/90_views/00_html.ipynb #0084
 def table_html(
     table: pd.DataFrame,         # What to draw; the index is the first column
-    formats: dict | None = None, # Format of a column such as "{:.2f}"; the others get three decimals
+    formats: dict | None = None, # Format of a column such as "{:.2f}"; other fractions get three decimals
     heat: float | None = None,   # Colour the cells, this value and beyond getting the full colour
 ) -> str:
     "A table as escaped HTML; what is missing is a dash."
-    forms = [(formats or {}).get(column, "{:.3f}") for column in table.columns]
+    forms = [(formats or {}).get(column) for column in table.columns]
     scale = ColourScale(heat) if heat else None
     head = "".join(f"<th scope='col'>{safe_text(column)}</th>" for column in table.columns)
     body = "".join(

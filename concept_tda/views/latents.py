@@ -280,7 +280,7 @@ def _both_models(text: dict[str, Any], most: int) -> str:
     return f"<p class='quiet'>{safe_text(text['id'])}{cut}</p><div class='pair'>{sides}</div>"
 
 # %% ../../nbs/90_views/09_latents.ipynb #listed
-_LISTED = ("score", "p adjusted", "rate base", "rate tuned", "nu error", "along mean")
+_LISTED = ("score", "p adjusted", "rate base", "rate tuned", "along mean")
 
 def _listed(told: dict[str, Any], most: int) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     "The first living latents, and their numbers as a table."
