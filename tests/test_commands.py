@@ -356,6 +356,17 @@ def test_results_that_only_python_makes_say_what_their_cards_lack(here):
             assert part in said, (path, part, said)
 
 
+def test_a_replay_whose_null_is_another_says_so(here):
+    ok(f"score model train.jsonl {FLATTERY} --null 8 --out first.parquet")
+    assert "to the last bit.\n" in ok("run first.parquet").stdout
+    kept, fresh = load_attribution("first.parquet"), load_attribution("replayed.parquet")
+    draws = np.random.default_rng(0).normal(size=(N, 9))  # those of another method, once
+    kept.with_null(draws, of="something else").save("first.parquet")
+    said = ok("run first.parquet --overwrite").stdout
+    apart = abs(load_attribution("first.parquet").times_null - fresh.times_null).max()
+    assert f"their null is NOT: distances from chance differ by up to {apart:.3g}" in said
+
+
 def test_pairs_are_replayed_as_pairs(here, monkeypatch):
     rows = [dict(prompt=f"Is {i} good?", better=f"yes {i}", worse=f"no {i}{i}") for i in range(5)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -18,7 +18,15 @@ from concept_tda.influence.queries import (
     query_expression,
     within_questions,
 )
-from concept_tda.influence.scorers import ConceptInfluence, Influence, InfluenceFunction, ScorerError
+from concept_tda.influence.baselines import BM25, RepSim
+from concept_tda.influence.neighbours import GradCos, TracIn
+from concept_tda.influence.scorers import (
+    ConceptInfluence,
+    Influence,
+    InfluenceFunction,
+    ScorerError,
+    score_together,
+)
 from concept_tda.model.loading import LanguageModel
 from concept_tda.model.losses import GradientError
 from concept_tda.model.sites import resolve_sites
@@ -56,6 +64,32 @@ def test_against_projections_by_hand():
         query_expression(
             LanguageModel(*tiny_pair("llama", seed=1), "other"), concept, train, train, progress=False
         )
+
+
+@pytest.mark.filterwarnings("ignore:The query examples")
+def test_examples_on_both_sides_are_noted_by_every_method_with_queries():
+    lm = LanguageModel(*tiny_pair("llama"), "tiny")
+    chats = load_conversations([{"prompt": f"Is {i} even?", "response": f"no, {i}"} for i in range(12)])
+    concept = tensor_concept(torch.ones(lm.width), layer=1, lm=lm, name="all")
+    train, apart, both = chats[:9], chats[9:], chats[7:]
+    elsewhere = load_conversations([{"prompt": "Is it?", "response": "yes, it is"}])
+    plain = dict(curvature="identity", sites="attention")
+    makers = [
+        lambda q: ConceptInfluence(lm, concept, q, **plain),
+        lambda q: InfluenceFunction(lm, q, **plain),
+        lambda q: InfluenceFunction(lm, elsewhere, neutral=q, **plain),
+        lambda q: GradCos(lm, q),
+        lambda q: TracIn([lm], q, learning_rates=[1.0]),
+        lambda q: RepSim(lm, q, 1),
+        lambda q: BM25(q),
+    ]
+    for make in makers:
+        notes = [
+            [note for note in score_together([make(q)], train, progress=False, lm=lm).popitem()[1].card.notes]
+            for q in (apart, both)
+        ]
+        said = [[note for note in of_one if "query examples too" in note] for of_one in notes]
+        assert said[0] == [] and len(said[1]) == 1 and said[1][0].startswith("2 of 9 examples"), make(both).method
 
 
 def test_as_many_random_examples_are_not_expressive():

@@ -382,12 +382,22 @@ def _check_same(card: "QueryCard", path: Path) -> Callable[[dict[str, str]], Non
     return check
 
 # %% ../../nbs/95_commands/04_scoring.ipynb #9438
+def _but_null(path: Path, result: "Attribution") -> str:
+    "How far the distances from chance are others than in a file of scores; empty where they are the same."
+    from numpy import allclose, nanmax
+    from concept_tda.results.attribution import load_attribution
+    kept = load_attribution(path) if path.suffix == ".parquet" and result.null is not None else result
+    same = kept.null is None or allclose(kept.times_null, result.times_null, rtol=1e-4, equal_nan=True)
+    if same: return ""
+    apart = nanmax(abs(kept.times_null - result.times_null))
+    return f"; their null is NOT: distances from chance differ by up to {apart:.3g} × null"
+
 def _verdict(first: "QueryCard", path: Path, result: "Attribution") -> str:
     "Whether the scores are those of the card."
     from concept_tda.results.attribution import load_attribution
     from concept_tda.results.metrics import spearman
     if result.card.command["scores"] == first.command["scores"]:
-        return f"The scores are those of {path}, to the last bit."
+        return f"The scores are those of {path}, to the last bit{_but_null(path, result)}."
     text = f"The scores are NOT those of {path}, which was made by concept_tda {first.code}"
     if path.suffix != ".parquet": return f"{text}; this is {result.card.code}."
     scores = load_attribution(path).scores

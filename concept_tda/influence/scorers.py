@@ -240,7 +240,8 @@ def query_card(
     "The query card of a finished scorer."
     scorer.look_at(data)
     fields, query = dict(scorer.describe()), getattr(scorer, "query", None)
-    notes = [*scorer.about_concept, *fields.pop("notes", []), *_notes_of_the_pass(data, resumed)]
+    notes = [*scorer.about_concept, *fields.pop("notes", []), *_queried_too(scorer, data),
+             *_notes_of_the_pass(data, resumed)]
     if isinstance(query, Query) and data.tokenizer is not None:
         notes += cut_notes(query, data.tokenizer)
     settings = {**settings, **fields.pop("settings", {}), "preparation_seconds": round(preparation, 3)}
@@ -274,6 +275,16 @@ def _notes_of_the_pass(data: TokenizedConversations, resumed: int) -> list[str]:
     if resumed:
         notes.append(f"{resumed} of {len(data)} examples were scored by an earlier, interrupted run")
     return notes
+
+# %% ../../nbs/50_influence/05_scorers.ipynb #queried-too
+def _queried_too(scorer: Scorer, data: TokenizedConversations) -> list[str]:
+    "One note where examples are query examples as well, of any method that has some."
+    query = getattr(scorer, "query", None)
+    sides = [getattr(one, "examples", None) for one in (query, getattr(query, "neutral", None))]
+    asked = {id for side in (*sides, getattr(scorer, "queries", None)) for id in getattr(side, "ids", ())}
+    both = sum(id in asked for id in data.conversations.ids)
+    return [f"{both} of {len(data)} examples are query examples too, and an example is most like itself: such "
+            "a rank says little of what it teaches"]*(both > 0)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #result
 def _attribution(
