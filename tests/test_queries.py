@@ -8,6 +8,8 @@ from scipy.stats import mannwhitneyu
 from concept_tda.concepts.concept import ConceptError, tensor_concept
 from concept_tda.data.conversations import load_conversations
 from concept_tda.data.masks import MaskError, chosen_tokens
+from concept_tda.influence.baselines import BM25, RepSim
+from concept_tda.influence.neighbours import GradCos, TracIn
 from concept_tda.influence.queries import (
     ConceptQuery,
     ContrastQuery,
@@ -18,8 +20,6 @@ from concept_tda.influence.queries import (
     query_expression,
     within_questions,
 )
-from concept_tda.influence.baselines import BM25, RepSim
-from concept_tda.influence.neighbours import GradCos, TracIn
 from concept_tda.influence.scorers import (
     ConceptInfluence,
     Influence,
@@ -89,7 +89,9 @@ def test_examples_on_both_sides_are_noted_by_every_method_with_queries():
             for q in (apart, both)
         ]
         said = [[note for note in of_one if "query examples too" in note] for of_one in notes]
-        assert said[0] == [] and len(said[1]) == 1 and said[1][0].startswith("2 of 9 examples"), make(both).method
+        assert said[0] == [] and len(said[1]) == 1 and said[1][0].startswith("2 of 9 examples"), make(
+            both
+        ).method
 
 
 def test_as_many_random_examples_are_not_expressive():

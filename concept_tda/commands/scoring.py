@@ -385,6 +385,7 @@ def _check_same(card: "QueryCard", path: Path) -> Callable[[dict[str, str]], Non
 def _but_null(path: Path, result: "Attribution") -> str:
     "How far the distances from chance are others than in a file of scores; empty where they are the same."
     from numpy import allclose, nanmax
+
     from concept_tda.results.attribution import load_attribution
     kept = load_attribution(path) if path.suffix == ".parquet" and result.null is not None else result
     same = kept.null is None or allclose(kept.times_null, result.times_null, rtol=1e-4, equal_nan=True)

@@ -283,8 +283,8 @@ def _queried_too(scorer: Scorer, data: TokenizedConversations) -> list[str]:
     sides = [getattr(one, "examples", None) for one in (query, getattr(query, "neutral", None))]
     asked = {id for side in (*sides, getattr(scorer, "queries", None)) for id in getattr(side, "ids", ())}
     both = sum(id in asked for id in data.conversations.ids)
-    return [f"{both} of {len(data)} examples are query examples too, and an example is most like itself: such "
-            "a rank says little of what it teaches"]*(both > 0)
+    return [f"{both} of {len(data)} examples are query examples too, and an example is most like itself: "
+            "such a rank says little of what it teaches"]*(both > 0)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #result
 def _attribution(
