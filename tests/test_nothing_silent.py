@@ -11,10 +11,16 @@ from peft import LoraConfig, get_peft_model
 
 from concept_tda.concepts.concept import ConceptError, contrastive_concept, tensor_concept
 from concept_tda.data.conversations import load_conversations
+from concept_tda.data.documents import DocumentError, load_documents
 from concept_tda.data.messages import ConversationError
 from concept_tda.data.preferences import load_preferences
+from concept_tda.evidence.method_comparison import MethodComparison
+from concept_tda.evidence.retraining import ExperimentError
+from concept_tda.groups.groups import column_groups
+from concept_tda.groups.labels import LabelError, label_groups
+from concept_tda.influence.atlas import AtlasError, build_atlas
 from concept_tda.influence.curvature import EKFAC, CurvatureError
-from concept_tda.influence.neighbours import AdamMoments, TracIn
+from concept_tda.influence.neighbours import LESS, AdamMoments, TracIn
 from concept_tda.influence.pairs import load_pair_attribution, score_preferences
 from concept_tda.influence.queries import ConceptQuery, LossQuery, WeightedQuery
 from concept_tda.influence.responses import SOURCE, AdamResponse, Unrolled, gradient_size
@@ -28,8 +34,10 @@ from concept_tda.influence.scorers import (
     ProjectionDifference,
     ScorerError,
     VectorFilter,
+    dataset_projection_difference,
 )
 from concept_tda.influence.streaming import score_stream
+from concept_tda.influence.surrogates import Surrogate
 from concept_tda.model.finetuning import (
     FinetuneError,
     RunExamples,
@@ -37,7 +45,9 @@ from concept_tda.model.finetuning import (
     finetune,
     training_checkpoints,
 )
-from concept_tda.model.loading import load_model
+from concept_tda.model.loading import ModelError, load_model
+from concept_tda.model.training import TrainingError
+from concept_tda.model.training import train as train_model
 from concept_tda.results.attribution import Attribution, load_attribution
 from concept_tda.results.calibration import Calibration, ensemble, foretold
 from concept_tda.results.cards import QueryCard
@@ -357,6 +367,10 @@ def test_examples_of_a_run_are_those_its_loss_was_taken_on(run, train, tmp_path)
     try:
         with pytest.raises(FinetuneError, match="does not say which examples"):
             RunExamples(folder)
+        finetune(
+            base, train.select([*range(10), 3]), folder, merge=False, **options
+        )  # adds it, trains nothing
+        assert (folder / "examples.npy").read_bytes() == (tmp_path / "examples.npy").read_bytes()
         np.save(folder / "examples.npy", np.arange(3, dtype=np.uint64))
         with pytest.raises(FinetuneError, match="is damaged"):
             RunExamples(folder)
@@ -500,3 +514,77 @@ def test_a_calibration_is_of_the_scores_it_was_made_from(lm, train, queries):
     nobody = Calibration.fit([0, 1, 2, 3], [0, -1, -2, -3.5])
     assert "whose scores they were was not said" in str(by_loss.predict(drop=[0], calibration=nobody))
     assert "question" not in str(first.card) and first.card.question == concept.fingerprint
+
+
+def void_options(lm, train, queries, folder):
+    """Calls with an option that another makes void: what the error says, its type, and the call."""
+    concept = tensor_concept(
+        torch.randn(16, generator=torch.Generator().manual_seed(0)), 1, name="some", lm=lm
+    )
+    (folder / "a.jsonl").write_text(json.dumps(RECORDS[0]) + "\n")
+    (folder / "a.txt").write_text("some text\n\nand more of it")
+    documents = load_documents(["some text", "and more of it"])
+    moments = [AdamMoments.estimate(lm, train[:2], "attention")]
+    less = dict(moments=moments, learning_rates=[1.0], sites="attention")
+    atlas = lambda **more: build_atlas(
+        lm, queries, train, 1, folder=folder / "atlas", curvature="identity", **more
+    )
+    own = lambda **more: ProjectionDifference(lm, concept, answers=train, **more)
+    shift = lambda **more: dataset_projection_difference(
+        lm, concept, train, answers=train, progress=False, **more
+    )
+    tune = lambda **more: finetune(lm, train, folder / "ft", progress=False, **more)
+    pair = (lm.model, lm.tokenizer)
+    return [
+        ("split='test'", ConversationError, lambda: load_conversations(folder / "a.jsonl", split="test")),
+        ("split='test'", ConversationError, lambda: load_conversations(RECORDS, split="test")),
+        ("split='test'", ConversationError, lambda: load_conversations(train, split="test")),
+        ("split='test'", ConversationError, lambda: load_preferences(folder / "a.jsonl", split="test")),
+        ("answer='x'", ConversationError, lambda: load_conversations(train, answer="x")),
+        ("answer='x'", ConversationError, lambda: load_conversations(list(train), answer="x")),
+        ("field='body'", DocumentError, lambda: load_documents(folder / "a.txt", field="body")),
+        ("split='test'", DocumentError, lambda: load_documents(folder / "a.txt", split="test")),
+        ("split_at='---'", DocumentError, lambda: load_documents([{"text": "a"}], split_at="---")),
+        ("window=9", DocumentError, lambda: load_documents(documents, window=9)),
+        ("dtype='bfloat16'", ModelError, lambda: load_model(pair, dtype="bfloat16")),
+        ("device='meta'", ModelError, lambda: load_model(lm, device="meta")),
+        ("attention='eager'", ModelError, lambda: load_model(pair, attention="eager")),
+        ("offload_folder=", ModelError, lambda: load_model(saved(lm, folder), offload_folder=folder)),
+        ("epochs=3", TrainingError, lambda: train_model(pair, train, folder / "t", dict(steps=2, epochs=3))),
+        ("insist=True", FinetuneError, lambda: tune(insist=True)),
+        ("seed=3", ScorerError, lambda: LESS([lm], queries, **less, projection=None, seed=3)),
+        ("max_new_tokens=", ScorerError, lambda: own(max_new_tokens=9)),
+        ("temperature=", ScorerError, lambda: own(temperature=0.5)),
+        ("folder=", ScorerError, lambda: shift(folder=folder)),
+        ("seed=2", ScorerError, lambda: Surrogate(GradDot(lm, queries), "another", seed=2)),
+        ("n_basis=", AtlasError, lambda: atlas(n_basis=8)),
+        ("activations=", AtlasError, lambda: atlas(activations=torch.zeros(3, 16))),
+        ("seed=4", CurvatureError, lambda: EKFAC.fit(lm, train, labels="empirical", seed=4)),
+        (
+            "positive='x'",
+            ExperimentError,
+            lambda: MethodComparison(lm, train, [], folder / "m", positive="x"),
+        ),
+    ]
+
+
+def saved(lm, folder):
+    for part in (lm.model, lm.tokenizer):
+        part.save_pretrained(folder / "plain")
+    return folder / "plain"
+
+
+def test_an_option_of_the_library_that_another_makes_void_is_refused(lm, train, queries, tmp_path):
+    for words, kind, call in void_options(lm, train, queries, tmp_path):
+        with pytest.raises(kind) as told:
+            call()
+        assert words in str(told.value), (words, told.value)
+    assert load_model(lm, device="cpu", dtype="auto").model is lm.model
+    assert load_conversations(train, name="mine").name == "mine" and train.name == "train"
+    with pytest.raises(LabelError, match="given="):
+        label_groups(
+            column_groups(
+                load_conversations([{**one, "kind": "ab"[i % 2]} for i, one in enumerate(RECORDS)]), "kind"
+            ),
+            given={"a": "b"},
+        )

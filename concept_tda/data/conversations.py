@@ -459,6 +459,9 @@ def source_records(
 ) -> _Source:                  # Records, name, and the layout of a JSONL file
     "Records of anything that holds some. Raises `ConversationError` naming what can't be read."
     if isinstance(source, (str, Path)): return _of_path(source, name, split, answer)
+    if split != "train":
+        raise ConversationError(f"split={split!r}: {kind_of(source)} in memory has no splits; leave it out, "
+                                "or pass the rows that are meant")
     if isinstance(source, pd.DataFrame): return _of_table(_frame_rows(source), name or "DataFrame")
     if hasattr(source, "keys") and not isinstance(source, dict) or type(source).__name__ == "DatasetDict":
         raise ConversationError(f"this data set has several splits ({listing(source.keys())}); pass one of "
@@ -470,6 +473,13 @@ def source_records(
                             "a DataFrame, a datasets.Dataset or a list of records")
 
 # %% ../../nbs/10_data/03_conversations.ipynb #002d
+def _check_read(split: str, answer: str | None) -> None:
+    "Refuse what says how to read conversations that have been read."
+    for name, value, usual in (("split", split, "train"), ("answer", answer, None)):
+        if value != usual:
+            raise ConversationError(f"{name}={value!r}: these conversations have been read already; leave it "
+                                    "out, or load them from their file with it")
+
 def load_conversations(
     source,                    # Path, hub id, DataFrame, datasets.Dataset, list of records or `Conversation`s
     *,
@@ -478,9 +488,12 @@ def load_conversations(
     answer: str | None = None, # Column that holds the answer where a row has several, such as "chosen"
 ) -> Conversations:
     "Read chat data of any layout. Raises `ConversationError` naming file, line and field of what is broken."
-    if isinstance(source, Conversations): return source
+    if isinstance(source, Conversations):
+        _check_read(split, answer)
+        return source if name is None else source.renamed(name)
     if isinstance(source, (list, tuple)):
         if source and all(isinstance(item, Conversation) for item in source):
+            _check_read(split, answer)
             return (source[0].collection or Conversations)(source, name or "conversations")
         source = [{"messages": item} if isinstance(item, list) else item for item in source]
     records, name, layout = source_records(source, name=name, split=split, answer=answer)

@@ -510,6 +510,11 @@ def _read_texts(paths: list[Path], split_at: str | None) -> tuple[list[Document]
     return documents, {**_WINDOW_LAYOUT, "kind": "text", "files": len(paths), "root": root}
 
 # %% ../../nbs/10_data/08_documents.ipynb #load
+def _check_unread(why: str, given: dict[str, tuple[Any, Any]]) -> None:
+    "Refuse options that nothing would read; each with its value and its default."
+    for name, (value, usual) in given.items():
+        if value != usual: raise DocumentError(f"{name}={value!r}: {why}; leave it out")
+
 def load_documents(
     source: Any,               # Text file(s), a folder of them, JSONL, Parquet, hub id, table, list of texts
     *,
@@ -522,12 +527,19 @@ def load_documents(
 ) -> Documents:
     """Read plain texts to be cut into windows (Formulas §11). Raises `DocumentError` or `ConversationError`
     naming file and line of what is broken."""
-    if isinstance(source, Documents): return source
+    if isinstance(source, Documents):
+        given = {"window": (window, 512), "field": (field, "text"), "split_at": (split_at, None),
+                 "separator": (separator, None), "name": (name, None), "split": (split, "train")}
+        _check_unread("these documents have been read already", given)
+        return source
     _check_cutting(window, separator)
     if paths := _text_paths(source):
+        _check_unread("a text file has no records and no splits", {"field": (field, "text"),
+                                                                    "split": (split, "train")})
         documents, layout = _read_texts(paths, split_at)
         name = name or (bare_name(paths[0]) if len(paths) == 1 else Path(layout["root"]).name)
     else:
+        _check_unread("a record is a document", {"split_at": (split_at, None)})
         documents, name, layout = _read_records(source, field, name, split)
     return Documents(documents, name, layout, window=window, field=field, separator=separator)
 

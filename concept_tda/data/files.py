@@ -499,6 +499,9 @@ def read_file(
         if records: return records, None
         raise ConversationError(f"{path}: holds no records; add some or pass another file")
     suffix = _suffixes(path)[0]
+    if split != "train":
+        raise ConversationError(f"{path}: split={split!r} was asked for, and a file has no splits; leave it "
+                                "out, or pass the file that is meant")
     if suffix not in _READERS:
         raise ConversationError(f"{path}: unknown extension {path.suffix or '(none)'!r}; files are read by "
                                 "their extension: "

@@ -122,6 +122,9 @@ def _with_baselines(
 
 def _checked_labels(labels: Any, positive: Any, train: Conversations) -> list[bool] | None:
     "One boolean for each example; refused here, before anything runs, where they do not fit."
+    if positive is not True and not isinstance(labels, str):
+        raise ExperimentError(f"positive={positive!r} is a value in the column that labels= names, and "
+                              "labels= names none: leave it out, or name the column")
     if labels is None: return None
     if isinstance(labels, str):
         labels = train.labels(labels, positive)

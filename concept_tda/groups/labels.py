@@ -319,6 +319,8 @@ def label_groups(
     """Name groups, and test each name on examples that did not make it. Raises `LabelError` for settings
     without sense, and what the reader raises (`JudgeError`); what it answered before that is kept."""
     _check_settings(shown, asked, characters, alpha)
+    if given and reader is None:
+        raise LabelError("given= are names to be tested, and nobody is there to test them: say reader=")
     whole = [conversation.text for conversation in groups.conversations]
     texts = [_shortened(text, characters) for text in whole]
     cases = _cases(groups, texts, held_out(whole), shown, asked)

@@ -78,6 +78,9 @@ def rank_latents(
     do not belong together."""
     _check_atlas(atlas, sae)
     if side not in ("decoder", "encoder"): raise LatentError(f"side={side!r}: 'decoder' or 'encoder'")
+    if features is None and threshold != .1:
+        raise LatentError(f"threshold={threshold}: how often a latent fires is read of features=, which are "
+                          "not given: leave it out, or give them")
     if features is not None:
         _check_features(features, atlas, sae)
     movement_d = _total_movement(atlas)

@@ -1216,6 +1216,12 @@ def _basis_directions(width: int, n: int, seed: int, activations: Any) -> torch.
     return torch.cat([random_directions(activations, n//2, seed=seed)*width**.5, gaussian[n//2:]])
 
 # %% ../../nbs/50_influence/08_atlas.ipynb #0035
+def _check_exact(**sketching: bool) -> None:
+    "Refuse options of a sketch where there is none."
+    for name in (name for name, said in sketching.items() if said):
+        raise AtlasError(f"{name}= is about a sketched atlas, and without rank= it is exact: say rank=, or "
+                         "leave it out")
+
 def _check_rank(rank: Any, sample: int, otherwise: str = "") -> None:
     "Refuse a rank that is none, and a sample that says nothing."
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -1318,7 +1324,9 @@ def build_atlas(
     for what, given in (("data", texts), ("queries", asked_for)):
         if not len(given): raise AtlasError(f"{what} is empty: an atlas needs at least one conversation "
                                             "there")
-    if rank is not None:
+    if rank is None:
+        _check_exact(n_basis=n_basis != 64, activations=activations is not None, sample=sample not in (0, 32))
+    else:
         _check_rank(rank, sample, "None for exact, or ")
         _check_table(lm, chosen, rank, memory_budget)
     curvature = _fitted(lm, curvature, texts, chosen, progress)

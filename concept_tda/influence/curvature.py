@@ -942,6 +942,9 @@ class EKFAC(_Loaded):
     ) -> Self:
         "Fit EK-FAC (Formulas §3). Raises `CurvatureError` where a loss or an eigenvalue is not finite."
         _check_choices(labels, backend, damping)
+        if labels == "empirical" and seed:
+            raise CurvatureError(f"seed={seed} is that of sampled labels, and the data's own are asked for: "
+                                 "leave it out")
         check_in_one_piece(lm, "fitting curvature")
         data = lm.tokenize(data)
         sites = resolve_sites(lm, sites, layer=layer, units=backend == "streaming")

@@ -634,6 +634,9 @@ class _WithMoments(CheckpointScorer):
         super().__init__(checkpoints, queries, learning_rates=learning_rates, sites=sites, method=method)
         self.moments, self.projection, self.seed = list(moments), projection, seed
         _check_less(len(self.checkpoints), len(self.moments), projection)
+        if projection is None and seed:
+            raise ScorerError(f"seed={seed} is that of the sketches, and projection=None draws none: leave "
+                              "it out")
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #check-less
 def _check_less(n_checkpoints: int, n_moments: int, projection: Any) -> None:

@@ -568,6 +568,15 @@ def _check_difference(concept: Concept, empty: str) -> None:
             "the model's own are not there yet: their difference is always 0. Make the concept with "
             "pooling='response_mean'")
 
+def _check_own(answers: Any, max_new_tokens: int, temperature: float, folder: Any) -> None:
+    "Refuse what says how to generate answers where they are brought."
+    given = {"max_new_tokens": max_new_tokens != 80, "temperature": temperature != 0,
+             "folder": folder is not None}
+    if answers is None or not any(given.values()): return
+    name = next(name for name, said in given.items() if said)
+    raise ScorerError(f"{name}= is about answers that are generated, and answers= brings them: leave one of "
+                      "the two out")
+
 # %% ../../nbs/50_influence/05_scorers.ipynb #difference
 class _WithOwnAnswers(VectorFilter):
     "A vector method that knows what the model itself would have answered."
@@ -587,6 +596,7 @@ class _WithOwnAnswers(VectorFilter):
     ):
         super().__init__(lm, concept)
         _check_difference(concept, empty)
+        _check_own(answers, max_new_tokens, temperature, folder)
         self.options: dict[str, Any] = dict(
             max_new_tokens=max_new_tokens, temperature=float(temperature), seed=seed, batch_size=batch_size,
             answers=answers, empty=empty, folder=folder, progress=progress)
@@ -667,6 +677,7 @@ def dataset_projection_difference(
     for concept in concepts:
         concept.check(lm)
         _check_difference(concept, empty)
+    _check_own(answers, max_new_tokens, temperature, folder)
     data = lm.tokenize(examples, max_tokens=max_tokens)
     own = _own_answers(
         lm, data.conversations, answers, empty, folder, batch_size, progress,

@@ -49,6 +49,9 @@ class _StandIn(Scorer):
         method: str | None = None, # Name in tables
     ):
         self.scorer, self.stands_for, self.lm, self.seed = scorer, stands_for, scorer.lm, seed
+        if truth is None and seed:
+            raise ScorerError(f"seed={seed} is that of the agreement's interval, which needs truth=: leave "
+                              "it out, or give true scores of some examples")
         self.known = None if truth is None else _known(truth)
         self.method = method or f"{scorer.method} (surrogate)"
 

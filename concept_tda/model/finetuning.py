@@ -502,6 +502,9 @@ def _check_settings(lm: LanguageModel, merge: bool, base: str | None, settings: 
         raise FinetuneError(f"precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}.")
     if not isinstance(insist, bool):
         raise FinetuneError(f"insist must be True or False, got {insist!r}.")
+    if insist and precision != "bf16":
+        raise FinetuneError(f"insist=True is about precision=\"bf16\", and precision is {precision!r}: leave "
+                            "it out, or ask for bf16.")
     if precision == "bf16" and lm.dtype == torch.float64:
         raise FinetuneError(
             f"{lm.name} is in float64, which autocast leaves alone: use precision=\"fp32\", or open the "
@@ -656,7 +659,10 @@ def _run(
     description: str,                  # Written before it
 ) -> bool:                             # Whether anything was trained
     "Train what `key` says into `folder`, unless it is there."
-    if _already_there(folder, key, settings["checkpoints"]): return False
+    if _already_there(folder, key, settings["checkpoints"]):
+        if not (folder/_EXAMPLES).exists():
+            _write_examples(folder, tokenized)  # these are its data, as the key says
+        return False
     _check_answers(tokenized)
     _check_length(len(tokenized), settings)
     precision, adapted = _precision(lm, settings), coverage(lm)
@@ -744,7 +750,7 @@ def _train_into(
                    for step in keeper.checkpoint_steps(len(steps))]
     record = about | {"seconds": seconds, "tokens_per_second": tokenized.n_tokens*settings["epochs"]/seconds,
                       "checkpoints": checkpoints, "steps": steps, "untrained": untrained}
-    np.save(place/_EXAMPLES, example_prints(tokenized))
+    _write_examples(place, tokenized)
     write_training_record(place, record)
 
 # %% ../../nbs/20_model/05_finetuning.ipynb #weighted
@@ -839,6 +845,11 @@ def example_prints(
     "A number for each example, of its tokens, response mask and token weights."
     return np.array([_print_of(one) for one in data], dtype=np.uint64)
 
+def _write_examples(folder: Path, data: TokenizedConversations) -> None:
+    "Put the numbers of a run's examples beside its record."
+    with atomic_file(folder/_EXAMPLES) as part, open(part, "wb") as file:
+        np.save(file, example_prints(data))
+
 # %% ../../nbs/20_model/05_finetuning.ipynb #who-read
 def _recorded_prints(folder: Path, record: dict[str, Any]) -> tuple[np.ndarray, bool]:
     "Numbers [N] of the examples of a run, and whether they are made of ids instead of tokens."
@@ -851,7 +862,8 @@ def _recorded_prints(folder: Path, record: dict[str, Any]) -> tuple[np.ndarray, 
         prints_N = np.load(folder/_EXAMPLES)
     except (OSError, ValueError) as err:
         raise FinetuneError(f"{folder} does not say which examples were trained on ({_EXAMPLES}: {err}); was "
-                            "it made by an older version? Fine-tune again into another folder") from None
+                            "it made by an older version? The same call of finetune adds it, and trains "
+                            "nothing") from None
     if prints_N.shape == (record["examples"],) and prints_N.dtype == np.uint64: return prints_N, False
     raise FinetuneError(f"{folder/_EXAMPLES} is damaged: the run has {record['examples']} examples, and it "
                         f"holds {prints_N.dtype} {prints_N.shape}. Fine-tune again into another folder")

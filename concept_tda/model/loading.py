@@ -760,6 +760,19 @@ def _with_template(tokenizer: Any, chat_template: Any) -> tuple[Any, str | None]
     return own, str(chat_template) if named else f"own text {fingerprint(text)[:8]}"
 
 # %% ../../nbs/20_model/00_loading.ipynb #from-pair
+def _check_stays(lm: LanguageModel, dtype: Any, device: Any, attention: str, **places: Any) -> None:
+    "Refuse options of opening that are not what a model is already: it keeps its type and place."
+    given = {name: value for name, value in places.items() if value is not None}
+    if _as_dtype(dtype) not in (torch.float32, "auto", lm.dtype):
+        given["dtype"] = dtype
+    if device is not None and torch.device(device).type != lm.device.type:
+        given["device"] = device
+    if attention not in ("sdpa", lm.attention):
+        given["attention"] = attention
+    for name, value in given.items():
+        raise ModelError(f"{name}={value!r}: {lm.name} is open already and keeps its type and place; leave "
+                         "it out, or change the model before")
+
 def _from_pair(pair: Any, adapter: Any, merge: bool, chat_template: Any) -> LanguageModel:
     "A `LanguageModel` around objects the caller holds; they are not changed, an adapter goes on a copy."
     lm = pair if isinstance(pair, LanguageModel) else None
@@ -862,7 +875,14 @@ def load_model(
     """Open a causal language model with its tokenizer, in evaluation mode. A pair keeps its type and place.
     Raises `ModelError` where it cannot be found or opened, or where what opens is not the model in the
     files."""
-    if isinstance(name, (LanguageModel, tuple, list)): return _from_pair(name, adapter, merge, chat_template)
+    if isinstance(name, (LanguageModel, tuple, list)):
+        lm = _from_pair(name, adapter, merge, chat_template)
+        _check_stays(lm, dtype, device, attention, device_map=device_map, offload_folder=offload_folder,
+                     quantization=quantization)
+        return lm
+    if offload_folder is not None and device_map is None:
+        raise ModelError("offload_folder= is for parts that device_map= puts on \"disk\": say device_map= "
+                         "too, or leave it out")
     if device is not None and device_map is not None:
         raise ModelError("give either device= or device_map=, not both")
     dtype, source = _as_dtype(dtype), _find_source(name)

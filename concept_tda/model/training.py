@@ -74,6 +74,9 @@ def _check_recipe(recipe: TrainingRecipe) -> None:
         value = getattr(recipe, name)
         if not (name == "clip" and value is None) and not (math.isfinite(value) and value > 0):
             raise TrainingError(f"{name} must be a positive number, got {value!r}")
+    if recipe.steps is not None and recipe.epochs != 1:
+        raise TrainingError(f"steps={recipe.steps} says how long to train, so epochs={recipe.epochs} would "
+                            "not be read: say one of them")
     if recipe.schedule not in _SCHEDULES:
         raise TrainingError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {recipe.schedule!r}")
 
