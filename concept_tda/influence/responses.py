@@ -68,7 +68,7 @@ class _OfARun:
         self,
         lm: LanguageModel, # On which scores are computed
     ) -> None:
-        "Refuse a model that did not come out of the run in a folder. Raises `CurvatureError`."
+        "Refuse a model of another run. Raises `CurvatureError`."
         if self.run is not None:
             _check_model(self.run, lm)
 
