@@ -531,6 +531,11 @@ def test_what_is_trained_after_a_filter_begins_where_the_scored_model_began(here
     ok("finetune model train.jsonl --out tuned --rank 2 --epochs 2 --learning-rate 0.003 --batch-size 3")
     ok("score tuned train.jsonl --methods loss --out loss.parquet")
     again = next_lines(ok("filter loss.parquet --drop-count 2").stdout)[0]
+    ok(
+        "score model train.jsonl --adapter tuned --methods loss --out beside.parquet"
+    )  # the same, put otherwise
+    beside = next_lines(ok("filter beside.parquet --drop-count 2 --out beside.jsonl").stdout)[0]
+    assert beside == again.replace("kept", "beside")
     ok(again)
     first, second = (training_record(folder) for folder in ("tuned", "kept-model"))
     assert {name for name in first["key"] if first["key"][name] != second["key"][name]} == {

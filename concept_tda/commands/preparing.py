@@ -318,7 +318,7 @@ def training_again(
     from concept_tda.model.finetuning import FinetuneError, training_record
     begun, out = {**given, "adapter": None}, ("--out", f"{data.stem}-model")
     try:
-        record = training_record(model)
+        record = training_record(given.get("adapter") or model)
     except FinetuneError:
         return command_line("finetune", _base_of(model), data, *as_opened(begun), *out)
     begun["max_tokens"] = record["key"]["max_tokens"]
