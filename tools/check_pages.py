@@ -82,8 +82,8 @@ def problems_of(file: Path) -> list[str]:
 
 
 # Blocks that are wider than the room they have: [what, how it begins, by how many pixels]. A table may be
-# scrolled where an element around it says so by its shadows, and a formula in its line; code may not, but for
-# the frames of a terminal, which can't be broken.
+# scrolled where an element around it says so by its shadows, and so may a formula; code may not, but for what
+# a terminal has laid out, whose lines can't be broken.
 MEASURE = """[...document.querySelectorAll('main :is(pre, table, img, svg, iframe, video, .math)')]
   .filter((node) => node.getClientRects().length)
   .map((node) => {
@@ -91,9 +91,10 @@ MEASURE = """[...document.querySelectorAll('main :is(pre, table, img, svg, ifram
     let area = node.parentElement;
     while (area.tagName !== 'MAIN' && !scrolls(area)) area = area.parentElement;
     const room = document.documentElement.clientWidth, right = node.getBoundingClientRect().right;
-    const broken = node.tagName === 'PRE' && !/[╭│╰]/.test(node.textContent);
+    const broken = node.tagName === 'PRE' && node.style.whiteSpace !== 'pre';
     const inside = broken ? node.scrollWidth - node.clientWidth : 0;
-    const beyond = node.tagName === 'TABLE' && area.tagName !== 'MAIN' ? 0 : Math.ceil(right - room);
+    const scrolled = ['TABLE', 'SPAN'].includes(node.tagName) && area.tagName !== 'MAIN';
+    const beyond = scrolled ? 0 : Math.ceil(right - room);
     const text = (node.innerText ?? node.alt ?? '').trim().slice(0, 40);
     return [node.tagName.toLowerCase(), text, Math.max(inside, beyond)];
   })
