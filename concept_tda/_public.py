@@ -141,7 +141,7 @@ PUBLIC = {
         "Retraining claim read_record write_record Cells CellFolder packed_record read_packed PackedCells "
         "relative_paths judges_by_name Experiment",
     "evidence.subsets": "Attributions Subset share_count random_rows all_but checked_seeds places_of "
-        "aligned_scores subset_rows",
+        "refuse_pairs aligned_scores subset_rows",
     "evidence.statistics": "evaluation_mean paired_change t_interval welch_interval spearman_interval "
         "with_intervals fitted_line",
     "evidence.figures": "COLOURS finished",

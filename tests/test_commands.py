@@ -528,7 +528,10 @@ def test_the_next_command_opens_the_model_in_the_same_way(here):
 
 
 def test_what_is_trained_after_a_filter_begins_where_the_scored_model_began(here):
-    ok("finetune model train.jsonl --out tuned --rank 2 --epochs 2 --learning-rate 0.003 --batch-size 3")
+    ok(
+        "finetune model train.jsonl --out tuned --rank 2 --epochs 2 --learning-rate 0.003 --batch-size 3 "
+        "--warmup-steps 2 --weight-decay 0.1"
+    )
     ok("score tuned train.jsonl --methods loss --out loss.parquet")
     again = next_lines(ok("filter loss.parquet --drop-count 2").stdout)[0]
     ok(

@@ -394,6 +394,10 @@ def test_groups_that_cannot_be_dropped(lm, train, x, toy, kinds, tmp_path):
             FilterAndRetrain(lm, data, scores, Reads(), tmp_path, fractions=(0.75,), arms=arms, groups=groups)
     with pytest.raises(ExperimentError, match="'kinds' are of other data than train"):
         FilterAndRetrain(lm, data[:19], {}, Reads(), tmp_path, fractions=(0.25,), groups={"kinds": found})
+    card = QueryCard("m", "says yes", settings={"difference": "chosen minus rejected"})
+    pairs = score_groups(column_groups(data, "kind"), Attribution(data, np.arange(N), card), deals=10)
+    with pytest.raises(ExperimentError, match="'kinds' scores preference pairs"):
+        FilterAndRetrain(lm, data, {}, Reads(), tmp_path, fractions=(0.25,), groups={"kinds": pairs})
     assert not toy and not any(tmp_path.iterdir())
 
 

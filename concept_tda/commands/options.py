@@ -111,6 +111,11 @@ class _OfTraining(_OfModel):
         TRAINING_PANEL, "At its highest; falls linearly to zero.")]
     Epochs = Annotated[int | None, option(TRAINING_PANEL, "Passes over the data.")]
     BatchSize = Annotated[int | None, option(TRAINING_PANEL, "Conversations in a step.")]
+    WarmupSteps = Annotated[int | None, option(
+        TRAINING_PANEL, "Steps in which the learning rate rises to its highest.")]
+    WeightDecay = Annotated[float | None, option(TRAINING_PANEL, "Of AdamW.")]
+    Precision = Annotated[str | None, option(
+        TRAINING_PANEL, "fp32, or bf16: autocast, with adapters and optimiser in float32.")]
 
 # %% ../../nbs/95_commands/01_options.ipynb #9117
 class Given(_OfTraining):

@@ -262,6 +262,9 @@ def _finetune(
     learning_rate: Given.LearningRate = None,
     epochs: Given.Epochs = None,
     batch_size: Given.BatchSize = None,
+    warmup_steps: Given.WarmupSteps = None,
+    weight_decay: Given.WeightDecay = None,
+    precision: Given.Precision = None,
     max_tokens: Given.MaxTokens = 1536,
     seed: Given.Seed = 0,
     checkpoints: _Checkpoints = 0,
@@ -275,7 +278,8 @@ def _finetune(
     opened = as_opened(dict(dtype=dtype, device=device, max_tokens=max_tokens))  # the folder has the template
     with plain_errors(debug, CONTINUES):
         settings = training_settings(
-            recipe, rank=rank, alpha=alpha, learning_rate=learning_rate, epochs=epochs, batch_size=batch_size)
+            recipe, rank=rank, alpha=alpha, learning_rate=learning_rate, epochs=epochs, batch_size=batch_size,
+            warmup_steps=warmup_steps, weight_decay=weight_decay, precision=precision)
         check_file(data)
         from concept_tda.data.conversations import load_conversations
         from concept_tda.model.finetuning import finetune
@@ -294,7 +298,8 @@ def _typed_run(key: dict[str, Any]) -> list[str]:
     usual = {name: parameter.default for name, parameter in signature(finetune).parameters.items()}
     recipe = next((name for name in RECIPES if key["rslora"] and RECIPES[name].get("rslora")), None)
     usual |= RECIPES[recipe] if recipe else {}
-    typed = ("rank", "alpha", "learning_rate", "epochs", "batch_size", "seed")
+    typed = ("rank", "alpha", "learning_rate", "epochs", "batch_size", "warmup_steps", "weight_decay",
+             "precision", "seed")
     return (["--recipe", recipe] if recipe else []) + [
         word for name in typed if key[name] != usual[name]
         for word in (f"--{name.replace('_', '-')}", str(key[name]))]

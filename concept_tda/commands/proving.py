@@ -96,6 +96,9 @@ def _experiment(
     learning_rate: Given.LearningRate = None,
     epochs: Given.Epochs = None,
     batch_size: Given.BatchSize = None,
+    warmup_steps: Given.WarmupSteps = None,
+    weight_decay: Given.WeightDecay = None,
+    precision: Given.Precision = None,
     dtype: Given.Dtype = "float32",
     device: Given.Device = None,
     chat_template: Given.ChatTemplate = None,
@@ -110,7 +113,8 @@ def _experiment(
     given = locals()
     with plain_errors(debug, CONTINUES):
         settings = training_settings(
-            recipe, rank=rank, alpha=alpha, learning_rate=learning_rate, epochs=epochs, batch_size=batch_size)
+            recipe, rank=rank, alpha=alpha, learning_rate=learning_rate, epochs=epochs, batch_size=batch_size,
+            warmup_steps=warmup_steps, weight_decay=weight_decay, precision=precision)
         column = judge is None and "it is a column of the questions; say --judge FILE too, or leave it out"
         refuse_unread(context, trait=column, neutral=column)
         shares, asked = _shares(fractions), _judges(judge, trait, neutral, capability)

@@ -27,6 +27,7 @@ from concept_tda.evidence.subsets import (
     checked_seeds,
     places_of,
     random_rows,
+    refuse_pairs,
     share_count,
     subset_rows,
 )
@@ -94,6 +95,7 @@ def _named_groups(groups: GroupScores | dict[str, GroupScores]) -> dict[str, Gro
     if wrong := [name for name, found in groups.items() if not isinstance(found, GroupScores)]:
         raise ExperimentError(f"groups {wrong[0]!r}: give what score_groups returns, or several of them in a "
                               f"dict by name; this is {type(groups[wrong[0]]).__name__}")
+    refuse_pairs({name: found.attribution for name, found in groups.items()})
     return groups
 
 def _union(name: str, found: GroupScores, count: int, train: Conversations) -> np.ndarray:
