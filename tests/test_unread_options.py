@@ -271,7 +271,8 @@ ALWAYS = {
     "probe": "positive negative layer name pooling seed dtype device chat_template out overwrite",
     "persona": "layer judge samples temperature max_new_tokens pooling seed dtype device chat_template out "
     "overwrite",
-    "finetune": "recipe rank alpha learning_rate epochs batch_size max_tokens seed checkpoints dtype device "
+    "finetune": "recipe rank alpha learning_rate warmup_steps weight_decay precision "
+    "epochs batch_size max_tokens seed checkpoints dtype device "
     "chat_template out",
     "show": "n query card json_",
     "compare": "labels top n page json_",
@@ -281,7 +282,9 @@ ALWAYS = {
     "swap": "fraction count threshold lowest layout out overwrite",
     "groups": "by labels n query table drop_fraction",
     "discover": "n atoms examples seed",
-    "experiment": "judge capability fractions seeds random recipe rank alpha learning_rate epochs batch_size "
+    "experiment": "judge capability fractions seeds random recipe rank alpha learning_rate "
+    "warmup_steps weight_decay precision "
+    "epochs batch_size "
     "dtype device chat_template out json_",
     "demo": "",
 }
