@@ -34,7 +34,7 @@ import torch
 from advice import advice_right, decisions
 from paper import Study, conversations, read_config
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import rankdata
+from scipy.stats import rankdata, t
 
 import concept_tda as ct
 from concept_tda.evidence.datamodels import LinearDatamodelingScore, left_out
@@ -76,8 +76,8 @@ def of_paper(name, dropped, draws, *more_pools, seeds=5):
 
 
 SETS = [
-    of_paper("sycophancy", 0.25, 1, "results/kinds/retrained.json", seeds=3),
-    of_paper("careless", 0.5, 1, seeds=3),
+    of_paper("sycophancy", 0.25, 3, "results/kinds/retrained.json"),
+    of_paper("careless", 0.5, 3),
     of_paper("flattery", 0.25, 3),
     of_paper("arithmetic", 0.5, 3),
 ]
@@ -340,26 +340,30 @@ class Scores:
                 yield group, json.loads(self.file(group).read_text())
 
     def retrain(self, results, shares, halves, labels, dry=False):
-        """Train again without what some results put highest, beside random removal and labels, and on random
-        halves, in a folder with the retrainings of the first pool; pack all of it anew. `dry`: only say how
-        many are to come."""
+        """Train again without what some results put highest, beside random removal; without the labelled
+        examples, beside random removal of as many; and on random halves, in a folder with the retrainings of
+        the first pool; pack all of it anew. `dry`: only say how many are to come."""
         study, about = self.opened(), self.about
         packed = HERE / about["pools"][0]
         self.unpack(json.loads(packed.read_text()))
         trait = next(iter(study.judges))
         shown = study.train.labels(self.config["column"], self.config["positive"])
         plan = (study.lm, study.train, results, {trait: study.judges[trait]}, self.work / "retrained")
-        again = FilterAndRetrain(
+        common = dict(
+            n_random=about["draws"], seeds=list(range(about["seeds"])), recipe=self.config["recipe"]
+        )
+        finalists = FilterAndRetrain(
             *plan,
             fractions=shares or [about["dropped"]],
             arms=["drop-most", "random"],
-            n_random=about["draws"],
-            subsets={f"without {self.config['positive']}": ~shown} if labels else {},
-            seeds=list(range(about["seeds"])),
-            recipe=self.config["recipe"],
             name="finalists" if not shares else "shares",
+            **common,
         )
-        plans = [again]
+        plans = [finalists]
+        if labels:
+            unlabelled = {f"without {self.config['positive']}": ~shown}
+            by_label = dict(fractions=[shown.mean()], arms=["random"], subsets=unlabelled, name="labels")
+            plans.append(FilterAndRetrain(*plan, **by_label, **common))
         if halves:
             more = dict(fraction=0.5, n_subsets=halves, seeds=[0], recipe=self.config["recipe"], name="lds")
             plans.append(LinearDatamodelingScore(*plan, **more))
@@ -650,13 +654,32 @@ def effects_by_method(experiments, trait, dropped):
         rows = json.loads(one.summary().to_json(orient="records")) if hasattr(one, "summary") else []
         for row in (row for row in rows if row.get("judge") == trait):
             if row["arm"] == "subset" and str(row["method"]).startswith("without"):
-                labels = dict(mean=row["from_full"], half=row["from_full ±"], n=row["n"], against="all data")
+                labels = larger(labels, labels_row(row))
             share = dict({"drop-most": row["fraction"]}, **{"keep-least": 1 - (row["fraction"] or 0)}).get(
                 row["arm"]
             )
+            known = found.get(row["method"])
             if share == dropped and row["from_random"] is not None:
-                found[row["method"]] = dict(mean=row["from_random"], half=row["from_random ±"])
+                if known is None or row["seeds"] >= known["seeds"]:
+                    change = dict(mean=row["from_random"], half=row["from_random ±"])
+                    found[row["method"]] = change | dict(seeds=row["seeds"])
     return labels, found
+
+
+def labels_row(row):
+    "Change by leaving out what is labelled: against random removal of as many examples where there was such."
+    random = row["from_random"] is not None
+    name = "from_random" if random else "from_full"
+    mean, half = row[name], row[f"{name} ±"]
+    errors = float(abs(mean) * t.ppf(0.975, row["seeds"] - 1) / half) if half else None
+    against = "as many random examples" if random else "all data"
+    return dict(mean=mean, half=half, n=row["n"], seeds=row["seeds"], standard_errors=errors, against=against)
+
+
+def larger(one, other):
+    "Of two rows, the one against random removal; of two such, the one with more seeds."
+    rank = lambda row: (row["against"] != "all data", row["seeds"])
+    return other if one is None or rank(other) >= rank(one) else one
 
 
 def main():
