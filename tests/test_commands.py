@@ -98,13 +98,13 @@ def test_every_method_of_the_library_has_a_name_on_the_command_line():
 
 
 def test_the_baselines_that_come_last_in_a_folder_are_those_of_the_library():
-    from concept_tda.commands.results import _PLAIN
+    from concept_tda.commands.results import _LAST
     from concept_tda.influence import baselines
 
     own = {
         name for name, one in vars(baselines).items() if getattr(one, "__module__", "") == baselines.__name__
     }
-    assert {name for name, method in METHODS.items() if method.scorer in own} == {*_PLAIN}
+    assert {name for name, method in METHODS.items() if method.scorer in own} == {*_LAST}
 
 
 def test_every_curvature_of_the_library_has_a_name_on_the_command_line():

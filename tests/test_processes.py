@@ -100,9 +100,9 @@ def everything(folder, blocks=()):
         found |= {method: result.scores, f"{method} tokens": np.concatenate(result.token_scores)}
     streamed = score_stream(scorers, RECORDS, folder / "stream", part_examples=40, token_budget=200, **quiet)
     found |= {f"{method} streamed": streamed.scores(method) for method in streamed.methods}
-    options = dict(token_budget=200, sample=8, **quiet)
+    options = dict(token_budget=200, **quiet)
     atlas = build_atlas(lm, train[:2], train, 1, curvature=fitted, folder=folder / "atlas", **options)
-    index = build_index(lm, train, folder=folder / "index", rank=4, **options)
+    index = build_index(lm, train, folder=folder / "index", rank=4, sample=8, **options)
     found |= {"atlas": np.array(atlas.rows), "index": np.array(index.rows)}
     sae = SparseAutoencoder(TinySAE(), 1, "tiny")
     features = read_features(lm, sae, train, folder / "features", token_budget=200, **quiet)

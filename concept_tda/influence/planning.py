@@ -388,7 +388,7 @@ def _probe_rows(plan: StepPlan, lengths_N: np.ndarray, size: int | None) -> list
 # %% ../../nbs/50_influence/09_planning.ipynb #training-probe
 def _first_step(model: Any, data: Any, recipe: Any, tokenizer: Any, place: Path) -> TrainingRun:
     "A training of one step on one example."
-    short = {"steps": 1, "batch_size": 1, "warmup_steps": 0}
+    short = {"steps": 1, "epochs": 1, "batch_size": 1, "warmup_steps": 0}
     one = {**recipe, **short} if isinstance(recipe, dict) else replace(recipe, **short)
     return train(model, data, place, one, tokenizer=tokenizer, progress=False)
 
@@ -396,7 +396,7 @@ def _first_step(model: Any, data: Any, recipe: Any, tokenizer: Any, place: Path)
 def _seconds_of_a_token(run: TrainingRun, recipe: TrainingRecipe, plan: StepPlan, place: Path) -> float:
     "Of training, from three steps; the largest piece is among them, so its memory has been used."
     rows = _probe_rows(plan, np.asarray(run.data.lengths), recipe.micro_batch_size)
-    three = replace(recipe, steps=3, batch_size=len(rows)//3, shuffle=False, warmup_steps=0)
+    three = replace(recipe, steps=3, epochs=1, batch_size=len(rows)//3, shuffle=False, warmup_steps=0)
     last = train(run.lm, run.data.select(rows), place, three, progress=False).steps.iloc[-1]
     return float(last["seconds"]/last["tokens"])
 
