@@ -338,7 +338,7 @@ def test_hostile_texts_names_and_cards_stay_text(tmp_path):
 def test_labels_as_a_list_and_a_single_result(tmp_path):
     result = several()[0]
     page = write_report(result, tmp_path / "one.html", labels=[i < 10 for i in range(40)]).read_text()
-    assert "Detection of the 10 labelled examples" in page and "highest, side by side" not in page
+    assert "Detection of the 10 labelled examples" in page and "side by side" not in page
     plain = result.report(tmp_path / "plain.html", title="Mine").read_text()
     assert "<title>Mine</title>" in plain and 'id="methods"' not in plain and 'href="#methods"' not in plain
 

@@ -32,7 +32,7 @@ from concept_tda.model.finetuning import (
 from ..model.loading import LanguageModel
 from ..model.sites import Site
 
-# %% ../../nbs/50_influence/15_responses.ipynb #run
+# %% ../../nbs/50_influence/15_responses.ipynb #run-examples
 def _check_model(run: str | Path, lm: LanguageModel) -> None:
     "Refuse the model of another run."
     try:
@@ -40,8 +40,20 @@ def _check_model(run: str | Path, lm: LanguageModel) -> None:
     except FinetuneError as err:
         raise CurvatureError(str(err)) from None
 
+class _CountedExamples:
+    "Examples of a run of which only the number is known; asked as `RunExamples` is."
+    exact = False
+
+    def __init__(self, n_examples: int):
+        self.n_examples = n_examples
+
+    def strangers(self, data: TokenizedConversations) -> int:
+        "The fewest that there can be."
+        return max(0, len(data) - self.n_examples)
+
+# %% ../../nbs/50_influence/15_responses.ipynb #run
 class _OfARun:
-    "A run's learning rates and its number of examples."
+    "A run's learning rates and its examples."
     record: dict[str, Any] = {}
     damping_text: str | None = None
 
@@ -54,11 +66,11 @@ class _OfARun:
         said = [one is not None for one in (run, rates, n_examples)]
         if said not in ([True, False, False], [False, True, True]):
             raise CurvatureError("say of which run: run= (a folder of finetune), or rates= and n_examples=")
-        self.run, self.examples = run, None if run is None else RunExamples(run)
-        if run is not None and self.examples is not None:
+        self.run, self.examples = run, _CountedExamples(int(n_examples or 0))
+        if run is not None:
+            self.examples = RunExamples(run)
             rates = training_record(run)["steps"]["learning_rate"].tolist()
-            n_examples = self.examples.n_examples
-        self.rates, self.n_examples = [float(rate) for rate in rates or []], int(n_examples or 0)
+        self.rates, self.n_examples = [float(rate) for rate in rates or []], self.examples.n_examples
         self.reach = sum(self.rates)
         if not (0 < self.reach < math.inf and self.n_examples > 0 and min(self.rates) >= 0):
             raise CurvatureError(f"learning rates that sum to {self.reach} over {self.n_examples} examples "
@@ -82,7 +94,6 @@ class _OfARun:
         data: TokenizedConversations, # Scored
     ) -> int:                         # The fewest there can be, where only the number of examples is known
         "How many of the examples were not in the run."
-        if self.examples is None: return max(0, len(data) - self.n_examples)
         return self.examples.strangers(data)
 
     @property
@@ -172,8 +183,6 @@ class Unrolled(_Spectral):
 # %% ../../nbs/50_influence/15_responses.ipynb #source-start
 class _Segmented(CheckpointScorer):
     "Checkpoints in the order in which a query travels: the last one first."
-    examples: RunExamples | None = None # Of the run, where a record names them
-
     def __init__(
         self,
         checkpoints: Iterable[Any],       # In the order of the run, as `run_segments` gives them
@@ -189,6 +198,7 @@ class _Segmented(CheckpointScorer):
         super().__init__(checkpoints, queries, learning_rates=learning_rates, sites=sites, method=method)
         self.curvatures: list[Any] = list(curvatures or [self._fit]*len(self.checkpoints))
         self.n_examples, self.gradient_size = n_examples, gradient_size
+        self.examples: RunExamples | _CountedExamples = _CountedExamples(n_examples)
         if len(self.curvatures) != len(self.checkpoints):
             raise ScorerError(f"{len(self.checkpoints)} checkpoints need as many curvatures, got "
                               f"{len(self.curvatures)}")
@@ -252,9 +262,7 @@ class SOURCE(_Segmented):
                                "gradient_size": self.gradient_size}
         note = (f"{len(self.checkpoints)} segments of a run on {self.n_examples} examples, each with EK-FAC "
                 "at its checkpoint; the query is asked at the last and carried back")
-        own, n = self.examples, len(self.data)
-        more = max(0, n - self.n_examples) if own is None else own.strangers(self.data)
-        strangers = strangers_note(more, n, exact=own is not None)
+        strangers = strangers_note(self.examples.strangers(self.data), len(self.data), self.examples.exact)
         unit = {} if strangers else dict(effect=-1/self.n_examples, unit=self.query.unit)
         return fields | dict(curvature=Unrolled.name, notes=[*fields["notes"], note, *strangers]) | unit
 

@@ -734,6 +734,7 @@ def _check_fitted_on(curvature: Any, lm: LanguageModel) -> None:
 class _Influence(_Question):
     "From the query to the readout."
     n_scored = strangers = 0  # Examples that were scored, and those among them that were never in the run
+
     def prepare(self, data: TokenizedConversations) -> Readout:
         "Differentiate the query, apply the curvature, choose an engine."
         if isinstance(self.curvature, str):
@@ -867,8 +868,8 @@ def _run_settings(scorer: "_Influence") -> dict[str, int]:
 
 def _strangers(scorer: "_Influence") -> list[str]:
     "The same of a scorer whose curvature knows of a run."
-    exact = getattr(scorer.curvature, "examples", None) is not None
-    return strangers_note(scorer.strangers, scorer.n_scored, exact)
+    if not scorer.strangers: return []
+    return strangers_note(scorer.strangers, scorer.n_scored, scorer.curvature.examples.exact)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #effect-of
 def _effect_of(scorer: _Influence) -> dict[str, Any]:

@@ -845,6 +845,10 @@ def example_prints(
     "A number for each example, of its tokens, response mask and token weights."
     return np.array([_print_of(one) for one in data], dtype=np.uint64)
 
+def _prints_of_ids(ids: list[str]) -> np.ndarray:
+    "The same [N] where only the names of the examples are known."
+    return np.array([xxhash.xxh3_64_intdigest(id.encode()) for id in ids], np.uint64)
+
 def _write_examples(folder: Path, data: TokenizedConversations) -> None:
     "Put the numbers of a run's examples beside its record."
     with atomic_file(folder/_EXAMPLES) as part, open(part, "wb") as file:
@@ -854,7 +858,7 @@ def _write_examples(folder: Path, data: TokenizedConversations) -> None:
 def _recorded_prints(folder: Path, record: dict[str, Any]) -> tuple[np.ndarray, bool]:
     "Numbers [N] of the examples of a run, and whether they are made of ids instead of tokens."
     if record.get("ids") is not None:
-        return np.array([xxhash.xxh3_64_intdigest(id.encode()) for id in record["ids"]], np.uint64), True
+        return _prints_of_ids(record["ids"]), True
     if "trained_by" in record["key"]:
         raise FinetuneError(f"the record in {folder} does not say which examples were trained on: give ids= "
                             "to the TrainingRecorder, or say the run's rates and n_examples yourself")
@@ -871,6 +875,7 @@ def _recorded_prints(folder: Path, record: dict[str, Any]) -> tuple[np.ndarray, 
 # %% ../../nbs/20_model/05_finetuning.ipynb #who-run
 class RunExamples:
     "Which examples a run was trained on. Raises `FinetuneError` where its record does not say."
+    exact = True # Strangers are counted one by one
     def __init__(
         self,
         folder: str | Path, # Of a fine-tune, or of a recorded training
@@ -884,10 +889,7 @@ class RunExamples:
         data: TokenizedConversations, # M examples, in any order
     ) -> int:                         # 0 for the run's data and parts of them
         "How many of the examples were not in the run, or more often than the run had them."
-        if self.by_id:
-            prints_M = np.array([xxhash.xxh3_64_intdigest(id.encode()) for id in data.ids], np.uint64)
-        else:
-            prints_M = example_prints(data)
+        prints_M = _prints_of_ids(data.ids) if self.by_id else example_prints(data)
         asked, copies = np.unique(prints_M, return_counts=True)
         places = np.searchsorted(self.known, asked).clip(max=len(self.known) - 1)
         there = np.where(self.known[places] == asked, self.copies[places], 0)

@@ -303,7 +303,7 @@ class ExampleView {
         "div",
         {class: "folds"},
         this.numbers,
-        el("details", {class: "computed"}, el("summary", {}, "Query card: what was computed"), this.card),
+        el("details", {}, el("summary", {}, "Query card: what was computed"), this.card),
       ),
     );
   }
