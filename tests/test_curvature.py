@@ -5,13 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from concept_tda.data.batches import batches
-from concept_tda.data.conversations import load_conversations
+from concept_tda.data.batches import Batch, batches
+from concept_tda.data.conversations import Conversations, load_conversations
+from concept_tda.data.tokens import TokenizedConversation
 from concept_tda.influence.curvature import (
     EKFAC,
     CurvatureError,
     Factors,
     FactorStatistics,
+    LabelDraws,
+    _known_labels,
     _linear_layers,
     _ResponseLogits,
     batch_labels,
@@ -97,7 +100,11 @@ def test_equals_the_operator_of_curvlinops(family, backend, labels, train):
         lm, train, sites, labels=labels, damping=1e-3, relative=False, backend=backend, progress=False
     ).precondition(gradients)
     data = lm.tokenize(train)
-    examples = [({"batch": b}, batch_labels(b, "empirical", None)) for b in batches(data, token_budget=1)]
+    draws = LabelDraws(data, seed=0)  # their own sample would be another one
+    examples = [
+        ({"batch": b}, _known_labels(lm, b, batch_labels(b, labels, draws)))
+        for b in batches(data, token_budget=1)
+    ]
     with lm.undisturbed(), torch.enable_grad(), _linear_layers(lm, sites) as linears:
         weights = [linear.weight.requires_grad_() for linear in linears]
         operator = EKFACLinearOperator(
@@ -106,8 +113,7 @@ def test_equals_the_operator_of_curvlinops(family, backend, labels, train):
             weights,
             examples,
             check_deterministic=False,
-            seed=0,
-            fisher_type="mc" if labels == "sampled" else "empirical",
+            fisher_type="empirical",
             num_data=len(examples),
             num_per_example_loss_terms=1,
             batch_size_fn=lambda b: 1,
@@ -148,6 +154,49 @@ def test_one_pass_two_passes_and_batches_agree(train):
         torch.testing.assert_close(
             *[fit[name] for fit in sampled]
         )  # the second pass sees the labels of the first
+
+
+def test_sampled_labels_know_neither_order_nor_batch(train):
+    lm = load_model(tiny_pair("llama", dtype=torch.float64))
+    gradients = random_gradients(resolve_sites(lm, "all-linear"))
+
+    def fitted(data, **options):
+        options = {"sites": "all-linear", "progress": False, "cache": False, **options}
+        return EKFAC.fit(lm, data, **options).precondition(gradients)
+
+    def far(one, other):
+        return max((one[name] - other[name]).norm() / one[name].norm() for name in gradients)
+
+    plain = fitted(train)
+    assert far(plain, fitted(train[::-1])) < 1e-6
+    assert far(plain, fitted(train, token_budget=200)) < 1e-6
+    assert far(plain, fitted(train, backend="curvlinops")) < 1e-6
+    assert far(plain, fitted(train, seed=1)) > 1e-3
+
+
+def test_copies_of_an_example_are_samples_of_their_own(train):
+    lm = load_model(tiny_pair("llama"))
+    data = lm.tokenize(Conversations([train[0]] * 3))
+    batch = next(batches(data))
+    one, two, three = LabelDraws(data, seed=0).of(batch).chunk(3)
+    assert not torch.equal(one, two) and not torch.equal(two, three) and not torch.equal(one, three)
+
+
+def test_labels_are_sampled_with_the_probabilities_of_the_model():
+    """Token frequencies of 20,000 draws, each within four standard errors; what cannot come never does."""
+    n, probabilities = 20_000, torch.tensor([0.0, 0.5, 0.3, 0.0, 0.15, 0.05, 0.0])
+    batch = Batch(
+        torch.tensor([0]),
+        torch.zeros(1, n + 1, dtype=torch.long),
+        torch.ones(1, n + 1),
+        torch.tensor([[False] + [True] * n]),
+    )
+    draws = LabelDraws([TokenizedConversation("a", batch.input_ids[0], batch.response_mask[0])], seed=0)
+    sampled = batch_labels(batch, "sampled", draws)(probabilities.log().expand(n, -1))
+    found = torch.bincount(sampled, minlength=7) / n
+    assert not found[probabilities == 0].any()
+    error = (probabilities * (1 - probabilities) / n).sqrt()
+    assert ((found - probabilities).abs() <= 4 * error).all()
 
 
 def test_scale_does_not_depend_on_the_amount_of_data(train):

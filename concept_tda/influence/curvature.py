@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CurvatureError', 'Identity', 'check_damping', 'check_gradients', 'check_moved', 'check_labels', 'fitting_record',
-           'DampedCurvature', 'Factors', 'labelled_pass', 'batch_labels', 'FactorStatistics', 'EKFAC']
+           'DampedCurvature', 'Factors', 'labelled_pass', 'LabelDraws', 'batch_labels', 'FactorStatistics', 'EKFAC']
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #0003
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -216,15 +217,42 @@ def labelled_pass(
     return labels_R
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #labels
+class LabelDraws:
+    "The chance that labels are sampled with: the same for the same tokens, whatever their place and batch."
+    def __init__(
+        self,
+        data: TokenizedConversations, # N conversations
+        seed: int,                    # Another seed, another sample
+    ):
+        seen: Counter[str] = Counter()
+        self.seeds: list[int] = []
+        for item in data:
+            said = fingerprint(item.input_ids, item.response_mask)
+            self.seeds.append(int(fingerprint(seed, said, seen[said]), 16) % 2**63)
+            seen[said] += 1
+
+    def of(
+        self,
+        batch: Batch, # B of the conversations, R predicted tokens
+    ) -> torch.Tensor:
+        "Numbers in [0, 1) for the predicted tokens of a batch [R], float32, on its device."
+        generators = [torch.Generator().manual_seed(self.seeds[row]) for row in batch.rows.tolist()]
+        lengths = predicted_mask(batch).sum(1).tolist()
+        drawn = [torch.rand(length, generator=own) for length, own in zip(lengths, generators)]
+        return torch.cat(drawn).to(batch.input_ids.device)
+
+# %% ../../nbs/50_influence/01_curvature.ipynb #sampled-labels
 def batch_labels(
-    batch: Batch,                       # B conversations
-    labels: str,                        # "sampled" or "empirical"
-    generator: torch.Generator | None,  # For sampling
+    batch: Batch,                     # B conversations
+    labels: str,                      # "sampled" or "empirical"
+    draws: LabelDraws | None = None,  # For sampling
 ) -> torch.Tensor | Callable[[torch.Tensor], torch.Tensor]:
     "The labels of a batch: the data's own [R], or a function that samples them from logits [R, V]."
     if labels != "sampled": return batch.input_ids[predicted_mask(batch)]
     def sample(logits_RV):
-        return logits_RV.softmax(1).multinomial(1, generator=generator).squeeze(1)
+        passed_RV, drawn_R1 = logits_RV.softmax(1).cumsum_(1), draws.of(batch)[:, None]
+        places_R1 = torch.searchsorted(passed_RV, drawn_R1*passed_RV[:, -1:], right=True)
+        return places_R1.squeeze(1).clamp_(max=logits_RV.shape[1] - 1)  # rounding may pass the last
     return sample
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #gathered
@@ -439,7 +467,7 @@ class _Fit:
     data: TokenizedConversations
     sites: list[Site]
     labels: str
-    seed: int                    # of the labels
+    draws: LabelDraws            # What sampled labels are drawn with
     plan: list[Batch]            # in the order they are run
     statistics: FactorStatistics
     progress: _Progress
@@ -461,11 +489,6 @@ def _stretches(plan: list[Batch], most: int = 16, fewest: int = 32) -> list[rang
     return [range(start, stop) for start, stop in zip(cuts, cuts[1:])]
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #run
-def _generator(fit: _Fit, stretch: int) -> torch.Generator:
-    "What draws the labels of a stretch."
-    seed = int(fingerprint(fit.seed, stretch), 16) % 2**63 if stretch else fit.seed
-    return torch.Generator(fit.lm.device).manual_seed(seed)
-
 def _run(fit: _Fit, batch: Batch, labels: Any) -> torch.Tensor:
     "Send a batch through the model and return its labels; its flows are in `statistics` afterwards."
     fit.statistics.begin(batch)
@@ -481,15 +504,14 @@ def _unnamed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
     return {name.split("|", 1)[1]: t for name, t in tensors.items() if name.startswith(f"{prefix}|")}
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #state
-def _factor_state(fit: _Fit, stretch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _factor_state(fit: _Fit, stretch: int) -> dict[str, torch.Tensor]:
     "All that the first half needs to go on with a stretch, or to add it to others."
     fit.statistics.fold()
     names, input_of = [s.name for s in fit.sites], fit.statistics.input_of
     drawn = [fit.drawn[index] for index in fit.stretches[stretch] if index in fit.drawn]
     return _named("A", fit.statistics.A) | _named("S", fit.statistics.S) | {
         "labels": torch.cat(drawn), "label_counts": torch.tensor([len(d) for d in drawn]),
-        "readers": torch.tensor([names.index(input_of[name]) for name in names]),
-        "generator": generator.get_state()}
+        "readers": torch.tensor([names.index(input_of[name]) for name in names])}
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #restore-factors
 def _take_labels(fit: _Fit, first: int, state: dict[str, torch.Tensor]) -> None:
@@ -499,13 +521,12 @@ def _take_labels(fit: _Fit, first: int, state: dict[str, torch.Tensor]) -> None:
     fit.drawn |= {first + place: labels for place, labels in enumerate(parts)}
     fit.statistics.input_of = {name: names[reader] for name, reader in zip(names, state["readers"].tolist())}
 
-def _restore_factors(fit: _Fit, stretch: int, generator: torch.Generator) -> int:
+def _restore_factors(fit: _Fit, stretch: int) -> int:
     "Go back to the latest state of a stretch; how many batches it had done."
     done, state = fit.progress.load(f"kronecker-{stretch:02d}", fit.sites[0].like)
     fit.statistics.A, fit.statistics.S = _unnamed("A", state), _unnamed("S", state)
     if done:
         _take_labels(fit, fit.stretches[stretch].start, state)
-        generator.set_state(state["generator"].cpu())
     return done
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #keep-sum
@@ -528,18 +549,17 @@ def _save(fit: _Fit, part: str, done: int, tensors: Callable[[], dict[str, torch
 # %% ../../nbs/50_influence/01_curvature.ipynb #halves
 def _factors_of(fit: _Fit, stretch: int, bar: tqdm) -> dict[str, torch.Tensor]:
     "First half: Kronecker sums and labels of one stretch."
-    places, generator, statistics = fit.stretches[stretch], _generator(fit, stretch), fit.statistics
-    done = _restore_factors(fit, stretch, generator)
+    places, statistics = fit.stretches[stretch], fit.statistics
+    done = _restore_factors(fit, stretch)
     bar.update(done)
     for index in places[done:]:
         batch = fit.plan[index].to(fit.lm.device)
-        fit.drawn[index] = _run(fit, batch, batch_labels(batch, fit.labels, generator))
+        fit.drawn[index] = _run(fit, batch, batch_labels(batch, fit.labels, fit.draws))
         fit.ran[index] = len(fit.ran)
         statistics.take()
         bar.update(1)
-        _save(fit, f"kronecker-{stretch:02d}", index + 1 - places.start,
-              lambda: _factor_state(fit, stretch, generator))
-    state = _factor_state(fit, stretch, generator)
+        _save(fit, f"kronecker-{stretch:02d}", index + 1 - places.start, lambda: _factor_state(fit, stretch))
+    state = _factor_state(fit, stretch)
     statistics.A, statistics.S = {}, {}
     return state
 
@@ -691,15 +711,14 @@ def _linear_layers(lm: LanguageModel, sites: list[Site]) -> Iterator[list[torch.
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #curvlinops
 def _operator(
-    lm: LanguageModel, examples: list, linears: list, labels: str, seed: int, progress: bool,
+    lm: LanguageModel, examples: list, linears: list, progress: bool,
 ) -> Any:
     "The reference's operator, fitted."
     from curvlinops import EKFACLinearOperator
-    fisher_type = {"sampled": "mc", "empirical": "empirical"}[labels]
     weights = [linear.weight.requires_grad_() for linear in linears]
     operator = EKFACLinearOperator(
         _ResponseLogits(lm), torch.nn.CrossEntropyLoss(reduction="sum"), weights, examples,
-        progressbar=progress, check_deterministic=False, seed=seed, fisher_type=fisher_type,
+        progressbar=progress, check_deterministic=False, fisher_type="empirical",
         num_data=len(examples), num_per_example_loss_terms=1, batch_size_fn=lambda inputs: 1)
     try:
         operator.compute_kronecker_factors()
@@ -709,15 +728,22 @@ def _operator(
     return operator
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #fit-curvlinops
+def _known_labels(lm: LanguageModel, batch: Batch, labels: torch.Tensor | Callable) -> torch.Tensor:
+    "Labels [R] before the pass that needs them; sampled ones want a pass of their own."
+    if isinstance(labels, torch.Tensor): return labels
+    logits_RV = response_logits(lm, batch)
+    return labels(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)))
+
 def _fit_curvlinops(
     lm: LanguageModel, data: TokenizedConversations, sites: list[Site],
     labels: str, seed: int, progress: bool,
 ) -> dict[str, Factors]:
     "Factors by curvlinops, one example at a time."
     plan = [batch.to(lm.device) for batch in batches(data, token_budget=1)]
-    examples = [({"batch": batch}, batch_labels(batch, "empirical", None)) for batch in plan]
+    draws = LabelDraws(data, seed)
+    examples = [({"batch": batch}, _known_labels(lm, batch, batch_labels(batch, labels, draws))) for batch in plan]
     with torch.enable_grad(), _linear_layers(lm, sites) as linears:
-        operator = _operator(lm, examples, linears, labels, seed, progress)
+        operator = _operator(lm, examples, linears, progress)
     factors = {}
     for position, site in enumerate(sites):
         name = f"model.{site.name}"
@@ -889,7 +915,7 @@ def _fit_resumable(
     store = BlockStore(cache_folder("runs"), dict(record, memory_budget=memory_budget))
     own_share(store, [])  # throws damaged states away
     factors = _fit_streaming(_Fit(
-        lm, data, sites, record["labels"], record["seed"],
+        lm, data, sites, record["labels"], LabelDraws(data, record["seed"]),
         list(batches(data, token_budget=record["token_budget"])), FactorStatistics(sites, memory_budget),
         _Progress(store), progress))
     clear_together(store)

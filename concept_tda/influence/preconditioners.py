@@ -25,6 +25,7 @@ from concept_tda.influence.curvature import (
     EKFAC,
     CurvatureError,
     DampedCurvature,
+    LabelDraws,
     batch_labels,
     check_damping,
     check_gradients,
@@ -338,11 +339,11 @@ def _measured_fisher(
     "Fisher matrices of the projected gradients, in the scale of the mean loss per response token."
     fisher = _empty_fisher(sites, projections)
     receive = _adding_to(fisher, projections)
-    generator = torch.Generator(lm.device).manual_seed(seed)
+    draws = LabelDraws(data, seed)
     check_sites(lm, sites, data)
     with lm.undisturbed():
         for batch in (batch.to(lm.device) for batch in batches(data, token_budget=token_budget)):
-            labelled_pass(lm, data, sites, batch, batch_labels(batch, labels, generator), receive)
+            labelled_pass(lm, data, sites, batch, batch_labels(batch, labels, draws), receive)
             bar.update(batch.n_tokens)
     for F in fisher.values():
         F /= data.n_response_tokens
