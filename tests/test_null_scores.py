@@ -348,3 +348,41 @@ def test_the_null_of_a_pair_is_chosen_minus_rejected_along_the_same_draw(lm, con
     if name == "loss":  # its draws are the same for any order of the file
         turned = score_preferences(scorer, pairs.swap(range(n)), progress=False, null=20)
         assert np.allclose(turned.times_null, -found.times_null, rtol=1e-4)
+
+
+def most_tokens_differentiated(lm, work):
+    """Runs `work`; the largest number of tokens, padding and copies included, of a pass with a graph."""
+    seen = []
+
+    def look(module, args, kwargs):
+        if torch.is_grad_enabled():
+            seen.append(kwargs["input_ids"].numel())
+
+    hook = lm.model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        work()
+    finally:
+        hook.remove()
+    return max(seen)
+
+
+@pytest.mark.parametrize("budget", [1, 150])
+def test_no_pass_with_gradients_exceeds_the_budget_of_tokens(lm, concept, budget):
+    """Neither those over the examples nor those over the queries, of the scores and of their null: whoever
+    runs out of memory lowers `token_budget`, and it has to help everywhere."""
+    many = load_conversations([{"prompt": f"is {word}?", "response": f"yes {word}"} for word in WORDS])
+    scorers = [
+        ConceptInfluence(lm, concept, many, curvature="identity"),
+        ConceptInfluence(lm, concept, many, neutral=QUERIES, curvature="identity", method="Contrast"),
+        InfluenceFunction(lm, many, curvature="identity"),
+        InfluenceFunction(lm, FINE, neutral=POOR, curvature="identity", method="Margin"),
+        GradCos(lm, many),
+    ]
+    longest = max(int(lm.tokenize(data).lengths.max()) for data in (TRAIN, many, QUERIES, FINE, POOR))
+
+    def work():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            score_together(scorers, TRAIN, null=5, token_budget=budget, progress=False)
+
+    assert most_tokens_differentiated(lm, work) <= max(budget, longest)

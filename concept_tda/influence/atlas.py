@@ -582,6 +582,7 @@ class _Directions(_SketchedFlows):
         *,
         neutral: TokenizedConversations | None = None, # Queries whose activation is taken away
         first_token: bool = True,        # Do the flows at the first token, the attention sink, count?
+        token_budget: int = 1024,        # Tokens in a batch of repeated queries
     ):
         self.sites, self.n_queries, self.kind = list(sites), len(directions_Kd), work_dtype(lm)
         self.first_token, sides = first_token, [queries] if neutral is None else [queries, neutral]
@@ -589,7 +590,8 @@ class _Directions(_SketchedFlows):
             "direction rows", [side.fingerprint for side in sides], concept.layer, concept.pooling,
             curvature.fingerprint, directions_Kd, rank, seed, [site.name for site in sites], first_token)
         frames = _frames(lm, curvature, self.sites)
-        asked = [_Asked(lm, side, concept.layer, concept.pooling, self.sites, frames, 1024) for side in sides]
+        asked = [_Asked(lm, side, concept.layer, concept.pooling, self.sites, frames, token_budget)
+                 for side in sides]
         with lm.undisturbed(), tqdm(disable=True) as bar:
             readers = _readers(lm, self.sites, data)
             self.sketched = [_BasisRows(one, rank, directions_Kd[:16], seed, readers, bar, directions_Kd)
@@ -642,6 +644,7 @@ class PartRows(_SketchedFlows):
         rank: int = 64,               # Of the bases: r × r numbers a site and part
         seed: int = 0,                # Of the probes that the bases are learnt by
         first_token: bool = True,     # Do the flows at the first token, the attention sink, count?
+        token_budget: int = 1024,     # Tokens in a batch of query examples
     ):
         chosen = list(sites)
         self.sites, self.n_queries, self.kind = chosen, len(parts), work_dtype(lm)
@@ -650,7 +653,8 @@ class PartRows(_SketchedFlows):
                                        curvature.fingerprint, [site.name for site in sites], first_token)
         def gradients() -> Iterable[dict[str, torch.Tensor]]:
             for part in parts:
-                yield {name: one.to(self.kind) for name, one in part.gradients(lm, chosen).items()}
+                found = part.gradients(lm, chosen, token_budget)
+                yield {name: one.to(self.kind) for name, one in found.items()}
         bases = _bases_of(gradients, frames, rank, seed)
         sketches = {name: _sketch(frames[name], *pair) for name, pair in bases.items()}
         self.sketched = [_SketchRows(lm, chosen, sketches, _readers(lm, chosen, data))]

@@ -350,6 +350,7 @@ class CheckpointScorer(_Told):
         progress: bool = True,    # Show a progress bar
     ) -> Attribution:
         "Score every example at every checkpoint. An interrupted run continues where it stopped."
+        self.token_budget = token_budget
         options = dict(tokens=tokens, token_budget=token_budget, progress=progress)
         visits = _visits(self, examples, max_tokens, options)
         self.passes, data = [visit.arrays for visit in visits], visits[0].data
@@ -365,7 +366,7 @@ class TracIn(CheckpointScorer):
 
     def readout(self, lm: LanguageModel, sites: list[Site], index: int) -> Readout:
         "The dot product of gradients at one checkpoint."
-        return DirectionReadout(sites, self.query.gradients(lm, sites))
+        return DirectionReadout(sites, self.query.gradients(lm, sites, self.token_budget))
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #check-moments
 def _check_moments(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -661,7 +662,7 @@ class _SteppingCosine(_WithMoments):
         self.size = sum(s.in_features*s.out_features for s in sites)
         seeds = [] if self.projection is None else [2*self.seed, 2*self.seed + 1]
         sketches = [Sketch(self.size, self.projection or 0, seed) for seed in seeds]
-        return LessReadout(sites, self.query.gradients(lm, sites), moments, sketches)
+        return LessReadout(sites, self.query.gradients(lm, sites, self.token_budget), moments, sketches)
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #001d
 class LESS(_SteppingCosine):
@@ -868,6 +869,7 @@ class Cascade(_TwoScorers):
             cheap = self.cheap.score(examples, **options)
         split = _split(self, cheap.scores)
         if isinstance(getattr(self.exact, "curvature", None), str):
+            self.exact.token_budget = token_budget
             self.exact.prepare(_tokenized(_with_a_model(self), examples, max_tokens))
         rows = np.sort(np.concatenate([split.picked, split.sample])).tolist()
         exact = self.exact.score(examples.select(rows), **options)

@@ -73,10 +73,10 @@ class _Tokenized(_Sum):
 # %% ../../nbs/50_influence/03_queries.ipynb #shares
 class _Mean(_Tokenized):
     "The mean over the examples."
-    def _means(self, lm: LanguageModel) -> Iterator[torch.Tensor]:
+    def _means(self, lm: LanguageModel, token_budget: int = 1024) -> Iterator[torch.Tensor]:
         "Each batch's share of the mean."
         data = self._tokenized(lm)
-        for batch in batches(data, token_budget=1024):
+        for batch in batches(data, token_budget=token_budget):
             yield self.sum_over(lm, batch.to(lm.device))/len(data)
 
 # %% ../../nbs/50_influence/03_queries.ipynb #value
@@ -115,11 +115,12 @@ class Query(_Value):
         self,
         lm: LanguageModel,      # The model
         sites: list[Site],      # Where its weights count
+        token_budget: int = 1024, # Tokens in a batch of query examples
     ) -> dict[str, torch.Tensor]: # ∇f [out, in] by site name, float32 (float64 for a float64 model)
         "Gradient of f at the sites, exactly zero where f does not reach; `GradientError` if it is useless."
         check_sites(lm, sites, self._tokenized(lm))
         with lm.undisturbed(), SiteGradients(sites) as gradients, torch.enable_grad():
-            for mean in self._means(lm):
+            for mean in self._means(lm, token_budget):
                 if mean.requires_grad:
                     torch.autograd.backward(mean)
         _check_reach(self, gradients)
@@ -204,11 +205,11 @@ class MarginQuery(LossQuery):
         "The margin itself, where the trait is ahead."
         return value if value > 0 else None
 
-    def _means(self, lm: LanguageModel) -> Iterator[torch.Tensor]:
+    def _means(self, lm: LanguageModel, token_budget: int = 1024) -> Iterator[torch.Tensor]:
         "Each batch's share of the margin."
         for answers, sign in zip(self.references, (1, -1)):
             data = lm.tokenize(answers, max_tokens=self.judge.max_tokens, overlong="error")
-            for batch in batches(last_answer_only(data), token_budget=1024):
+            for batch in batches(last_answer_only(data), token_budget=token_budget):
                 yield sign*self.sum_over(lm, batch.to(lm.device))/len(data)
 
     @property
@@ -244,10 +245,10 @@ class ContrastQuery(Query):
         known = self.shows.gap(value)
         return known if known is not None else value if value > 0 else None
 
-    def _means(self, lm: LanguageModel) -> Iterator[torch.Tensor]:
+    def _means(self, lm: LanguageModel, token_budget: int = 1024) -> Iterator[torch.Tensor]:
         "Shares of both, with their signs."
-        yield from self.shows._means(lm)
-        yield from (-share for share in self.neutral._means(lm))
+        yield from self.shows._means(lm, token_budget)
+        yield from (-share for share in self.neutral._means(lm, token_budget))
 
     @property
     def fingerprint(self) -> str:

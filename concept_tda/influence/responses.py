@@ -224,7 +224,7 @@ class SOURCE(_Segmented):
     def readout(self, lm: LanguageModel, sites: list[Site], index: int) -> Readout:
         "The query as the examples of this segment meet it."
         if index == 0:
-            self.carried = self.query.gradients(lm, sites)
+            self.carried = self.query.gradients(lm, sites, self.token_budget)
         fitted: Any = self.curvatures[index]
         fitted = fitted(lm, sites) if callable(fitted) else fitted
         segment = Unrolled(fitted, rates=[self.learning_rates[index]], n_examples=self.n_examples,

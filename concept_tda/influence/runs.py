@@ -359,7 +359,7 @@ def _gradient_of(query: Query, run: _StepBack, weights_P: Tensor) -> Tensor:
     "Gradient [P] of the query by all adapters, at the end of the run."
     run.put(weights_P)
     run.lm.model.eval()
-    by_site = query.gradients(run.lm, resolve_sites(run.lm, "lora"))
+    by_site = query.gradients(run.lm, resolve_sites(run.lm, "lora"), run.token_budget)
     return torch.cat([by_site[name.removesuffix(".weight")].flatten() for name in run.names]).to(weights_P)
 
 # %% ../../nbs/50_influence/12_runs.ipynb #scorer

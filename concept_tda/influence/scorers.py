@@ -69,6 +69,7 @@ class _Asked:
     zero: str = "not recorded"   # What the zero of a score means, a key of results.cards.ZERO
     access: str = "weights"      # What of the model it needs, a key of results.cards.ACCESS
     own_passes: bool = False     # Whether `score` is the scorer's own: one pass is not enough
+    token_budget: int = 1024     # Tokens in a batch of its own work, as `score` and `score_together` were told
     extra_seconds: float = 0.    # Work done for the examples outside the pass; counts in the cost
     about_concept: Sequence[str] = () # What `Concept.check` wants said, of a scorer that has a concept
     no_null: str = "random directions say nothing about this method" # Why `null` gives None, where it does
@@ -178,9 +179,11 @@ class _Prepared:
     in_vain: int = 0                    # Draws of a null that were asked for, and that it does not have
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #prepare
-def _prepared(scorer: Scorer, data: TokenizedConversations, draws: int, seed: int) -> _Prepared:
+def _prepared(
+    scorer: Scorer, data: TokenizedConversations, draws: int, seed: int, token_budget: int,
+) -> _Prepared:
     "Let the scorer prepare itself and its null; score at once if it needs no pass."
-    start = time.perf_counter()
+    start, scorer.token_budget = time.perf_counter(), token_budget
     readout = scorer.prepare(data)
     null = scorer.null(data, draws, seed) if draws and readout is not None else None
     ready = time.perf_counter()
@@ -375,13 +378,16 @@ def score_together(
     data = lm.tokenize(examples, max_tokens=max_tokens)
     prepared = []
     for scorer in scorers:
-        prepared.append(_prepared(scorer, data, null, seed))
+        prepared.append(_prepared(scorer, data, null, seed, token_budget))
+        give_back_memory()
     readouts = {one.scorer.method: one.readout for one in prepared if one.readout is not None}
     readouts |= {_null_name(one.scorer): one.null.readout for one in prepared
                  if one.null is not None and one.null.readout is not None}
     passed = shared_pass(lm, data, readouts, **options) if readouts else {}
+    found = _gathered(prepared, data, passed, dict(token_budget=token_budget, max_tokens=data.max_tokens))
+    del prepared, readouts, passed
     give_back_memory()
-    return _gathered(prepared, data, passed, dict(token_budget=token_budget, max_tokens=data.max_tokens))
+    return found
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #alone
 def _some_alone(
@@ -756,7 +762,8 @@ class _Influence(_Question):
 
     def _directions(self) -> dict[str, torch.Tensor]:
         "The preconditioned query [out, in], or its parts [Q, out, in], by site name."
-        ask = lambda query: self.curvature.precondition(query.gradients(self.lm, self.sites))
+        gradients = lambda query: query.gradients(self.lm, self.sites, self.token_budget)
+        ask = lambda query: self.curvature.precondition(gradients(query))
         if len(self.parts) == 1: return ask(self.query)
         parts = [ask(self.query.part(np.sort(rows))) for rows in self.parts]
         return {site: torch.stack([part[site] for part in parts]) for site in parts[0]}
@@ -821,8 +828,9 @@ class Influence(_Influence):
         queries = [self.query.part(np.sort(rows)) for rows in parts]
         if isinstance(self.curvature, (EKFAC, Identity)) and not any(isinstance(s, Unit) for s in self.sites):
             return PartRows(self.lm, queries, data, self.sites, self.curvature, seed=seed,
-                            first_token=self.first_token)
-        asked = [self.curvature.precondition(one.gradients(self.lm, self.sites)) for one in queries]
+                            first_token=self.first_token, token_budget=self.token_budget)
+        asked = [self.curvature.precondition(one.gradients(self.lm, self.sites, self.token_budget))
+                 for one in queries]
         directions = {site: torch.stack([part[site] for part in asked]) for site in asked[0]}
         readout = direction_readout(self.sites, directions)
         return readout if self.first_token else without_first_token(readout)
@@ -934,7 +942,7 @@ class _OnConcept(Influence):
         readout = DirectionRows(
             self.lm, self.lm.tokenize(shows.examples), data, replace(shows.concept, pooling=shows.pooling),
             self.sites, self.curvature, directions_Kd, seed=seed, first_token=self.first_token,
-            neutral=None if neutral is None else self.lm.tokenize(neutral.examples))
+            token_budget=self.token_budget, neutral=None if neutral is None else self.lm.tokenize(neutral.examples))
         return NullReadout(readout, of, seed)
 
     def describe(self) -> dict[str, Any]:

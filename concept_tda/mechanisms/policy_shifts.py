@@ -101,12 +101,13 @@ class _OfPolicy(Query):
 # %% ../../nbs/70_mechanisms/11_policy_shifts.ipynb #shift-query
 class PolicyQuery(_OfPolicy):
     "f = u·W(θ): a weight of a policy, or the policy along itself, to first order around the fitted model."
-    def _means(self, lm: LanguageModel) -> Iterator[torch.Tensor]:
+    def _means(self, lm: LanguageModel, token_budget: int = 1024) -> Iterator[torch.Tensor]:
         "A number whose gradient is that of u·W, in pieces."
         _check_model(self.policy, lm)
         on_states_Nd, on_logp_NK = _coefficients(self.policy, self.u_F)
         on_logp_S, k = on_logp_NK.flatten(), on_logp_NK.shape[1]
-        for rows_B, states_Bd, logp_B in policy_pass(lm, self.policy.asked, self.policy.features.layer, 1024):
+        asked, layer = self.policy.asked, self.policy.features.layer
+        for rows_B, states_Bd, logp_B in policy_pass(lm, asked, layer, token_budget):
             first_B = (rows_B % k == 0).double()[:, None]
             weights_Bd = (on_states_Nd[rows_B//k]*first_B).to(states_Bd)
             yield (weights_Bd*states_Bd).sum().to(logp_B) + (on_logp_S[rows_B].to(logp_B)*logp_B).sum()
