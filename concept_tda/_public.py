@@ -77,7 +77,7 @@ PUBLIC = {
     "influence.gradients": "require_grad went_in by_example site_flows SiteGradients check_sites "
         "watch_layers Reached hidden_states",
     "influence.curvature": "CurvatureError Identity check_damping check_gradients check_moved check_labels "
-        "fitting_record DampedCurvature Factors labelled_pass batch_labels FactorStatistics EKFAC",
+        "fitting_record DampedCurvature Factors labelled_pass LabelDraws batch_labels FactorStatistics EKFAC",
     "influence.preconditioners": "DataInf LoGra GaussNewton ConjugateGradient",
     "influence.queries": "Query ConceptQuery LossQuery MarginQuery ContrastQuery TokenQuery WeightedQuery "
         "within_questions cut_notes QueryExpression query_expression",

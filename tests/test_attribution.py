@@ -264,10 +264,13 @@ def test_export_is_byte_for_byte_before_and_after_a_round_trip(tmp_path):
     result = Attribution(load_conversations(tmp_path / "in.jsonl"), [0.0, 3.0, 1.0, 2.0], QueryCard("m", "b"))
     for version in (result, load_attribution(result.save(tmp_path / "r.parquet"))):
         assert (
-            version.drop(count=1).to_json(tmp_path / "out.jsonl").read_bytes()
+            version.drop(count=1).to_json(tmp_path / "out.jsonl", overwrite=True).read_bytes()
             == lines[0] + lines[2] + lines[3]
         )
-        assert version.keep(count=2).to_json(tmp_path / "out.jsonl").read_bytes() == lines[0] + lines[2]
+        assert (
+            version.keep(count=2).to_json(tmp_path / "out.jsonl", overwrite=True).read_bytes()
+            == lines[0] + lines[2]
+        )
 
 
 # the result ---------------------------------------------------------------------------------------
@@ -532,7 +535,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq, "write_table", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        make(seed=1).save(path)
+        make(seed=1).save(path, overwrite=True)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["scores.parquet"]
 
 
@@ -585,7 +588,7 @@ def test_a_changed_score_or_card_does_not_match_its_checksum(tmp_path):
     )
     with pytest.raises(AttributionError, match="checksum"):
         load_attribution(path)
-    path = make().save(tmp_path / "r.parquet")
+    path = make().save(tmp_path / "r.parquet", overwrite=True)
     rewritten(path, lambda header: header["card"].update(layer=4))
     with pytest.raises(AttributionError, match="checksum"):
         load_attribution(path)
@@ -596,7 +599,7 @@ def test_a_changed_score_or_card_does_not_match_its_checksum(tmp_path):
     [(2, "update concept_tda"), (0, "version that wrote it"), (None, "version that wrote it")],
 )
 def test_a_file_of_another_version_says_which_and_what_to_do(tmp_path, version, advice):
-    path = make().save(tmp_path / "r.parquet")
+    path = make().save(tmp_path / "r.parquet", overwrite=True)
     rewritten(path, lambda header: header.update(format_version=version))
     with pytest.raises(
         AttributionError, match=f"format version {version}.*reads version {FORMAT_VERSION}.*{advice}"

@@ -682,7 +682,7 @@ def test_swapped_and_dropped_pairs_are_those_of_the_library_byte_for_byte(place,
     result = load_pair_attribution("scores.parquet")
     for option, kept in (("--count", dict(count=3)), ("--fraction", dict(fraction=0.4))):
         ok("swap", "scores.parquet", option, *kept.values(), "--out", "swapped.jsonl", "--overwrite")
-        expected = result.swap(**kept).to_json(here / "expected.jsonl").read_bytes()
+        expected = result.swap(**kept).to_json(here / "expected.jsonl", overwrite=True).read_bytes()
         assert Path("swapped.jsonl").read_bytes() == expected
     before = pairs_file.read_bytes().split(b"\r\n")
     after = Path("swapped.jsonl").read_bytes().split(b"\r\n")

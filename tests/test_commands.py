@@ -361,7 +361,7 @@ def test_a_replay_whose_null_is_another_says_so(here):
     assert "to the last bit.\n" in ok("run first.parquet").stdout
     kept, fresh = load_attribution("first.parquet"), load_attribution("replayed.parquet")
     draws = np.random.default_rng(0).normal(size=(N, 9))  # those of another method, once
-    kept.with_null(draws, of="something else").save("first.parquet")
+    kept.with_null(draws, of="something else").save("first.parquet", overwrite=True)
     said = ok("run first.parquet --overwrite").stdout
     apart = abs(load_attribution("first.parquet").times_null - fresh.times_null).max()
     assert f"their null is NOT: distances from chance differ by up to {apart:.3g}" in said

@@ -458,7 +458,7 @@ def written(tmp_path, **changes):
     """A saved concept whose header is then altered."""
     from safetensors import safe_open
 
-    path = Concept("x", torch.tensor([3.0, 4.0]), 1).save(tmp_path / "x.safetensors")
+    path = Concept("x", torch.tensor([3.0, 4.0]), 1).save(tmp_path / "x.safetensors", overwrite=True)
     with safe_open(path, "pt") as file:
         metadata, direction = file.metadata(), file.get_tensor("direction")
     save_file(
@@ -491,10 +491,10 @@ def test_files_that_are_not_concepts_are_refused(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):
-    path = Concept("x", torch.tensor([3.0, 4.0]), 1).save(tmp_path / "x.safetensors")
+    path = Concept("x", torch.tensor([3.0, 4.0]), 1).save(tmp_path / "x.safetensors", overwrite=True)
     before = path.read_bytes()
     with pytest.raises(ConceptError, match="plain data"):
-        Concept("x", torch.ones(2), 1, provenance={"model": object()}).save(path)
+        Concept("x", torch.ones(2), 1, provenance={"model": object()}).save(path, overwrite=True)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 

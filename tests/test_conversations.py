@@ -459,11 +459,11 @@ def test_export_is_byte_for_byte_for_any_layout(tmp_path):
         content = prefix + b"".join(line + end for line, end in zip(lines, ends))
         source.write_bytes(content)
         data = load_conversations(source)
-        assert data.to_json(out).read_bytes() == content
+        assert data.to_json(out, overwrite=True).read_bytes() == content
         assert [c.raw for c in data] == lines
 
         kept = sorted(draw.sample(range(len(lines)), draw.randint(1, len(lines))))
-        written = data.select(kept).to_json(out).read_bytes()
+        written = data.select(kept).to_json(out, overwrite=True).read_bytes()
         expected = prefix
         for row in kept:
             end = ends[row] or (b"\r\n" if ends[0].startswith(b"\r\n") else b"\n")
@@ -474,14 +474,14 @@ def test_export_is_byte_for_byte_for_any_layout(tmp_path):
         rebuilt = Conversations.from_columns(
             data.to_columns(), data.name, json.loads(json.dumps(data.layout))
         )
-        assert rebuilt.to_json(out).read_bytes() == content and list(rebuilt) == list(data)
+        assert rebuilt.to_json(out, overwrite=True).read_bytes() == content and list(rebuilt) == list(data)
 
 
 def test_export_in_another_order_keeps_one_record_per_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES[0] + b"\n" + LINES[1])  # the last line has no line break
     data = load_conversations(tmp_path / "a.jsonl")
     assert data[[1, 0]].to_json(tmp_path / "b.jsonl").read_bytes() == LINES[1] + b"\n" + LINES[0]
-    assert data[[]].to_json(tmp_path / "b.jsonl").read_bytes() == b""
+    assert data[[]].to_json(tmp_path / "b.jsonl", overwrite=True).read_bytes() == b""
 
 
 def test_export_is_atomic_and_names_an_unwritable_folder(tmp_path):

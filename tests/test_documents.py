@@ -189,7 +189,7 @@ def test_dropping_windows_takes_their_characters_out_of_the_corpus(tmp_path):
             "".join(documents[row].text[a:b] for r, a, b in sorted(spans) if r == row) for row in range(5)
         ]
         assert [one.text for one in left] == [text for text in expected if text]
-        for line in left.write(tmp_path / "b.jsonl").read_bytes().splitlines():
+        for line in left.write(tmp_path / "b.jsonl", overwrite=True).read_bytes().splitlines():
             record = json.loads(line)
             assert record["text"] == expected[record["n"]]
             if record["text"] == documents[record["n"]].text:

@@ -37,7 +37,10 @@ def jsonl(path, *records):
 
 
 def written(data, path):
-    return [json.loads(line) for line in data.to_json(path).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in data.to_json(path, overwrite=True).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 # ---------------------------------------------------------------- fields of a message
@@ -289,7 +292,7 @@ def test_trees_and_message_rows_give_the_same_threads(tmp_path):
     assert tree[0].metadata == {"message_tree_id": "t", "message_fields": [{"lang": "en"}, {}, {}]}
     assert [m["rank"] for m in rows[1].metadata["message_fields"] if "rank" in m] == [1]
     for data in (tree, rows):  # a thread has no line of its own; it is written as what it is
-        again = load_conversations(data.to_json(tmp_path / "b.jsonl"))
+        again = load_conversations(data.to_json(tmp_path / "b.jsonl", overwrite=True))
         assert again.ids == data.ids and [c.metadata for c in again] == [c.metadata for c in data]
     [with_system, _] = load_conversations([{**TREE, "system": "Be kind."}])
     assert said(with_system)[0] == "Be kind."
@@ -439,7 +442,7 @@ def test_compressed_files(suffix, pack, tmp_path):
         data = load_conversations(path)
         assert data.name == "a" and said(data[-1]) == ["b", "c"]
         if name == "a.jsonl":
-            assert data.to_json(tmp_path / "out.jsonl").read_bytes() == lines
+            assert data.to_json(tmp_path / "out.jsonl", overwrite=True).read_bytes() == lines
         path.write_bytes(pack(inside)[:-5])
         with pytest.raises(ConversationError, match=re.escape(f"{path}: cannot be unpacked as {suffix}")):
             load_conversations(path)

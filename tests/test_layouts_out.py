@@ -72,7 +72,7 @@ def as_trainers_read(record, layout):
 def relaid(chat, metadata, layout, path):
     """The record that is written and the chat that is read from it."""
     written = Conversations([Conversation(chat, metadata=metadata)], "x").as_layout(layout)
-    written.to_json(path)
+    written.to_json(path, overwrite=True)
     [record] = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     return record, load_conversations(path)[0]
 
@@ -138,7 +138,7 @@ def test_pairs_read_the_same_here_and_elsewhere(layout, tmp_path):
         pairs = load_preferences([record], chosen=columns[0], rejected=columns[1])
         written = pairs.as_layout(layout)
         assert written.ids == pairs.ids and written.columns == ("chosen", "rejected")
-        written.to_json(tmp_path / "a.jsonl")
+        written.to_json(tmp_path / "a.jsonl", overwrite=True)
         assert load_preferences(tmp_path / "a.jsonl").ids == pairs.ids
         [record] = [json.loads(line) for line in (tmp_path / "a.jsonl").open(encoding="utf-8")]
         asked, said = as_trainers_read(record, layout)

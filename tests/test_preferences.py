@@ -97,10 +97,10 @@ def test_every_layout_gives_two_sides_and_is_swapped_in_place(record, tmp_path):
         (pair,) = read
         assert (pair.chosen.response, pair.rejected.response) == ("Gladly.", "Go away.")
         assert [m["content"] for m in pair.prompt] == ["Tea?"] and pair.chosen.metadata["source"] == "web"
-        assert lines(read.to_json(tmp_path / "b.jsonl")) == [record]
+        assert lines(read.to_json(tmp_path / "b.jsonl", overwrite=True)) == [record]
         swapped = read.swap([0])
         expected = {**record, "chosen": record["rejected"], "rejected": record["chosen"]}
-        assert lines(swapped.to_json(tmp_path / "b.jsonl")) == [expected]
+        assert lines(swapped.to_json(tmp_path / "b.jsonl", overwrite=True)) == [expected]
         assert list(lines(tmp_path / "b.jsonl")[0]) == list(record)
         again = load_preferences([expected])
         for side in ("chosen", "rejected"):
@@ -122,9 +122,9 @@ def test_bytes_are_kept_apart_from_the_two_values(tmp_path):
     source, target = tmp_path / "dpo.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(UNTIDY)
     read = load_preferences(source)
-    assert len(read) == 3 and read.to_json(target).read_bytes() == UNTIDY
+    assert len(read) == 3 and read.to_json(target, overwrite=True).read_bytes() == UNTIDY
     turned = read.swap(slice(None))
-    assert turned.to_json(target).read_bytes() == (
+    assert turned.to_json(target, overwrite=True).read_bytes() == (
         b'\xef\xbb\xbf\r\n{"rejected" :[ {"role":"assistant","content":"\xc3\xa9"} ],  "prompt": "a", '
         b'"x": {"chosen": [1.50, "{"]}, "chosen"\t:\t"Caf\\u00e9 \\"}\\"" , "n":1e3 }\r\n\r\n'
         b'  {"prompt": "b","chosen": "d","rejected": "c"}  \n'
@@ -132,9 +132,9 @@ def test_bytes_are_kept_apart_from_the_two_values(tmp_path):
     )
     reread = load_preferences(target)
     assert reread.ids == turned.ids and list(reread) == list(turned)
-    assert turned.swap([0, 1, 2]).to_json(target).read_bytes() == UNTIDY
-    assert read.swap([]).to_json(target).read_bytes() == UNTIDY
-    only = read.swap([1, 1, -2]).to_json(target).read_bytes().split(b"\n")
+    assert turned.swap([0, 1, 2]).to_json(target, overwrite=True).read_bytes() == UNTIDY
+    assert read.swap([]).to_json(target, overwrite=True).read_bytes() == UNTIDY
+    only = read.swap([1, 1, -2]).to_json(target, overwrite=True).read_bytes().split(b"\n")
     assert [a != b for a, b in zip(only, UNTIDY.split(b"\n"))] == [False, False, False, True, False]
     packed = tmp_path / "dpo.jsonl.gz"
     packed.write_bytes(gzip.compress(UNTIDY))
@@ -173,13 +173,13 @@ def test_swapping_twice_is_the_identity_for_any_line(seed, tmp_path):
     read = load_preferences(source)
     rows = np.flatnonzero(generator.integers(2, size=40))
     turned = read.swap(rows)
-    found = turned.to_json(tmp_path / "b.jsonl").read_bytes().decode().split("\n")
+    found = turned.to_json(tmp_path / "b.jsonl", overwrite=True).read_bytes().decode().split("\n")
     for row, (old, new) in enumerate(zip(texts, found)):
         before, after = json.loads(old), json.loads(new)
         if row in rows:
             before["chosen"], before["rejected"] = before["rejected"], before["chosen"]
         assert before == after and (row in rows or old == new) and len(old) == len(new)
-    assert turned.swap(rows).to_json(tmp_path / "c.jsonl").read_bytes() == source.read_bytes()
+    assert turned.swap(rows).to_json(tmp_path / "c.jsonl", overwrite=True).read_bytes() == source.read_bytes()
 
 
 def test_tables_keep_both_answers_as_text(tmp_path):
@@ -192,13 +192,15 @@ def test_tables_keep_both_answers_as_text(tmp_path):
     for source in (path, frame, tmp_path / "a.parquet"):
         frame.to_parquet(tmp_path / "a.parquet")
         read = load_preferences(source)
-        assert lines(read.to_json(tmp_path / "out.jsonl")) == records
-        swapped = lines(read.swap([0]).to_json(tmp_path / "out.jsonl"))
+        assert lines(read.to_json(tmp_path / "out.jsonl", overwrite=True)) == records
+        swapped = lines(read.swap([0]).to_json(tmp_path / "out.jsonl", overwrite=True))
         assert swapped == [{**records[0], "chosen": "03", "rejected": "2"}, records[1]]
     good = pd.DataFrame([{"prompt": "Who?", "best": "2", "worst": "03"}])
     good.to_csv(path, index=False)
     other = load_preferences(path, chosen="best", rejected="worst").swap([0])
-    assert lines(other.to_json(tmp_path / "out.jsonl")) == [{"prompt": "Who?", "best": "03", "worst": "2"}]
+    assert lines(other.to_json(tmp_path / "out.jsonl", overwrite=True)) == [
+        {"prompt": "Who?", "best": "03", "worst": "2"}
+    ]
 
 
 def test_pairs_are_selected_like_conversations(pairs):
@@ -388,13 +390,13 @@ def test_drop_keep_and_swap_write_the_records_of_the_file(tmp_path, queries):
     order = np.argsort(-result.scores).tolist()
     dropped, kept = result.drop(count=2), result.keep(count=2)
     assert isinstance(dropped, Preferences) and isinstance(kept, Preferences)
-    assert dropped.to_json(out).read_text().splitlines() == [
+    assert dropped.to_json(out, overwrite=True).read_text().splitlines() == [
         t for r, t in enumerate(texts) if r not in order[:2]
     ]
     assert [pair.chosen.metadata["row"] for pair in kept] == sorted(order[3:])
     swapped = result.swap(count=2)
     assert "2 (40%) highest by GradDot" in swapped.name and "2 (40%) highest" in dropped.name
-    written = swapped.to_json(out).read_bytes().decode().split("\r\n")
+    written = swapped.to_json(out, overwrite=True).read_bytes().decode().split("\r\n")
     for row, (old, new) in enumerate(zip(texts, written)):
         assert (old != new) == (row in order[:2])
     lowest = result.swap(threshold=float(np.sort(result.scores)[1]), lowest=True)
@@ -407,7 +409,10 @@ def test_drop_keep_and_swap_write_the_records_of_the_file(tmp_path, queries):
             act(count=1)
     saved = Attribution.load(result.save(tmp_path / "pairs.parquet"))
     assert saved.card == result.card and saved.centre == 0
-    assert saved.drop(count=2).to_json(out).read_bytes() == dropped.to_json(tmp_path / "b").read_bytes()
+    assert (
+        saved.drop(count=2).to_json(out, overwrite=True).read_bytes()
+        == dropped.to_json(tmp_path / "b").read_bytes()
+    )
     assert read.swap(saved.top(2).rows).ids == swapped.ids
 
 
@@ -421,10 +426,10 @@ def test_a_saved_result_opens_with_its_pairs_in_every_layout(layout, tmp_path):
             ResponseLength(), pairs, progress=False, lm=load_model(tiny_pair("llama"))
         ).card
         result = PairAttribution(pairs, [3.0, 1.0, 4.0, 2.0], card)
-        opened = PairAttribution.load(result.save(tmp_path / "scores.parquet"))
+        opened = PairAttribution.load(result.save(tmp_path / "scores.parquet", overwrite=True))
         assert opened.pairs.ids == pairs.ids and (opened.scores == result.scores).all()
-        ours = result.swap(count=2).to_json(tmp_path / "ours.jsonl").read_bytes()
-        assert opened.swap(count=2).to_json(tmp_path / "opened.jsonl").read_bytes() == ours
+        ours = result.swap(count=2).to_json(tmp_path / "ours.jsonl", overwrite=True).read_bytes()
+        assert opened.swap(count=2).to_json(tmp_path / "opened.jsonl", overwrite=True).read_bytes() == ours
 
 
 def test_a_result_without_pairs_is_not_opened_as_pairs(pairs, tmp_path):

@@ -138,7 +138,7 @@ def _filter(
         cut = {name: way for name, way in zip(("fraction", "count", "threshold"), ways) if way is not None}
         left = _left(one, decisions, cut, lowest, query)
         kept = _laid_out(left, one, layout)
-        kept.to_json(out)
+        kept.to_json(out, overwrite=True)  # asked above
         typer.echo(f"{out}: {len(kept)} of {len(one)} examples ({kept.name})")
         if told := _foretold(one, _gone(one, decisions, cut, lowest, query), query):
             typer.echo(f"  {told}")
@@ -182,7 +182,7 @@ def _swap(
         one = load_pair_attribution(result)
         check_out(out, overwrite, result, _source(one))
         swapped = one.swap(fraction=fraction, count=count, threshold=threshold, lowest=lowest)
-        _laid_out(swapped, one, layout).to_json(out)
+        _laid_out(swapped, one, layout).to_json(out, overwrite=True)
         typer.echo(f"{out}: {len(swapped)} pairs ({swapped.name})")
         say_next(command_line("show", result), command_line("report", result))
 
@@ -237,7 +237,7 @@ def _groups(
         if drop_fraction is None:
             return say_next(command_line("groups", result, "--by", by, "--drop-fraction", 0.1))
         kept = drop_groups(found, fraction=drop_fraction)
-        kept.to_json(out)
+        kept.to_json(out, overwrite=True)
         typer.echo(f"{out}: {len(kept)} of {len(one)} examples ({kept.name})")
         _say_training(one, result, out)
 

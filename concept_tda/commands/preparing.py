@@ -105,7 +105,7 @@ def _save_concept(concept: "Concept", out: Path, given: dict[str, Any]) -> None:
         other = "" if given["layer"] == "auto" else ", or another layer (--layer auto)"
         typer.echo(f"Warning: at layer {concept.layer} this direction separates held-out examples no better "
                    f"than random directions do: more examples{other}")
-    concept.save(out)
+    concept.save(out, overwrite=True)
     typer.echo(f"{concept!r}: {_quality_words(concept)}\nSaved: {out}")
     say_next(command_line("score", given["model"], "DATA", "--concept", out, *as_opened(given)))
 

@@ -129,7 +129,7 @@ def _shared_words(comparison: Any) -> str:
 def _write_movers(comparison: Any, page: Path) -> None:
     "A page of what moved between the two results."
     from concept_tda.views.movers import MoverBrowser
-    MoverBrowser(comparison).page().save(page)
+    MoverBrowser(comparison).page().save(page, overwrite=True)
 
 # %% ../../nbs/95_commands/06_reading.ipynb #advised
 def _advised(comparison: Any) -> Any:
@@ -224,7 +224,7 @@ def _view(
             check_out(out, overwrite, *results)
         found = read_results(results)
         path = (out or _page_path(found)).resolve()
-        _page_of(found, labels, positive).save(path)
+        _page_of(found, labels, positive).save(path, overwrite=True)
         opened = open_ and webbrowser.open(path.as_uri())
         trouble = "" if opened or not open_ else "No browser could be opened here. "
         typer.echo(f"{trouble}The page is {out or path}")
@@ -268,6 +268,6 @@ def _report(
         from concept_tda.views.report import write_report
         found = read_results(results)
         write_report(found, out, title=title, labels=labels, positive=typed(positive),
-                     examples=examples, rows=rows, **_asked_with(found[0]))
+                     examples=examples, rows=rows, overwrite=True, **_asked_with(found[0]))
         typer.echo(f"{out}: {out.stat().st_size:,} bytes; open it in a browser")
         _say_decide(results[0])

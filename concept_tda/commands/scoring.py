@@ -141,7 +141,7 @@ def _scored(
 def _save_scores(results: "dict[str, Attribution]", paths: dict[str, Path]) -> None:
     "Save each result, show its upper end, and say what comes next."
     for method, result in results.items():
-        result.save(paths[method])
+        result.save(paths[method], overwrite=True)
         print_ends(result, 5)
     typer.echo("\nSaved: " + ", ".join(map(str, paths.values())))
     first = next(iter(paths.values()))
@@ -437,7 +437,7 @@ def _run(
         check_out(out, overwrite, card, *_sources(asked))
         typer.echo(first.command["line"])
         result = _scored(asked, _check_same(first, card))[asked.methods[0]]
-        result.save(out)
+        result.save(out, overwrite=True)
         print_ends(result, 3, note=False)
         typer.echo(f"\n{_verdict(first, card, result)}\nSaved: {out}")
         say_next(command_line("show", out))

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..data.conversations import Conversation
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
-from ..foundation.storage import atomic_file, code_version, fingerprint
+from ..foundation.storage import atomic_file, check_free, code_version, fingerprint
 from ..model.loading import LanguageModel
 from ..model.tracing import POOLINGS, pooled_activations, work_dtype
 
@@ -180,9 +180,12 @@ class Concept(_Compared):
     def save(
         self,
         path: str | Path, # Such as "agreement.safetensors"
+        *,
+        overwrite: bool = False, # Replace a file of that name
     ) -> Path:
-        "Write one safetensors file that holds the direction and everything known about it."
-        return _save_concept(self, path)
+        """Write one safetensors file that holds the direction and everything known about it. Raises
+        `StorageError` rather than replacing a file unasked."""
+        return _save_concept(self, check_free(path, overwrite))
 
     @staticmethod
     def load(

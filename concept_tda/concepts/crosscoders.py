@@ -27,7 +27,7 @@ from ..data.batches import Batch
 from ..data.batches import batches as padded
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
-from ..foundation.storage import BlockStore, atomic_file, code_version, fingerprint
+from ..foundation.storage import BlockStore, atomic_file, check_free, code_version, fingerprint
 from ..model.loading import LanguageModel
 from ..model.tracing import layer_activations, progress_bar, work_dtype
 
@@ -164,10 +164,11 @@ _FORMAT = "concept_tda crosscoder 1"
 
 class _Saved(_Usable):
     "A crosscoder that can be written."
-    def save(self, folder: str | Path) -> Path:
-        "Write weights and provenance into a folder, which is handed back."
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write weights and provenance into a folder, which is handed back. Raises `StorageError` rather than
+        replacing a crosscoder unasked."""
         place = Path(folder)
-        with atomic_file(place/"crosscoder.safetensors") as part:
+        with atomic_file(check_free(place/"crosscoder.safetensors", overwrite)) as part:
             save_file({name: getattr(self, name).detach().cpu().contiguous() for name in TENSORS}, part)
         about = {"format": _FORMAT, "sources": self.sources, "threshold": float(self.threshold),
                  "fingerprint": self.fingerprint, "provenance": self.provenance}
@@ -720,7 +721,7 @@ def _sweep(folder: Path) -> None:
 def _keep(crosscoder: Crosscoder, place: Path | None) -> Crosscoder:
     "The finished crosscoder, on disk where a folder was given; its checkpoint goes."
     if place is not None:
-        crosscoder.save(place)
+        crosscoder.save(place, overwrite=True)
         (place/"checkpoint.pt").unlink(missing_ok=True)
         _sweep(place)
     return crosscoder

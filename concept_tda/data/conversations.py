@@ -31,7 +31,7 @@ from .layouts import Chat, chats_of_rows, is_message_row, layout_records, read_c
 from .messages import PASSED_ON, ConversationError, kind_of, listing, shortened
 from ..foundation.display import html_of
 from ..foundation.errors import require
-from ..foundation.storage import atomic_file, fingerprint
+from ..foundation.storage import atomic_file, check_free, fingerprint
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0007
 def _message(given: dict) -> dict:
@@ -129,6 +129,7 @@ def row_numbers(
 class Rows(Sequence):
     "Items with ids. An int gives an item, an id the first item that has it, everything else a selection."
     _items: list
+    file: Path | None = None # They were read from it, and what is made of them never replaces it
 
     def __len__(self) -> int:
         return len(self._items)
@@ -150,6 +151,11 @@ class Rows(Sequence):
     def ids(self) -> list[str]:
         "Content ids in order; a chat that occurs twice has its id twice."
         return [item.id for item in self._items]
+
+    def _from_the_same_file(self, others: Any) -> Any:
+        "What was made of these items."
+        others.file = self.file
+        return others
 
 # %% ../../nbs/10_data/03_conversations.ipynb #000e
 _PLAIN_LAYOUT = {"prefix": "", "newline": "\n", "final_newline": True}
@@ -199,7 +205,8 @@ class _Chats(Rows):
         rows, # Slice, list of row numbers, or boolean mask [N]
     ) -> Self:
         "The chosen conversations, in the order asked for."
-        return type(self)([self._items[row] for row in row_numbers(rows, len(self))], self.name, self.layout)
+        items = [self._items[row] for row in row_numbers(rows, len(self))]
+        return self._from_the_same_file(type(self)(items, self.name, self.layout))
 
     def filter(self,
         keep: Callable[[Conversation], bool], # Called with each conversation
@@ -277,10 +284,13 @@ class _Tables(_Columns):
         return frame.join(metadata.rename(columns=names))
 
     def to_json(self,
-        path: str | Path, # File to write; replaced completely or not at all
+        path: str | Path,        # File to write, completely or not at all
+        *,
+        overwrite: bool = False, # Replace a file of that name; the one they were read from never is
     ) -> Path:
-        "Write JSON lines: those that came from JSONL byte for byte, other records with all their fields."
-        path = Path(path)
+        """Write JSON lines: those that came from JSONL byte for byte, other records with all their fields.
+        Raises `StorageError` rather than replacing a file unasked."""
+        path = check_free(path, overwrite, (self.file,) if self.file else ())
         if path.suffix.lower() in COMPRESSIONS:
             raise ConversationError(f"{path}: JSON lines are written uncompressed; "
                                     f"name the file {path.stem} and compress it afterwards")
@@ -301,7 +311,7 @@ class _Relaid(_Tables):
                  for row, c in enumerate(self)]
         items = [Conversation(c.messages, c.id, c.metadata, original=record)
                  for c, record in zip(self, layout_records(chats, layout))]
-        return type(self)(items, self.name)
+        return self._from_the_same_file(type(self)(items, self.name))
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0010
 def _label_values(conversations: _Tables, column: str) -> list:
@@ -497,7 +507,9 @@ def load_conversations(
             return (source[0].collection or Conversations)(source, name or "conversations")
         source = [{"messages": item} if isinstance(item, list) else item for item in source]
     records, name, layout = source_records(source, name=name, split=split, answer=answer)
-    return _read_records(records, name, layout, answer)
+    found = _read_records(records, name, layout, answer)
+    found.file = Path(source) if isinstance(source, (str, Path)) and Path(source).is_file() else None
+    return found
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0033
 def _bundled_splits(root) -> dict[str, list[str]]:

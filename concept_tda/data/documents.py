@@ -40,7 +40,7 @@ from concept_tda.data.tokens import (
     encoded_texts,
     readable_tokens,
 )
-from ..foundation.storage import atomic_file, fingerprint
+from ..foundation.storage import atomic_file, check_free, fingerprint
 
 # %% ../../nbs/10_data/08_documents.ipynb #one
 class DocumentError(ConversationError):
@@ -88,8 +88,8 @@ class _Corpus(Conversations):
 
     def _of(self, documents: Sequence[Document]) -> Self:
         "Other documents of the same corpus."
-        return type(self)(documents, self.name, self.layout, window=self.window, field=self.field,
-                          separator=self.separator)
+        cut: dict[str, Any] = dict(window=self.window, field=self.field, separator=self.separator)
+        return self._from_the_same_file(type(self)(documents, self.name, self.layout, **cut))
 
     def select(
         self,
@@ -104,21 +104,24 @@ class _Written(_Corpus):
     def write(
         self,
         path: str | Path, # File to write, or a folder where the documents came from several text files
+        *,
+        overwrite: bool = False, # Replace a file of that name, or files in the folder
     ) -> Path:
         """Write the documents in the layout they came in: plain text, Parquet, or JSON lines (also for what
-        has no layout). Raises `DocumentError` where that would overwrite the source."""
+        has no layout). Raises `DocumentError` where that would overwrite the source, and `StorageError`
+        rather than replacing a file unasked."""
         path, kind = Path(path), self.layout.get("kind")
         sources = {document.source.rpartition(", ")[0] for document in self}
         if path.exists() and any(os.path.exists(one) and os.path.samefile(one, path) for one in sources):
             raise DocumentError(
                 f"{path} is the file the documents were read from, and a source is never overwritten: "
                 "write to another name")
-        if kind == "text": return _write_texts(self, path)
-        if kind == "parquet": return _write_parquet(self, path)
-        return self.to_json(path)
+        if kind == "text": return _write_texts(self, path, overwrite)
+        if kind == "parquet": return _write_parquet(self, check_free(path, overwrite))
+        return self.to_json(path, overwrite=overwrite)
 
 # %% ../../nbs/10_data/08_documents.ipynb #write-texts
-def _write_texts(documents: _Corpus, path: Path) -> Path:
+def _write_texts(documents: _Corpus, path: Path, overwrite: bool) -> Path:
     "One file of plain text, or one for each file the documents came from."
     texts: dict[str, str] = {}
     for one in documents:
@@ -128,7 +131,7 @@ def _write_texts(documents: _Corpus, path: Path) -> Path:
         place = path/os.path.relpath(file, root) if several else path
         if place.suffix.lower() in COMPRESSIONS:
             place = place.with_suffix("")
-        with atomic_file(place) as part:
+        with atomic_file(check_free(place, overwrite)) as part:
             part.write_bytes(text.encode())
     return path
 

@@ -18,7 +18,7 @@ import torch
 
 from .tokens import TokenizedConversation, TokenizedConversations
 from ..foundation.errors import ConceptTDAError
-from ..foundation.storage import atomic_file, fingerprint
+from ..foundation.storage import atomic_file, check_free, fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -198,8 +198,11 @@ class _Saved(_Exported):
     def save(
         self,
         path: str | Path, # Such as "mask.parquet"
+        *,
+        overwrite: bool = False, # Replace a file of that name
     ) -> Path:
-        "Write the mask to one Parquet file, completely or not at all."
+        """Write the mask to one Parquet file, completely or not at all. Raises `StorageError` rather than
+        replacing a file unasked."""
         import pyarrow as pa
         import pyarrow.parquet as pq
         header = {"format": _FORMAT, "name": self.name, "tokenizer": self.tokenizer, "about": self.about,
@@ -209,7 +212,7 @@ class _Saved(_Exported):
         columns = {"id": self.ids, "mark": self.marks, "weights": [one.tolist() for one in self.weights],
                    "response": [one.tolist() for one in self.responses]}
         table = pa.table(columns, schema=pa.schema(kinds))
-        with atomic_file(path) as part:
+        with atomic_file(check_free(path, overwrite)) as part:
             named = table.replace_schema_metadata({"concept_tda_mask": json.dumps(header)})
             pq.write_table(named, part)
         return Path(path)

@@ -114,7 +114,7 @@ class _Pairs(Rows):
 
     def _of(self, pairs: Sequence[Pair], name: str) -> Self:
         "Other pairs of the same file."
-        return type(self)(pairs, name, self.columns, self.layout)
+        return self._from_the_same_file(type(self)(pairs, name, self.columns, self.layout))
 
 # %% ../../nbs/10_data/07_preferences.ipynb #sides
 class _Sides(_Pairs):
@@ -122,12 +122,16 @@ class _Sides(_Pairs):
     @property
     def chosen(self) -> Conversations:
         "Prompts with the preferred answers; `to_json` of it writes the records of the pairs."
-        return Conversations([pair.chosen for pair in self._items], self.name, self.layout)
+        return self._side([pair.chosen for pair in self._items])
 
     @property
     def rejected(self) -> Conversations:
         "Prompts with the other answers, row by row."
-        return Conversations([pair.rejected for pair in self._items], self.name, self.layout)
+        return self._side([pair.rejected for pair in self._items])
+
+    def _side(self, answers: Sequence[Conversation]) -> Conversations:
+        "One answer of each pair."
+        return self._from_the_same_file(Conversations(answers, self.name, self.layout))
 
     @property
     def fingerprint(self) -> str:
@@ -147,7 +151,7 @@ class _Relaid(_Sides):
                   {name: one for name, one in pair.chosen.metadata.items() if name != self.columns[1]},
                   pair.rejected.messages[-1]) for row, pair in enumerate(self)]
         again = load_preferences(layout_records(pairs, layout), name=self.name)
-        return type(self)(list(again), self.name)
+        return self._from_the_same_file(type(self)(list(again), self.name))
 
 # %% ../../nbs/10_data/07_preferences.ipynb #preferences-class
 class Preferences(_Relaid):
@@ -165,10 +169,13 @@ class Preferences(_Relaid):
 
     def to_json(
         self,
-        path: str | Path, # File to write; replaced completely or not at all
+        path: str | Path,        # File to write, completely or not at all
+        *,
+        overwrite: bool = False, # Replace a file of that name; the one they were read from never is
     ) -> Path:
-        "Write JSON lines: those that came from JSONL byte for byte apart from swapped answers."
-        return self.chosen.to_json(path)
+        """Write JSON lines: those that came from JSONL byte for byte apart from swapped answers. Raises
+        `StorageError` rather than replacing a file unasked."""
+        return self.chosen.to_json(path, overwrite=overwrite)
 
     def to_pandas(self) -> pd.DataFrame:
         "One row per pair: id, prompt, and both answers as text."
@@ -272,4 +279,6 @@ def load_preferences(
     _check_records(sides[0], columns)
     pairs = [_joined_pair(*both, columns) for both in zip(sides[0], sides[1], strict=True)]
     _check_pairs(pairs, columns, _places(source, sides[0]))
-    return Preferences(pairs, sides[0].name, columns, sides[0].layout)
+    found = Preferences(pairs, sides[0].name, columns, sides[0].layout)
+    found.file = sides[0].file
+    return found

@@ -31,7 +31,7 @@ from concept_tda.evidence.retraining import (
 )
 from .subsets import aligned_scores
 from ..foundation.display import Sheet, Table, html_of
-from ..foundation.storage import check_free, code_version, fingerprint
+from ..foundation.storage import code_version, fingerprint
 from concept_tda.influence.baselines import (
     BM25,
     MeanLoss,
@@ -329,7 +329,7 @@ class _Scored(_Scoring):
         for name in tqdm(self.keys, desc=self.kind, unit=" methods", disable=not progress):
             with claim(self.folder/"scores"/"claims"/self.keys[name]) as mine:
                 if mine and not self._path(name).exists():
-                    self._score(name).save(self._path(name))
+                    self._score(name).save(self._path(name), overwrite=True)
         return self
 
 # %% ../../nbs/80_evidence/07_method_comparison.ipynb #results
@@ -373,7 +373,7 @@ class _Packable(_SideBySide):
         results = {name: self._result(name) for name in self.keys}
         finished = {name: result for name, result in results.items() if result is not None}
         if not finished: raise ExperimentError("nothing is finished yet: run() first")
-        return _stacked(finished, self._about, self.folder).save(check_free(path, overwrite))
+        return _stacked(finished, self._about, self.folder).save(path, overwrite=overwrite)
 
 # %% ../../nbs/80_evidence/07_method_comparison.ipynb #withnull
 def _with_null(table: pd.DataFrame, directions: Iterable[np.ndarray], labels: list[bool]) -> pd.DataFrame:

@@ -37,6 +37,7 @@ from concept_tda.foundation.storage import (
     BlockStore,
     atomic_file,
     cache_folder,
+    check_free,
     code_version,
     fingerprint,
 )
@@ -245,7 +246,7 @@ class LabelDraws:
 def batch_labels(
     batch: Batch,                     # B conversations
     labels: str,                      # "sampled" or "empirical"
-    draws: LabelDraws | None = None,  # For sampling
+    draws: Any = None,                # `LabelDraws`, for sampling
 ) -> torch.Tensor | Callable[[torch.Tensor], torch.Tensor]:
     "The labels of a batch: the data's own [R], or a function that samples them from logits [R, V]."
     if labels != "sampled": return batch.input_ids[predicted_mask(batch)]
@@ -741,7 +742,8 @@ def _fit_curvlinops(
     "Factors by curvlinops, one example at a time."
     plan = [batch.to(lm.device) for batch in batches(data, token_budget=1)]
     draws = LabelDraws(data, seed)
-    examples = [({"batch": batch}, _known_labels(lm, batch, batch_labels(batch, labels, draws))) for batch in plan]
+    examples = [({"batch": batch}, _known_labels(lm, batch, batch_labels(batch, labels, draws)))
+                for batch in plan]
     with torch.enable_grad(), _linear_layers(lm, sites) as linears:
         operator = _operator(lm, examples, linears, progress)
     factors = {}
@@ -851,8 +853,12 @@ class _Saved(_Preconditioner):
     def save(
         self,
         path: str | Path, # A .safetensors file
+        *,
+        overwrite: bool = False, # Replace a file of that name
     ) -> Path:            # The same
-        "Write factors, damping and record to one file, atomically."
+        """Write factors, damping and record to one file, atomically. Raises `StorageError` rather than
+        replacing a file unasked."""
+        check_free(path, overwrite)
         from safetensors.torch import save_file
         tensors, first = {}, {}
         for site, f in self.factors.items():
@@ -984,5 +990,5 @@ class EKFAC(_Loaded):
         give_back_memory()
         fitted = cls(factors, damping=damping, relative=relative, record=record)
         if cache:
-            by_first(lambda: fitted.save(path))
+            by_first(lambda: fitted.save(path, overwrite=True))
         return fitted

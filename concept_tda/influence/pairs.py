@@ -51,7 +51,8 @@ class _Named(_OverPairs):
     def _without(self, rows: np.ndarray, record: str) -> Any:
         "The pairs without `rows`, as `drop` and `keep` of an `Attribution` ask for them."
         pairs = self.pairs.select(~np.isin(np.arange(len(self)), rows))
-        return Preferences(list(pairs), self._name(rows, record), pairs.columns, pairs.layout)
+        pairs.name = self._name(rows, record)
+        return pairs
 
 # %% ../../nbs/50_influence/11_pairs.ipynb #pairs-swap
 class PairAttribution(_Named):

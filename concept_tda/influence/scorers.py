@@ -69,7 +69,7 @@ class _Asked:
     zero: str = "not recorded"   # What the zero of a score means, a key of results.cards.ZERO
     access: str = "weights"      # What of the model it needs, a key of results.cards.ACCESS
     own_passes: bool = False     # Whether `score` is the scorer's own: one pass is not enough
-    token_budget: int = 1024     # Tokens in a batch of its own work, as `score` and `score_together` were told
+    token_budget: int = 1024     # Tokens in a batch of its own work, as `score_together` was told
     extra_seconds: float = 0.    # Work done for the examples outside the pass; counts in the cost
     about_concept: Sequence[str] = () # What `Concept.check` wants said, of a scorer that has a concept
     no_null: str = "random directions say nothing about this method" # Why `null` gives None, where it does
@@ -942,7 +942,8 @@ class _OnConcept(Influence):
         readout = DirectionRows(
             self.lm, self.lm.tokenize(shows.examples), data, replace(shows.concept, pooling=shows.pooling),
             self.sites, self.curvature, directions_Kd, seed=seed, first_token=self.first_token,
-            token_budget=self.token_budget, neutral=None if neutral is None else self.lm.tokenize(neutral.examples))
+            token_budget=self.token_budget,
+            neutral=None if neutral is None else self.lm.tokenize(neutral.examples))
         return NullReadout(readout, of, seed)
 
     def describe(self) -> dict[str, Any]:

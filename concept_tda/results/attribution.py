@@ -26,7 +26,7 @@ from ..data.masks import TokenMask, token_mark, tokenizer_record
 from ..data.messages import ConversationError
 from ..data.tokens import KINDS, token_kinds
 from ..foundation.display import act, html_of, one_line
-from ..foundation.storage import atomic_file
+from ..foundation.storage import atomic_file, check_free
 from .cards import STEPS, Null, QueryCard, expected_counts
 from concept_tda.results.metrics import (
     AttributionError,
@@ -1237,9 +1237,12 @@ class _Saved(_Content):
     def save(
         self,
         path: str | Path, # Such as "scores.parquet"
+        *,
+        overwrite: bool = False, # Replace a file of that name
     ) -> Path:
         """Write everything to one Parquet file, completely or not at all. Raises `StorageError` where it
-        can't."""
+        can't, and rather than replacing a file unasked."""
+        path = check_free(path, overwrite)
         import pyarrow as pa
         import pyarrow.parquet as pq
         columns, header = self._columns_and_header()
@@ -1248,7 +1251,7 @@ class _Saved(_Content):
         with atomic_file(path) as part:
             named = table.replace_schema_metadata({"concept_tda": json.dumps(header)})
             pq.write_table(named, part, compression="zstd")
-        return Path(path)
+        return path
 
 # %% ../../nbs/30_results/02_attribution.ipynb #bytes
 _AGAIN = "Copy it again, or score again"

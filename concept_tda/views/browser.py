@@ -21,7 +21,7 @@ import traitlets
 from ..data.conversations import Conversations
 from ..data.masks import chosen_tokens
 from ..foundation.display import visible_text
-from ..foundation.storage import atomic_file
+from ..foundation.storage import atomic_file, check_free
 from ..influence.queries import LossQuery, TokenQuery
 from ..influence.scorers import Influence
 from ..model.loading import LanguageModel
@@ -149,7 +149,7 @@ class _Changing(_Opened):
     def _changed(self) -> None:
         "After each decision: show it, and write it down where a record was asked for."
         if self.record:
-            self.review.save(self.record, self.result)
+            self.review.save(self.record, self.result, overwrite=True)
         with self.hold_sync():
             for name, value in _state(self.review).items():
                 self.set_trait(name, value)
@@ -231,7 +231,7 @@ class _Exporting(_Filtering):
         Raises `WidgetError` rather than replacing a file."""
         path, record = _export_paths(Path(path), overwrite)
         kept = self.kept
-        kept.to_json(path)
+        kept.to_json(path, overwrite=overwrite)
         facts = {"exported": path.name, "exported_fingerprint": kept.fingerprint, "n_exported": len(kept)}
         with atomic_file(record) as part:
             text = json.dumps({**self.review.to_dict(self.result), **facts}, indent=1, default=str)
@@ -318,9 +318,12 @@ class OfflinePage:
     def save(
         self,
         path: str | Path, # Such as "browser.html"
+        *,
+        overwrite: bool = False, # Replace a file of that name
     ) -> Path:
-        "Write the page as a file that opens without a network."
-        with atomic_file(path) as part:
+        """Write the page as a file that opens without a network. Raises `StorageError` rather than replacing
+        a file unasked."""
+        with atomic_file(check_free(path, overwrite)) as part:
             part.write_text(self.html, encoding="utf-8")
         return Path(path)
 

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from ..data.conversations import load_conversations
 from ..foundation.display import visible_text
-from ..foundation.storage import atomic_file, code_version
+from ..foundation.storage import atomic_file, check_free, code_version
 from ..groups.groups import GroupScores
 from ..results.attribution import Attribution, question_text, sentence
 from ..results.comparison import Comparison, compare
@@ -466,10 +466,13 @@ def write_report(
     queries: Any = None,      # The query answers that were asked about, to be shown
     contrast: Any = None,     # The two sides that the concept was made of: (with it, without it)
     null: Any = None,         # What chance gives the first method, as `Attribution.with_null` takes it
+    overwrite: bool = False,  # Replace a file of that name
 ) -> Path:
     """Write one self-contained HTML file of less than 3 MB. Results that carry a null show it anyhow.
     Raises `AttributionError` for results on different examples, `WidgetError` for groups or a map of other
-    ones, latents that are no ranking or shifts that are none, `StorageError` where it can't be written."""
+    ones, latents that are no ranking or shifts that are none, `StorageError` where it can't be written, and
+    rather than replacing a file unasked."""
+    path = check_free(path, overwrite)
     if isinstance(attributions, Comparison):
         attributions, comparison = attributions.attributions, attributions
     comparison = comparison or compare(attributions, labels=labels, positive=positive)
@@ -487,4 +490,4 @@ def write_report(
     page = _page(values, lambda room: _browser_data(results, chosen, positive, rows, mapped, room))
     with atomic_file(path) as part:
         part.write_bytes(page)
-    return Path(path)
+    return path

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..foundation.storage import atomic_file, code_version
+from ..foundation.storage import atomic_file, check_free, code_version
 from ..results.attribution import Attribution
 from .contents import WidgetError
 
@@ -209,9 +209,12 @@ class Review(_Recorded):
         self,
         path: str | Path,    # Such as "review.json"
         result: Attribution, # The result the places belong to
+        *,
+        overwrite: bool = False, # Replace a file of that name
     ) -> Path:
-        "Write the review as JSON, completely or not at all."
-        with atomic_file(path) as part:
+        """Write the review as JSON, completely or not at all. Raises `StorageError` rather than replacing a
+        file unasked."""
+        with atomic_file(check_free(path, overwrite)) as part:
             part.write_text(json.dumps(self.to_dict(result), indent=1, default=str), encoding="utf-8")
         return Path(path)
 
