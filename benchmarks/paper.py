@@ -162,7 +162,7 @@ class Study:
                 queries=queries,
                 concept=concept,
             ).run()
-            concept.save(self.work / "concept.safetensors")
+            concept.save(self.work / "concept.safetensors", overwrite=True)
             with ct.foundation.storage.atomic_file(done) as part:
                 part.write_text(
                     json.dumps(

@@ -119,7 +119,7 @@ def scored(lm, tokenized, queries, args):
     tuned = ct.finetune(lm, tokenized, args.work / "models" / "full-0", seed=0, **RECIPE)
     scorer = Influence(tuned, Margin(queries), curvature="identity", engine="difference")
     result = scorer.score(tokenized, tokens=True)
-    result.save(path)
+    result.save(path, overwrite=True)
     return result
 
 

@@ -173,7 +173,7 @@ def check_rows(seed, tmp_path):
     assert said is None or re.match(rf"{re.escape(str(path))}(, line \d+)?: ", said), said
     if said is None and not any("replies" in t or "message_id" in t for t in texts):
         data = load_conversations(path, **options)
-        assert data.to_json(tmp_path / "out.jsonl").read_bytes() == path.read_bytes()
+        assert data.to_json(tmp_path / "out.jsonl", overwrite=True).read_bytes() == path.read_bytes()
     path = tmp_path / "a.json"
     path.write_bytes(("[" + ",".join(texts) + "]").encode("utf-8", "surrogatepass"))
     said = reads(path, **options)

@@ -598,7 +598,7 @@ def test_sections_of_the_report_are_there_only_when_given(tmp_path):
     assert "groups, from both ends" not in bars
     many = {f"group {row}": [row, (row + 1) % N] for row in range(N)}
     cut = score_groups(grouped(results[0].conversations, many), results[0], deals=20)
-    bars = write_report(results, tmp_path / "bars.html", groups=cut).read_text()
+    bars = write_report(results, tmp_path / "bars.html", groups=cut, overwrite=True).read_text()
     assert "20 of 40 groups, from both ends" in bars and bars.count("class='kind'") == 20
     mapped = write_report(results, tmp_path / "map.html", map=VECTORS).read_text()
     assert 'id="map"' in mapped and 'id="kinds"' not in mapped

@@ -158,7 +158,7 @@ def test_one_null_serves_every_mixture(chromium, tmp_path, lm, atlas, train, ans
         scorer = ConceptInfluence(lm, mixer.concept, answers, curvature="identity")
         expected = scorer.score(train, null=100, progress=False)
         assert np.allclose(mixer.scores / mixer.null_spreads, expected.times_null, rtol=1e-3)
-    path = mixer.page().save(tmp_path / "mixer.html")
+    path = mixer.page().save(tmp_path / "mixer.html", overwrite=True)
     page = chromium.open(path.as_uri())
     page.wait("document.querySelector('.two .neighbour')")
     order, higher = np.argsort(-mixer.scores, kind="stable"), score_percentiles(mixer.scores[:, None])[:, 0]

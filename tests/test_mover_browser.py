@@ -222,7 +222,7 @@ def test_hostile_texts_stay_texts(live, chromium, tmp_path):
     harmless(view.page)
     assert too_wide(view.page) == []
     named = MoverBrowser({"</title><img src=x>": results[0], '" onload=alert(1)': results[1]})
-    page = chromium.open(named.page().save(tmp_path / "page.html").as_uri())
+    page = chromium.open(named.page().save(tmp_path / "page.html", overwrite=True).as_uri())
     page.wait("document.querySelector('.mover-reading .turn')")
     assert (
         page.errors == []
