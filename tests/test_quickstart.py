@@ -120,6 +120,8 @@ def test_its_first_screen_shows_the_highest_example(tmp_path, width, height):
         x, y, w, h = page.box(".row")
         assert y + h <= height and x + w <= width
         assert page.value("document.documentElement.scrollWidth <= window.innerWidth") and page.errors == []
+        tables = "[...document.querySelectorAll('.wide')]"  # of the chosen example
+        assert page.value(f"{tables}.length > 0 && {tables}.every(t => t.scrollWidth <= t.clientWidth)")
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.parent.rglob("*.ipynb")), ids=lambda path: path.stem)
