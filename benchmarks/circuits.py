@@ -245,7 +245,7 @@ def scores_of(seed, folder, run):
     path, rows = folder / f"scores-{seed}.parquet", run.rows_between(*WINDOW)
     if not path.exists():
         lm = run.open(WINDOW[0], attention="eager")
-        scored(lm, data_of(run, rows), CopyProbe(fresh_repeats(PROBES, 5))).save(path, overwrite=True)
+        scored(lm, data_of(run, rows), CopyProbe(fresh_repeats(PROBES, 5))).save(path)
     return Attribution.load(path)
 
 

@@ -92,7 +92,7 @@ def prepared(name, lm, train, queries, folder, coarse):
     todo = [step for step, place in steps.items() if not (place / "query.json").exists()]
     scorer = scorer_of(name, lm, train, queries) if todo or not exact.exists() else None
     if not exact.exists():
-        scorer.score(train, progress=False).save(exact, overwrite=True)
+        scorer.score(train, progress=False).save(exact)
     for step in todo:
         accepted = {} if step is None else dict(step=step, most_error=1000.0)
         write_query(scorer, train, steps[step], n_probes=PROBES, **accepted, **KEPT)

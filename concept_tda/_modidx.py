@@ -1436,6 +1436,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'concept_tda/data/conversations.py'),
                                                 'concept_tda.data.conversations.Rows._from_the_same_file': ( '10_data/conversations.html#rows._from_the_same_file',
                                                                                                              'concept_tda/data/conversations.py'),
+                                                'concept_tda.data.conversations.Rows._read_from': ( '10_data/conversations.html#rows._read_from',
+                                                                                                    'concept_tda/data/conversations.py'),
                                                 'concept_tda.data.conversations.Rows.ids': ( '10_data/conversations.html#rows.ids',
                                                                                              'concept_tda/data/conversations.py'),
                                                 'concept_tda.data.conversations.Rows.select': ( '10_data/conversations.html#rows.select',

@@ -11,12 +11,15 @@ import torch
 import concept_tda
 from concept_tda.concepts.concept import tensor_concept
 from concept_tda.data.conversations import load_conversations
+from concept_tda.data.documents import load_documents
 from concept_tda.data.masks import TokenMask
 from concept_tda.data.preferences import load_preferences
 from concept_tda.foundation.errors import StorageError
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 from concept_tda.views.report import write_report
+
+from tiny import tiny_tokenizer
 
 WRITERS = {"save", "to_json", "write", "export", "pack", "write_report", "export_activations", "export_query"}
 
@@ -74,8 +77,12 @@ def test_files_are_not_replaced_unasked_and_sources_never(tmp_path):
         assert path.read_text() == "mine"
         write(path, overwrite=True)
         assert path.read_bytes() != b"mine"
-    for part in (chats, chats[:2], chats.renamed("b"), chats.as_layout("messages"), result.drop(count=2)):
-        for other in (part, pairs, pairs.swap([0]), pairs[:2], pairs.chosen, pairs.as_layout("messages")):
-            with pytest.raises(StorageError, match=r"train\.jsonl is the file this was made from"):
-                other.to_json(source, overwrite=True)
+    documents = load_documents(source, field="prompt", window=15)
+    windows = documents.windows(tiny_tokenizer())
+    made = [chats, chats[:2], chats.renamed("b"), chats.as_layout("messages"), result.drop(count=2)]
+    made += [pairs, pairs.swap([0]), pairs[:2], pairs.chosen, pairs.as_layout("messages")]
+    made += [documents, documents[:2], windows, windows[:2], windows[:2].as_documents()]
+    for one in made:
+        with pytest.raises(StorageError, match=r"train\.jsonl is the file this was made from"):
+            one.to_json(source, overwrite=True)
     assert source.read_bytes() == before

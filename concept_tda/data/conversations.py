@@ -152,6 +152,11 @@ class Rows(Sequence):
         "Content ids in order; a chat that occurs twice has its id twice."
         return [item.id for item in self._items]
 
+    def _read_from(self, source: Any) -> Self:
+        "The same, read from this source; only one file can be replaced by accident."
+        self.file = Path(source) if isinstance(source, (str, Path)) and Path(source).is_file() else None
+        return self
+
     def _from_the_same_file(self, others: Any) -> Any:
         "What was made of these items."
         others.file = self.file
@@ -507,9 +512,7 @@ def load_conversations(
             return (source[0].collection or Conversations)(source, name or "conversations")
         source = [{"messages": item} if isinstance(item, list) else item for item in source]
     records, name, layout = source_records(source, name=name, split=split, answer=answer)
-    found = _read_records(records, name, layout, answer)
-    found.file = Path(source) if isinstance(source, (str, Path)) and Path(source).is_file() else None
-    return found
+    return _read_records(records, name, layout, answer)._read_from(source)
 
 # %% ../../nbs/10_data/03_conversations.ipynb #0033
 def _bundled_splits(root) -> dict[str, list[str]]:

@@ -277,7 +277,7 @@ class _Kept(Conversations):
     ) -> Self:
         "The chosen windows, in the order asked for."
         chosen = [self._items[row] for row in row_numbers(rows, len(self))]
-        return type(self)(chosen, self.name, self.layout, self.documents)
+        return self._from_the_same_file(type(self)(chosen, self.name, self.layout, self.documents))
 
     @classmethod
     def from_columns(
@@ -385,7 +385,7 @@ class Documents(_Written):
                 f"smaller window: load_documents(..., window={max(n // 4, 3)})")
         cut = [_cut(self, stream, start, end, tokenizer, vocabulary)
                for start, end in _bounds(n, self.window)]
-        return Windows(cut, self.name, None, self)
+        return self._from_the_same_file(Windows(cut, self.name, None, self))
 
     def tokenized(
         self,
@@ -544,7 +544,8 @@ def load_documents(
     else:
         _check_unread("a record is a document", {"split_at": (split_at, None)})
         documents, name, layout = _read_records(source, field, name, split)
-    return Documents(documents, name, layout, window=window, field=field, separator=separator)
+    cut: dict[str, Any] = dict(window=window, field=field, separator=separator)
+    return Documents(documents, name, layout, **cut)._read_from(source)
 
 # %% ../../nbs/10_data/08_documents.ipynb #read-records
 def _read_records(
@@ -582,7 +583,7 @@ def load_windows(
         if not isinstance(record.value, dict) or any(key not in record.value for key in needed):
             raise DocumentError(f"{record.where}: is no window, which has {', '.join(needed)}. Texts are "
                                 "read with load_documents")
-    return Windows([_read_window(record.value) for record in records], name)
+    return Windows([_read_window(record.value) for record in records], name)._read_from(path)
 
 # %% ../../nbs/10_data/08_documents.ipynb #columns
 def examples_from_columns(

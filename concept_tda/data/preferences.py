@@ -279,6 +279,4 @@ def load_preferences(
     _check_records(sides[0], columns)
     pairs = [_joined_pair(*both, columns) for both in zip(sides[0], sides[1], strict=True)]
     _check_pairs(pairs, columns, _places(source, sides[0]))
-    found = Preferences(pairs, sides[0].name, columns, sides[0].layout)
-    found.file = sides[0].file
-    return found
+    return sides[0]._from_the_same_file(Preferences(pairs, sides[0].name, columns, sides[0].layout))
