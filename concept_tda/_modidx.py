@@ -3837,6 +3837,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'concept_tda/influence/curvature.py'),
                                                  'concept_tda.influence.curvature._check_eigenvalues': ( '50_influence/curvature.html#_check_eigenvalues',
                                                                                                          'concept_tda/influence/curvature.py'),
+                                                 'concept_tda.influence.curvature._draws': ( '50_influence/curvature.html#_draws',
+                                                                                             'concept_tda/influence/curvature.py'),
                                                  'concept_tda.influence.curvature._eigenvalues_of': ( '50_influence/curvature.html#_eigenvalues_of',
                                                                                                       'concept_tda/influence/curvature.py'),
                                                  'concept_tda.influence.curvature._eigenvectors': ( '50_influence/curvature.html#_eigenvectors',

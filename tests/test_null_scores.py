@@ -13,7 +13,7 @@ from concept_tda.data.masks import chosen_tokens
 from concept_tda.data.preferences import load_preferences
 from concept_tda.influence.baselines import RandomDirection, ResponseLength
 from concept_tda.influence.curvature import EKFAC
-from concept_tda.influence.neighbours import RESIDUAL_FORMS, GradCos, ResidualChange
+from concept_tda.influence.neighbours import RESIDUAL_FORMS, GradCos, ResidualChange, TracIn
 from concept_tda.influence.pairs import load_pair_attribution, score_preferences
 from concept_tda.influence.preconditioners import DataInf
 from concept_tda.influence.queries import LossQuery, TokenQuery
@@ -377,6 +377,7 @@ def test_no_pass_with_gradients_exceeds_the_budget_of_tokens(lm, concept, budget
         InfluenceFunction(lm, many, curvature="identity"),
         InfluenceFunction(lm, FINE, neutral=POOR, curvature="identity", method="Margin"),
         GradCos(lm, many),
+        TracIn([lm], many, learning_rates=[1.0]),
     ]
     longest = max(int(lm.tokenize(data).lengths.max()) for data in (TRAIN, many, QUERIES, FINE, POOR))
 

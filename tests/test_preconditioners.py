@@ -139,9 +139,7 @@ def test_products_equal_curvlinops(family):
     data, sites = lm.tokenize(train), resolve_sites(lm, "lora" if family == "lora" else "attention")
     from concept_tda.data.batches import batches
 
-    examples = [
-        ({"batch": batch}, batch_labels(batch, "empirical", None)) for batch in batches(data, token_budget=1)
-    ]
+    examples = [({"batch": batch}, batch_labels(batch)) for batch in batches(data, token_budget=1)]
     generator = torch.Generator().manual_seed(0)
     directions = {
         s.name: torch.randn(s.out_features, s.in_features, dtype=torch.float64, generator=generator)

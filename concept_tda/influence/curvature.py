@@ -244,12 +244,11 @@ class LabelDraws:
 
 # %% ../../nbs/50_influence/01_curvature.ipynb #sampled-labels
 def batch_labels(
-    batch: Batch,                     # B conversations
-    labels: str,                      # "sampled" or "empirical"
-    draws: Any = None,                # `LabelDraws`, for sampling
+    batch: Batch,                    # B conversations
+    draws: LabelDraws | None = None, # What labels are sampled with; None for the data's own
 ) -> torch.Tensor | Callable[[torch.Tensor], torch.Tensor]:
     "The labels of a batch: the data's own [R], or a function that samples them from logits [R, V]."
-    if labels != "sampled": return batch.input_ids[predicted_mask(batch)]
+    if draws is None: return batch.input_ids[predicted_mask(batch)]
     def sample(logits_RV):
         passed_RV, drawn_R1 = logits_RV.softmax(1).cumsum_(1), draws.of(batch)[:, None]
         places_R1 = torch.searchsorted(passed_RV, drawn_R1*passed_RV[:, -1:], right=True)
@@ -467,8 +466,7 @@ class _Fit:
     lm: LanguageModel
     data: TokenizedConversations
     sites: list[Site]
-    labels: str
-    draws: LabelDraws            # What sampled labels are drawn with
+    draws: LabelDraws | None     # What labels are sampled with; None for the data's own
     plan: list[Batch]            # in the order they are run
     statistics: FactorStatistics
     progress: _Progress
@@ -555,7 +553,7 @@ def _factors_of(fit: _Fit, stretch: int, bar: tqdm) -> dict[str, torch.Tensor]:
     bar.update(done)
     for index in places[done:]:
         batch = fit.plan[index].to(fit.lm.device)
-        fit.drawn[index] = _run(fit, batch, batch_labels(batch, fit.labels, fit.draws))
+        fit.drawn[index] = _run(fit, batch, batch_labels(batch, fit.draws))
         fit.ran[index] = len(fit.ran)
         statistics.take()
         bar.update(1)
@@ -737,13 +735,11 @@ def _known_labels(lm: LanguageModel, batch: Batch, labels: torch.Tensor | Callab
 
 def _fit_curvlinops(
     lm: LanguageModel, data: TokenizedConversations, sites: list[Site],
-    labels: str, seed: int, progress: bool,
+    draws: LabelDraws | None, progress: bool,
 ) -> dict[str, Factors]:
     "Factors by curvlinops, one example at a time."
     plan = [batch.to(lm.device) for batch in batches(data, token_budget=1)]
-    draws = LabelDraws(data, seed)
-    examples = [({"batch": batch}, _known_labels(lm, batch, batch_labels(batch, labels, draws)))
-                for batch in plan]
+    examples = [({"batch": batch}, _known_labels(lm, batch, batch_labels(batch, draws))) for batch in plan]
     with torch.enable_grad(), _linear_layers(lm, sites) as linears:
         operator = _operator(lm, examples, linears, progress)
     factors = {}
@@ -912,6 +908,11 @@ class _Loaded(_Saved):
             for site, reader in header["shared"].items()}
         return cls(factors, damping=header["damping"], relative=header["relative"], record=header["record"])
 
+# %% ../../nbs/50_influence/01_curvature.ipynb #fit-draws
+def _draws(data: TokenizedConversations, record: dict[str, Any]) -> LabelDraws | None:
+    "What the labels of a fit are sampled with."
+    return LabelDraws(data, record["seed"]) if record["labels"] == "sampled" else None
+
 # %% ../../nbs/50_influence/01_curvature.ipynb #measured
 def _fit_resumable(
     lm: LanguageModel, data: TokenizedConversations, sites: list[Site], record: dict[str, Any],
@@ -921,9 +922,8 @@ def _fit_resumable(
     store = BlockStore(cache_folder("runs"), dict(record, memory_budget=memory_budget))
     own_share(store, [])  # throws damaged states away
     factors = _fit_streaming(_Fit(
-        lm, data, sites, record["labels"], LabelDraws(data, record["seed"]),
-        list(batches(data, token_budget=record["token_budget"])), FactorStatistics(sites, memory_budget),
-        _Progress(store), progress))
+        lm, data, sites, _draws(data, record), list(batches(data, token_budget=record["token_budget"])),
+        FactorStatistics(sites, memory_budget), _Progress(store), progress))
     clear_together(store)
     return factors
 
@@ -936,7 +936,7 @@ def _measured(
     check_sites(lm, sites, data)
     with lm.undisturbed():
         if record["backend"] == "curvlinops":
-            factors = _fit_curvlinops(lm, data, sites, record["labels"], record["seed"], progress)
+            factors = _fit_curvlinops(lm, data, sites, _draws(data, record), progress)
         else:
             factors = _fit_resumable(lm, data, sites, record, memory_budget, progress)
     for f in factors.values():

@@ -196,7 +196,7 @@ def _stream(lm: LanguageModel, data: TokenizedConversations, sites: list[Site], 
     "Seconds of sending the examples through the model and gathering their statistics."
     def run(batch: Batch) -> None:
         statistics.begin(batch)
-        labelled_pass(lm, data, sites, batch, batch_labels(batch, "empirical"), statistics.receive)
+        labelled_pass(lm, data, sites, batch, batch_labels(batch), statistics.receive)
         statistics.take()
 
     start = time.perf_counter()

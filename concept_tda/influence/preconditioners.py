@@ -334,16 +334,15 @@ def _adding_to(fisher: dict[str, torch.Tensor], projections: dict) -> Callable:
 # %% ../../nbs/50_influence/02_preconditioners.ipynb #logra-fisher
 def _measured_fisher(
     lm: LanguageModel, data: TokenizedConversations, sites: list[Site], projections: dict,
-    labels: str, seed: int, token_budget: int, bar: tqdm,
+    draws: LabelDraws | None, token_budget: int, bar: tqdm,
 ) -> dict[str, torch.Tensor]:
     "Fisher matrices of the projected gradients, in the scale of the mean loss per response token."
     fisher = _empty_fisher(sites, projections)
     receive = _adding_to(fisher, projections)
-    draws = LabelDraws(data, seed)
     check_sites(lm, sites, data)
     with lm.undisturbed():
         for batch in (batch.to(lm.device) for batch in batches(data, token_budget=token_budget)):
-            labelled_pass(lm, data, sites, batch, batch_labels(batch, labels, draws), receive)
+            labelled_pass(lm, data, sites, batch, batch_labels(batch, draws), receive)
             bar.update(batch.n_tokens)
     for F in fisher.values():
         F /= data.n_response_tokens
@@ -379,7 +378,8 @@ class LoGra(_ProjectedInverse):
         _check_basis(basis, sites)
         projections, title = _projections(sites, ranks, basis, seed), f"LoGra Fisher ({_bytes(price)})"
         with tqdm(total=data.n_tokens, desc=title, unit="tok", disable=not progress) as bar:
-            fisher = _measured_fisher(lm, data, sites, projections, labels, seed, token_budget, bar)
+            draws = LabelDraws(data, seed) if labels == "sampled" else None
+            fisher = _measured_fisher(lm, data, sites, projections, draws, token_budget, bar)
         record = fitting_record(lm, data, sites, labels, rank=ranks, seed=seed,
                                 basis=basis and basis.fingerprint)
         return cls(projections, fisher, damping=damping, relative=relative, record=record)

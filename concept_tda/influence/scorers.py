@@ -183,7 +183,8 @@ def _prepared(
     scorer: Scorer, data: TokenizedConversations, draws: int, seed: int, token_budget: int,
 ) -> _Prepared:
     "Let the scorer prepare itself and its null; score at once if it needs no pass."
-    start, scorer.token_budget = time.perf_counter(), token_budget
+    start = time.perf_counter()
+    scorer.token_budget = token_budget
     readout = scorer.prepare(data)
     null = scorer.null(data, draws, seed) if draws and readout is not None else None
     ready = time.perf_counter()
@@ -762,8 +763,8 @@ class _Influence(_Question):
 
     def _directions(self) -> dict[str, torch.Tensor]:
         "The preconditioned query [out, in], or its parts [Q, out, in], by site name."
-        gradients = lambda query: query.gradients(self.lm, self.sites, self.token_budget)
-        ask = lambda query: self.curvature.precondition(gradients(query))
+        def ask(query):
+            return self.curvature.precondition(query.gradients(self.lm, self.sites, self.token_budget))
         if len(self.parts) == 1: return ask(self.query)
         parts = [ask(self.query.part(np.sort(rows))) for rows in self.parts]
         return {site: torch.stack([part[site] for part in parts]) for site in parts[0]}

@@ -268,7 +268,8 @@ class _Stream:
                                  max_tokens=self.options["max_tokens"])
         self.readouts: dict[str, Any] = {}
         for scorer in self.scorers:
-            start, scorer.token_budget = time.perf_counter(), self.options["token_budget"]
+            start = time.perf_counter()
+            scorer.token_budget = self.options["token_budget"]
             self.readouts[str(scorer.method)] = scorer.prepare(first)
             self.prepared[str(scorer.method)] = time.perf_counter() - start
         self.key = _key(self.lm, self.readouts, self.options)
