@@ -33,7 +33,6 @@ import pandas as pd
 import torch
 from advice import advice_right, decisions
 from paper import Study, conversations, read_config
-from scipy.sparse.csgraph import connected_components
 from scipy.stats import rankdata, t
 
 import concept_tda as ct
@@ -83,6 +82,8 @@ SETS = [
 ]
 
 DEFAULT = "Concept Influence"
+# What an example shows and what it teaches, as one ranking: the mean of both, each by its own spread.
+TOGETHER = [("Vector Filter", DEFAULT), ("Vector Filter", f"{DEFAULT}, LoRA, SOURCE")]
 
 # ---------------------------------------------------------------- what was measured
 
@@ -119,13 +120,6 @@ def ceiling(measured, noise):
     noise of the measured values and τ the spread of the true effects (Formulas §9)."""
     whole = float(np.var(measured, ddof=1))
     return (max(0.0, whole - noise) / whole) ** 0.5
-
-
-def related(pool, n, above=0.5):
-    """A number for each set, the same for sets of which membership correlates beyond a limit, or that are
-    linked by others that do: what one of them shows, the others show too."""
-    member_SN = np.array([np.isin(np.arange(n), rows) for rows in pool["rows"]], float)
-    return connected_components(np.abs(np.corrcoef(member_SN)) >= above)[1]
 
 
 def chance(pool, n, draws=2000):
@@ -436,6 +430,11 @@ def with_means(kept):
         kept[f"Concept Influence, {name}"] = Attribution(
             kept[parts[0]].conversations, scores, kept[parts[0]].card
         )
+    for parts in TOGETHER:
+        if set(parts) <= set(kept):
+            name, first = " and ".join(one.removeprefix(f"{DEFAULT}, LoRA, ") for one in parts), kept[parts[0]]
+            scores = sum((kept[part].scores - kept[part].scores.mean()) / kept[part].scores.std() for part in parts)
+            kept[name] = as_result(first.conversations, scores, QueryCard(name, first.card.behaviour, zero="projection"))
 
 
 def verdict(result, labels, pool, halves, groups, unit):
@@ -445,10 +444,12 @@ def verdict(result, labels, pool, halves, groups, unit):
     line = Calibration.fit(sums, measured)
     half = np.array([-foretold(result, np.setdiff1d(np.arange(len(result)), rows)) for rows, _ in halves])
     whole = np.array([value for _, value in halves])
-    covered, outside = foretold_by_others(sums, measured, groups)
+    _, outside = foretold_by_others(sums, measured, groups)
+    covered, calibrated = foretold_by_others(sums, measured, groups, pool["n"].to_numpy())
     found = dict(
         r2=line.r2,
         r2_outside=outside,
+        r2_calibrated=calibrated,
         slope=line.slope,
         rank=spearman(sums, measured),
         lds=spearman(-half, whole) if len(halves) else None,
@@ -466,18 +467,21 @@ def verdict(result, labels, pool, halves, groups, unit):
     return found
 
 
-def foretold_by_others(sums, measured, groups, level=0.9):
+def foretold_by_others(sums, measured, groups, left_out=None, level=0.9):
     """How often the interval of a calibration holds a set's change, and the R² of its line, where each group
-    of related sets is foretold from the other groups. The R² can be below zero: worse than the mean."""
+    of related sets is foretold from the other groups. The R² can be below zero: worse than the mean. With
+    `left_out`, how many examples each set holds, it is the calibration that users get."""
     inside, squares = [], 0.0
     for group in np.unique(groups):
         left = groups == group
         if np.ptp(sums[~left]) < 1e-6 * np.abs(sums).max():  # nothing to draw a line through
             squares += ((measured[left] - measured[~left].mean()) ** 2).sum()
             continue
-        line = Calibration.fit(sums[~left], measured[~left])
-        for x, y in zip(sums[left], measured[left]):
-            change, low, high = line.interval(x, level)
+        sizes = (None,) * len(sums) if left_out is None else left_out
+        told = {} if left_out is None else dict(left_out=left_out[~left], related=groups[~left])
+        line = Calibration.fit(sums[~left], measured[~left], **told)
+        for x, y, n in zip(sums[left], measured[left], np.asarray(sizes)[left]):
+            change, low, high = line.interval(x, n, level=level)
             inside.append(low < y < high)
             squares += (y - change) ** 2
     return float(np.mean(inside)) if inside else None, float(
@@ -551,7 +555,7 @@ def report_of(scores):
     plain = {"Labels": np.array(labels, float), "Number left out": 1 + 1e-9 * np.arange(len(train))}
     for name, values in plain.items():
         kept[name] = as_result(train, values, QueryCard(name, trait, zero="gradient"))
-    groups, noise, measured = related(pool, len(train)), noise_of(pool), pool["measured"].to_numpy()
+    groups, noise, measured = pool["group"].to_numpy(), noise_of(pool), pool["measured"].to_numpy()
     found = {name: verdict(one, labels, pool, halves, groups, unit) for name, one in kept.items()}
     sums = {name: [foretold(one, rows) for rows in pool["rows"]] for name, one in kept.items()}
     labels_effect, effects = effects_by_method(experiments, trait, about["dropped"])

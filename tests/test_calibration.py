@@ -26,16 +26,52 @@ def covered(n_trials, once):
     return np.mean([once(random) for _ in range(n_trials)])
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("level", [0.8, 0.95])
-def test_a_calibrated_interval_holds_the_next_retraining_as_often_as_it_says(level):
+def test_a_calibrated_interval_holds_the_next_retraining_as_often_as_it_says(level, counted):
     def once(random):
-        x = random.normal(size=9)
-        y = 0.3 - 2 * x + random.normal(size=9) * 0.5
-        new = random.normal()
-        _, low, high = Calibration.fit(x, y).interval(new, level)
-        return low < 0.3 - 2 * new + random.normal() * 0.5 < high
+        x, sizes = random.normal(size=10), random.integers(3, 30, size=10)
+        y = 0.3 - 2 * x + counted * 0.1 * sizes + random.normal(size=10) * 0.5
+        new, size = random.normal(), random.integers(3, 30)
+        line = Calibration.fit(x, y, sizes if counted else None)
+        _, low, high = line.interval(new, size if counted else None, level=level)
+        return low < 0.3 - 2 * new + counted * 0.1 * size + random.normal() * 0.5 < high
 
     assert abs(covered(5000, once) - level) < 0.02
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_variations_of_a_set_make_an_interval_no_narrower(told):
+    family = np.repeat(np.arange(8), 5)
+
+    def once(random):
+        x, own = random.normal(size=8)[family], random.normal(size=8)[family]
+        line = Calibration.fit(x, 1 - 2 * x + own, related=family if told else None)
+        new = random.normal()
+        _, low, high = line.interval(new, level=0.8)
+        return low < 1 - 2 * new + random.normal() < high
+
+    held = covered(3000, once)
+    assert abs(held - 0.8) < 0.03 if told else held < 0.76
+
+
+def test_a_set_given_five_times_counts_as_given_once():
+    random = np.random.default_rng(0)
+    x, y, sizes, family = random.normal(size=8), random.normal(size=8), np.arange(2, 10), np.repeat(range(8), 5)
+    once = Calibration.fit(x, y, sizes)
+    often = Calibration.fit(x[family], y[family], sizes[family], related=family)
+    np.testing.assert_allclose(often.interval(0.3, 4), once.interval(0.3, 4), rtol=1e-9)
+
+
+def test_where_no_sets_are_related_each_counts():
+    random = np.random.default_rng(0)
+    x, y, sizes = random.normal(size=9), random.normal(size=9), random.integers(2, 9, size=9)
+    plain, alone = (Calibration.fit(x, y, sizes, related=one) for one in (None, np.arange(9)[::-1]))
+    assert plain == alone and plain.independent == 9
+    with pytest.raises(AttributionError, match="9 sets are variations of 3"):
+        Calibration.fit(x, y, related=[0, 1, 2] * 3)
+    with pytest.raises(AttributionError, match="related= takes a whole number from 0 for each of the 9"):
+        Calibration.fit(x, y, related=[0, 1, 2])
 
 
 def test_the_line_is_that_of_scipy():
@@ -45,6 +81,57 @@ def test_the_line_is_that_of_scipy():
     np.testing.assert_allclose(
         [ours.slope, ours.intercept, ours.r2], [line.slope, line.intercept, line.rvalue**2], rtol=1e-12
     )
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_with_the_numbers_left_out_it_is_least_squares_in_any_unit_of_the_scores(scale):
+    random = np.random.default_rng(0)
+    x, y, sizes = random.normal(size=14) + 5, random.normal(size=14), random.integers(2, 40, size=14)
+    ours = Calibration.fit(x * scale, y, sizes)
+    z = np.column_stack([np.ones(14), x, sizes])
+    found, (squares,), *_ = np.linalg.lstsq(z, y, rcond=None)
+    np.testing.assert_allclose(
+        [ours.intercept, ours.slope * scale, ours.per_example], found, rtol=1e-9, atol=1e-12
+    )
+    at = np.array([1, 4.2, 17])
+    change, low, high = ours.interval(4.2 * scale, 17, level=0.9)
+    wide = (squares / 11 * (1 + at @ np.linalg.inv(z.T @ z) @ at)) ** 0.5 * stats.t.ppf(0.95, 11)
+    np.testing.assert_allclose([change, high - change, change - low], [at @ found, wide, wide], rtol=1e-8)
+    assert ours.r2 == pytest.approx(1 - squares / ((y - y.mean()) ** 2).sum())
+    assert ours.sizes == (sizes.min(), sizes.max())
+
+
+def test_where_a_method_puts_its_zero_changes_no_prediction():
+    random, data = np.random.default_rng(0), chats(40)
+    scores = random.normal(size=40)
+    sets = [random.permutation(40)[:size] for size in (4, 10, 20) for _ in range(4)]
+    measured = [-scores[rows].sum() / 40 + random.normal() * 0.1 for rows in sets]
+    sizes = [len(rows) for rows in sets]
+
+    def said(offset):
+        result = Attribution(data, scores + offset, card())
+        line = Calibration.fit([foretold(result, rows) for rows in sets], measured, sizes, of=result)
+        found = result.predict(drop=0.25, calibration=line)
+        return found.change, found.low, found.high
+
+    np.testing.assert_allclose(said(3.0), said(0.0), rtol=1e-9)
+    np.testing.assert_allclose(said(-50.0), said(0.0), rtol=1e-7)
+
+
+def test_numbers_left_out_count_only_where_they_can_be_told_from_the_rest():
+    x, y = np.arange(8.0) ** 2, np.arange(8.0)
+    assert Calibration.fit(x, y, [5] * 8).per_example is None
+    assert Calibration.fit(x[:5], y[:5], [1, 2, 3, 4, 6]).per_example is None
+    assert Calibration.fit([1.0, 2, 3, 4, 6, 7], y[:6], [1, 2, 3, 4, 6, 7]).per_example is None
+    assert Calibration.fit([3.0, 5, 7, 9, 13, 15], y[:6], [1, 2, 3, 4, 6, 7]).per_example is None
+    counted = Calibration.fit(x, y, [1, 2, 3, 4, 5, 6, 7, 9])
+    assert counted.per_example is not None
+    with pytest.raises(AttributionError, match="say left_out="):
+        counted.interval(1.0)
+    assert Calibration.fit(x, y).interval(1.0) == Calibration.fit(x, y, [5] * 8).interval(1.0, 99)
+    for wrong in ([1, 2], [0] * 8, [1.5] * 8, [np.nan] * 8):
+        with pytest.raises(AttributionError, match="left_out= takes a whole number from 1"):
+            Calibration.fit(x, y, wrong)
 
 
 def test_a_sum_over_replicates_has_their_interval_and_a_score_its_own():

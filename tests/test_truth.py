@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from concept_tda.data.conversations import load_conversations
+from concept_tda.evidence.datamodels import related
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 
@@ -41,7 +42,7 @@ def test_sets_that_are_nearly_one_another_or_the_rest_of_one_another_are_one_gro
     other, third = random.permutation(N)[:20], random.permutation(N)[:20]
     rows = [half, np.setdiff1d(np.arange(N), half), np.append(half[:18], other[:2]), other, third]
     assert abs(np.corrcoef(*(np.isin(np.arange(N), one) for one in (other, third)))[0, 1]) < 0.5
-    groups = truth.related(pool_of(rows, 0.0), N)
+    groups = related(rows, N)
     assert groups[0] == groups[1] == groups[2]
     assert len({groups[0], groups[3], groups[4]}) == 3
 

@@ -33,29 +33,39 @@ def foretold(
 # %% ../../nbs/30_results/05_calibration.ipynb #line
 @dataclass(frozen=True)
 class _Line:
-    "y = intercept + slope · x, with what is needed for an interval."
+    "y = intercept + slope · x + per_example · m, with what is needed for an interval."
     slope: float       # Change of the behaviour for each unit of what was foretold
-    intercept: float   # Change where nothing was foretold
+    intercept: float   # Change where nothing was foretold and nothing left out
+    per_example: float | None # Change by each example left out, whichever it is; None: was not fitted
     residual: float    # Standard deviation of the points around the line
-    centre: float      # Mean of what was foretold
-    scatter: float     # Sum of squares around it
+    independent: int   # Points, those of related sets counted as one
+    root: tuple[tuple[float, ...], ...] # R of Z = QR, a row (1, x, m) of Z for each point, as `independent` rows
     n: int             # Points
     r2: float          # Share of the measured variance that the line explains
     judge: str = "the behaviour" # What was measured
     unit: str = ""               # Of it
+    sizes: tuple[int, int] | None = None # Of the smallest and the largest set that was left out
     of: dict[str, Any] | None = None # What defines the scores, `QueryCard.defined_by`; None: nobody said
     transferred: bool = False    # Whether it may be used for other scores all the same
 
+# %% ../../nbs/30_results/05_calibration.ipynb #cal-interval
+class _Interval(_Line):
+    "What a line says of one more set."
     def interval(
         self,
-        foretold: float,    # As `foretold` gives it
-        level: float = .95, # How often the interval holds one more retraining
+        foretold: float,         # As `foretold` gives it
+        left_out: float | None = None, # Examples in the set; needed where `per_example` was fitted
+        *,
+        level: float = .95,      # How often the interval holds one more retraining
     ) -> tuple[float, float, float]: # Change, and the ends of its interval, in `unit`
-        "What one more retraining should show."
+        "What one more retraining should show. Raises `AttributionError` without a number that is needed."
         from scipy.stats import t
-        change = self.intercept + self.slope*foretold
-        wide = (1 + 1/self.n + (foretold - self.centre)**2/self.scatter)**.5
-        half = t.ppf(.5 + level/2, self.n - 2)*self.residual*wide
+        if self.per_example is not None and left_out is None:
+            raise AttributionError("this calibration counts the examples left out: say left_out=, how many")
+        at = np.array([1., foretold, left_out or 0.][:len(self.root)])
+        change = float(at @ np.array([self.intercept, self.slope, self.per_example or 0.][:len(at)]))
+        wide = (1 + np.square(np.linalg.solve(np.array(self.root).T, at)).sum())**.5
+        half = t.ppf(.5 + level/2, self.independent - len(at))*self.residual*wide
         return change, float(change - half), float(change + half)
 
 # %% ../../nbs/30_results/05_calibration.ipynb #fit
@@ -67,31 +77,83 @@ def _differences(of: dict[str, Any] | None, result: Attribution) -> list[str]:
     return [f"{name.replace('_', ' ')} {said(of, name)} there, {said(own, name)} here"
             for name in {**of, **own} if of.get(name) != own.get(name)]
 
-class Calibration(_Line):
+# %% ../../nbs/30_results/05_calibration.ipynb #cal-checked
+def _points(foretold: Any, measured: Any) -> tuple[np.ndarray, np.ndarray]:
+    "What was foretold and measured, as [S]; refused where no line goes through it."
+    x, y = np.asarray(foretold, float), np.asarray(measured, float)
+    if x.shape != y.shape or x.ndim != 1 or len(x) < 4 or not np.ptp(x) > 0 or not np.isfinite([x, y]).all():
+        raise AttributionError(f"a calibration needs four retrainings or more, with different finite "
+                               f"predictions, one for each; got {x.shape} and {y.shape}")
+    return x, y
+
+def _numbers(values: Any, n: int, what: str, least: int) -> np.ndarray:
+    "A whole number for each set, as [S]."
+    given_S = np.asarray(values, float)
+    if given_S.shape == (n,) and (np.isfinite(given_S) & (given_S >= least) & (given_S % 1 == 0)).all():
+        return given_S.astype(int)
+    raise AttributionError(f"{what} takes a whole number from {least} for each of the {n} sets: "
+                           f"got {given_S.ravel().tolist()[:5]}, of shape {given_S.shape}")
+
+# %% ../../nbs/30_results/05_calibration.ipynb #cal-independent
+def _independent(related: Any, n: int) -> int:
+    "How many sets there are, related ones counted as one; refused where a line has no noise to be read from."
+    if related is None: return n
+    found = len(np.unique(_numbers(related, n, "related=", 0)))
+    if found >= 4: return found
+    raise AttributionError(f"these {n} sets are variations of {found}, which share most of their examples: a "
+                           "calibration needs four retrainings or more of different sets, random ones say")
+
+# %% ../../nbs/30_results/05_calibration.ipynb #cal-columns
+def _columns(x_S: np.ndarray, m_S: np.ndarray | None, independent: int) -> np.ndarray:
+    "Z [S, 2 or 3]: the numbers left out have a column where it can be told from the others."
+    plain_S2 = np.column_stack([np.ones(len(x_S)), x_S])
+    if m_S is None or independent < 6: return plain_S2
+    counted_S3 = np.column_stack([plain_S2, m_S])
+    own = abs(np.linalg.qr(counted_S3, "r")[-1, -1])  # what the first two columns don't hold of the third
+    return counted_S3 if own > 1e-6*np.linalg.norm(m_S) else plain_S2
+
+# %% ../../nbs/30_results/05_calibration.ipynb #cal-words
+class _Worded(_Interval):
+    "A line in words."
+    @property
+    def words(self) -> str:
+        "What it was made from, and what it found."
+        sizes = " to ".join(map(str, sorted({*(self.sizes or ())})))
+        between = f" ({self.independent} unrelated)" if self.independent < self.n else ""
+        between += f" of {sizes} examples" if sizes else ""
+        counted = "" if self.per_example is None else f", {self.per_example:+.2g} for each example left out"
+        return (f"calibrated on {self.n} retrained sets{between}: slope {self.slope:.3g}{counted}, "
+                f"R² {self.r2:.2f}")
+
+# %% ../../nbs/30_results/05_calibration.ipynb #cal-fit
+class Calibration(_Worded):
     "What sums of scores came to when the model was trained again, as a line with a prediction interval."
     @classmethod
     def fit(
         cls,
         foretold: Sequence[float] | np.ndarray, # One for each set left out, as `foretold` gives it
         measured: Sequence[float] | np.ndarray, # Change of the behaviour after training without it
+        left_out: Sequence[int] | np.ndarray | None = None, # Examples in each set; None: they don't count
         *,
+        related: Sequence[int] | np.ndarray | None = None, # One number for sets that share most; None: none do
         of: Attribution | None = None,          # Whose scores they are; it is used for no others
         judge: str = "the behaviour",           # What was measured
         unit: str = "",                         # Of it
     ) -> Self:
         "Fit the line. Raises `AttributionError` with fewer than four different points."
-        x, y = np.asarray(foretold, float), np.asarray(measured, float)
-        if x.shape != y.shape or x.ndim != 1 or len(x) < 4 or not np.ptp(x) > 0 \
-                or not np.isfinite([x, y]).all():
-            raise AttributionError(f"a calibration needs four retrainings or more, with different finite "
-                                   f"predictions, one for each; got {x.shape} and {y.shape}")
-        dx, dy = x - x.mean(), y - y.mean()
-        scatter = float(dx @ dx)
-        slope = float(dx @ dy)/scatter
-        left = float(((dy - slope*dx)**2).sum())
-        r2 = 1 - left/float(dy @ dy) if dy.any() else float("nan")
-        return cls(slope, float(y.mean() - slope*x.mean()), (left/(len(x) - 2))**.5, float(x.mean()), scatter,
-                   len(x), r2, judge, unit, None if of is None else of.card.defined_by)
+        x, y = _points(foretold, measured)
+        m = None if left_out is None else _numbers(left_out, len(x), "left_out=", 1)
+        independent = _independent(related, len(x))
+        z_SP = _columns(x, m, independent)
+        q_SP, root_PP = np.linalg.qr(z_SP)
+        intercept, slope, *more = np.linalg.solve(root_PP, q_SP.T @ y).tolist()
+        rest = float(np.square(y - z_SP @ [intercept, slope, *more]).sum())
+        whole = float(np.square(y - y.mean()).sum())
+        sizes = None if m is None else (int(m.min()), int(m.max()))
+        residual = (rest/len(x)*independent/(independent - z_SP.shape[1]))**.5
+        return cls(slope, intercept, more[0] if more else None, residual, independent,
+                   tuple(map(tuple, (root_PP*(independent/len(x))**.5).tolist())), len(x), 1 - rest/whole if whole else float("nan"),
+                   judge, unit, sizes, None if of is None else of.card.defined_by)
 
     def transfer(self) -> Self:
         "The same line, for scores that it was not made from: another model, file, concept or method."
@@ -110,9 +172,9 @@ class Calibration(_Line):
             raise AttributionError(f"this calibration was made from other scores: {'; '.join(other)}. "
                                    "Calibrate these with retrainings of their own, or say "
                                    "calibration.transfer() to use it all the same")
-        change, low, high = self.interval(foretold(result, rows), level)
         n = len(result.select(rows))
-        basis = f"calibrated on {self.n} retrained sets, slope {self.slope:.3g}, R² {self.r2:.2f}"
+        change, low, high = self.interval(foretold(result, rows), n, level=level)
+        basis = self.words
         basis += "; whose scores they were was not said" if self.of is None else ""
         basis += f"; transferred from other scores ({'; '.join(other)})" if other else ""
         return Prediction(self.judge, change, self.unit, n, len(result), low, high, level, basis)
