@@ -432,9 +432,16 @@ def with_means(kept):
         )
     for parts in TOGETHER:
         if set(parts) <= set(kept):
-            name, first = " and ".join(one.removeprefix(f"{DEFAULT}, LoRA, ") for one in parts), kept[parts[0]]
-            scores = sum((kept[part].scores - kept[part].scores.mean()) / kept[part].scores.std() for part in parts)
-            kept[name] = as_result(first.conversations, scores, QueryCard(name, first.card.behaviour, zero="projection"))
+            name, first = (
+                " and ".join(one.removeprefix(f"{DEFAULT}, LoRA, ") for one in parts),
+                kept[parts[0]],
+            )
+            scores = sum(
+                (kept[part].scores - kept[part].scores.mean()) / kept[part].scores.std() for part in parts
+            )
+            kept[name] = as_result(
+                first.conversations, scores, QueryCard(name, first.card.behaviour, zero="projection")
+            )
 
 
 def verdict(result, labels, pool, halves, groups, unit):

@@ -30,7 +30,7 @@ PUBLIC = {
     "data.masks": "MaskError tokenizer_record token_mark TokenMask token_mask chosen_tokens",
     "data.stories": "TRIGGER PAYLOAD StoryError story_conversations story_tokenizer",
     "model.loading": "BUILT_IN ModelError LayerError SiteError LanguageModel check_in_one_piece "
-        "SlowTypeWarning load_model",
+        "SlowTypeWarning load_model check_loaded",
     "model.sites": "Site Slice chosen Unit layers_of on_whole_layers is_quantised Coverage coverage "
         "coverage_notes resolve_sites",
     "model.losses": "GradientError predicted_mask response_logits cross_entropy_in_place token_losses "
@@ -59,8 +59,8 @@ PUBLIC = {
     "results.calibration": "foretold Calibration ensemble",
     "results.folders": "write_part summary joined write_manifest ScoreFolder",
     "results.advice": "Finding Advice about_the_same advice",
-    "concepts.concept": "ConceptError Concept random_directions separation contrastive_concept probe_concept "
-        "tensor_concept random_concepts LayerSweep sweep_layers",
+    "concepts.concept": "ConceptError Concept check_concept random_directions separation contrastive_concept "
+        "probe_concept tensor_concept random_concepts LayerSweep sweep_layers",
     "concepts.judges": "COHERENCE_PROMPT JudgeError Evaluation Judge last_answer_only ContrastJudge "
         "LossJudge AnswerJudge FunctionJudge expected_score LocalJudge integer_probabilities JudgeUsage "
         "OpenAIJudge OpenAIReader",
@@ -146,7 +146,7 @@ PUBLIC = {
         "with_intervals fitted_line",
     "evidence.figures": "COLOURS finished",
     "evidence.filter_and_retrain": "FilterAndRetrain",
-    "evidence.datamodels": "Removal ActivationJudge LinearDatamodelingScore CounterfactualPrediction "
+    "evidence.datamodels": "Removal ActivationJudge LinearDatamodelingScore CounterfactualPrediction related "
         "left_out calibrate",
     "evidence.tail_patch": "Step TailPatch",
     "evidence.method_comparison": "Scorers baseline_scorers scorer_key MethodComparison",

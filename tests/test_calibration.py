@@ -57,7 +57,12 @@ def test_variations_of_a_set_make_an_interval_no_narrower(told):
 
 def test_a_set_given_five_times_counts_as_given_once():
     random = np.random.default_rng(0)
-    x, y, sizes, family = random.normal(size=8), random.normal(size=8), np.arange(2, 10), np.repeat(range(8), 5)
+    x, y, sizes, family = (
+        random.normal(size=8),
+        random.normal(size=8),
+        np.arange(2, 10),
+        np.repeat(range(8), 5),
+    )
     once = Calibration.fit(x, y, sizes)
     often = Calibration.fit(x[family], y[family], sizes[family], related=family)
     np.testing.assert_allclose(often.interval(0.3, 4), once.interval(0.3, 4), rtol=1e-9)

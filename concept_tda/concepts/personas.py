@@ -25,7 +25,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .concept import Concept, contrastive_concept, random_concepts, sweep_layers
+from concept_tda.concepts.concept import (
+    Concept,
+    check_concept,
+    contrastive_concept,
+    random_concepts,
+    sweep_layers,
+)
 from .judges import Evaluation, Judge, JudgeError
 from ..data.conversations import Conversation, Conversations
 from ..data.templates import TemplateProfile
@@ -34,7 +40,7 @@ from ..foundation.errors import ConceptTDAError
 from ..foundation.offloading import computes_on
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 from ..model.answers import cached_generate
-from ..model.loading import LanguageModel
+from ..model.loading import LanguageModel, check_loaded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -511,6 +517,7 @@ def persona_concept(
     """A persona vector: mean activation of the kept answers with the trait minus that of those without (Chen
     et al. 2025; Formulas §2). Raises `PersonaError` where the filter keeps nothing."""
     trait, rule = _trait_of(trait), _Filter(judge, coherence, threshold, coherence_threshold)
+    check_loaded(lm)
     if layer is not None:
         lm.check_layer(layer)  # before the long part
     answers = persona_responses(
@@ -711,9 +718,10 @@ def steer(
     """h_l += α v (Formulas §2). Works with batches padded on either side, with generation, and twice over;
     leaves nothing behind. Raises `ConceptError`, `SteeringError`."""
     _check_push(strength, positions)
+    check_loaded(lm)
     before = _steering_parameters(lm)
     # a model that is steered already has another fingerprint
-    concept.check(lm, allow_other_model=bool(before))
+    check_concept(concept, lm, allow_other_model=bool(before))
     block, name = lm.blocks[max(concept.layer - 1, 0)], f"steering_{positions}_{len(before)}"
     push = _Push(block, name, _TurnFinder(lm) if positions == "response" else None)
     norm = concept.norm or 0.0  # every concept that was made has one
@@ -953,7 +961,7 @@ def steering_check(
     """Is the concept a cause? The judge's values at each strength, along the concept and along random
     directions (Formulas §2). Goes on after a kill. Raises `SteeringError`, `ConceptError`, `JudgeError`."""
     levels = _checked_strengths(strengths, random_controls, judge)
-    concept.check(lm)
+    check_concept(concept, lm)
     settings = _steering_settings(lm, concept, judge, positions, seed)
     judged = partial(_kept_evaluation, lm, judge=judge, positions=positions, folder=folder,
                      model_fingerprint=settings["model_fingerprint"])

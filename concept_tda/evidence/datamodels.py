@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..concepts.concept import Concept
+from ..concepts.concept import Concept, check_concept
 from ..concepts.judges import Judge
 from ..data.conversations import Conversations, load_conversations
 from .figures import COLOURS, finished
@@ -64,7 +64,7 @@ class ActivationJudge(Judge):
     def measure(self, lm: LanguageModel, progress: bool) -> tuple[list[str], np.ndarray, None]:
         "One projection for each conversation."
         concept = self.concept
-        concept.check(lm, allow_other_model=True)
+        check_concept(concept, lm, allow_other_model=True)
         data = lm.tokenize(self.conversations)
         acts = pooled_activations(lm, data, concept.layer, concept.pooling, progress=progress)
         return data.ids, (acts[concept.layer].double() @ concept.direction.double()).numpy(), None
@@ -435,7 +435,7 @@ def left_out(
             table.append((np.setdiff1d(everything, rows), len(changes), float(changes.mean()), spread))
     found = pd.DataFrame(table, columns=["rows", "seeds", "measured", "spread"])
     found.insert(1, "n", found["rows"].map(len))
-    found["group"] = related(found["rows"], len(everything))
+    found["group"] = related(found["rows"].tolist(), len(everything))
     return found
 
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #calibrate

@@ -41,7 +41,7 @@ from concept_tda.influence.baselines import (
     ResponseLength,
 )
 from ..influence.scorers import Scorer, score_together
-from ..model.loading import LanguageModel
+from ..model.loading import LanguageModel, check_loaded
 from ..model.tracing import pooled_activations
 from ..results.attribution import Attribution, load_attribution
 from ..results.cards import Cost, QueryCard
@@ -165,6 +165,7 @@ class _Compared(_Kinds):
         seed: int = 0,            # Of the baselines and the null
         **options: Any,           # Of `score_together`: `max_tokens`, `token_budget`
     ):
+        check_loaded(lm)
         self.lm, self.folder, self.options = lm, Path(folder), options
         self.train = as_examples(train, lm.tokenizer)
         if self.folder.is_file():

@@ -25,14 +25,14 @@ import numpy as np
 import pandas as pd
 
 from ..concepts.judges import Evaluation, Judge, JudgeError
-from ..data.conversations import Conversations
+from ..data.conversations import Conversations, load_conversations
 from ..data.documents import Documents
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import Sheet, Table, html_of
 from ..foundation.errors import ConceptTDAError, StorageError
 from ..foundation.storage import atomic_file, check_free, code_version, fingerprint
 from ..model.finetuning import RECIPES, finetune, training_record
-from ..model.loading import LanguageModel
+from ..model.loading import LanguageModel, check_loaded
 
 # %% ../../nbs/80_evidence/00_retraining.ipynb #0007
 class ExperimentError(ConceptTDAError):
@@ -105,10 +105,13 @@ class Maker:
 # %% ../../nbs/80_evidence/00_retraining.ipynb #tokens2
 def tokenized_whole(
     lm: LanguageModel,    # Whose tokenizer
-    train: Conversations, # The training data
+    train: Any,           # The training data: documents, or what `load_conversations` reads
     **options: Any,       # Of `LanguageModel.tokenize`
 ) -> TokenizedConversations: # As many as there are examples
-    "Tokenise training data of which every example can be used. Raises `ExperimentError` otherwise."
+    """Tokenise training data of which every example can be used. Raises `ExperimentError` otherwise, and
+    `ModelError`."""
+    check_loaded(lm)
+    train = load_conversations(train)
     if not len(train): raise ExperimentError("the training data are empty")
     data = lm.tokenize(train, **options)
     if isinstance(train, Documents): return data

@@ -28,7 +28,7 @@ from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError, require
 from ..foundation.storage import atomic_file, fingerprint
 from ..influence.gradients import hidden_states
-from ..model.loading import LanguageModel
+from ..model.loading import LanguageModel, check_loaded
 from ..model.losses import token_losses
 from ..model.tracing import progress_bar
 
@@ -150,6 +150,7 @@ def check_sae(
     lm: LanguageModel,      # On this model
 ) -> None:
     "Refuse an SAE of another width, or of a layer the model does not have."
+    check_loaded(lm)
     if sae.width != lm.width:
         trained = f" (it was trained on {sae.model})" if sae.model else ""
         raise SAEError(f"{sae.name} reads activations of width {sae.width}{trained}, those of {lm.name} have "

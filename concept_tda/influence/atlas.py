@@ -46,7 +46,7 @@ from concept_tda.influence.gradients import (
     went_in,
 )
 from .queries import Query
-from ..model.loading import LanguageModel, SiteError, check_in_one_piece
+from ..model.loading import LanguageModel, SiteError, check_in_one_piece, check_loaded
 from ..model.losses import GradientError, loss_weights, token_losses
 from ..model.sites import Site, coverage_notes, resolve_sites
 from ..model.tracing import pooling_weights, work_dtype
@@ -1323,6 +1323,7 @@ def build_atlas(
     each token and site, after `width + n_basis` backward passes of the queries.
     The rows of a float64 model are float64, others float32.
     Raises `AtlasError` for settings that cannot work, before any work is done."""
+    check_loaded(lm)
     folder, layer, chosen = Path(folder), lm.check_layer(layer), resolve_sites(lm, sites, layer=layer)
     texts, asked_for = lm.tokenize(data, max_tokens=max_tokens), lm.tokenize(queries)
     for what, given in (("data", texts), ("queries", asked_for)):

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..concepts.concept import Concept, random_concepts
-from ..data.conversations import Conversations
+from ..data.conversations import Conversations, load_conversations
 from ..data.tokens import TokenizedConversations
 from .engine import ActivationReadout, LossReadout
 from .scorers import Scorer, VectorFilter
-from ..model.loading import LanguageModel
+from ..model.loading import LanguageModel, check_loaded
 from ..model.tracing import pooled_activations
 
 # %% ../../nbs/50_influence/07_baselines.ipynb #0007
@@ -65,7 +65,7 @@ class _WordsOfQueries(Scorer):
         self,
         queries: Conversations, # They show the behaviour
     ):
-        self.queries = queries
+        self.queries = load_conversations(queries)
 
 # %% ../../nbs/50_influence/07_baselines.ipynb #bm25
 class BM25(_WordsOfQueries):
@@ -102,6 +102,7 @@ class _Surprise(Scorer):
         self,
         lm: LanguageModel, # The model
     ):
+        check_loaded(lm)
         self.lm = lm
 
 # %% ../../nbs/50_influence/07_baselines.ipynb #mean-loss
@@ -128,8 +129,10 @@ class _Similarity(Scorer):
         layer: int,                     # Where activations are compared
         pooling: str = "response_mean", # How token activations become one vector
     ):
+        check_loaded(lm)
         lm.check_pooling(pooling)
-        self.lm, self.queries, self.layer, self.pooling = lm, queries, lm.check_layer(layer), pooling
+        self.lm, self.layer, self.pooling = lm, lm.check_layer(layer), pooling
+        self.queries = load_conversations(queries)
 
 # %% ../../nbs/50_influence/07_baselines.ipynb #repsim-class
 class RepSim(_Similarity):

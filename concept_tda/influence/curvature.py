@@ -42,7 +42,7 @@ from concept_tda.foundation.storage import (
     fingerprint,
 )
 from .gradients import check_sites, site_flows
-from ..model.loading import LanguageModel, check_in_one_piece
+from ..model.loading import LanguageModel, check_in_one_piece, check_loaded
 from ..model.losses import cross_entropy_in_place, predicted_mask, response_logits
 from ..model.sites import Site, resolve_sites
 
@@ -977,6 +977,7 @@ class EKFAC(_Loaded):
         if labels == "empirical" and seed:
             raise CurvatureError(f"seed={seed} is that of sampled labels, and the data's own are asked for: "
                                  "leave it out")
+        check_loaded(lm)
         check_in_one_piece(lm, "fitting curvature")
         data = lm.tokenize(data)
         sites = resolve_sites(lm, sites, layer=layer, units=backend == "streaming")

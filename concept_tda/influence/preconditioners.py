@@ -35,7 +35,7 @@ from concept_tda.influence.curvature import (
     labelled_pass,
 )
 from .gradients import SiteGradients, check_sites, site_flows, went_in
-from ..model.loading import LanguageModel
+from ..model.loading import LanguageModel, check_loaded
 from ..model.losses import loss_weights, response_logits, token_losses
 from ..model.sites import Site, resolve_sites
 
@@ -186,6 +186,7 @@ class DataInf(_Priced):
     ) -> Self:
         "Measure the gradients. `CurvatureError` where they would not fit the budget, before any work."
         check_damping(damping)
+        check_loaded(lm)
         data, sites = lm.tokenize(data), resolve_sites(lm, sites, layer=layer)
         price = cls.price(lm, data, sites)
         _check_price(price, memory_budget, len(data), sites)
@@ -371,6 +372,7 @@ class LoGra(_ProjectedInverse):
     ) -> Self:
         "Draw the projections and measure the Fisher in one pass, or refuse what exceeds the memory budget."
         check_damping(damping)
+        check_loaded(lm)
         ranks = _checked_ranks(rank)
         check_labels(labels)
         data, sites = lm.tokenize(data), resolve_sites(lm, sites, layer=layer)

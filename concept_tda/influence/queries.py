@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..concepts.concept import Concept
+from ..concepts.concept import Concept, check_concept
 from ..concepts.judges import ContrastJudge, last_answer_only
 from ..data.batches import Batch, batches
+from ..data.conversations import load_conversations
 from ..data.masks import TokenMask
 from ..data.tokens import TokenizedConversations, tokenize
 from ..foundation.storage import fingerprint
@@ -40,9 +41,9 @@ class _Quantity:
 
     def __init__(
         self,
-        examples: Any, # `Conversations` on which it is evaluated
+        examples: Any, # What `load_conversations` reads, on which it is evaluated
     ):
-        self.examples = examples
+        self.examples = load_conversations(examples)
 
 # %% ../../nbs/50_influence/03_queries.ipynb #sum-over
 class _Sum(_Quantity):
@@ -459,7 +460,7 @@ def query_expression(
     """Compare the queries' projections on the concept with those of the training data.
 
     Warns where the queries do not express it; `GradientError` where there are none."""
-    concept.check(lm)
+    check_concept(concept, lm)
     found = QueryExpression(
         concept.name, _projected(lm, concept, queries, "query answers that show the behaviour", progress),
         _projected(lm, concept, train, "training examples to compare with", progress))

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..concepts.concept import Concept, random_directions
+from ..concepts.concept import Concept, check_concept, random_directions
 from ..data.conversations import Conversation, Conversations, load_conversations
 from ..data.tokens import TokenizedConversations
 from ..foundation.errors import ConceptTDAError
@@ -194,8 +194,15 @@ def _prepared(
     return _Prepared(scorer, None, ready - start, scores, seconds, in_vain=in_vain)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #refuse
-def _check_names(names: list[str]) -> None:
-    "Refuse scorers whose results would overwrite each other."
+def _check_scorers(scorers: Any) -> None:
+    "Refuse what is no list of scorers, and those whose results would overwrite each other."
+    if isinstance(scorers, Scorer):
+        raise ScorerError("score_together takes a list of scorers: one alone has scorer.score(examples)")
+    others = [type(one).__name__ for one in scorers or () if not isinstance(one, Scorer)]
+    if not scorers or others:
+        raise ScorerError("score_together takes a list of scorers, such as [VectorFilter(lm, concept), ...]: "
+                          f"got {'nothing' if not scorers else 'a ' + others[0] + ' among them'}")
+    names = [scorer.method for scorer in scorers]
     if len(set(names)) < len(names):
         raise ScorerError(f"two scorers share a name, results would overwrite each other: {names}. Give one "
                           "of them another `method`")
@@ -369,7 +376,7 @@ def score_together(
 ) -> dict[str, Attribution]:  # By method name
     """Run several scorers over the examples in one shared pass. Raises `ScorerError` for scorers that do not
     go together; where only some fail (all scores equal to zero), its `.results` holds the others."""
-    _check_names([s.method for s in scorers])
+    _check_scorers(scorers)
     _check_draws(null)
     options: dict[str, Any] = dict(tokens=tokens, token_budget=token_budget, progress=progress)
     if any(s.own_passes for s in scorers):
@@ -415,7 +422,7 @@ class VectorFilter(Scorer):
         lm: LanguageModel, # Reads the examples, up to the concept's layer
         concept: Concept,  # The behaviour
     ):
-        self.about_concept = concept.check(lm)
+        self.about_concept = check_concept(concept, lm)
         self.lm, self.concept = lm, concept
 
     def along(self, directions_Kd: torch.Tensor) -> Readout:
@@ -682,7 +689,7 @@ def dataset_projection_difference(
     `ScorerError`, `ConceptError`."""
     concepts = [concepts] if isinstance(concepts, Concept) else list(concepts)
     for concept in concepts:
-        concept.check(lm)
+        check_concept(concept, lm)
         _check_difference(concept, empty)
     _check_own(answers, max_new_tokens, temperature, folder)
     data = lm.tokenize(examples, max_tokens=max_tokens)
@@ -734,8 +741,8 @@ def _check_fitted_on(curvature: Any, lm: LanguageModel) -> None:
     if fitted_on and fitted_on != lm.fingerprint:
         raise CurvatureError(f"the curvature was fitted on {curvature.record['model']}, whose weights differ "
                              f"from those of {lm.name}: fit it on this model")
-    if hasattr(curvature, "check_model"):  # it knows of a run
-        curvature.check_model(lm)
+    if hasattr(curvature, "check_loaded"):  # it knows of a run
+        curvature.check_loaded(lm)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #influence
 class _Influence(_Question):
@@ -972,7 +979,7 @@ class ConceptInfluence(_OnConcept):
         curvature: Any = "ekfac", # "ekfac" (fitted on the scored data), "identity", or a fitted curvature
         **options: Any,           # `engine`, `normalise`, `query_parts` …, as in `Influence`
     ):
-        self.about_concept = concept.check(lm)
+        self.about_concept = check_concept(concept, lm)
         query: Any = _weighted(ConceptQuery(concept, queries, pooling=pooling), query_weights)
         _check_shown(query)
         if neutral is not None:

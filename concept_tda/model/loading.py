@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN', 'ModelError', 'LayerError', 'SiteError', 'LanguageModel', 'check_in_one_piece', 'SlowTypeWarning',
-           'load_model']
+           'load_model', 'check_loaded']
 
 # %% ../../nbs/20_model/00_loading.ipynb #imports
 import contextlib
@@ -908,3 +908,16 @@ def load_model(
     lm = LanguageModel(model.eval(), tokenizer, shown, placed, template)
     _say_if_slow(lm)
     return lm
+
+# %% ../../nbs/20_model/00_loading.ipynb #check-loaded
+def check_loaded(
+    lm: Any, # What somebody gave as a model
+) -> None:
+    "Raise `ModelError` for anything but a `LanguageModel`, with the way from there to one."
+    if isinstance(lm, LanguageModel): return
+    way = "lm = load_model(name) opens one"
+    if isinstance(lm, torch.nn.Module):
+        way = "lm = load_model((model, tokenizer)) takes one of transformers that is open already"
+    elif isinstance(lm, (str, Path)):
+        way = f"lm = load_model({str(lm)!r}) opens it"
+    raise ModelError(f"a model from load_model is needed here, and this is a {type(lm).__name__}: {way}")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..foundation.offloading import computes_on, is_sharded
-from .loading import LanguageModel, SiteError
+from .loading import LanguageModel, SiteError, check_loaded
 
 # %% ../../nbs/20_model/01_sites.ipynb #0030
 @dataclass(frozen=True)
@@ -293,6 +293,7 @@ def resolve_sites(
     units: bool = False,       # May there be `Unit`s among them? Only where their flows are understood
 ) -> list[Site]:               # In the model's own order, first block first
     "The linear layers to ask. Raises `SiteError` where nothing is left, listing names that exist."
+    check_loaded(lm)
     if not isinstance(stride, int) or stride < 1:
         raise SiteError(f"stride={stride!r}: must be a whole number from 1 on")
     last = lm.n_layers if layer is None else lm.check_layer(layer)

@@ -25,7 +25,7 @@ from ..data.tokens import TokenizedConversations, tokenize, tokenize_prompts
 from ..foundation.errors import ConceptTDAError
 from ..foundation.offloading import away
 from ..foundation.storage import atomic_file, fingerprint
-from .loading import LanguageModel, ModelError
+from .loading import LanguageModel, ModelError, check_loaded
 
 # %% ../../nbs/20_model/03_tracing.ipynb #0003
 class TracingError(ConceptTDAError):
@@ -206,6 +206,7 @@ def pooled_activations(
 ) -> dict[int, torch.Tensor]:        # {layer: [N, d] on the CPU}, `work_dtype`, rows in the order of `data`
     """One activation vector per conversation and layer: Σ_t w_t h_t with `pooling_weights`. Equal to pooling
     transformers' `hidden_states[layer]`, whatever the batching."""
+    check_loaded(lm)
     lm.check_pooling(pooling)
     layers, tokenized = _checked_layers(lm, layers), lm.tokenize(data)
     about = {"model": lm.name, "layers": layers, "pooling": pooling, "data": tokenized.fingerprint,
@@ -384,6 +385,7 @@ def generate(
     """Ask the model. Metadata is kept and gains `answer_cut` (the answer reached `max_new_tokens`) and
     `empty_answer`. A conversation with an empty answer keeps its prompt only, with a warning; `ModelError` if
     all are empty."""
+    check_loaded(lm)
     if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
         raise ModelError("generate needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
     prompts, stop_ids, answers = as_prompts(prompts), _stop_ids(lm), {}

@@ -39,7 +39,7 @@ class _Line:
     per_example: float | None # Change by each example left out, whichever it is; None: was not fitted
     residual: float    # Standard deviation of the points around the line
     independent: int   # Points, those of related sets counted as one
-    root: tuple[tuple[float, ...], ...] # R of Z = QR, a row (1, x, m) of Z for each point, as `independent` rows
+    root: tuple[tuple[float, ...], ...] # R of Z = QR, a row (1, x, m) of Z for each independent point
     n: int             # Points
     r2: float          # Share of the measured variance that the line explains
     judge: str = "the behaviour" # What was measured
@@ -109,7 +109,7 @@ def _columns(x_S: np.ndarray, m_S: np.ndarray | None, independent: int) -> np.nd
     plain_S2 = np.column_stack([np.ones(len(x_S)), x_S])
     if m_S is None or independent < 6: return plain_S2
     counted_S3 = np.column_stack([plain_S2, m_S])
-    own = abs(np.linalg.qr(counted_S3, "r")[-1, -1])  # what the first two columns don't hold of the third
+    own = abs(np.linalg.qr(counted_S3).R[-1, -1])  # what the first two columns don't hold of the third
     return counted_S3 if own > 1e-6*np.linalg.norm(m_S) else plain_S2
 
 # %% ../../nbs/30_results/05_calibration.ipynb #cal-words
@@ -135,7 +135,7 @@ class Calibration(_Worded):
         measured: Sequence[float] | np.ndarray, # Change of the behaviour after training without it
         left_out: Sequence[int] | np.ndarray | None = None, # Examples in each set; None: they don't count
         *,
-        related: Sequence[int] | np.ndarray | None = None, # One number for sets that share most; None: none do
+        related: Sequence[int] | np.ndarray | None = None, # A number each, one for sets that share most
         of: Attribution | None = None,          # Whose scores they are; it is used for no others
         judge: str = "the behaviour",           # What was measured
         unit: str = "",                         # Of it
@@ -151,8 +151,9 @@ class Calibration(_Worded):
         whole = float(np.square(y - y.mean()).sum())
         sizes = None if m is None else (int(m.min()), int(m.max()))
         residual = (rest/len(x)*independent/(independent - z_SP.shape[1]))**.5
-        return cls(slope, intercept, more[0] if more else None, residual, independent,
-                   tuple(map(tuple, (root_PP*(independent/len(x))**.5).tolist())), len(x), 1 - rest/whole if whole else float("nan"),
+        root = tuple(map(tuple, (root_PP*(independent/len(x))**.5).tolist()))
+        r2 = 1 - rest/whole if whole else float("nan")
+        return cls(slope, intercept, more[0] if more else None, residual, independent, root, len(x), r2,
                    judge, unit, sizes, None if of is None else of.card.defined_by)
 
     def transfer(self) -> Self:

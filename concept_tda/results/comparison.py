@@ -161,7 +161,7 @@ def results_by_name(
     if isinstance(attributions, Attribution):
         attributions = [attributions]
     named = list(attributions.items()) if isinstance(attributions, dict) \
-        else [(None, result) for result in attributions]
+        else [(None, result) for result in attributions or ()]
     if not named: raise AttributionError("nothing to compare: pass at least one result")
     wrong = [result for _, result in named if not isinstance(result, Attribution)]
     if wrong: raise AttributionError(f"results are Attributions, not a {type(wrong[0]).__name__}")

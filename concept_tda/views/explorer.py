@@ -15,7 +15,7 @@ import ipywidgets
 import numpy as np
 import traitlets
 
-from ..concepts.concept import Concept, LayerSweep
+from ..concepts.concept import Concept, LayerSweep, check_concept
 from ..data.batches import batches
 from ..data.conversations import Conversation, Conversations
 from ..data.tokens import TokenizedConversations
@@ -23,7 +23,7 @@ from ..foundation.display import visible_text
 from ..foundation.errors import ConceptTDAError
 from ..influence.atlas import InfluenceAtlas
 from ..influence.gradients import watch_layers
-from ..model.loading import LanguageModel, ModelError
+from ..model.loading import LanguageModel, ModelError, check_loaded
 from ..model.tracing import generate, pooled_activations, pooling_weights
 from .contents import WidgetError, front_end, token_turns, written_turns
 from .html import colour_limit
@@ -52,7 +52,7 @@ def concept_reading(
     Raises `ConceptError` where the concept is another model's."""
     import torch
     one = _one_of(concept)
-    one.check(lm)
+    check_concept(one, lm)
     layers, directions = _directions(lm, concept)
     messages = [dict(m) for m in getattr(conversation, "messages", conversation)]
     tokenized = lm.tokenize([{"messages": messages}])
@@ -190,6 +190,7 @@ class _Connected(_Fields):
         mix: Any = None,         # Concepts for these sliders, of the atlas's layer; by default those explored
         progress: bool = True,   # Show a bar while the training data is read
     ):
+        check_loaded(lm)
         self.lm, self.strengths, self.max_new_tokens = lm, tuple(strengths), max_new_tokens
         self.mixer = _mixer(atlas, concepts if mix is None else mix, mix is not None, train)
         self.concepts = concepts_by_name(concepts)
