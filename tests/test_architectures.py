@@ -408,6 +408,18 @@ def test_a_layer_that_two_blocks_share_is_one_site():
     check_against_autograd(lm, "o_proj", ("reverse", "stacked", "forward", "difference"), layer=2)
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_as_transformers_opens_them_work_in_float64(name):
+    scores = []
+    for how in ("grouped_mm", "eager"):
+        model, tokenizer = build(name)
+        model.config._experts_implementation = how
+        lm = load_model((model, tokenizer))
+        scores.append(GradDot(lm, load_conversations(ANSWERS)).score(train(), progress=False).scores)
+        assert model.config._experts_implementation == how
+    np.testing.assert_array_equal(*scores)
+
+
 def test_expert_adapters_are_refused_and_experts_counted():
     base, tokenizer = build(
         "Qwen3Moe", **EXPERTS, moe_intermediate_size=16, decoder_sparse_step=1, head_dim=8

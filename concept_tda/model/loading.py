@@ -172,12 +172,17 @@ def _undisturbed(model: Any, tokenizer: Any) -> Iterator[None]:
               for name, weight in module.named_parameters(recurse=False)]
     configs = list({id(config): config for config in (model.config, _text_config(model))}.values())
     caching = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
+    double = next(model.parameters()).dtype == torch.float64
+    experts = [(config, config._experts_implementation) for config in configs
+               if double and getattr(config, "_experts_implementation", None)]
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     try:
         model.eval()
         model.requires_grad_(False)
         for config, _ in caching:
             config.use_cache = False
+        for config, _ in experts:  # one by one: their grouped product does not know float64
+            config._experts_implementation = "eager"
         # a caller's inference mode would make every gradient zero
         with torch.inference_mode(False), _uncompiled(), fetched_again(model):
             yield
@@ -189,6 +194,8 @@ def _undisturbed(model: Any, tokenizer: Any) -> Iterator[None]:
             module.get_parameter(name).requires_grad_(flag)
         for config, flag in caching:
             config.use_cache = flag
+        for config, how in experts:
+            config._experts_implementation = how
         tokenizer.padding_side, tokenizer.pad_token = side, pad
 
 # %% ../../nbs/20_model/00_loading.ipynb #vocabulary
