@@ -3,7 +3,10 @@
 A **decision** is one file, one share of it left out, and the methods by whose scores that was done: less
 than half of the file goes for *dropping*, more for *keeping*, half counts as the experiment calls it.
 The advice is **right** where the method it names is not significantly worse than the best of all methods
-retrained there: the paired difference over seeds to that best, by Student's t at 95 %, reaches zero.
+retrained there: the paired difference over seeds to that best, by Student's t at 95 %, reaches zero. It
+chooses between two rankings, and sometimes both are worse than a third that it was not given, which no rule
+can help; so it is also counted against the better of the two (`of_the_two`). `with_run` counts the advice
+that is given where the influence went through the run: its mean with the projection.
 Decisions in which nothing was told apart are right whatever is said, so those that could go wrong are
 counted beside them, and so is what always naming the same method would have got.
 
@@ -67,15 +70,17 @@ def as_asked(folder):
     return shows if null is None else shows.with_null(null.values), moves
 
 
-def decisions(name, folder, experiments, trait):
-    "Every decision on one file: what was advised, the best, and who is worse than it."
+def decisions(name, folder, experiments, trait, through):
+    """Every decision on one file: what was advised, the best, and who is worse than it; and what is advised
+    where the influence went through the run, if that was trained again."""
     shows, moves = as_asked(folder)
+    through = Attribution(through.conversations, through.scores, replace(through.card, method="SOURCE"))
     for (side, removed), part in retrained(experiments, trait).groupby(["side", "removed"]):
         by_seed = part.pivot(index="seed", columns="method", values="from_full").dropna()
         if not set(ASKED) <= set(by_seed) or len(by_seed) < 2:
             continue
         said = advice(shows, moves, share=removed if side == "dropping" else 1 - removed)
-        named = getattr(said, side)
+        named, with_run = getattr(said, side), getattr(advice(shows, through), side)
         yield dict(
             set=name,
             side=side,
@@ -87,20 +92,27 @@ def decisions(name, folder, experiments, trait):
             worse=[method for method in by_seed if worse(by_seed, method)],
             above_chance=None if shows.null is None else len(shows.above_chance()),
             right=named is not None and not worse(by_seed, named),
+            advised_with_run=with_run,
+            right_with_run=not worse(by_seed, with_run) if with_run in by_seed else None,
+            right_of_the_two=named is not None and not worse(by_seed[list(ASKED)], named),
         )
 
 
 def advice_right(cases):
-    """The count over all decisions, over files (right where all of theirs are), over the files not seen when
-    the rules were written, over decisions in which one of the two was told apart from the best, and what
-    always naming one of them would have got."""
+    """The count over all decisions, over those with the run, over all against the better of the two alone,
+    over files (right where all of theirs are), over the files not seen when the rules were written, over
+    decisions in which one of the two was told apart from the best, and what always naming one of them would
+    have got."""
     files = sorted({one["set"] for one in cases})
     all_right = [all(one["right"] for one in cases if one["set"] == name) for name in files]
     count = lambda chosen: wilson(sum(one["right"] for one in chosen), len(chosen))
     open_ones = [one for one in cases if set(ASKED) & set(one["worse"])]
+    told_with_run = [one for one in cases if one["right_with_run"] is not None]
     always = {name: wilson(sum(name not in one["worse"] for one in cases), len(cases)) for name in ASKED}
     return dict(
         decisions=count(cases),
+        with_run=wilson(sum(one["right_with_run"] for one in told_with_run), len(told_with_run)),
+        of_the_two=wilson(sum(one["right_of_the_two"] for one in cases), len(cases)),
         files=wilson(sum(all_right), len(files)),
         unseen=count([one for one in cases if one["set"] not in SEEN]),
         could_go_wrong=count(open_ones),

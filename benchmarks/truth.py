@@ -41,13 +41,20 @@ from concept_tda.evidence.filter_and_retrain import FilterAndRetrain
 from concept_tda.foundation.errors import ConceptTDAError
 from concept_tda.foundation.storage import atomic_file
 from concept_tda.influence.neighbours import AdamMoments, TracIn
-from concept_tda.influence.queries import ConceptQuery, ContrastQuery, LossQuery, MarginQuery
+from concept_tda.influence.queries import (
+    ConceptQuery,
+    ContrastQuery,
+    LossQuery,
+    MarginQuery,
+    WeightedQuery,
+    within_questions,
+)
 from concept_tda.influence.responses import SOURCE, AdamResponse, Unrolled, gradient_size
 from concept_tda.influence.runs import TrainingInfluence
 from concept_tda.influence.scorers import Influence
 from concept_tda.model.finetuning import run_segments
 from concept_tda.results.attribution import Attribution
-from concept_tda.results.calibration import Calibration, ensemble, foretold
+from concept_tda.results.calibration import Calibration, combined, ensemble, foretold
 from concept_tda.results.cards import QueryCard
 from concept_tda.results.metrics import spearman
 
@@ -175,13 +182,12 @@ class Scores:
         with atomic_file(path) as part:
             part.write_text(json.dumps(told, indent=0))
 
-    def tuned(self, merge):
-        "The fine-tuned model of the first seed."
+    def tuned(self, merge, seed=None):
+        "The fine-tuned model of a seed, the first if None."
         study, config = self.opened(), self.config
-        folder = self.work / "lora"
-        adapted = ct.finetune(
-            study.lm, study.train, folder, seed=config["seeds"][0], merge=False, **config["recipe"]
-        )
+        folder = self.work / ("lora" if seed is None else f"lora-{seed}")
+        seed = config["seeds"][0] if seed is None else seed
+        adapted = ct.finetune(study.lm, study.train, folder, seed=seed, merge=False, **config["recipe"])
         return ct.load_model(folder, merge=True) if merge else adapted
 
     def asked(self, lm):
@@ -189,13 +195,15 @@ class Scores:
         study, n = self.opened(), self.config["queries"]
         return study.concept(lm), study.positive[:n], study.negative[:n]
 
+    def sample(self):
+        "The examples that curvature is measured on, as `paper.py` draws them."
+        train = self.opened().train
+        drawn = np.random.default_rng(0).permutation(len(train))
+        return train.select(np.sort(drawn[: self.config["curvature_examples"]]))
+
     def fitted(self, lm):
-        "EK-FAC in the attention weights of a model, as `paper.py` fits it."
-        study, config = self.opened(), self.config
-        sample = study.train.select(
-            np.sort(np.random.default_rng(0).permutation(len(study.train))[: config["curvature_examples"]])
-        )
-        return ct.EKFAC.fit(lm, sample, damping=config["damping"])
+        "EK-FAC in the attention weights of a model."
+        return ct.EKFAC.fit(lm, self.sample(), damping=self.config["damping"])
 
     def in_weights(self, done):
         "Concept Influence in the attention weights of the merged model, one option at a time."
@@ -217,6 +225,61 @@ class Scores:
             on("Margin", margin),
             on("Judge's margin", MarginQuery(judge)),
         ]
+        yield from self.few_at_a_time(scorers, done)
+
+    def in_seed(self, seed, done):
+        "There, in the model of another seed, with its own concept and curvature."
+        tuned = self.tuned(merge=True, seed=seed)
+        concept, shows, neutral = self.asked(tuned)
+        queries = {
+            "Concept Influence": ConceptQuery(concept, shows),
+            "Influence Function": LossQuery(shows),
+            "Margin": ContrastQuery(LossQuery(shows), LossQuery(neutral)),
+        }
+        ekfac, shown = self.fitted(tuned), ct.VectorFilter(tuned, concept)
+        shown.method = f"Vector Filter, seed {seed}"
+        influences = [
+            Influence(tuned, one, curvature=ekfac, method=f"{name}, seed {seed}")
+            for name, one in queries.items()
+        ]
+        yield from self.few_at_a_time([shown, *influences], done)
+
+    def in_solved(self, done):
+        "There, by the exact Gauss-Newton matrix of the same examples: conjugate gradients on top of EK-FAC."
+        tuned = self.tuned(merge=True)
+        concept, shows, neutral = self.asked(tuned)
+        ekfac, sample = self.fitted(tuned), self.sample()
+        queries = {
+            "Concept Influence": ConceptQuery(concept, shows),
+            "Margin": ContrastQuery(LossQuery(shows), LossQuery(neutral)),
+        }
+        scorers = [
+            Influence(
+                tuned,
+                one,
+                curvature=ct.influence.preconditioners.ConjugateGradient(tuned, sample, ekfac, iterations=20),
+                method=f"{name}, conjugate gradients",
+            )
+            for name, one in queries.items()
+        ]
+        yield from self.few_at_a_time(scorers, done)
+
+    def in_queries(self, done):
+        "There, by fewer and by more queries, and by all of both kinds, by how likely they are."
+        tuned = self.tuned(merge=True)
+        concept, shows, neutral = self.asked(tuned)
+        study, ekfac, few = self.study, self.fitted(tuned), self.config["queries"] // 2
+        held_out = conversations(self.config["data"], "heldout")
+        likely = ct.LossJudge(held_out, name="likelihood").evaluate(tuned).values
+        weights = within_questions(held_out, likely)  # what the model prefers among the answers
+        queries = {
+            "Concept Influence, half the queries": ConceptQuery(concept, shows[:few]),
+            "Concept Influence, all queries": ConceptQuery(concept, study.positive),
+            "Concept Influence, weighted queries": WeightedQuery(ConceptQuery(concept, held_out), weights),
+            "Margin, half the queries": ContrastQuery(LossQuery(shows[:few]), LossQuery(neutral[:few])),
+            "Margin, all queries": ContrastQuery(LossQuery(study.positive), LossQuery(study.negative)),
+        }
+        scorers = [Influence(tuned, one, curvature=ekfac, method=name) for name, one in queries.items()]
         yield from self.few_at_a_time(scorers, done)
 
     def in_base(self, done):
@@ -324,9 +387,15 @@ class Scores:
             "segments": self.in_segments,
             "history": self.in_history,
             "base": self.in_base,
+            "queries": self.in_queries,
+            "solved": self.in_solved,
             "sharper": lambda _: self.through(self.config["seeds"][0], 0.003),
         }
         jobs |= {f"through-{seed}": lambda _, seed=seed: self.through(seed) for seed in self.config["seeds"]}
+        jobs |= {
+            f"seed-{seed}": lambda done, seed=seed: self.in_seed(seed, done)
+            for seed in self.config["seeds"][1:]
+        }
         for group in groups or jobs:
             if not only_kept:
                 yield group, self.kept(group, jobs[group])
@@ -430,18 +499,16 @@ def with_means(kept):
         kept[f"Concept Influence, {name}"] = Attribution(
             kept[parts[0]].conversations, scores, kept[parts[0]].card
         )
+    for name in ("Vector Filter", "Concept Influence", "Influence Function", "Margin"):
+        others = [one for one in kept if one.startswith(f"{name}, seed ")]
+        if others:
+            first, parts = kept[name], [kept[one] for one in [name, *others]]
+            scores = np.mean([one.scores / one.scores.std() for one in parts], axis=0)
+            kept[f"{name}, {len(parts)} seeds"] = as_result(first.conversations, scores, first.card)
     for parts in TOGETHER:
         if set(parts) <= set(kept):
-            name, first = (
-                " and ".join(one.removeprefix(f"{DEFAULT}, LoRA, ") for one in parts),
-                kept[parts[0]],
-            )
-            scores = sum(
-                (kept[part].scores - kept[part].scores.mean()) / kept[part].scores.std() for part in parts
-            )
-            kept[name] = as_result(
-                first.conversations, scores, QueryCard(name, first.card.behaviour, zero="projection")
-            )
+            both = combined([kept[part] for part in parts])
+            kept[both.card.method.replace(f"{DEFAULT}, LoRA, ", "")] = both
 
 
 def verdict(result, labels, pool, halves, groups, unit):
@@ -586,7 +653,15 @@ def report_of(scores):
         against_margin=against("Margin", sums, measured, groups) if "Margin" in sums else None,
         lds={name: one["lds"] for name, one in found.items()} | {"ceiling": half_top},
         seconds=seconds,
-        advised=list(decisions(scores.config["name"], (HERE / about["scores"]).parent, experiments, trait)),
+        advised=list(
+            decisions(
+                scores.config["name"],
+                (HERE / about["scores"]).parent,
+                experiments,
+                trait,
+                kept[f"{DEFAULT}, LoRA, SOURCE"],
+            )
+        ),
         runs={
             name: {k: one.card.settings[k] for k in ("query_before", "query_after", "by_log_rate")}
             for name, one in kept.items()
@@ -707,7 +782,7 @@ def main():
         "--groups",
         nargs="+",
         default=["weights", "lora"],
-        help="also unrolled, segments, history, base, through-0 …, sharper",
+        help="also queries, solved, seed-1 …, unrolled, segments, history, base, through-0 …, sharper",
     )
     parser.add_argument("--at-once", type=int, default=16, help="scorers that share one pass")
     parser.add_argument("--retrain", nargs="+", default=[], help="results to drop the highest share of")

@@ -56,7 +56,7 @@ PUBLIC = {
         "load_attribution",
     "results.duplicates": "near_duplicates",
     "results.comparison": "Comparison results_by_name compare",
-    "results.calibration": "foretold Calibration ensemble",
+    "results.calibration": "foretold Calibration ensemble combined",
     "results.folders": "write_part summary joined write_manifest ScoreFolder",
     "results.advice": "Finding Advice about_the_same advice",
     "concepts.concept": "ConceptError Concept check_concept random_directions separation contrastive_concept "

@@ -10,6 +10,7 @@ from concept_tda.data.conversations import load_conversations
 from concept_tda.influence.queries import QueryExpression
 from concept_tda.results.advice import advice
 from concept_tda.results.attribution import Attribution
+from concept_tda.results.calibration import combined
 from concept_tda.results.cards import QueryCard
 from concept_tda.results.metrics import AttributionError
 
@@ -142,6 +143,20 @@ def test_texts_without_words_and_what_is_no_pair():
 
 def replace_method(result):
     return Attribution(result.conversations, result.scores, replace(result.card, method="Vector Filter"))
+
+
+@pytest.mark.parametrize("low_end", ["off", "on"])
+def test_with_an_influence_through_the_run_both_together_are_advised_for_either_side(low_end):
+    shows, moves = rankings("off", "on") if low_end == "off" else rankings("on", "on")
+    run = replace(moves.card, method="SOURCE", settings={"checkpoints": 3})
+    through = Attribution(moves.conversations, moves.scores, run)
+    found, plain = advice(shows, through), advice(shows, moves)
+    assert found.dropping == found.keeping == combined([shows, through]).card.method
+    assert plain.dropping == shows.card.method
+    once = Attribution(moves.conversations, moves.scores, replace(run, settings={"checkpoints": 1}))
+    assert advice(shows, once).dropping == shows.card.method
+    faulty = replicated(shows, 50.0)
+    assert advice(faulty, through).dropping == "SOURCE"
 
 
 def test_the_page_holds_every_finding_once():

@@ -6,7 +6,7 @@ from scipy import stats
 
 from concept_tda.data.conversations import load_conversations
 from concept_tda.results.attribution import Attribution, load_attribution
-from concept_tda.results.calibration import Calibration, ensemble, foretold
+from concept_tda.results.calibration import Calibration, combined, ensemble, foretold
 from concept_tda.results.cards import QueryCard
 from concept_tda.results.metrics import AttributionError, moderated_variances
 
@@ -317,3 +317,55 @@ def test_near_duplicates_in_a_set_are_said_with_every_prediction():
         assert "2 of the 2 have near-duplicates, 0 of them" in str(both)
         assert "1 of the 2 have near-duplicates, 1 of them" in str(one)
         assert none.caveat == "" and "near-duplicate" not in str(none)
+
+
+def test_a_combination_is_the_mean_of_what_each_method_says_in_its_own_spread():
+    random, data = np.random.default_rng(0), chats(30)
+    shows, moves = random.normal(size=30), random.normal(size=30)
+    one = Attribution(
+        data, 1e4 + 300 * shows, card(method="shows", zero="projection", effect=None, unit=None)
+    )
+    other = Attribution(data, -2e-6 * moves + 7, card(method="moves", effect=-1.0))
+    both = combined([one, other])
+    spread = lambda x: (x - x.mean()) / x.std()
+    np.testing.assert_allclose(both.scores, (spread(shows) - spread(moves)) / 2, atol=1e-9)
+    np.testing.assert_allclose(combined([other, one]).scores, both.scores, atol=1e-12)
+    moved = Attribution(data, one.scores * 5 - 3, one.card)  # neither zero nor unit of a part matters
+    np.testing.assert_allclose(combined([moved, other]).scores, both.scores, atol=1e-9)
+    assert (both.card.method, both.card.behaviour, both.card.effect) == ("shows and moves", "kindness", None)
+    with pytest.raises(AttributionError, match="have no unit"):
+        both.predict(drop=0.2)
+    assert foretold(both, range(30)) == pytest.approx(0, abs=1e-12)  # read against its mean
+
+
+def test_a_combination_follows_ids_and_keeps_what_it_was_made_from(tmp_path):
+    random, data = np.random.default_rng(0), chats(12)
+    one, other = (
+        Attribution(data, random.normal(size=12), card(method=name, notes=[f"about {name}"])) for name in "ab"
+    )
+    order = random.permutation(12)
+    turned = Attribution(data.select(order), other.scores[order], other.card)
+    both = combined([one, turned])
+    np.testing.assert_allclose(both.scores, combined([one, other]).scores)
+    assert {"a: about a", "b: about b"} <= set(both.card.notes) and both.card.question
+    assert combined([one, Attribution(data, other.scores, card(method="b", layer=3))]).card.question != (
+        both.card.question
+    )
+    both.save(tmp_path / "both.parquet")
+    np.testing.assert_array_equal(load_attribution(tmp_path / "both.parquet").scores, both.scores)
+
+
+def test_what_cannot_be_combined_is_named():
+    data = chats(6)
+    one = Attribution(data, np.arange(6.0), card(method="one"))
+    flat = Attribution(data, np.ones(6), card(method="flat"))
+    for wrong, said in (
+        ([], "nothing"),
+        ([one], "ensemble"),
+        ([one, one], "one, one"),
+        ([one, flat], "flat gives"),
+    ):
+        with pytest.raises(AttributionError, match=said):
+            combined(wrong)
+    with pytest.raises(AttributionError):
+        combined([one, Attribution(chats(7), np.arange(7.0), card(method="other"))])

@@ -121,13 +121,22 @@ def _of_low_ends(shows: Attribution, moves: Attribution, count: int) -> tuple[Fi
     return Finding(about, figure, f"what {names[1 - better]} would keep is beside the topic more often"), \
         names[better]
 
+# %% ../../nbs/30_results/07_advice.ipynb #through-run
+def _through_run(moves: Attribution) -> bool:
+    "Whether an influence was asked at several checkpoints of the run."
+    return moves.card.settings.get("checkpoints", 1) > 1
+
 # %% ../../nbs/30_results/07_advice.ipynb #rules
-def _sides(names: tuple[str, str], faulty: set[str], on_topic: str | None) -> list[tuple[str | None, str]]:
+def _sides(names: tuple[str, str], faulty: set[str], on_topic: str | None,
+           through_run: bool) -> list[tuple[str | None, str]]:
     "Method and reason for leaving out, and for keeping."
     left = [name for name in names if name not in faulty]
     if not left: return [(None, "both rankings have a fault")]*2
     if len(left) == 1: return [(left[0], "the other ranking has a fault")]*2
     direct = "a projection measures what an example shows, with the fewest steps between text and score"
+    if through_run:
+        return [(" and ".join(names), "the influence went through the run, and the mean of both (`combined`) "
+                 "has fewer of the errors of each")]*2
     drop = names[0], direct
     if on_topic is None: return [drop, (names[0], "the low ends are equally on topic; as for leaving out")]
     return [drop, (on_topic, "its low end is on topic, that of the other less")]
@@ -204,7 +213,8 @@ def advice(
     findings = (_of_queries(moves), _of_chance(shows), _of_chance(moves), _of_noise(shows), _of_noise(moves),
                 _of_template(moves), _of_agreement(shows, moves, count), low_ends)
     faulty = {one.fault for one in findings if one.fault}
-    (drop, why), (keep, why_keep) = _sides((shows.card.method, moves.card.method), faulty, on_topic)
+    sides = _sides((shows.card.method, moves.card.method), faulty, on_topic, _through_run(moves))
+    (drop, why), (keep, why_keep) = sides
     chosen = next((one for one in (shows, moves) if one.card.method == drop), None)
     known = None if chosen is None or chosen.null is None else len(chosen.above_chance())
     return Advice(drop, keep, (why, why_keep), findings, known)
