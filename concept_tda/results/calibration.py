@@ -232,8 +232,8 @@ def _check_different(results: Sequence[Attribution]) -> None:
     "Refuse several results of one method, and one that has no order to add."
     methods = [one.card.method for one in results]
     if len(set(methods)) < max(len(methods), 2):
-        raise AttributionError(f"combined takes results of two methods or more, these are {', '.join(methods)}: "
-                               "ensemble joins several results of one")
+        raise AttributionError("combined takes results of two methods or more, these are "
+                               f"{', '.join(methods)}: ensemble joins several results of one")
     flat = [one.card.method for one in results if not one.scores.std() > 0]
     if flat: raise AttributionError(f"{flat[0]} gives all examples one score, so it has no order to add")
 
@@ -249,9 +249,9 @@ def _combined_card(results: Sequence[Attribution]) -> QueryCard:
     notes = [f"mean of {', '.join(methods)}, each less its mean and in units of its spread",
              *(f"{card.method}: {note}" for card in cards for note in card.notes)]
     asked = fingerprint([card.defined_by for card in cards])
-    return QueryCard(" and ".join(methods), " and ".join(dict.fromkeys(behaviours)), question=asked, zero="none",
-                     sign="zero is the mean of all examples; above it, the methods together put an example high",
-                     notes=notes, cost=_joint_cost(cards), **common)
+    sign = "zero is the mean of all examples; above it, the methods together put an example high"
+    return QueryCard(" and ".join(methods), " and ".join(dict.fromkeys(behaviours)), question=asked,
+                     zero="none", sign=sign, notes=notes, cost=_joint_cost(cards), **common)
 
 # %% ../../nbs/30_results/05_calibration.ipynb #joint-cost
 def _joint_cost(cards: Sequence[QueryCard]) -> Cost | None:
