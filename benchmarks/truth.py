@@ -677,6 +677,7 @@ def report_of(scores):
 
 
 ORACLES = "Judge", "Labels", "Training", "Number", "Random"
+PART = ", seed "  # in the name of what only counts as part of a mean
 ENOUGH = 8  # groups of related sets, for a data set to have a say
 
 
@@ -688,14 +689,15 @@ def large(reports):
 def reason(reports):
     "Variants that are ahead of the default on every set, surely, and in words why the default is what it is."
     told = large(reports)
-    names = {name for one in told.values() for name in one["counterfactual"] if name.startswith(DEFAULT)}
+    whole = lambda one: [name for name in one["counterfactual"] if PART not in name]
+    names = {name for one in told.values() for name in whole(one) if name.startswith(DEFAULT)}
     names = sorted(n for n in names - {DEFAULT} if all(n in one["counterfactual"] for one in told.values()))
     ahead = {name: [one["against_default"][name]["r2"] for one in told.values()] for name in names}
     surely = [name for name, one in ahead.items() if all(x["low"] > 0 for x in one)]
     higher = [name for name, one in ahead.items() if all(x["mean"] > 0 for x in one)]
     best = {
         set_: max(
-            (name for name in one["counterfactual"] if not name.startswith(ORACLES)),
+            (name for name in whole(one) if not name.startswith(ORACLES)),
             key=lambda name: one["counterfactual"][name]["r2"],
         )
         for set_, one in told.items()

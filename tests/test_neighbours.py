@@ -690,7 +690,7 @@ def test_a_cascade_without_a_model_says_that_nobody_reads_the_texts(tmp_path):
     """Two scorers without a model have no tokenizer, so documents are refused."""
     (tmp_path / "book.txt").write_text("once upon a time there was a cat. " * 400)
     documents = load_documents(tmp_path / "book.txt")
-    scorer = Cascade(RandomScore(), BM25(["cat"]), keep=0.5, top=1)
+    scorer = Cascade(RandomScore(), BM25([{"prompt": "who?", "response": "the cat"}]), keep=0.5, top=1)
     with pytest.raises(
         ScorerError, match="neither Random nor BM25 has a model: score with each of them alone"
     ):
