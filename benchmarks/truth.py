@@ -129,13 +129,21 @@ def ceiling(measured, noise):
     return (max(0.0, whole - noise) / whole) ** 0.5
 
 
+def beyond_number(values, left_out):
+    """What a line on the number left out does not explain of values [..., S]: a shorter run changes something
+    whoever is missing, and no ranking of examples has that merit."""
+    design_S2 = np.column_stack([np.ones(len(left_out)), left_out])
+    values = np.asarray(values, float)
+    return values - (design_S2 @ np.linalg.lstsq(design_S2, values.T, rcond=None)[0]).T
+
+
 def chance(pool, n, draws=2000):
-    """The R² that one in twenty random rankings reaches on a pool. It is large where the sets are few, or
-    variations of a few."""
+    """The partial R² that one in twenty random rankings reaches on a pool. It is large where the sets are
+    few, or variations of a few."""
     member_SN = np.array([np.isin(np.arange(n), rows) for rows in pool["rows"]], float)
-    scores_DN = np.random.default_rng(0).normal(size=(draws, n))
-    sums_DS = (scores_DN - scores_DN.mean(1, keepdims=True)) @ member_SN.T
-    r2 = [np.corrcoef(sums, pool["measured"])[0, 1] ** 2 for sums in sums_DS]
+    sums_DS = beyond_number(np.random.default_rng(0).normal(size=(draws, n)) @ member_SN.T, pool["n"])
+    measured = beyond_number(pool["measured"], pool["n"])
+    r2 = [np.corrcoef(sums, measured)[0, 1] ** 2 for sums in sums_DS]
     return float(np.quantile(r2, 0.95))
 
 
@@ -450,10 +458,10 @@ def once(query):
     "The query, its gradients computed once for all scorers that ask for them at the same sites."
     known, computed = {}, query.gradients
 
-    def gradients(lm, sites):
-        key = lm.fingerprint, tuple(site.name for site in sites)
+    def gradients(lm, sites, *options):
+        key = lm.fingerprint, tuple(site.name for site in sites), options
         if key not in known:
-            known[key] = computed(lm, sites)
+            known[key] = computed(lm, sites, *options)
         return {name: one.clone() for name, one in known[key].items()}
 
     query.gradients = gradients
@@ -524,6 +532,7 @@ def verdict(result, labels, pool, halves, groups, unit):
         r2=line.r2,
         r2_outside=outside,
         r2_calibrated=calibrated,
+        r2_partial=partial_r2(sums, measured, pool["n"]),
         slope=line.slope,
         rank=spearman(sums, measured),
         lds=spearman(-half, whole) if len(halves) else None,
@@ -539,6 +548,13 @@ def verdict(result, labels, pool, halves, groups, unit):
             inside = [one.low < value < one.high for one, value in zip(ends, measured)]
             found["covered_by_seeds"] = float(np.mean(inside))
     return found
+
+
+def partial_r2(sums, measured, left_out):
+    "Share of the changes beyond the number left out that the sums beyond it explain."
+    x, y = beyond_number([sums, measured], left_out)
+    flat = np.ptp(x) < 1e-6 * np.abs(sums).max() + 1e-300  # sums that only count
+    return 0.0 if flat else float(np.corrcoef(x, y)[0, 1] ** 2)
 
 
 def foretold_by_others(sums, measured, groups, left_out=None, level=0.9):
@@ -574,8 +590,8 @@ def weighted_correlations(x_MS, y_S, w_DS):
 
 
 def against(default, sums, measured, groups, draws=2000):
-    """What each variant has before the default, in R² (a negative slope counts as minus) and in rank
-    correlation, with 95 % intervals over drawn groups of related sets."""
+    """What each variant has before the default, in partial R² (a negative slope counts as minus) and in rank
+    correlation, both beyond the number left out, with 95 % intervals over drawn groups of related sets."""
     names, members = list(sums), np.unique(groups)
     x_MS = np.array([sums[name] for name in names])
     x_MS = (x_MS - x_MS.mean(1, keepdims=True)) / x_MS.std(1, keepdims=True)
@@ -632,6 +648,9 @@ def report_of(scores):
     groups, noise, measured = pool["group"].to_numpy(), noise_of(pool), pool["measured"].to_numpy()
     found = {name: verdict(one, labels, pool, halves, groups, unit) for name, one in kept.items()}
     sums = {name: [foretold(one, rows) for rows in pool["rows"]] for name, one in kept.items()}
+    left = pool["n"].to_numpy()
+    beyond = {name: beyond_number(of, left) for name, of in sums.items() if name != "Number left out"}
+    changes = beyond_number(measured, left)
     labels_effect, effects = effects_by_method(experiments, trait, about["dropped"])
     at = {str(share): effects_by_method(experiments, trait, share)[1] for share in (0.1, 0.25, 0.5, 0.75)}
     top = ceiling(measured, float((noise / pool["seeds"]).mean()))
@@ -649,8 +668,8 @@ def report_of(scores):
         effects=effects,
         effects_at={share: of for share, of in at.items() if of},
         counterfactual={name: {k: v for k, v in one.items() if k != "lds"} for name, one in found.items()},
-        against_default=against(DEFAULT, sums, measured, groups),
-        against_margin=against("Margin", sums, measured, groups) if "Margin" in sums else None,
+        against_default=against(DEFAULT, beyond, changes, groups),
+        against_margin=against("Margin", beyond, changes, groups) if "Margin" in beyond else None,
         lds={name: one["lds"] for name, one in found.items()} | {"ceiling": half_top},
         seconds=seconds,
         advised=list(
@@ -698,13 +717,13 @@ def reason(reports):
     best = {
         set_: max(
             (name for name in whole(one) if not name.startswith(ORACLES)),
-            key=lambda name: one["counterfactual"][name]["r2"],
+            key=lambda name: one["counterfactual"][name]["r2_partial"],
         )
         for set_, one in told.items()
     }
     sets = f"on all {len(told)} sets with {ENOUGH} or more groups of related retrainings ({', '.join(told)})"
     words = (
-        f"{len(names)} variants of {DEFAULT} were scored {sets}. Higher in R² on each: "
+        f"{len(names)} variants of {DEFAULT} were scored {sets}. Higher in partial R² on each: "
         f"{', '.join(higher) or 'none'}; higher on each by more than chance (95 %, groups drawn again): "
         f"{', '.join(surely) or 'none, so the shipped form stays'}. "
         "Highest of everything that needs no judge: "
@@ -726,7 +745,7 @@ def side_by_side(reports):
         name: dict(sets=len(row["r2"])) | {key: float(np.mean(of)) for key, of in row.items()}
         for name, row in rows.items()
     }
-    return dict(sorted(means.items(), key=lambda item: (-item[1]["sets"], -item[1]["r2"])))
+    return dict(sorted(means.items(), key=lambda item: (-item[1]["sets"], -item[1]["r2_partial"])))
 
 
 def zero_of(name):

@@ -7,9 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from concept_tda.data.conversations import load_conversations
 from concept_tda.evidence.datamodels import related
+from concept_tda.influence.queries import LossQuery
+from concept_tda.influence.scorers import Influence
+from concept_tda.model.loading import load_model
+from concept_tda.model.sites import resolve_sites
 from concept_tda.results.attribution import Attribution
 from concept_tda.results.cards import QueryCard
 
@@ -165,3 +170,34 @@ def test_the_mean_of_the_seeds_is_their_mean_and_has_an_interval():
     mean = kept["Training Influence, 3 seeds"]
     np.testing.assert_allclose(mean.scores, np.mean(each, 0))
     assert mean.predict(drop=[0, 1]).low < mean.predict(drop=[0, 1]).high
+
+
+def test_a_query_asked_once_gives_every_scorer_the_same_gradients(tiny_lm):
+    lm, asked = load_model(tiny_lm), []
+    query, sites = LossQuery(CHATS[:3]), resolve_sites(lm, "attention")
+    computed = query.gradients
+    query.gradients = lambda *args: asked.append(args) or computed(*args)
+    kept = truth.once(query)
+    scores = [
+        Influence(lm, kept, curvature="identity", method=name).score(CHATS, progress=False).scores
+        for name in "ab"
+    ]
+    np.testing.assert_array_equal(*scores)
+    assert len(asked) == 1
+    first, second = (kept.gradients(lm, sites, 512) for _ in range(2))
+    assert len(asked) == 2 and all(torch.equal(first[name], second[name]) for name in first)
+    assert first[sites[0].name].data_ptr() != second[sites[0].name].data_ptr()
+
+
+def test_beyond_the_number_left_out_only_the_examples_count():
+    random = np.random.default_rng(0)
+    rows = [random.permutation(N)[: random.integers(4, 30)] for _ in range(50)]
+    left, scores = np.array([len(one) for one in rows]), random.normal(size=N)
+    sums = np.array([scores[one].sum() for one in rows])
+    measured = sums + 3 * left + random.normal(size=50)
+    design = np.column_stack([np.ones(50), left, sums])
+    rest = lambda columns: ((measured - columns @ np.linalg.lstsq(columns, measured)[0]) ** 2).sum()
+    expected = 1 - rest(design) / rest(design[:, :2])  # the textbook's partial R²
+    assert truth.partial_r2(sums, measured, left) == pytest.approx(expected, rel=1e-9)
+    assert truth.partial_r2(sums + 7 * left, measured, left) == pytest.approx(expected, rel=1e-9)
+    assert truth.partial_r2(2.0 * left, measured, left) == 0
