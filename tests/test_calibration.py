@@ -7,7 +7,7 @@ from scipy import stats
 from concept_tda.data.conversations import load_conversations
 from concept_tda.results.attribution import Attribution, load_attribution
 from concept_tda.results.calibration import Calibration, combined, ensemble, foretold
-from concept_tda.results.cards import QueryCard
+from concept_tda.results.cards import Cost, QueryCard
 from concept_tda.results.metrics import AttributionError, moderated_variances
 
 
@@ -353,6 +353,19 @@ def test_a_combination_follows_ids_and_keeps_what_it_was_made_from(tmp_path):
     )
     both.save(tmp_path / "both.parquet")
     np.testing.assert_array_equal(load_attribution(tmp_path / "both.parquet").scores, both.scores)
+
+
+def test_a_combination_costs_what_its_parts_cost():
+    costs = [Cost(2.0, 10), Cost(3.0, 10, 7)]
+    parts = [
+        Attribution(chats(6), np.arange(6.0), card(method=str(i), cost=one)) for i, one in enumerate(costs)
+    ]
+    cost = combined(parts).card.cost
+    assert (cost.seconds, cost.tokens, cost.peak_memory) == (5.0, 20, 7)
+    unknown = Attribution(chats(6), np.arange(6.0), card(method="unknown"))
+    assert combined([parts[0], unknown]).card.cost is None
+    plain = Attribution(chats(6), np.arange(6.0), card(method="plain", cost=costs[0]))
+    assert combined([parts[0], plain]).card.cost.peak_memory is None
 
 
 def test_what_cannot_be_combined_is_named():

@@ -741,8 +741,8 @@ def _check_fitted_on(curvature: Any, lm: LanguageModel) -> None:
     if fitted_on and fitted_on != lm.fingerprint:
         raise CurvatureError(f"the curvature was fitted on {curvature.record['model']}, whose weights differ "
                              f"from those of {lm.name}: fit it on this model")
-    if hasattr(curvature, "check_loaded"):  # it knows of a run
-        curvature.check_loaded(lm)
+    if hasattr(curvature, "check_model"):  # it knows of a run
+        curvature.check_model(lm)
 
 # %% ../../nbs/50_influence/05_scorers.ipynb #influence
 class _Influence(_Question):

@@ -258,8 +258,9 @@ def _joint_cost(cards: Sequence[QueryCard]) -> Cost | None:
     "What all of them took together; None where one does not say."
     costs = [card.cost for card in cards if card.cost is not None]
     if len(costs) < len(cards): return None
+    peaks = [one.peak_memory for one in costs if one.peak_memory is not None]
     return Cost(sum(one.seconds for one in costs), sum(one.tokens for one in costs),
-                max(one.peak_memory for one in costs))
+                max(peaks) if peaks else None)
 
 # %% ../../nbs/30_results/05_calibration.ipynb #combined
 def combined(
