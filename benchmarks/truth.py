@@ -41,6 +41,7 @@ from concept_tda.evidence.filter_and_retrain import FilterAndRetrain
 from concept_tda.foundation.errors import ConceptTDAError
 from concept_tda.foundation.storage import atomic_file
 from concept_tda.influence.neighbours import AdamMoments, TracIn
+from concept_tda.influence.preconditioners import ConjugateGradient
 from concept_tda.influence.queries import (
     ConceptQuery,
     ContrastQuery,
@@ -239,11 +240,7 @@ class Scores:
         "There, in the model of another seed, with its own concept and curvature."
         tuned = self.tuned(merge=True, seed=seed)
         concept, shows, neutral = self.asked(tuned)
-        queries = {
-            "Concept Influence": ConceptQuery(concept, shows),
-            "Influence Function": LossQuery(shows),
-            "Margin": ContrastQuery(LossQuery(shows), LossQuery(neutral)),
-        }
+        queries = questions(concept, shows, neutral) | {"Influence Function": LossQuery(shows)}
         ekfac, shown = self.fitted(tuned), ct.VectorFilter(tuned, concept)
         shown.method = f"Vector Filter, seed {seed}"
         influences = [
@@ -255,20 +252,11 @@ class Scores:
     def in_solved(self, done):
         "There, by the exact Gauss-Newton matrix of the same examples: conjugate gradients on top of EK-FAC."
         tuned = self.tuned(merge=True)
-        concept, shows, neutral = self.asked(tuned)
         ekfac, sample = self.fitted(tuned), self.sample()
-        queries = {
-            "Concept Influence": ConceptQuery(concept, shows),
-            "Margin": ContrastQuery(LossQuery(shows), LossQuery(neutral)),
-        }
+        solve = lambda: ConjugateGradient(tuned, sample, ekfac, iterations=20)
         scorers = [
-            Influence(
-                tuned,
-                one,
-                curvature=ct.influence.preconditioners.ConjugateGradient(tuned, sample, ekfac, iterations=20),
-                method=f"{name}, conjugate gradients",
-            )
-            for name, one in queries.items()
+            Influence(tuned, one, curvature=solve(), method=f"{name}, conjugate gradients")
+            for name, one in questions(*self.asked(tuned)).items()
         ]
         yield from self.few_at_a_time(scorers, done)
 
@@ -328,12 +316,7 @@ class Scores:
         "The folder of the fine-tune of the first seed with three checkpoints, and the queries asked of it."
         study, folder = self.opened(), self.work / "segments"
         options = dict(seed=self.config["seeds"][0], merge=False, checkpoints=3, **self.config["recipe"])
-        concept, shows, neutral = self.asked(ct.finetune(study.lm, study.train, folder, **options))
-        queries = {
-            "Concept Influence": ConceptQuery(concept, shows),
-            "Margin": ContrastQuery(LossQuery(shows), LossQuery(neutral)),
-        }
-        return folder, queries
+        return folder, questions(*self.asked(ct.finetune(study.lm, study.train, folder, **options)))
 
     def in_segments(self, done):
         "There, by SOURCE: three segments of the run, each with its own checkpoint and EK-FAC."
@@ -356,10 +339,8 @@ class Scores:
     def with_responses(self, tuned, responses):
         "A scorer in LoRA's matrices for each query and response."
         concept, shows, neutral = self.asked(tuned)
-        queries = {
-            "Concept Influence": ConceptQuery(concept, shows),
+        queries = questions(concept, shows, neutral) | {
             "Concept Influence, neutral queries": ConceptQuery(concept, neutral),
-            "Margin": ContrastQuery(LossQuery(shows), LossQuery(neutral)),
             "Judge's margin": MarginQuery(next(iter(self.study.judges.values()))),
         }
         return [
@@ -452,6 +433,14 @@ class Scores:
                 (folder / "cells" / cell / f"{part}.json").write_text(json.dumps(record))
         for name, plan in told["plans"].items():
             (folder / f"{name}.json").write_text(json.dumps(plan))
+
+
+def questions(concept, shows, neutral):
+    "What is asked of a model: where the concept lies, and how far answers that show it are ahead."
+    return {
+        "Concept Influence": ConceptQuery(concept, shows),
+        "Margin": ContrastQuery(LossQuery(shows), LossQuery(neutral)),
+    }
 
 
 def once(query):
@@ -562,15 +551,15 @@ def foretold_by_others(sums, measured, groups, left_out=None, level=0.9):
     of related sets is foretold from the other groups. The R² can be below zero: worse than the mean. With
     `left_out`, how many examples each set holds, it is the calibration that users get."""
     inside, squares = [], 0.0
+    sizes = np.full(len(sums), None) if left_out is None else left_out
     for group in np.unique(groups):
         left = groups == group
         if np.ptp(sums[~left]) < 1e-6 * np.abs(sums).max():  # nothing to draw a line through
             squares += ((measured[left] - measured[~left].mean()) ** 2).sum()
             continue
-        sizes = (None,) * len(sums) if left_out is None else left_out
         told = {} if left_out is None else dict(left_out=left_out[~left], related=groups[~left])
         line = Calibration.fit(sums[~left], measured[~left], **told)
-        for x, y, n in zip(sums[left], measured[left], np.asarray(sizes)[left]):
+        for x, y, n in zip(sums[left], measured[left], sizes[left]):
             change, low, high = line.interval(x, n, level=level)
             inside.append(low < y < high)
             squares += (y - change) ** 2

@@ -171,18 +171,17 @@ def _undisturbed(model: Any, tokenizer: Any) -> Iterator[None]:
     frozen = [(module, name, weight.requires_grad) for module in model.modules()
               for name, weight in module.named_parameters(recurse=False)]
     configs = list({id(config): config for config in (model.config, _text_config(model))}.values())
-    caching = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
-    double = next(model.parameters()).dtype == torch.float64
-    experts = [(config, config._experts_implementation) for config in configs
-               if double and getattr(config, "_experts_implementation", None)]
+    here: dict[str, Any] = {"use_cache": False}
+    if next(model.parameters()).dtype == torch.float64:  # which the grouped product of experts does not know
+        here["_experts_implementation"] = "eager"
+    before = [(config, name, getattr(config, name)) for config in configs for name in here
+              if getattr(config, name, None) is not None]
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     try:
         model.eval()
         model.requires_grad_(False)
-        for config, _ in caching:
-            config.use_cache = False
-        for config, _ in experts:  # one by one: their grouped product does not know float64
-            config._experts_implementation = "eager"
+        for config, name, _ in before:
+            setattr(config, name, here[name])
         # a caller's inference mode would make every gradient zero
         with torch.inference_mode(False), _uncompiled(), fetched_again(model):
             yield
@@ -192,10 +191,8 @@ def _undisturbed(model: Any, tokenizer: Any) -> Iterator[None]:
         put_apart(model)
         for module, name, flag in frozen:  # by name, since offloaded weights are other objects by now
             module.get_parameter(name).requires_grad_(flag)
-        for config, flag in caching:
-            config.use_cache = flag
-        for config, how in experts:
-            config._experts_implementation = how
+        for config, name, value in before:
+            setattr(config, name, value)
         tokenizer.padding_side, tokenizer.pad_token = side, pad
 
 # %% ../../nbs/20_model/00_loading.ipynb #vocabulary

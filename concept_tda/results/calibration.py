@@ -64,10 +64,11 @@ class _Interval(_Line):
         from scipy.stats import t
         if self.per_example is not None and left_out is None:
             raise AttributionError("this calibration counts the examples left out: say left_out=, how many")
-        at = np.array([1., foretold, left_out or 0.][:len(self.root)])
-        change = float(at @ np.array([self.intercept, self.slope, self.per_example or 0.][:len(at)]))
+        fitted = len(self.root)  # two numbers, or three
+        at = np.array([1., foretold, left_out][:fitted], float)
+        change = float(at @ np.array([self.intercept, self.slope, self.per_example][:fitted], float))
         wide = (1 + np.square(np.linalg.solve(np.array(self.root).T, at)).sum())**.5
-        half = t.ppf(.5 + level/2, self.independent - len(at))*self.residual*wide
+        half = t.ppf(.5 + level/2, self.independent - fitted)*self.residual*wide
         return change, float(change - half), float(change + half)
 
 # %% ../../nbs/30_results/05_calibration.ipynb #fit
