@@ -754,7 +754,7 @@ def test_settings_that_cannot_work(lm, train, answers, curvature, tmp_path):
         (dict(curvature=other), AtlasError, "weights differ"),
         (dict(curvature=curvature, sites="mlp"), AtlasError, "knows nothing of"),
         (dict(rank=16, memory_budget=1000), AtlasError, "lower rank="),
-        (dict(layer=7), LayerError, "7"),
+        (dict(layer=7), LayerError, "layer 7"),
     ]
     for options, error, words in cases:
         with pytest.raises(error, match=words):

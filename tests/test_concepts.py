@@ -635,7 +635,7 @@ def test_concept_and_model_must_belong_together(lm, twin, positive, negative):
     ):
         with pytest.raises(ConceptError, match="width 8.*width 16"):
             method(Concept("narrow", torch.ones(8), 1))
-        with pytest.raises(LayerError, match="9"):
+        with pytest.raises(LayerError, match="layer 9"):
             method(Concept("high", torch.ones(16), 9))
     assert "does not record" in Concept("free", torch.ones(16), 1).check(lm)[0]
 

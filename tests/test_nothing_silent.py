@@ -429,12 +429,13 @@ def test_an_answer_that_a_trainer_would_push_away_is_not_read_as_one_to_learn(tm
         | {"completion": [{"role": "assistant", "content": one["completion"]}]}
         for one in kto
     ]
-    sources = {tmp_path / "kto.jsonl": "line 3", tmp_path / "kto.csv": "2", tmp_path / "kto.parquet": "2"}
-    for source, place in {**sources, "records": "2", "chats": "2"}.items():
+    sources = {tmp_path / f"kto.{kind}": "line 3" for kind in ("jsonl", "csv")}
+    sources |= {tmp_path / "kto.parquet": "row 2", "records": "row 2", "chats": "row 2"}
+    for source, place in sources.items():
         given = {"records": kto, "chats": chats}.get(str(source), source)
         with pytest.raises(ConversationError, match="field 'label': is false beside a completion") as told:
             load_conversations(given)
-        assert place in str(told.value).split("field 'label'")[0] and "load_preferences" in str(told.value)
+        assert f"{place}: field 'label'" in str(told.value) and "load_preferences" in str(told.value)
         meant = load_conversations(given, answer="completion")
         assert meant.labels("label").sum() in (4, 1)
     wanted = load_conversations([one for one in kto if one["label"]])
