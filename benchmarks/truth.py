@@ -27,6 +27,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -336,6 +337,38 @@ class Scores:
             scorer = TracIn(queries=query, **pieces, sites="lora", method=f"{name}, LoRA, TracIn")
             yield from self.few_at_a_time([scorer], done)
 
+    def costs(self):
+        """CPU seconds of one training, and of each ranking that users would run: curvature, queries, scores.
+        All of it from nothing, the model and the concept at hand. Beside other work CPU seconds are longer,
+        so only their ratios are read."""
+        if self.file("cost").exists():
+            return json.loads(self.file("cost").read_text())
+        study, (folder, of_run), seconds = self.opened(), self.of_the_run(), {}
+        tuned = self.tuned(merge=True)
+        sample, damping = self.sample(), self.config["damping"]
+        fit = lambda lm, sites: ct.EKFAC.fit(lm, sample, sites, damping=damping, cache=False)
+        concept, shows, neutral = self.asked(tuned)
+        rankings = {"Vector Filter": lambda: ct.VectorFilter(tuned, concept)}
+        rankings |= {
+            name: lambda query=query: Influence(tuned, query, curvature=fit(tuned, "attention"))
+            for name, query in (
+                questions(concept, shows, neutral) | {"Influence Function": LossQuery(shows)}
+            ).items()
+        }
+        rankings[f"{DEFAULT}, LoRA, SOURCE"] = lambda: SOURCE.of_run(
+            folder, study.lm, of_run[DEFAULT], curvatures=[fit] * 3
+        )
+        for name, ranking in rankings.items():
+            started = time.process_time()
+            ranking().score(study.train, progress=False)
+            seconds[name] = time.process_time() - started
+        with TemporaryDirectory() as fresh:
+            started, seed = time.process_time(), self.config["seeds"][0]
+            ct.finetune(study.lm, study.train, Path(fresh) / "run", seed=seed, **self.config["recipe"])
+            seconds["One training"] = time.process_time() - started
+        self.write(self.file("cost"), seconds)
+        return seconds
+
     def with_responses(self, tuned, responses):
         "A scorer in LoRA's matrices for each query and response."
         concept, shows, neutral = self.asked(tuned)
@@ -380,7 +413,9 @@ class Scores:
             "solved": self.in_solved,
             "sharper": lambda _: self.through(self.config["seeds"][0], 0.003),
         }
-        jobs |= {f"through-{seed}": lambda _, seed=seed: self.through(seed) for seed in self.config["seeds"]}
+        jobs |= {
+            f"through-{seed}": lambda _, seed=seed: self.through(seed) for seed in range(self.about["seeds"])
+        }
         jobs |= {
             f"seed-{seed}": lambda done, seed=seed: self.in_seed(seed, done)
             for seed in self.config["seeds"][1:]
@@ -505,7 +540,12 @@ def with_means(kept):
     for parts in TOGETHER:
         if set(parts) <= set(kept):
             both = combined([kept[part] for part in parts])
-            kept[both.card.method.replace(f"{DEFAULT}, LoRA, ", "")] = both
+            kept[in_fewer_words(both.card.method)] = both
+
+
+def in_fewer_words(name):
+    "A combination's name, in fewer words."
+    return name.replace(f"{DEFAULT}, LoRA, ", "")
 
 
 def verdict(result, labels, pool, halves, groups, unit):
@@ -602,8 +642,8 @@ def against(default, sums, measured, groups, draws=2000):
 
 
 def scored(scores):
-    """Every result that there is for a set, and the seconds of those that `paper.py` timed. The others are
-    made beside other work, and the seconds on their cards say little."""
+    """Every result that there is for a set, and what each costs in Vector Filters: from nothing where
+    timed so, else its part of the one pass of `paper.py` if it needs no curvature, which all share there."""
     told = json.loads((HERE / scores.about["scores"]).read_text())
     trait = next(iter(scores.config["judges"]))
     data = conversations(scores.config["data"], "train")
@@ -612,12 +652,23 @@ def scored(scores):
         name: as_result(train, values, QueryCard(name, trait, zero=zero_of(name)))
         for name, values in told["scores"].items()
     }
-    seconds = {row["method"]: row.get("seconds") for row in told["methods"]}
+    shared = {row["method"]: row.get("seconds") for row in told["methods"]}
+    alone = json.loads(scores.file("cost").read_text()) if scores.file("cost").exists() else {}
+    cost = {name: of for name, of in shared.items() if of and "Influence" not in name}
+    cost = in_vector_filters(cost) | in_vector_filters(alone)
     for _, record in scores.computed(None, True):
         for name, one in record["group"].items():
             kept[name] = as_result(train, **one)
     with_means(kept)
-    return kept, seconds
+    for parts in TOGETHER:
+        if set(parts) <= set(cost):
+            cost[in_fewer_words(" and ".join(parts))] = sum(cost[part] for part in parts)
+    return kept, cost
+
+
+def in_vector_filters(seconds):
+    "Costs as multiples of a Vector Filter in the same run."
+    return {name: of / seconds["Vector Filter"] for name, of in seconds.items()}
 
 
 def report_of(scores):
@@ -629,7 +680,7 @@ def report_of(scores):
     unit = next(one["unit"] for one in experiments[0].judge_records if one["name"] == trait)
     pool, halves = left_out(experiments, trait), halves_of(experiments)
     labels = [label == scores.config["positive"] for label in told["labels"]]
-    kept, seconds = scored(scores)
+    kept, cost = scored(scores)
     train = kept[DEFAULT].conversations
     plain = {"Labels": np.array(labels, float), "Number left out": 1 + 1e-9 * np.arange(len(train))}
     for name, values in plain.items():
@@ -660,7 +711,7 @@ def report_of(scores):
         against_default=against(DEFAULT, beyond, changes, groups),
         against_margin=against("Margin", beyond, changes, groups) if "Margin" in beyond else None,
         lds={name: one["lds"] for name, one in found.items()} | {"ceiling": half_top},
-        seconds=seconds,
+        cost=cost,
         advised=list(
             decisions(
                 scores.config["name"],
@@ -726,7 +777,7 @@ def side_by_side(reports):
     rows = {}
     for told in large(reports).values():
         for name, one in told["counterfactual"].items():
-            figures = one | dict(lds=told["lds"][name], seconds=told["seconds"].get(name))
+            figures = one | dict(lds=told["lds"][name], cost=told["cost"].get(name))
             for key, value in figures.items():
                 if key not in ("slope", "residual") and value is not None:  # those are in units of a set
                     rows.setdefault(name, {}).setdefault(key, []).append(value)
@@ -794,6 +845,9 @@ def main():
         default=["weights", "lora"],
         help="also queries, solved, seed-1 …, unrolled, segments, history, base, through-0 …, sharper",
     )
+    parser.add_argument(
+        "--costs", action="store_true", help="time each ranking from nothing, and one training"
+    )
     parser.add_argument("--at-once", type=int, default=16, help="scorers that share one pass")
     parser.add_argument("--retrain", nargs="+", default=[], help="results to drop the highest share of")
     parser.add_argument("--shares", nargs="+", type=float, help="with --retrain: other shares than the set's")
@@ -811,6 +865,9 @@ def main():
             kept, _ = scored(scores)
             chosen = {name: kept[name] for name in args.retrain}
             scores.retrain(chosen, args.shares, args.halves, args.labels, args.dry)
+            continue
+        if args.costs:
+            print(scores.config["name"], scores.costs(), flush=True)
             continue
         for _ in scores.computed(args.groups, False):
             pass
