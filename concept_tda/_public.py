@@ -50,7 +50,7 @@ PUBLIC = {
         "export_remote_activations",
     "model.recording": "RecordingError TrainingRecorder",
     "results.metrics": "AttributionError rank_scores score_percentiles percent_text share_text spearman "
-        "check_one_criterion checked_count cut_rows detection_metrics moderated_variances",
+        "check_one_criterion checked_count cut_rows detection_metrics moderated_variances interval_reach",
     "results.cards": "ZERO STEPS ACCESS Cost Null expected_counts QueryCard",
     "results.attribution": "FORMAT_VERSION question_text prompt_text Leading sentence Prediction Attribution "
         "load_attribution",

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from concept_tda.data.conversations import load_conversations
+from concept_tda.groups.reading import ReadingError, words_of_ends
 from concept_tda.results.attribution import Attribution, load_attribution
 from concept_tda.results.calibration import Calibration, combined, ensemble, foretold
 from concept_tda.results.cards import Cost, QueryCard
@@ -75,8 +76,51 @@ def test_where_no_sets_are_related_each_counts():
     assert plain == alone and plain.independent == 9
     with pytest.raises(AttributionError, match="9 sets are variations of 3"):
         Calibration.fit(x, y, related=[0, 1, 2] * 3)
-    with pytest.raises(AttributionError, match="related= takes a whole number from 0 for each of the 9"):
+    with pytest.raises(AttributionError, match="related= takes a number or a name for each of the 9"):
         Calibration.fit(x, y, related=[0, 1, 2])
+    named, numbered = (
+        Calibration.fit(x, y, related=one) for one in (list("abcdabcde"), [0, 1, 2, 3] * 2 + [4])
+    )
+    assert named == numbered and named.independent == 5
+    for what in ("foretold", "measured", "left_out="):
+        given = {"foretold": x, "measured": y, "left_out=": sizes} | {what: ["many"] * 9}
+        with pytest.raises(AttributionError, match=f"{what} takes numbers"):
+            Calibration.fit(*given.values())
+
+
+@pytest.mark.parametrize("wrong", [95, 1.0, 0, -0.5, float("nan")])
+def test_a_level_that_is_none_is_refused_wherever_one_is_asked_for(wrong):
+    random, data = np.random.default_rng(0), chats(40)
+    scores = random.normal(size=(40, 3))
+    plain = Attribution(data, scores.mean(1), card())
+    runs = ensemble([Attribution(data, one, card()) for one in scores.T])
+    line = Calibration.fit(random.normal(size=9), random.normal(size=9))
+    asked = {
+        "interval": lambda: line.interval(0.3, level=wrong),
+        "calibrated": lambda: plain.predict(drop=0.25, calibration=line, level=wrong),
+        "replicates": lambda: runs.predict(drop=0.25, level=wrong),
+        "plain": lambda: plain.predict(drop=0.25, level=wrong),
+        "scores": lambda: runs.intervals(level=wrong),
+        "chance": lambda: plain.with_null(random.normal(size=(40, 20))).above_chance(false_share=wrong),
+        "words": lambda: words_of_ends([one.text for one in data], scores[:, 0], level=wrong),
+    }
+    for call in asked.values():
+        with pytest.raises((AttributionError, ReadingError), match="is not between 0 and 1"):
+            call()
+
+
+def test_a_prediction_is_of_some_examples_and_says_where_nothing_was_measured():
+    random, data = np.random.default_rng(0), chats(40)
+    scores = Attribution(data, random.normal(size=40), card())
+    line = Calibration.fit(random.normal(size=9), random.normal(size=9), np.arange(4, 13), of=scores)
+    for nothing in ([], np.zeros(40, bool), list(range(40)), data.ids):
+        for more in ({}, {"calibration": line}):
+            with pytest.raises(
+                AttributionError, match="at least one is left out, and at least one is trained on"
+            ):
+                scores.predict(drop=nothing, **more)
+    words = {n: str(scores.predict(drop=list(range(n)), calibration=line)) for n in (3, 4, 12, 13)}
+    assert [n for n, said in words.items() if f"{n} examples are beyond these sizes" in said] == [3, 13]
 
 
 def test_the_line_is_that_of_scipy():

@@ -163,7 +163,8 @@ def _strongest(
 
 # %% ../../nbs/60_groups/03_reading.ipynb #ends-size
 def _end_size(n: int | None, n_texts: int, shuffles: int, level: float) -> int:
-    "Texts of each end. Raises `ReadingError` where the ends would meet, or for too few shuffles."
+    "Texts of each end. Raises `ReadingError` where the ends would meet, and for a level that is none."
+    if not 0 < level < 1: raise ReadingError(f"level={level!r} is not between 0 and 1: 5 % is level=0.05")
     if round(level*(shuffles + 1), 9) < 1:
         raise ReadingError(f"{shuffles} shuffles cannot tell a chance of {level:g}: draw at least "
                            f"{int(np.ceil(1/level)) - 1}")

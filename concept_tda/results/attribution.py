@@ -34,6 +34,7 @@ from concept_tda.results.metrics import (
     checked_count,
     cut_rows,
     detection_metrics,
+    interval_reach,
     moderated_variances,
     percent_text,
     rank_scores,
@@ -553,9 +554,8 @@ class _Led(_WithNull):
 
     def _half_widths(self, level: float) -> np.ndarray:
         "Half of each score's interval [N]; NaN without replicates."
-        from scipy.stats import t
-        if self._errors is None: return np.full(len(self), np.nan)
-        return t.ppf(.5 + level/2, self._freedom)*self._errors
+        reach = interval_reach(level, self._freedom)
+        return np.full(len(self), np.nan) if self._errors is None else reach*self._errors
 
     def _best_unit(self) -> tuple[str, np.ndarray, str, str]:
         "Kind, scales, unit and its words."
@@ -869,10 +869,9 @@ class _Uncertain(_Effects):
 # %% ../../nbs/30_results/02_attribution.ipynb #sum-interval
 def _sum_interval(result: "_Uncertain", rows: np.ndarray, level: float) -> tuple[float | None, float | None]:
     "Interval of a sum of effects, over the replicates; twice None without any."
-    from scipy.stats import t
     if result.replicates is None: return None, None
     sums_R, change = result.card.effect*result.replicates[rows].sum(0), result.effects[rows].sum()
-    half = t.ppf(.5 + level/2, len(sums_R) - 1)*sums_R.std(ddof=1)/len(sums_R)**.5
+    half = interval_reach(level, len(sums_R) - 1)*sums_R.std(ddof=1)/len(sums_R)**.5
     return float(change - half), float(change + half)
 
 # %% ../../nbs/30_results/02_attribution.ipynb #chance-code
@@ -887,6 +886,9 @@ class _Chanced(_Uncertain):
         """The examples that score higher than their null explains. Raises `AttributionError` without a null
         (see `with_null`)."""
         from scipy.stats import t
+        if not 0 < false_share < 1:
+            raise AttributionError(f"false_share={false_share!r} is not between 0 and 1: 5 % is "
+                                   "false_share=0.05")
         result = self.query(query).whole("compare with chance")
         if result.null is None or result._null_spreads is None:
             raise AttributionError(f"{self.label} has no null: give it one with .with_null(...)")
@@ -986,9 +988,13 @@ class _Predicted(_Counted):
         level: float = .95,       # Of the interval, which a calibration or replicates give
     ) -> Prediction:
         "What leaving these examples out should do, to first order. Raises `AttributionError`."
+        interval_reach(level, 1)  # refuses what is no level, also where nothing here has an interval
         result = self.query(query).whole("predict by")
         share = isinstance(drop, float)
         rows = cut_rows(result.scores, fraction=drop) if share else _rows_named(self, drop)
+        if not 0 < len(rows) < len(result):
+            raise AttributionError(f"drop= names {len(rows)} of {len(result)} examples: at least one is left "
+                                   "out, and at least one is trained on")
         if calibration is not None:
             told = calibration.predict(result, rows, level=level)
             return replace(told, caveat=_twin_words(result.conversations, rows))

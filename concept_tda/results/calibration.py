@@ -15,7 +15,7 @@ import numpy as np
 from ..foundation.storage import fingerprint
 from .attribution import Attribution, Prediction
 from .cards import Cost, QueryCard
-from .metrics import AttributionError
+from .metrics import AttributionError, interval_reach
 
 # %% ../../nbs/30_results/05_calibration.ipynb #foretold
 def foretold(
@@ -60,15 +60,15 @@ class _Interval(_Line):
         *,
         level: float = .95,      # How often the interval holds one more retraining
     ) -> tuple[float, float, float]: # Change, and the ends of its interval, in `unit`
-        "What one more retraining should show. Raises `AttributionError` without a number that is needed."
-        from scipy.stats import t
+        """What one more retraining should show. Raises `AttributionError` without a number that is needed,
+        and for a level that is none."""
         if self.per_example is not None and left_out is None:
             raise AttributionError("this calibration counts the examples left out: say left_out=, how many")
         fitted = len(self.root)  # two numbers, or three
         at = np.array([1., foretold, left_out][:fitted], float)
         change = float(at @ np.array([self.intercept, self.slope, self.per_example][:fitted], float))
         wide = (1 + np.square(np.linalg.solve(np.array(self.root).T, at)).sum())**.5
-        half = t.ppf(.5 + level/2, self.independent - fitted)*self.residual*wide
+        half = interval_reach(level, self.independent - fitted)*self.residual*wide
         return change, float(change - half), float(change + half)
 
 # %% ../../nbs/30_results/05_calibration.ipynb #fit
@@ -81,27 +81,37 @@ def _differences(of: dict[str, Any] | None, result: Attribution) -> list[str]:
             for name in {**of, **own} if of.get(name) != own.get(name)]
 
 # %% ../../nbs/30_results/05_calibration.ipynb #cal-checked
+def _floats(values: Any, what: str) -> np.ndarray:
+    "Values as float64."
+    try:
+        return np.asarray(values, float)
+    except (TypeError, ValueError):
+        raise AttributionError(f"{what} takes numbers, one for each set: got {values!r:.80}") from None
+
 def _points(foretold: Any, measured: Any) -> tuple[np.ndarray, np.ndarray]:
     "What was foretold and measured, as [S]; refused where no line goes through it."
-    x, y = np.asarray(foretold, float), np.asarray(measured, float)
+    x, y = _floats(foretold, "foretold"), _floats(measured, "measured")
     if x.shape != y.shape or x.ndim != 1 or len(x) < 4 or not np.ptp(x) > 0 or not np.isfinite([x, y]).all():
         raise AttributionError(f"a calibration needs four retrainings or more, with different finite "
                                f"predictions, one for each; got {x.shape} and {y.shape}")
     return x, y
 
-def _numbers(values: Any, n: int, what: str, least: int) -> np.ndarray:
-    "A whole number for each set, as [S]."
-    given_S = np.asarray(values, float)
-    if given_S.shape == (n,) and (np.isfinite(given_S) & (given_S >= least) & (given_S % 1 == 0)).all():
+def _sizes(left_out: Any, n: int) -> np.ndarray:
+    "How many examples each set holds, as [S]."
+    given_S = _floats(left_out, "left_out=")
+    if given_S.shape == (n,) and (np.isfinite(given_S) & (given_S >= 1) & (given_S % 1 == 0)).all():
         return given_S.astype(int)
-    raise AttributionError(f"{what} takes a whole number from {least} for each of the {n} sets: "
+    raise AttributionError(f"left_out= takes a whole number from 1 for each of the {n} sets: "
                            f"got {given_S.ravel().tolist()[:5]}, of shape {given_S.shape}")
 
 # %% ../../nbs/30_results/05_calibration.ipynb #cal-independent
 def _independent(related: Any, n: int) -> int:
     "How many sets there are, related ones counted as one; refused where a line has no noise to be read from."
     if related is None: return n
-    found = len(np.unique(_numbers(related, n, "related=", 0)))
+    if np.shape(related) != (n,):
+        raise AttributionError(f"related= takes a number or a name for each of the {n} sets, the same for "
+                               f"sets that share most of their examples: got shape {np.shape(related)}")
+    found = len(set(np.asarray(related).tolist()))
     if found >= 4: return found
     raise AttributionError(f"these {n} sets are variations of {found}, which share most of their examples: a "
                            "calibration needs four retrainings or more of different sets, random ones say")
@@ -138,14 +148,14 @@ class Calibration(_Worded):
         measured: Sequence[float] | np.ndarray, # Change of the behaviour after training without it
         left_out: Sequence[int] | np.ndarray | None = None, # Examples in each set; None: they don't count
         *,
-        related: Sequence[int] | np.ndarray | None = None, # A number each, one for sets that share most
+        related: Sequence[Any] | np.ndarray | None = None, # A name each, one for sets that share most
         of: Attribution | None = None,          # Whose scores they are; it is used for no others
         judge: str = "the behaviour",           # What was measured
         unit: str = "",                         # Of it
     ) -> Self:
         "Fit the line. Raises `AttributionError` with fewer than four different points."
         x, y = _points(foretold, measured)
-        m = None if left_out is None else _numbers(left_out, len(x), "left_out=", 1)
+        m = None if left_out is None else _sizes(left_out, len(x))
         independent = _independent(related, len(x))
         z_SP = _columns(x, m, independent)
         q_SP, root_PP = np.linalg.qr(z_SP)
@@ -180,6 +190,8 @@ class Calibration(_Worded):
         change, low, high = self.interval(foretold(result, rows), n, level=level)
         basis = self.words
         basis += "; whose scores they were was not said" if self.of is None else ""
+        if self.sizes and not self.sizes[0] <= n <= self.sizes[1]:
+            basis += f"; {n} examples are beyond these sizes, so the line is read where nothing was measured"
         basis += f"; transferred from other scores ({'; '.join(other)})" if other else ""
         return Prediction(self.judge, change, self.unit, n, len(result), low, high, level, basis)
 

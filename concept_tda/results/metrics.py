@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AttributionError', 'rank_scores', 'score_percentiles', 'percent_text', 'share_text', 'spearman',
-           'check_one_criterion', 'checked_count', 'cut_rows', 'detection_metrics', 'moderated_variances']
+           'check_one_criterion', 'checked_count', 'cut_rows', 'detection_metrics', 'moderated_variances',
+           'interval_reach']
 
 # %% ../../nbs/30_results/00_metrics.ipynb #imports
 import numpy as np
@@ -191,3 +192,14 @@ def moderated_variances(
     prior = 2*_inverse_trigamma(excess)
     usual = np.exp(level + digamma(prior/2) - np.log(prior/2))
     return (prior*usual + own*found)/(prior + own), prior + own
+
+# %% ../../nbs/30_results/00_metrics.ipynb #reach
+def interval_reach(
+    level: float,   # How often the interval holds what it is for, between 0 and 1
+    freedom: float, # Degrees of freedom of its standard error
+) -> float:         # Standard errors to either side
+    "Half the width of an interval in standard errors. Raises `AttributionError` for a level that is none."
+    from scipy.stats import t
+    if not 0 < level < 1:
+        raise AttributionError(f"level={level!r} is not between 0 and 1: 95 % is level=0.95")
+    return float(t.ppf(.5 + level/2, freedom))
