@@ -2721,6 +2721,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'concept_tda/foundation/errors.py'),
                                                'concept_tda.foundation.errors.StorageError': ( '00_foundation/errors.html#storageerror',
                                                                                                'concept_tda/foundation/errors.py'),
+                                               'concept_tda.foundation.errors.check_whole': ( '00_foundation/errors.html#check_whole',
+                                                                                              'concept_tda/foundation/errors.py'),
                                                'concept_tda.foundation.errors.require': ( '00_foundation/errors.html#require',
                                                                                           'concept_tda/foundation/errors.py')},
             'concept_tda.foundation.offloading': { 'concept_tda.foundation.offloading._Kept': ( '00_foundation/offloading.html#_kept',

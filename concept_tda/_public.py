@@ -1,7 +1,7 @@
 """Public names by room. Written by tools/public_names.py."""
 
 PUBLIC = {
-    "foundation.errors": "ConceptTDAError StorageError MissingExtraError require",
+    "foundation.errors": "ConceptTDAError StorageError MissingExtraError check_whole require",
     "foundation.storage": "fingerprint code_version cache_folder write_error atomic_file check_free "
         "BlockStore",
     "foundation.probes": "ProbeError bfloat16_ratio give_back_memory",

@@ -688,7 +688,7 @@ def test_probe_and_sweep_refuse_bad_settings(lm, positive, negative):
             probe_concept(lm, positive, negative, 1, name="x", C=C)
     with pytest.raises(ConceptError, match="unknown method 'svm'"):
         sweep_layers(lm, positive, negative, name="x", method="svm")
-    with pytest.raises(ConceptError, match="2 folds"):
+    with pytest.raises(ConceptError, match="folds must be a whole number ≥ 2"):
         sweep_layers(lm, positive, negative, name="x", folds=1)
     with pytest.raises(ConceptError, match="at least 1 layer"):
         sweep_layers(lm, positive, negative, [], name="x")

@@ -34,6 +34,8 @@ def right(tiny_lm, tmp_path_factory):
     weights = SimpleNamespace(W_enc=torch.ones(lm.width, 8), W_dec=torch.ones(8, lm.width))
     common |= dict(sae=SparseAutoencoder(weights, 1, "ones"))
     common |= dict(scorers=[ct.VectorFilter(lm, concept)])
+    result = common["scorers"][0].score(data, progress=False)
+    common |= dict(attribution=result, path=common["folder"] / "report.html", questions=["why?"], parts=data)
     return common
 
 
@@ -53,10 +55,23 @@ def asked(it):
     return [one.name for one in needed if one.default is one.empty and one.kind < one.VAR_KEYWORD]
 
 
+def counts():
+    "What the front door counts: options that are whole numbers, but for those with another meaning."
+    other = "seed", "memory_budget"  # any number; however little
+    return [
+        (door, one.name)
+        for door in ct.__all__
+        if callable(it := getattr(ct, door)) and not (inspect.isclass(it) and issubclass(it, Exception))
+        for one in inspect.signature(it).parameters.values()
+        if type(one.default) is int and one.annotation in (int, int | None) and one.name not in other
+    ]
+
+
 def called(door, right, **wrong):
     it = ct.EKFAC.fit if door == "EKFAC.fit" else getattr(ct, door)
     own = dict(trait=right["judge"]) if door == "ParetoCurve" else {}
-    result = it(**{name: right[name] for name in asked(it)} | own | wrong)
+    given = own | wrong
+    result = it(**{name: right[name] for name in asked(it) if name not in given} | given)
     if hasattr(result, "__enter__"):
         with result:
             pass
@@ -122,3 +137,31 @@ def test_one_scorer_or_none_is_no_list_of_scorers(right):
     for wrong in (None, [], [1]):
         with pytest.raises(ct.ConceptTDAError):
             ct.compare(wrong)
+
+
+# `read_features` and `feature_groups` want a real SAE; their batches and sizes are checked like the others'.
+@pytest.mark.parametrize("wrong", [float("nan"), 2.5, -3])
+@pytest.mark.parametrize(("door", "name"), [one for one in counts() if "feature" not in one[0]])
+def test_whatever_counts_something_says_what_a_count_is(door, name, wrong, right, tmp_path):
+    data, lm, result = right["data"], right["lm"], right["attribution"]
+    both = ct.load_conversations([one | dict(kind="xy"[i % 2], plain="y") for i, one in enumerate(CHATS)])
+    own = dict(
+        tokenize=dict(conversations=data, tokenizer=lm.tokenizer),
+        plan=dict(scorers=right["scorers"]),
+        Cascade=dict(cheap=right["scorers"][0], exact=ct.GradDot(lm, data)),
+        LESS=dict(checkpoints=[lm], moments=[None], learning_rates=[1e-3]),
+        LossJudge=dict(conversations=data),
+        ContrastJudge=dict(items=both, trait="kind", neutral="plain"),
+        LocalJudge=dict(prompt_template="{question} {answer}", judge_lm=lm, questions=["why?"]),
+        OpenAIJudge=dict(prompt_template="{question} {answer}"),
+        MethodComparison=dict(methods={"a": result}, concept=right["concept"]),
+        score_groups=dict(groups=ct.column_groups(both, "kind")),
+        compare=dict(attributions=[result]),
+    )
+    folder = dict(folder=tmp_path / "new") if "folder" in asked(getattr(ct, door)) else {}
+    with pytest.raises(ct.ConceptTDAError) as told:
+        made = called(
+            door, right | dict(attributions={"a": result}), **folder, **own.get(door, {}), **{name: wrong}
+        )
+        made.score(data, progress=False) if hasattr(made, "score") else made.evaluate(lm)
+    assert name in str(told.value)

@@ -196,7 +196,7 @@ def test_bad_input_is_named():
         (lambda: score_groups(groups, scores.top(3)), "other examples|another order"),
         (lambda: score_groups(groups, scores.top(6)), "another order"),
         (lambda: score_groups(groups, scores, labels="none"), "labels='none'"),
-        (lambda: score_groups(groups, scores, deals=0), "at least 1 random deal"),
+        (lambda: score_groups(groups, scores, deals=0), "deals must be a whole number ≥ 1"),
         (lambda: cluster_groups(data, vectors, 7), "n=7 clusters of 6 examples"),
         (lambda: cluster_groups(data, vectors[:5], 2), "6 examples need a row each"),
         (lambda: cluster_groups(data, broken, 2), f"row 4, id {data.ids[4]}"),

@@ -465,7 +465,7 @@ def test_what_a_reader_sends(serve, connect):
         model="m", max_tokens=2000, temperature=0.0, seed=0, top_k=1
     )
     assert reader.usage.cost == pytest.approx((2 * 10 + 2 * 2 * 2) / 1e6) and KEY not in repr(reader)
-    with pytest.raises(JudgeError, match="an OpenAIReader needs concurrency >= 1"):
+    with pytest.raises(JudgeError, match="concurrency must be a whole number ≥ 1"):
         connect(server, concurrency=0)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..data.conversations import Conversation
 from ..data.tokens import TokenizedConversations
-from ..foundation.errors import ConceptTDAError
+from ..foundation.errors import ConceptTDAError, check_whole
 from ..foundation.storage import atomic_file, check_free, code_version, fingerprint
 from ..model.loading import LanguageModel, check_loaded
 from ..model.tracing import POOLINGS, pooled_activations, work_dtype
@@ -307,7 +307,7 @@ def random_directions(
     "Covariance-matched random directions, the null model for any concept result (Formulas §2)."
     kept, acts_ND = _kept_dtype(acts_ND), torch.as_tensor(acts_ND).detach().to("cpu", torch.float64)
     centred_ND = _centred(acts_ND)
-    if n < 1: raise ConceptError(f"random_directions: n must be at least 1, got {n}.")
+    check_whole(ConceptError, 1, n=n)
     generator = torch.Generator().manual_seed(seed)
     weights_nN = torch.randn(n, len(acts_ND), generator=generator, dtype=torch.float64)
     return torch.nn.functional.normalize(weights_nN @ centred_ND, dim=1).to(kept)
@@ -758,9 +758,9 @@ def _checked_layers(lm: LanguageModel, layers: list[int] | None, method: str, fo
     check_loaded(lm)
     if method not in _FITS: raise ConceptError(f"unknown method {method!r}. Known: {', '.join(_FITS)}.")
     layers = sorted(set(range(lm.n_layers + 1) if layers is None else layers))
-    if layers and folds >= 2: return layers
-    raise ConceptError("a layer sweep needs at least 1 layer and 2 folds; "
-                       f"got layers={layers}, folds={folds}.")
+    check_whole(ConceptError, 2, folds=folds)
+    if layers: return layers
+    raise ConceptError("a layer sweep needs at least 1 layer, got none")
 
 # %% ../../nbs/40_concepts/00_concept.ipynb #sweep-layers
 def sweep_layers(

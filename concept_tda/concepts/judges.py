@@ -32,7 +32,7 @@ from ..data.batches import batches
 from ..data.conversations import Conversation, Conversations, load_conversations
 from ..data.tokens import TokenizedConversation, TokenizedConversations, tokenize
 from ..foundation.display import safe_text
-from ..foundation.errors import ConceptTDAError, require
+from ..foundation.errors import ConceptTDAError, check_whole, require
 from ..foundation.storage import atomic_file, cache_folder, check_free, code_version, fingerprint
 from ..model.loading import LanguageModel, ModelError
 from ..model.losses import loss_weights, token_losses
@@ -476,7 +476,7 @@ class _Asking(Judge):
         seed: int = 0,             # Of the draws
         batch_size: int = 8,       # Questions answered at a time
     ):
-        if samples < 1: raise JudgeError(f"samples={samples}: at least one answer to each question is needed")
+        check_whole(JudgeError, 1, samples=samples)
         if samples > 1 and not temperature:
             raise JudgeError(f"{samples} greedy answers to one question are all the same: "
                              "set temperature=1.0, or samples=1")
@@ -786,6 +786,7 @@ class _LocalGrader(AnswerJudge):
     ):
         super().__init__(questions, name=name, **answering)
         self.prompt_template, self.judge_lm = _checked_template(prompt_template), judge_lm
+        check_whole(JudgeError, 1, token_budget=token_budget)
         self.least_mass, self.token_budget = least_mass, token_budget
 
     @cached_property
@@ -1150,9 +1151,9 @@ class _Server:
     ) -> None:
         "Take the settings, and refuse those that cannot work."
         require("openai", "judge")
-        if concurrency < 1 or retries < 0 or timeout <= 0:
-            raise JudgeError(
-                f"an {type(self).__name__} needs concurrency >= 1, retries >= 0 and timeout > 0")
+        check_whole(JudgeError, 1, concurrency=concurrency)
+        check_whole(JudgeError, 0, retries=retries)
+        if not timeout > 0: raise JudgeError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         self.base_url, self._secret, self.model = _checked_url(base_url), _Secret(api_key), model
         self.usage, self.extra_body = JudgeUsage(prices=prices), dict(extra_body or {})

@@ -36,7 +36,7 @@ from .judges import Evaluation, Judge, JudgeError
 from ..data.conversations import Conversation, Conversations
 from ..data.templates import TemplateProfile
 from ..data.tokens import readable_tokens, response_mask, tokenize, tokenize_prompts
-from ..foundation.errors import ConceptTDAError
+from ..foundation.errors import ConceptTDAError, check_whole
 from ..foundation.offloading import computes_on
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 from ..model.answers import cached_generate
@@ -337,7 +337,7 @@ def _trait_of(trait: Trait | str | Path) -> Trait:
 
 def _check_samples(samples: int, temperature: float) -> None:
     "Refuse samples that would all be the same."
-    if samples < 1: raise PersonaError(f"samples={samples}: at least one answer to each question is needed")
+    check_whole(PersonaError, 1, samples=samples)
     if samples > 1 and not temperature:
         raise PersonaError(f"{samples} greedy answers to one question are all the same: "
                            "set temperature=1.0, or samples=1")
@@ -918,9 +918,9 @@ def _row(direction: str, strength: float, evaluation: Evaluation, base: Evaluati
 def _checked_strengths(strengths, random_controls: int, judge: Any) -> list[float]:
     "The strengths in order, 0 among them; refuses a check that cannot be made."
     levels = sorted({float(strength) for strength in strengths} | {0.0})
-    if len(levels) < 2 or not np.isfinite(levels).all() or random_controls < 0:
-        raise SteeringError("a steering check needs a finite strength besides 0, and random_controls ≥ 0; "
-                            f"got {levels}, {random_controls}")
+    check_whole(SteeringError, 0, random_controls=random_controls)
+    if len(levels) < 2 or not np.isfinite(levels).all():
+        raise SteeringError(f"a steering check needs a finite strength besides 0; got {levels}")
     if hasattr(judge, "rate") and judge.questions is None:
         raise SteeringError(f"the judge {judge.name!r} has no questions to ask the steered model: make it "
                             "with questions=, such as a trait's evaluation_questions")

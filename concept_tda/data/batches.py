@@ -16,6 +16,7 @@ import torch
 from .conversations import row_numbers
 from .messages import ConversationError
 from .tokens import TokenizedConversations
+from ..foundation.errors import check_whole
 
 # %% ../../nbs/10_data/06_batches.ipynb #0059
 @dataclass
@@ -95,8 +96,7 @@ def batches(
     exact_length: bool = False, # Only examples of equal length in a batch, so no padding at all
 ) -> Iterator[Batch]:
     "Batches in an order that depends on nothing but the lengths: longest first, equal lengths in row order."
-    if token_budget < 1:
-        raise ConversationError(f"token_budget is a positive number of tokens, not {token_budget}")
+    check_whole(ConversationError, 1, token_budget=token_budget)
     chosen = range(len(tokenized)) if rows is None else row_numbers(rows, len(tokenized)).tolist()
     for group in _groups(tokenized.lengths, list(chosen), token_budget, exact_length):
         yield batch_of(tokenized, group)

@@ -30,6 +30,7 @@ from concept_tda.evidence.subsets import (
     random_rows,
     share_count,
 )
+from ..foundation.errors import check_whole
 from ..foundation.storage import fingerprint
 from ..model.loading import LanguageModel
 from ..model.tracing import pooled_activations
@@ -77,7 +78,7 @@ def _sums(results: dict[str, Attribution], rows: np.ndarray) -> dict[str, float]
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #draws
 def _random_subsets(n: int, n_subsets: int, fraction: float) -> list[np.ndarray]:
     "Rows of the random subsets, draw by draw."
-    if n_subsets < 4:
+    if not n_subsets >= 4:
         raise ExperimentError(
             f"n_subsets={n_subsets}: a rank correlation needs 4 subsets or more; 30 are a good number")
     return [random_rows(n, share_count(n, fraction), draw) for draw in range(n_subsets)]
@@ -258,6 +259,7 @@ class _Counterfactuals(Experiment):
         name: str | None = None,    # Of the plan's file; experiments of different names can share a folder
     ):
         super().__init__(Retraining(lm, train, recipe), judges, folder, name, keep_models)
+        check_whole(ExperimentError, 0, n_random=n_random)
         results, seeds = aligned_scores(attributions, self._maker().conversations), checked_seeds(seeds)
         n = len(self._maker().conversations)
         removals = list(_removals(results, n, fractions, n_random, seeds))

@@ -31,6 +31,7 @@ from concept_tda.evidence.retraining import (
 )
 from .subsets import aligned_scores
 from ..foundation.display import Sheet, Table, html_of
+from ..foundation.errors import check_whole
 from ..foundation.storage import code_version, fingerprint
 from concept_tda.influence.baselines import (
     BM25,
@@ -171,6 +172,7 @@ class _Compared(_Kinds):
         if self.folder.is_file():
             raise ExperimentError(
                 f"{folder} is a file; a run needs a folder. A packed file is read with from_folder")
+        check_whole(ExperimentError, 1, n_random=n_random)
         baselines = _cheap_to_make(lm, queries, concept, seed) if add_baselines else {}
         self.scorers = _with_baselines(_scorers_by_name(scorers), baselines, self.train)
         self.concept, self.null = concept, None if concept is None else {"n": n_random, "seed": seed}

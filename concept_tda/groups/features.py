@@ -22,7 +22,7 @@ from ..concepts.concept import Concept, tensor_concept
 from ..data.batches import Batch, batch_of, batches
 from ..data.conversations import Conversations
 from ..data.tokens import TokenizedConversations
-from ..foundation.errors import ConceptTDAError
+from ..foundation.errors import ConceptTDAError, check_whole
 from ..foundation.processes import by_first, clear_together, own_share, rank, wait_for_all
 from ..foundation.storage import BlockStore, atomic_file, code_version
 from .groups import Groups
@@ -236,6 +236,7 @@ def feature_groups(
     names: dict[int, str] | None = None, # {number: what the feature stands for}; others are called by number
 ) -> Groups:
     "A group for each feature, the examples on which it fires. Raises `FeatureError` where none is left."
+    check_whole(FeatureError, 1, smallest=smallest)
     fired, n = features.fires(threshold), len(features.conversations)
     sizes = np.asarray(fired.sum(0)).ravel()
     kept = np.flatnonzero((sizes >= smallest) & (sizes <= largest*n))

@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 
 from ..data.conversations import Conversations
 from ..foundation.display import Sheet, Table, act, one_line
-from ..foundation.errors import ConceptTDAError
+from ..foundation.errors import ConceptTDAError, check_whole
 from ..results.attribution import Attribution
 from ..results.duplicates import near_duplicates
 from ..results.metrics import checked_count
@@ -416,8 +416,7 @@ def score_groups(
     standardised = result.card.zero != "gradient" if standardise is None else standardise
     if standardised:
         scores = (scores - scores.mean())/max(scores.std(), 1e-300)
-    if deals < 1: raise GroupError(f"deals={deals}: at least 1 random deal is needed, 1000 or more are "
-                                   "sensible")
+    check_whole(GroupError, 1, deals=deals)
     members, sizes = groups.members, groups.sizes
     sums, positive = members.T @ scores, np.maximum(scores, 0)
     new, new_sum = _added(members, scores, np.argsort(-sums, kind="stable"))

@@ -31,7 +31,7 @@ from ..data.conversations import Conversations
 from ..data.documents import examples_from_columns
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import Facts, html_of
-from ..foundation.errors import ConceptTDAError
+from ..foundation.errors import ConceptTDAError, check_whole
 from ..foundation.processes import by_first, own_share, wait_for_all
 from ..foundation.processes import rank as process_rank
 from ..foundation.storage import BlockStore, atomic_file, code_version, fingerprint
@@ -1230,6 +1230,7 @@ def _check_rank(rank: Any, sample: int, otherwise: str = "") -> None:
     "Refuse a rank that is none, and a sample that says nothing."
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise AtlasError(f"rank={rank!r}: {otherwise}a whole number from 1 on")
+    check_whole(AtlasError, 0, sample=sample)
     if 0 < sample < 8:
         raise AtlasError(f"sample={sample}: a rank correlation of fewer than 8 examples says nothing; 0 "
                          "leaves the check out")

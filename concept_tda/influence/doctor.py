@@ -25,7 +25,7 @@ from ..data.messages import ConversationError, listing
 from ..data.templates import TemplateProfile, chat_template_text, template_names
 from ..data.tokens import TokenizedConversations, readable_tokens, tokenize, tokenize_prompts
 from ..foundation.display import html_of
-from ..foundation.errors import ConceptTDAError
+from ..foundation.errors import ConceptTDAError, check_whole
 from ..foundation.offloading import away, lost, weights_of
 from ..foundation.probes import ProbeError, bfloat16_ratio
 from .gradients import check_sites
@@ -588,6 +588,7 @@ def doctor(
     seconds. Raises `ConversationError` where the file can't be read or has no such example, `LayerError`."""
     if not isinstance(lm, LanguageModel):
         raise DoctorError(f"doctor(lm, examples): lm is a model from load_model, not a {type(lm).__name__}")
+    if max_tokens is not None: check_whole(DoctorError, 1, max_tokens=max_tokens)
     if not isinstance(examples, TokenizedConversations):
         examples = load_conversations(examples)
     if layer is not None:

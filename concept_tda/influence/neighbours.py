@@ -25,6 +25,7 @@ from ..data.batches import Batch, batches
 from ..data.conversations import Conversations
 from ..data.documents import Documents
 from ..data.tokens import TokenizedConversations
+from ..foundation.errors import check_whole
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 from .engine import DirectionReadout, Pass, Readout, shared_pass
 from .gradients import SiteGradients
@@ -761,7 +762,7 @@ def _check_cascade(keep: float, sample: int, top: int) -> None:
     if sample < 1:
         raise ScorerError(f"sample must be at least 1, not {sample!r}: without it nobody would know what the "
                           "cheap scorer missed")
-    if top < 1: raise ScorerError(f"top must be at least 1, not {top!r}")
+    check_whole(ScorerError, 1, sample=sample, top=top)
 
 # %% ../../nbs/50_influence/06_neighbours.ipynb #split
 @dataclass

@@ -23,7 +23,7 @@ from ..data.batches import Batch, batches
 from ..data.messages import listing, shortened
 from ..data.tokens import TokenizedConversations
 from ..foundation.display import html_of
-from ..foundation.errors import ConceptTDAError
+from ..foundation.errors import ConceptTDAError, check_whole
 from ..foundation.probes import ProbeError, bfloat16_ratio
 from .curvature import FactorStatistics, batch_labels, labelled_pass
 from .engine import Stopwatch, direction_readout, peak_memory, run_batch
@@ -331,6 +331,7 @@ def plan(
     """Estimate seconds, memory, disk and money of scoring `examples`, from a probe of two batches (and two
     fitted examples where curvature is missing), or from a config and the number of examples. Raises
     `PlanError` where it fails, naming the example."""
+    check_whole(PlanError, 1, token_budget=token_budget, num_processes=num_processes)
     shared: Any = dict(token_budget=token_budget, num_processes=num_processes, price_per_hour=price_per_hour)
     if model is not None:
         return _counted(model, scorers, examples, tokens or max_tokens != 1536, shared | counted)

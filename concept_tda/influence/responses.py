@@ -16,6 +16,7 @@ import torch
 
 from ..data.conversations import Conversations
 from ..data.tokens import TokenizedConversations
+from ..foundation.errors import check_whole
 from ..foundation.storage import BlockStore, fingerprint
 from .curvature import EKFAC, CurvatureError, check_gradients
 from .engine import DirectionReadout, Readout
@@ -66,6 +67,7 @@ class _OfARun:
         said = [one is not None for one in (run, rates, n_examples)]
         if said not in ([True, False, False], [False, True, True]):
             raise CurvatureError("say of which run: run= (a folder of finetune), or rates= and n_examples=")
+        if n_examples is not None: check_whole(CurvatureError, 1, n_examples=n_examples)
         self.run, self.examples = run, _CountedExamples(int(n_examples or 0))
         if run is not None:
             self.examples = RunExamples(run)
@@ -197,6 +199,7 @@ class _Segmented(CheckpointScorer):
     ):
         super().__init__(checkpoints, queries, learning_rates=learning_rates, sites=sites, method=method)
         self.curvatures: list[Any] = list(curvatures or [self._fit]*len(self.checkpoints))
+        check_whole(ScorerError, 1, n_examples=n_examples)
         self.n_examples, self.gradient_size = n_examples, gradient_size
         self.examples: RunExamples | _CountedExamples = _CountedExamples(n_examples)
         if len(self.curvatures) != len(self.checkpoints):

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.conversations import Conversation, Conversations
+from ..foundation.errors import check_whole
 from ..foundation.processes import by_first, n_ranks, rank, wait_for_all
 from ..foundation.storage import BlockStore, cache_folder, code_version, fingerprint
 from .loading import LanguageModel, ModelError
@@ -79,6 +80,7 @@ def answer_records(
     settings: dict[str, Any],  # Of `generate`: max_new_tokens, temperature, seed
 ) -> list[dict[str, Any]]:     # prompt, sample, answer, cut, seconds
     "A record for every prompt: from the disk where it is there, else generated and stored."
+    check_whole(ModelError, 1, max_new_tokens=settings["max_new_tokens"], batch_size=batch_size)
     about = dict(kind="answers", code=code_version(), model=lm.fingerprint, dtype=str(lm.dtype), **settings)
     store = BlockStore(folder or cache_folder("answers"), about)
     known = by_first(lambda: _stored_answers(store))
@@ -139,8 +141,7 @@ def cached_generate(
     """`tracing.generate` that remembers its answers on disk and goes on after a kill. Metadata gains
     `answer_cut` and `empty_answer`; a conversation with an empty answer keeps its prompt only. Raises
     `ModelError` if all are empty."""
-    if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
-        raise ModelError("cached_generate needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
+    if not 0 <= temperature < float("inf"): raise ModelError(f"temperature must be ≥ 0, got {temperature!r}")
     prompts = as_prompts(prompts)
     settings = dict(max_new_tokens=max_new_tokens, temperature=float(temperature), seed=seed)
     records = answer_records(lm, prompts, folder, batch_size, progress, settings)

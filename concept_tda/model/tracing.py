@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, batches
 from ..data.conversations import Conversation, Conversations, load_conversations
 from ..data.tokens import TokenizedConversations, tokenize, tokenize_prompts
-from ..foundation.errors import ConceptTDAError
+from ..foundation.errors import ConceptTDAError, check_whole
 from ..foundation.offloading import away
 from ..foundation.storage import atomic_file, fingerprint
 from .loading import LanguageModel, ModelError, check_loaded
@@ -386,8 +386,8 @@ def generate(
     `empty_answer`. A conversation with an empty answer keeps its prompt only, with a warning; `ModelError` if
     all are empty."""
     check_loaded(lm)
-    if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
-        raise ModelError("generate needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
+    check_whole(ModelError, 1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if not 0 <= temperature < float("inf"): raise ModelError(f"temperature must be ≥ 0, got {temperature!r}")
     prompts, stop_ids, answers = as_prompts(prompts), _stop_ids(lm), {}
     tokens, generators = tokenize_prompts(prompts, lm.tokenizer), _generators(prompts, seed)
     longest_first = sorted(range(len(prompts)), key=lambda row: (-len(tokens[row]), row))

@@ -27,7 +27,7 @@ from ..data.batches import batch_of
 from ..data.conversations import load_conversations
 from ..data.documents import Windows, number_tokenizer
 from ..data.tokens import TokenizedConversations
-from ..foundation.errors import ConceptTDAError
+from ..foundation.errors import ConceptTDAError, check_whole
 from ..foundation.offloading import away
 from ..foundation.storage import atomic_file, code_version, fingerprint
 from .finetuning import example_losses, own_randomness
@@ -63,13 +63,10 @@ _SCHEDULES = ("linear", "cosine", "constant")
 def _check_recipe(recipe: TrainingRecipe) -> None:
     "Refuse what means nothing."
     for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_steps", 0), ("max_tokens", 2)):
-        value = getattr(recipe, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise TrainingError(f"{name} must be a whole number ≥ {least}, got {value!r}")
+        check_whole(TrainingError, least, **{name: getattr(recipe, name)})
     for name in ("steps", "micro_batch_size"):
         value = getattr(recipe, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise TrainingError(f"{name} must be a whole number ≥ 1 or None, got {value!r}")
+        if value is not None: check_whole(TrainingError, 1, **{name: value})
     for name in ("learning_rate", "epsilon", "clip"):
         value = getattr(recipe, name)
         if not (name == "clip" and value is None) and not (math.isfinite(value) and value > 0):
@@ -504,9 +501,7 @@ def train(
 # %% ../../nbs/20_model/06_training.ipynb #train-parts
 def _watching(every: int, watch: Any, watch_every: int) -> _Watch:
     "What is watched. Raises `TrainingError` for numbers of steps that are none."
-    for name, value in (("every", every), ("watch_every", watch_every)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise TrainingError(f"{name} must be a whole number of steps ≥ 1, got {value!r}")
+    check_whole(TrainingError, 1, every=every, watch_every=watch_every)
     return _Watch(dict(watch or {}), watch_every)
 
 # %% ../../nbs/20_model/06_training.ipynb #train-parts-2

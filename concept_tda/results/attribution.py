@@ -26,6 +26,7 @@ from ..data.masks import TokenMask, token_mark, tokenizer_record
 from ..data.messages import ConversationError
 from ..data.tokens import KINDS, token_kinds
 from ..foundation.display import act, html_of, one_line
+from ..foundation.errors import check_whole
 from ..foundation.storage import atomic_file, check_free
 from .cards import STEPS, Null, QueryCard, expected_counts
 from concept_tda.results.metrics import (
@@ -707,6 +708,7 @@ class _Figure(_Frame):
     ) -> "Axes":
         "Histogram of the scores with their centre marked and, where there is one, their null."
         import matplotlib.pyplot as plt
+        check_whole(AttributionError, 1, bins=bins)
         result = self.query(query)
         if ax is None:
             ax = plt.subplots(figsize=(7, 2.4), layout="constrained")[1]

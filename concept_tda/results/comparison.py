@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..foundation.display import act, html_of
+from ..foundation.errors import check_whole
 from .attribution import Attribution
 from .metrics import AttributionError, detection_metrics, spearman
 
@@ -189,6 +190,7 @@ def compare(
     results = results_by_name(attributions)
     first = next(iter(results.values()))
     results = {name: result.whole("compare").aligned(first) for name, result in results.items()}
+    check_whole(AttributionError, 1, top=top)
     if top >= len(first):
         top = max(1, len(first) // 2)
     if isinstance(labels, str):

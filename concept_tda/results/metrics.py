@@ -10,7 +10,7 @@ __all__ = ['AttributionError', 'rank_scores', 'score_percentiles', 'percent_text
 # %% ../../nbs/30_results/00_metrics.ipynb #imports
 import numpy as np
 
-from ..foundation.errors import ConceptTDAError
+from ..foundation.errors import ConceptTDAError, check_whole
 
 # %% ../../nbs/30_results/00_metrics.ipynb #0005
 class AttributionError(ConceptTDAError):
@@ -143,6 +143,7 @@ def _cuts(k, n: int) -> list[int]:
     cuts = np.atleast_1d(k).tolist()
     wrong = [cut for cut in cuts if not 1 <= cut <= n]
     if wrong: raise AttributionError(f"k={wrong[0]}: there are {n} examples")
+    for cut in cuts: check_whole(AttributionError, 1, k=cut)
     return cuts
 
 # %% ../../nbs/30_results/00_metrics.ipynb #0019

@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from ..data.conversations import load_conversations
 from ..foundation.display import visible_text
+from ..foundation.errors import check_whole
 from ..foundation.storage import atomic_file, check_free, code_version
 from ..groups.groups import GroupScores
 from ..results.attribution import Attribution, question_text, sentence
@@ -473,6 +474,7 @@ def write_report(
     ones, latents that are no ranking or shifts that are none, `StorageError` where it can't be written, and
     rather than replacing a file unasked."""
     path = check_free(path, overwrite)
+    check_whole(WidgetError, 1, examples=examples, rows=rows)
     if isinstance(attributions, Comparison):
         attributions, comparison = attributions.attributions, attributions
     comparison = comparison or compare(attributions, labels=labels, positive=positive)
