@@ -443,7 +443,9 @@ class Scores:
             *plan,
             fractions=shares or [about["dropped"]],
             arms=["drop-most", "random"],
-            name="finalists" if not shares else "shares",
+            name="finalists"
+            if not shares
+            else "-".join(["without", *(f"{share:.0%}"[:-1] for share in shares)]),
             **common,
         )
         plans = [finalists]
