@@ -588,7 +588,8 @@ def doctor(
     seconds. Raises `ConversationError` where the file can't be read or has no such example, `LayerError`."""
     if not isinstance(lm, LanguageModel):
         raise DoctorError(f"doctor(lm, examples): lm is a model from load_model, not a {type(lm).__name__}")
-    if max_tokens is not None: check_whole(DoctorError, 1, max_tokens=max_tokens)
+    if max_tokens is not None:
+        check_whole(DoctorError, 1, max_tokens=max_tokens)
     if not isinstance(examples, TokenizedConversations):
         examples = load_conversations(examples)
     if layer is not None:

@@ -67,7 +67,8 @@ class _OfARun:
         said = [one is not None for one in (run, rates, n_examples)]
         if said not in ([True, False, False], [False, True, True]):
             raise CurvatureError("say of which run: run= (a folder of finetune), or rates= and n_examples=")
-        if n_examples is not None: check_whole(CurvatureError, 1, n_examples=n_examples)
+        if n_examples is not None:
+            check_whole(CurvatureError, 1, n_examples=n_examples)
         self.run, self.examples = run, _CountedExamples(int(n_examples or 0))
         if run is not None:
             self.examples = RunExamples(run)

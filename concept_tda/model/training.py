@@ -66,7 +66,8 @@ def _check_recipe(recipe: TrainingRecipe) -> None:
         check_whole(TrainingError, least, **{name: getattr(recipe, name)})
     for name in ("steps", "micro_batch_size"):
         value = getattr(recipe, name)
-        if value is not None: check_whole(TrainingError, 1, **{name: value})
+        if value is not None:
+            check_whole(TrainingError, 1, **{name: value})
     for name in ("learning_rate", "epsilon", "clip"):
         value = getattr(recipe, name)
         if not (name == "clip" and value is None) and not (math.isfinite(value) and value > 0):

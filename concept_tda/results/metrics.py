@@ -143,7 +143,8 @@ def _cuts(k, n: int) -> list[int]:
     cuts = np.atleast_1d(k).tolist()
     wrong = [cut for cut in cuts if not 1 <= cut <= n]
     if wrong: raise AttributionError(f"k={wrong[0]}: there are {n} examples")
-    for cut in cuts: check_whole(AttributionError, 1, k=cut)
+    for cut in cuts:
+        check_whole(AttributionError, 1, k=cut)
     return cuts
 
 # %% ../../nbs/30_results/00_metrics.ipynb #0019
