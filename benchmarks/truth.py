@@ -443,9 +443,7 @@ class Scores:
             *plan,
             fractions=shares or [about["dropped"]],
             arms=["drop-most", "random"],
-            name="finalists"
-            if not shares
-            else "-".join(["without", *(f"{share:.0%}"[:-1] for share in shares)]),
+            name="-".join(["without", *(f"{100 * share:g}" for share in shares)]) if shares else "finalists",
             **common,
         )
         plans = [finalists]

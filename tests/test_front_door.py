@@ -1,6 +1,7 @@
 """What people give at the front door by mistake, and what they are told."""
 
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -140,13 +141,14 @@ def test_one_scorer_or_none_is_no_list_of_scorers(right):
 
 
 # `read_features` and `feature_groups` want a real SAE; their batches and sizes are checked like the others'.
-@pytest.mark.parametrize("wrong", [float("nan"), 2.5, -3])
+@pytest.mark.parametrize("wrong", [float("nan"), 2.5, 40.5, -3])
 @pytest.mark.parametrize(("door", "name"), [one for one in counts() if "feature" not in one[0]])
 def test_whatever_counts_something_says_what_a_count_is(door, name, wrong, right, tmp_path):
     data, lm, result = right["data"], right["lm"], right["attribution"]
     both = ct.load_conversations([one | dict(kind="xy"[i % 2], plain="y") for i, one in enumerate(CHATS)])
     own = dict(
         tokenize=dict(conversations=data, tokenizer=lm.tokenizer),
+        build_atlas=dict(rank=4),
         plan=dict(scorers=right["scorers"]),
         Cascade=dict(cheap=right["scorers"][0], exact=ct.GradDot(lm, data)),
         LESS=dict(checkpoints=[lm], moments=[None], learning_rates=[1e-3]),
@@ -164,4 +166,4 @@ def test_whatever_counts_something_says_what_a_count_is(door, name, wrong, right
             door, right | dict(attributions={"a": result}), **folder, **own.get(door, {}), **{name: wrong}
         )
         made.score(data, progress=False) if hasattr(made, "score") else made.evaluate(lm)
-    assert name in str(told.value)
+    assert re.search(rf"\b{name}\b", str(told.value)) and f"{wrong}" in str(told.value)

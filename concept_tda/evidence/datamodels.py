@@ -78,7 +78,8 @@ def _sums(results: dict[str, Attribution], rows: np.ndarray) -> dict[str, float]
 # %% ../../nbs/80_evidence/05_datamodels.ipynb #draws
 def _random_subsets(n: int, n_subsets: int, fraction: float) -> list[np.ndarray]:
     "Rows of the random subsets, draw by draw."
-    if not n_subsets >= 4:
+    check_whole(ExperimentError, 0, n_subsets=n_subsets)
+    if n_subsets < 4:
         raise ExperimentError(
             f"n_subsets={n_subsets}: a rank correlation needs 4 subsets or more; 30 are a good number")
     return [random_rows(n, share_count(n, fraction), draw) for draw in range(n_subsets)]

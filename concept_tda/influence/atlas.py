@@ -1333,6 +1333,7 @@ def build_atlas(
     if rank is None:
         _check_exact(n_basis=n_basis != 64, activations=activations is not None, sample=sample not in (0, 32))
     else:
+        check_whole(AtlasError, 1, n_basis=n_basis)
         _check_rank(rank, sample, "None for exact, or ")
         _check_table(lm, chosen, rank, memory_budget)
     curvature = _fitted(lm, curvature, texts, chosen, progress)

@@ -81,10 +81,12 @@ def answer_records(
 ) -> list[dict[str, Any]]:     # prompt, sample, answer, cut, seconds
     "A record for every prompt: from the disk where it is there, else generated and stored."
     check_whole(ModelError, 1, max_new_tokens=settings["max_new_tokens"], batch_size=batch_size)
+    temperature = settings["temperature"]
+    if not 0 <= temperature < float("inf"): raise ModelError(f"temperature must be ≥ 0, got {temperature!r}")
     about = dict(kind="answers", code=code_version(), model=lm.fingerprint, dtype=str(lm.dtype), **settings)
     store = BlockStore(folder or cache_folder("answers"), about)
     known = by_first(lambda: _stored_answers(store))
-    wanted = _wanted(prompts.ids, settings["temperature"] > 0)
+    wanted = _wanted(prompts.ids, temperature > 0)
     todo = {key: prompt for key, prompt in zip(wanted, prompts) if key not in known}
     blocks = _blocks(todo, batch_size*_BATCHES_IN_BLOCK)[rank()::n_ranks()]
     with tqdm(total=sum(map(len, blocks)), desc=f"answers of {lm.name}", unit="answer", leave=False,
@@ -141,7 +143,6 @@ def cached_generate(
     """`tracing.generate` that remembers its answers on disk and goes on after a kill. Metadata gains
     `answer_cut` and `empty_answer`; a conversation with an empty answer keeps its prompt only. Raises
     `ModelError` if all are empty."""
-    if not 0 <= temperature < float("inf"): raise ModelError(f"temperature must be ≥ 0, got {temperature!r}")
     prompts = as_prompts(prompts)
     settings = dict(max_new_tokens=max_new_tokens, temperature=float(temperature), seed=seed)
     records = answer_records(lm, prompts, folder, batch_size, progress, settings)

@@ -63,11 +63,13 @@ _SCHEDULES = ("linear", "cosine", "constant")
 def _check_recipe(recipe: TrainingRecipe) -> None:
     "Refuse what means nothing."
     for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_steps", 0), ("max_tokens", 2)):
-        check_whole(TrainingError, least, **{name: getattr(recipe, name)})
+        value = getattr(recipe, name)  # Python's own number: a recipe is written as JSON
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise TrainingError(f"{name} must be a whole number ≥ {least}, got {value!r}")
     for name in ("steps", "micro_batch_size"):
         value = getattr(recipe, name)
-        if value is not None:
-            check_whole(TrainingError, 1, **{name: value})
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise TrainingError(f"{name} must be a whole number ≥ 1 or None, got {value!r}")
     for name in ("learning_rate", "epsilon", "clip"):
         value = getattr(recipe, name)
         if not (name == "clip" and value is None) and not (math.isfinite(value) and value > 0):
